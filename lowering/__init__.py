@@ -1,0 +1,120 @@
+"""Lower: a captured ``ShardedProgram`` -> the same program in the collective IR, ready to build.
+
+FX in, FX out: no TensorRT, no GPU, no process group.  The passes, in order:
+
+    functional_collectives   PyTorch's collectives -> the IR, groups -> mesh axes
+    single_rank              nothing is communicated along an axis of one rank
+    gather_dim               a gather with split and cat around it -> a gather on that dim
+    mask_fill                writing one value where a mask is true -> where
+    fold_mask                masks that depend on no input -> none, or causal
+    repeat_kv                key/value heads repeated by hand -> grouped-query attention
+    sequence                 what is sharded where; attention over a split sequence -> context_attention
+    merge_identical          identical collectives are done once
+    cancel_inverse           a collective right behind its inverse goes, and it
+    ulysses, allgather_kv    context_attention -> collectives and local attention
+    merge_exchanged, cancel_exchanged   the same two, over what the strategies inserted
+    leading_dim              collectives on other dims -> on dim 0, where TensorRT's act
+    rank_input               shard -> a row of the value, by a rank input
+    validate                 nothing is left that would have to be guessed at
+"""
+
+from __future__ import annotations
+
+import copy
+from dataclasses import replace
+from pathlib import Path
+
+from torch.fx import GraphModule
+
+from torchtrt_md.lowering import (
+    allgather_kv,
+    cancel_inverse,
+    fold_mask,
+    functional_collectives,
+    gather_dim,
+    leading_dim,
+    mask_fill,
+    merge_identical,
+    rank_input,
+    repeat_kv,
+    sequence,
+    single_rank,
+    ulysses,
+    validate,
+)
+from torchtrt_md.lowering.passes import Pass, PassContext, run_passes
+from torchtrt_md.program import Coordinate, ShardedProgram, Sharding, Value, outputs_of, placeholders, value_of
+
+PASSES: dict[str, Pass] = {
+    "functional_collectives": functional_collectives.run,
+    "single_rank": single_rank.run,
+    "gather_dim": gather_dim.run,
+    "mask_fill": mask_fill.run,
+    "fold_mask": fold_mask.run,
+    "repeat_kv": repeat_kv.run,
+    "sequence": sequence.run,
+    "merge_identical": merge_identical.run,
+    "cancel_inverse": cancel_inverse.run,
+    "ulysses": ulysses.run,
+    "allgather_kv": allgather_kv.run,
+    "merge_exchanged": merge_identical.run,
+    "cancel_exchanged": cancel_inverse.run,
+    "leading_dim": leading_dim.run,
+    "rank_input": rank_input.run,
+    "validate": validate.run,
+}
+
+
+def lower(program: ShardedProgram, *, dump: Path | None = None) -> ShardedProgram:
+    """The program in the collective IR; the captured one is left as it was.
+
+    Args:
+        program: what :func:`torchtrt_md.capture` returned.
+        dump: a folder for the graph before and after each pass that rewrote something.
+
+    Raises:
+        CollectiveError: a collective in a form that is not understood.
+        ShardingError: an op that mixes positions of a split sequence, or heads that do not divide.
+    """
+    if program.lowered:
+        return program
+    context = PassContext(program.mesh, program.strategies, program.groups)
+    lowered: dict[int, GraphModule] = {}
+    counts: dict[str, int] = {}
+    for graph, ranks in program.distinct():
+        new = copy.deepcopy(graph)
+        folder = dump / f"rank{ranks[0]}" if dump and len(program.distinct()) > 1 else dump
+        done = run_passes(PASSES, new, context, folder)
+        if not counts:
+            counts = done
+        lowered[id(graph)] = new
+    first = lowered[id(program.graphs[0])]
+    coordinates = {
+        node.name: Coordinate(str(node.target).removeprefix(rank_input.PREFIX))
+        for node in placeholders(first)
+        if node.name not in program.sources
+    }
+    return program.with_graphs(
+        lowered,
+        sources={**program.sources, **coordinates},
+        outputs=_outputs(program, first),
+        groups={},
+        counts=counts,
+        lowered=True,
+    )
+
+
+def _outputs(program: ShardedProgram, graph: GraphModule) -> tuple[Value, ...]:
+    """The outputs with the sharding that the analysis found, and so their global shape."""
+    values = []
+    for value, node in zip(program.outputs, outputs_of(graph), strict=True):
+        shape = list(value_of(node).shape)
+        shardings = []
+        for axis, sharded in node.meta.get("sharding", {}).items():
+            shape[sharded.dim] *= program.mesh.axis_size(axis)
+            shardings.append(Sharding(sharded.dim, axis))
+        values.append(replace(value, shape=tuple(shape), sharding=tuple(shardings)))
+    return tuple(values)
+
+
+__all__ = ["PASSES", "lower"]

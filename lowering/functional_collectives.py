@@ -1,0 +1,127 @@
+"""PyTorch's functional collectives -> the collective IR.
+
+    before    a = _c10d_functional.all_reduce(x, "sum", "12")       after    a = torchtrt_md.all_reduce(x, "sum", "tp", 4)
+              y = _c10d_functional.wait_tensor(a)                             y = a
+
+The group's process-local name becomes the mesh axis.  Autograd and coalesced forms, and DTensor's
+``shard_dim_alltoall``, are the same collectives under other names.  What is not in the table, and an
+all-to-all with uneven parts, is refused.
+"""
+
+from __future__ import annotations
+
+import operator
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch.fx import GraphModule, Node
+
+from torchtrt_md.errors import CollectiveError
+from torchtrt_md.lowering.ops import REDUCE_OPS, bound_args
+from torchtrt_md.lowering.passes import PassContext
+from torchtrt_md.lowering.rewrite import emit, substitute
+from torchtrt_md.program import value_of
+from torchtrt_md.source import source_line
+
+md = torch.ops.torchtrt_md
+NAMESPACES = ("_c10d_functional", "_c10d_functional_autograd", "c10d_functional", "c10d", "_dtensor", "symm_mem")
+
+
+def run(graph: GraphModule, context: PassContext) -> int:
+    count = 0
+    for node in list(graph.graph.nodes):
+        name = _name(node)
+        if name is None:
+            continue
+        if name in ("wait_tensor", "_wrap_tensor_autograd"):
+            substitute(node, node.args[0])
+            continue
+        axis, size = _axis(node, context)
+        if name.endswith("_coalesced"):
+            _rewrite_list(node, name.removesuffix("_coalesced"), axis, size)
+        else:
+            args = bound_args(node)
+            x = args["input"]
+            substitute(node, _rewrite(node, name, x, args, axis, size))
+        count += 1
+    return count
+
+
+def _name(node: Node) -> str | None:
+    """The op's bare name, where it is one of PyTorch's collectives."""
+    if not isinstance(node.target, torch._ops.OpOverload) or node.target.namespace not in NAMESPACES:
+        return None
+    return str(node.target._schema.name).split("::")[1]
+
+
+def _axis(node: Node, context: PassContext) -> tuple[str, int]:
+    args = bound_args(node)
+    group = args.get("group_name")
+    group = getattr(group, "group_name", group)
+    if group not in context.groups:
+        raise CollectiveError(
+            f"{node.target} in node {node.name!r} is over the group {group!r}, which is not an axis of {context.mesh}",
+            fix="communicate over groups of the DeviceMesh: device_mesh.get_group(axis)",
+            at=source_line(node),
+        )
+    axis = context.groups[group]
+    return axis, context.mesh.axis_size(axis)
+
+
+def _rewrite(node: Node, name: str, x: Node, args: dict[str, Any], axis: str, size: int) -> Node:
+    if name not in _FORMS:
+        raise CollectiveError(
+            f"the collective {node.target} in node {node.name!r} is not in a form that is understood",
+            fix=f"use its functional form: one of {', '.join(_FORMS)} of torch.distributed._functional_collectives",
+            at=source_line(node),
+        )
+    return _FORMS[name](node, x, args, axis, size)
+
+
+def _rewrite_list(node: Node, name: str, axis: str, size: int) -> None:
+    args = bound_args(node)
+    parts = [_rewrite(node, name, x, args, axis, size) for x in args["inputs"]]
+    for user in list(node.users):
+        assert user.target is operator.getitem
+        substitute(user, parts[user.args[1]])  # type: ignore[index]
+    node.graph.erase_node(node)
+
+
+def _reduce_op(node: Node, args: dict[str, Any]) -> str:
+    op = str(args["reduce_op"]).lower()
+    if op not in REDUCE_OPS:
+        raise CollectiveError(
+            f"{node.target} in node {node.name!r} reduces by {op!r}",
+            fix=f"reduce by one of {', '.join(REDUCE_OPS)}",
+            at=source_line(node),
+        )
+    return op
+
+
+def _all_to_all_single(node: Node, x: Node, args: dict[str, Any], axis: str, size: int) -> Node:
+    rows = value_of(x).shape[0]
+    for sizes in (args["output_split_sizes"], args["input_split_sizes"]):
+        if list(sizes) not in ([], [rows // size] * size):
+            raise CollectiveError(
+                f"{node.target} in node {node.name!r} sends parts of {list(sizes)} rows: uneven, or not to all ranks",
+                fix=f"give all {size} ranks an equal part of the {rows} rows",
+                at=source_line(node),
+            )
+    return emit(node, md.all_to_all.default, x, 0, 0, axis, size)
+
+
+def _shard_dim_alltoall(node: Node, x: Node, args: dict[str, Any], axis: str, size: int) -> Node:
+    return emit(node, md.all_to_all.default, x, args["shard_dim"], args["gather_dim"], axis, size)
+
+
+_FORMS: dict[str, Callable[[Node, Node, dict[str, Any], str, int], Node]] = {
+    "all_reduce": lambda n, x, a, axis, size: emit(n, md.all_reduce.default, x, _reduce_op(n, a), axis, size),
+    "all_gather_into_tensor": lambda n, x, a, axis, size: emit(n, md.all_gather.default, x, 0, axis, size),
+    "reduce_scatter_tensor": lambda n, x, a, axis, size: emit(
+        n, md.reduce_scatter.default, x, _reduce_op(n, a), 0, axis, size
+    ),
+    "all_to_all_single": _all_to_all_single,
+    "broadcast": lambda n, x, a, axis, size: emit(n, md.broadcast.default, x, a["src"], axis, size),
+    "shard_dim_alltoall": _shard_dim_alltoall,
+}

@@ -1,0 +1,93 @@
+"""Say on which dim a gather or a reduce-scatter really is.
+
+PyTorch's collectives act on dim 0, and its wrappers move other dims there and back with a split and a
+cat, or, where the dims in front are of size 1, with a view.
+
+    before    g = all_gather(x, 0)             after    y = all_gather(x, d)
+              y = cat(split(g, len(x)), d)
+    before    g = all_gather(x, 0)             after    y = all_gather(x, d)
+              y = view(g, [1, P * s, ...])
+    before    c = cat(split(x, s, d), 0)       after    y = reduce_scatter(x, op, d)
+              y = reduce_scatter(c, op, 0)
+"""
+
+from __future__ import annotations
+
+import operator
+
+import torch
+from torch.fx import GraphModule, Node
+
+from torchtrt_md.lowering.ops import bound_args
+from torchtrt_md.lowering.passes import PassContext
+from torchtrt_md.lowering.rewrite import emit, substitute
+from torchtrt_md.program import value_of
+
+aten, md = torch.ops.aten, torch.ops.torchtrt_md
+_VIEWS = (aten.view.default, aten._unsafe_view.default, aten.reshape.default)
+
+
+def run(graph: GraphModule, context: PassContext) -> int:
+    count = 0
+    for node in list(graph.graph.nodes):
+        if node.target is md.all_gather.default and node.args[1] == 0:
+            count += _gather_then_cat(node) or _gather_then_view(node)
+        elif node.target is md.reduce_scatter.default and node.args[2] == 0:
+            count += _cat_then_scatter(node)
+    return count
+
+
+def _gather_then_cat(gather: Node) -> int:
+    x, _, axis, size = gather.args
+    for user in gather.users:
+        cat = _cat_of_all_parts(user, size)
+        if cat is not None and value_of(cat).dim() == value_of(x).dim():
+            dim = _dim(cat)
+            substitute(cat, emit(cat, md.all_gather.default, x, dim, axis, size))
+            return 1
+    return 0
+
+
+def _gather_then_view(gather: Node) -> int:
+    x, _, axis, size = gather.args
+    shape = list(value_of(x).shape)
+    for user in list(gather.users):
+        if user.target not in _VIEWS:
+            continue
+        for dim in range(1, len(shape)):
+            whole = [*shape[:dim], shape[dim] * size, *shape[dim + 1 :]]
+            if set(shape[:dim]) == {1} and list(value_of(user).shape) == whole:
+                substitute(user, emit(user, md.all_gather.default, x, dim, axis, size))
+                return 1
+    return 0
+
+
+def _cat_then_scatter(scatter: Node) -> int:
+    cat, op, _, axis, size = scatter.args
+    if cat.target is not aten.cat.default or _dim(cat) != 0 or not cat.args[0]:
+        return 0
+    split = cat.args[0][0].args[0]
+    if not isinstance(split, Node) or _cat_of_all_parts(split, size) is not cat:
+        return 0
+    args = bound_args(split)
+    x, dim = args["self"], args["dim"] % value_of(args["self"]).dim()
+    substitute(scatter, emit(scatter, md.reduce_scatter.default, x, op, dim, axis, size))
+    return 1
+
+
+def _cat_of_all_parts(split: Node, size: int) -> Node | None:
+    """The cat that joins all ``size`` equal parts of a split in order, if that is all that is done with them."""
+    if split.target not in (aten.split.Tensor, aten.chunk.default) or len(split.meta["val"]) != size:
+        return None
+    if len({part.shape for part in split.meta["val"]}) != 1:
+        return None
+    parts = sorted((u for u in split.users if u.target is operator.getitem), key=lambda u: u.args[1])
+    cats = {user for part in parts for user in part.users}
+    if len(parts) != size or len(cats) != 1:
+        return None
+    (cat,) = cats
+    return cat if cat.target is aten.cat.default and list(cat.args[0]) == parts else None
+
+
+def _dim(cat: Node) -> int:
+    return int(bound_args(cat)["dim"]) % value_of(cat).dim()

@@ -1,0 +1,276 @@
+"""The collective IR: the few functional ops that every collective of a program is rewritten into.
+
+``axis`` is the name of a mesh axis and ``size`` the number of ranks along it, so a graph says all that
+its shapes depend on and holds no process group.  Semantics, for the ``size`` ranks of a group in order:
+
+    all_reduce(x, op)                        every rank: x of all ranks, reduced
+    all_gather(x, dim)                       every rank: x of all ranks, concatenated on dim
+    reduce_scatter(x, op, dim)               rank i: chunk i, on dim, of x of all ranks, reduced
+    all_to_all(x, split_dim, concat_dim)     rank i: chunk i, on split_dim, of every rank, concatenated on concat_dim
+    broadcast(x, src)                        every rank: x of rank src of the group
+    reduce(x, op, dst)                       rank dst: x of all ranks, reduced; undefined elsewhere
+    gather(x, dim, dst)                      rank dst: x of all ranks, concatenated on dim; undefined elsewhere
+    scatter(x, dim, src)                     rank i: chunk i, on dim, of x of rank src
+    shard(x, dim)                            rank i: chunk i, on dim, of its own x; no communication
+    attention(q, k, v, ...)                  scaled_dot_product_attention as one node
+    context_attention(q, k, v, ...)          the same, q, k and v each holding this rank's part of the sequence
+
+Each has a shape rule and an eager rule over ``torch.distributed`` here, and one for all ranks at once in
+:mod:`torchtrt_md.simulate`.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from contextvars import ContextVar
+from typing import Any
+
+import torch
+import torch.distributed as dist
+import torch.distributed._functional_collectives as funcol
+import torch.nn.functional as F
+from torch import Tensor
+from torch.distributed.device_mesh import DeviceMesh
+
+from torchtrt_md.errors import CollectiveError, MeshError
+
+NAMESPACE = "torchtrt_md"
+REDUCE_OPS = ("sum", "avg", "max", "min", "product")
+
+_device_mesh: ContextVar[DeviceMesh | None] = ContextVar("device_mesh", default=None)
+
+
+@contextmanager
+def use_device_mesh(device_mesh: DeviceMesh) -> Iterator[None]:
+    """Let the eager rules communicate over the groups of this mesh."""
+    token = _device_mesh.set(device_mesh)
+    try:
+        yield
+    finally:
+        _device_mesh.reset(token)
+
+
+def _group(axis: str, size: int) -> dist.ProcessGroup:
+    device_mesh = _device_mesh.get()
+    if device_mesh is None:
+        raise MeshError(
+            f"a collective on axis {axis!r} was run with no mesh",
+            fix="run the graph under torchtrt_md.lowering.ops.use_device_mesh(...)",
+        )
+    group = device_mesh.get_group(axis)
+    if group.size() != size:
+        raise MeshError(
+            f"the graph was made for {size} ranks on axis {axis!r}, the mesh has {group.size()}",
+            fix="capture again for this mesh",
+        )
+    return group
+
+
+def chunk_size(extent: int, size: int, what: str) -> int:
+    """``extent / size``.
+
+    Raises:
+        CollectiveError: it is not a whole number.
+    """
+    if extent % size:
+        raise CollectiveError(
+            f"{what} of {extent} does not divide by {size} ranks: {extent % size} left over",
+            fix=f"use a size that is a multiple of {size} ({extent - extent % size} or {extent + size - extent % size})",
+        )
+    return extent // size
+
+
+def _resized(x: Tensor, **factors: Any) -> Tensor:
+    shape = list(x.shape)
+    for dim, extent in factors["dims"].items():
+        shape[dim] = extent
+    return x.new_empty(shape)
+
+
+@torch.library.custom_op(f"{NAMESPACE}::all_reduce", mutates_args=())
+def all_reduce(x: Tensor, op: str, axis: str, size: int) -> Tensor:
+    return funcol.wait_tensor(funcol.all_reduce(x.contiguous(), op, _group(axis, size)))
+
+
+@all_reduce.register_fake
+def _(x: Tensor, op: str, axis: str, size: int) -> Tensor:
+    return torch.empty_like(x, memory_format=torch.contiguous_format)
+
+
+@torch.library.custom_op(f"{NAMESPACE}::all_gather", mutates_args=())
+def all_gather(x: Tensor, dim: int, axis: str, size: int) -> Tensor:
+    out = funcol.wait_tensor(funcol.all_gather_tensor(x.contiguous(), 0, _group(axis, size)))
+    return torch.cat(out.chunk(size), dim) if dim else out
+
+
+@all_gather.register_fake
+def _(x: Tensor, dim: int, axis: str, size: int) -> Tensor:
+    return _resized(x, dims={dim: x.shape[dim] * size})
+
+
+@torch.library.custom_op(f"{NAMESPACE}::reduce_scatter", mutates_args=())
+def reduce_scatter(x: Tensor, op: str, dim: int, axis: str, size: int) -> Tensor:
+    by_rank = torch.cat(x.chunk(size, dim)) if dim else x.contiguous()
+    return funcol.wait_tensor(funcol.reduce_scatter_tensor(by_rank, op, 0, _group(axis, size)))
+
+
+@reduce_scatter.register_fake
+def _(x: Tensor, op: str, dim: int, axis: str, size: int) -> Tensor:
+    return _resized(x, dims={dim: chunk_size(x.shape[dim], size, f"reduce_scatter on dim {dim}")})
+
+
+@torch.library.custom_op(f"{NAMESPACE}::all_to_all", mutates_args=())
+def all_to_all(x: Tensor, split_dim: int, concat_dim: int, axis: str, size: int) -> Tensor:
+    by_rank = torch.stack(x.chunk(size, split_dim))
+    received = funcol.wait_tensor(funcol.all_to_all_single(by_rank, None, None, _group(axis, size)))
+    return torch.cat(received.unbind(), concat_dim)
+
+
+@all_to_all.register_fake
+def _(x: Tensor, split_dim: int, concat_dim: int, axis: str, size: int) -> Tensor:
+    chunk = chunk_size(x.shape[split_dim], size, f"all_to_all on dim {split_dim}")
+    if split_dim == concat_dim:
+        return torch.empty_like(x, memory_format=torch.contiguous_format)
+    return _resized(x, dims={split_dim: chunk, concat_dim: x.shape[concat_dim] * size})
+
+
+@torch.library.custom_op(f"{NAMESPACE}::broadcast", mutates_args=())
+def broadcast(x: Tensor, src: int, axis: str, size: int) -> Tensor:
+    group = _group(axis, size)
+    out = x.clone(memory_format=torch.contiguous_format)
+    dist.broadcast(out, group=group, group_src=src)
+    return out
+
+
+@broadcast.register_fake
+def _(x: Tensor, src: int, axis: str, size: int) -> Tensor:
+    return torch.empty_like(x, memory_format=torch.contiguous_format)
+
+
+@torch.library.custom_op(f"{NAMESPACE}::reduce", mutates_args=())
+def reduce(x: Tensor, op: str, dst: int, axis: str, size: int) -> Tensor:
+    return funcol.wait_tensor(funcol.all_reduce(x.contiguous(), op, _group(axis, size)))
+
+
+@reduce.register_fake
+def _(x: Tensor, op: str, dst: int, axis: str, size: int) -> Tensor:
+    return torch.empty_like(x, memory_format=torch.contiguous_format)
+
+
+@torch.library.custom_op(f"{NAMESPACE}::gather", mutates_args=())
+def gather(x: Tensor, dim: int, dst: int, axis: str, size: int) -> Tensor:
+    out = funcol.wait_tensor(funcol.all_gather_tensor(x.contiguous(), 0, _group(axis, size)))
+    return torch.cat(out.chunk(size), dim) if dim else out
+
+
+@gather.register_fake
+def _(x: Tensor, dim: int, dst: int, axis: str, size: int) -> Tensor:
+    return _resized(x, dims={dim: x.shape[dim] * size})
+
+
+@torch.library.custom_op(f"{NAMESPACE}::scatter", mutates_args=())
+def scatter(x: Tensor, dim: int, src: int, axis: str, size: int) -> Tensor:
+    group = _group(axis, size)
+    whole = x.clone(memory_format=torch.contiguous_format)
+    dist.broadcast(whole, group=group, group_src=src)
+    return whole.chunk(size, dim)[dist.get_rank(group)].clone(memory_format=torch.contiguous_format)
+
+
+@scatter.register_fake
+def _(x: Tensor, dim: int, src: int, axis: str, size: int) -> Tensor:
+    return _resized(x, dims={dim: chunk_size(x.shape[dim], size, f"scatter on dim {dim}")})
+
+
+@torch.library.custom_op(f"{NAMESPACE}::shard", mutates_args=())
+def shard(x: Tensor, dim: int, axis: str, size: int) -> Tensor:
+    mine = dist.get_rank(_group(axis, size))
+    return x.chunk(size, dim)[mine].clone(memory_format=torch.contiguous_format)
+
+
+@shard.register_fake
+def _(x: Tensor, dim: int, axis: str, size: int) -> Tensor:
+    return _resized(x, dims={dim: chunk_size(x.shape[dim], size, f"shard on dim {dim}")})
+
+
+@torch.library.custom_op(f"{NAMESPACE}::attention", mutates_args=())
+def attention(
+    q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, is_causal: bool, scale: float | None, enable_gqa: bool
+) -> Tensor:
+    out = F.scaled_dot_product_attention(q, k, v, mask, 0.0, is_causal, scale=scale, enable_gqa=enable_gqa)
+    return out.contiguous()
+
+
+@attention.register_fake
+def _(
+    q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, is_causal: bool, scale: float | None, enable_gqa: bool
+) -> Tensor:
+    return q.new_empty([*q.shape[:-1], v.shape[-1]])
+
+
+@torch.library.custom_op(f"{NAMESPACE}::context_attention", mutates_args=())
+def context_attention(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    is_causal: bool,
+    scale: float | None,
+    enable_gqa: bool,
+    strategy: str,
+    axis: str,
+    size: int,
+) -> Tensor:
+    whole_k, whole_v = all_gather(k, 2, axis, size), all_gather(v, 2, axis, size)
+    mask = causal_rows(q, whole_k, dist.get_rank(_group(axis, size))) if is_causal else None
+    return attention(q, whole_k, whole_v, mask, False, scale, enable_gqa)
+
+
+@context_attention.register_fake
+def _(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    is_causal: bool,
+    scale: float | None,
+    enable_gqa: bool,
+    strategy: str,
+    axis: str,
+    size: int,
+) -> Tensor:
+    return q.new_empty([*q.shape[:-1], v.shape[-1]])
+
+
+def causal_rows(q: Tensor, whole_k: Tensor, index: int) -> Tensor:
+    """The rows of the causal mask, True where attended, for the ``index``-th part of the queries."""
+    rows = torch.arange(q.shape[-2], device=q.device) + index * q.shape[-2]
+    return rows[:, None] >= torch.arange(whole_k.shape[-2], device=q.device)
+
+
+_ops = torch.ops.torchtrt_md
+COLLECTIVES = frozenset(
+    {
+        _ops.all_reduce.default,
+        _ops.all_gather.default,
+        _ops.reduce_scatter.default,
+        _ops.all_to_all.default,
+        _ops.broadcast.default,
+        _ops.reduce.default,
+        _ops.gather.default,
+        _ops.scatter.default,
+    }
+)
+
+
+def is_collective(node: torch.fx.Node) -> bool:
+    """Does this node communicate?"""
+    return node.op == "call_function" and node.target in COLLECTIVES
+
+
+def bound_args(node: torch.fx.Node) -> dict[str, Any]:
+    """All arguments of an op node by name, defaults included."""
+    assert isinstance(node.target, torch._ops.OpOverload)
+    schema = node.target._schema.arguments
+    values = {a.name: a.default_value for a in schema if a.has_default_value()}
+    values.update(zip((a.name for a in schema), node.args, strict=False))
+    values.update(node.kwargs)
+    return values

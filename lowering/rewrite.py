@@ -1,0 +1,45 @@
+"""The two steps that every pass is made of: insert a node with its shape, and replace one by another."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch.fx import Node
+from torch.fx.node import map_arg
+
+from torchtrt_md.program import value_of
+
+
+def emit(before: Node, target: torch._ops.OpOverload, *args: Any, **kwargs: Any) -> Node:
+    """Insert ``target(*args, **kwargs)`` in front of ``before``: with its shape and ``before``'s source line."""
+    graph = before.graph
+    with graph.inserting_before(before):
+        node = graph.call_function(target, args, kwargs)
+    operands = [a for a in node.all_input_nodes if "val" in a.meta]
+    mode = value_of(operands[0]).fake_mode  # type: ignore[attr-defined]
+    with mode:
+        fake_args, fake_kwargs = map_arg((args, kwargs), lambda n: n.meta["val"])
+        node.meta["val"] = target(*fake_args, **fake_kwargs)
+    for key in ("stack_trace", "sharding"):
+        if key in before.meta:
+            node.meta[key] = before.meta[key]
+    return node
+
+
+def substitute(old: Node, new: Node) -> None:
+    """Let every user of ``old`` use ``new``, and remove ``old``."""
+    old.replace_all_uses_with(new)
+    old.graph.erase_node(old)
+
+
+def view(before: Node, x: Node, shape: list[int]) -> Node:
+    """Reshape ``x``; no node where it has that shape already."""
+    if list(value_of(x).shape) == shape:
+        return x
+    return emit(before, torch.ops.aten.reshape.default, x, shape)
+
+
+def permute(before: Node, x: Node, dims: list[int]) -> Node:
+    """Permute ``x``; no node where the order stays."""
+    return x if dims == sorted(dims) else emit(before, torch.ops.aten.permute.default, x, dims)

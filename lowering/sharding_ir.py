@@ -1,0 +1,112 @@
+"""Sharding rules of the collective IR, along the axis under analysis and along others.
+
+Each takes the :class:`~torchtrt_md.lowering.sharding.Call` and returns the sharding of its result.  The table
+that names them is in :mod:`torchtrt_md.lowering.sharding_rules`.
+"""
+
+from __future__ import annotations
+
+import torch
+
+import torchtrt_md.lowering.ops  # noqa: F401  (registers torch.ops.torchtrt_md)
+from torchtrt_md.lowering.sharding import Call, Result, Sharded, aligned, combine, keeping
+from torchtrt_md.program import value_of
+
+md = torch.ops.torchtrt_md
+
+
+def communicates(call: Call) -> bool:
+    """Is it an op of the IR along the axis under analysis?"""
+    return getattr(call.node.target, "namespace", "") == "torchtrt_md" and call.args.get("axis") == call.axis
+
+
+def shard(call: Call) -> Result:
+    x, state = call.args["x"], call.state(call.args["x"])
+    if call.args["axis"] != call.axis:
+        return collective(call)
+    if state is not None:
+        call.refuse("splits a value that is split over this axis already", "name it in the plan once")
+    dim = call.dim("dim", value_of(x).ndim)
+    length = call.shape[dim]
+    if length < 2:
+        call.refuse(
+            f"leaves {length} of dim {dim} to each rank, and fewer than 2 per rank cannot be told from broadcasting",
+            f"leave this value out of the plan, or use a sequence of at least {2 * call.size}",
+        )
+    return Sharded(dim, (length,))
+
+
+def all_gather(call: Call) -> Result:
+    x, state = call.args["x"], call.state(call.args["x"])
+    if call.args["axis"] != call.axis:
+        return collective(call)
+    if state is None:
+        call.refuse(
+            f"gathers a replicated value, which would repeat it {call.size} times",
+            "drop this gather from the plan, or split the value first",
+        )
+    if call.dim("dim", value_of(x).ndim) != state.dim:
+        call.refuse(f"gathers dim {call.args['dim']} of a value that is split on dim {state.dim}", "gather that dim")
+    if len(state.pieces) > 1:
+        order = " ".join(f"{part}{rank}" for rank in range(call.size) for part in _letters(state))
+        call.refuse(
+            f"gathers {len(state.pieces)} concatenated parts at once: the result would have them in the order"
+            f" {order}, not part after part",
+            "gather each part by itself, before they are concatenated or after they are split again",
+        )
+    if not state.is_chunk:
+        call.refuse(
+            f"gathers dim {state.dim}, in which a view merged the sequence with {state.outer} entries before it",
+            "view it as it was before the gather",
+        )
+    return None
+
+
+def _letters(state: Sharded) -> list[str]:
+    """Names of the parts, as of text and image tokens."""
+    return ["T", "I"] if len(state.pieces) == 2 else [chr(ord("A") + i) for i in range(len(state.pieces))]
+
+
+def collective(call: Call) -> Result:
+    """Any collective, along this axis or along another."""
+    x, state = call.args["x"], call.state(call.args["x"])
+    packet = call.node.target.overloadpacket  # type: ignore[union-attr]
+    if call.args["axis"] == call.axis:
+        if state is None and packet is md.all_reduce:
+            return None
+        held = "a replicated value" if state is None else "a sequence that is split over the same axis"
+        call.refuse(
+            f"is a {packet.__name__} along the axis {call.axis!r} of {held}",
+            "split with shard and put together with all_gather only; attention communicates by itself",
+        )
+    ndim = value_of(x).ndim
+    dims = [call.args[name] for name in ("dim", "split_dim", "concat_dim") if name in call.args]
+    across = f"is a {packet.__name__} along axis {call.args['axis']!r} on the dim that is split"
+    return combine(call, (x, keeping(ndim, dims)), across=across)
+
+
+def attention(call: Call) -> Result:
+    """On each rank by itself: batch and heads stay apart, queries too, keys do not."""
+    q, k, v = (call.args[name] for name in ("q", "k", "v"))
+    mask = call.args.get("mask")
+    seq = value_of(q).ndim - 2
+    lead = range(seq)
+    # An attention along another axis has its queries on that axis.
+    queries = None if "axis" in call.args or call.args["is_causal"] else seq
+    return combine(
+        call,
+        (q, [*lead, queries, None]),
+        (k, [*lead, None, None]),
+        (v, [*lead, None, seq + 1]),
+        (mask, [*[*aligned(mask, seq + 2)][:-1], None]),
+        across="reads across the sharded dim of its operands",
+    )
+
+
+def context_attention(call: Call) -> Result:
+    if call.args["axis"] != call.axis:
+        return attention(call)
+    states = [call.state(call.args[name]) for name in ("q", "k", "v")]
+    if any(s is None or s.dim != 2 or not s.is_plain for s in states):
+        call.refuse("wants queries, keys and values that are split on dim 2", "leave attention to md.capture")
+    return states[0]

@@ -1,0 +1,219 @@
+"""Sharding rules of the ops that move elements and compute none: views, slices, concatenation, indexing.
+
+Each takes the :class:`~torchtrt_md.lowering.sharding.Call` and returns the sharding of its result.  The table
+that names them is in :mod:`torchtrt_md.lowering.sharding_rules`.
+"""
+
+from __future__ import annotations
+
+import sys
+
+import torch
+from torch.fx import Node
+
+from torchtrt_md.lowering.sharding import (
+    Call,
+    Result,
+    Sharded,
+    State,
+    aligned,
+    carried_by_view,
+    combine,
+    cut,
+    keeping,
+    without,
+)
+from torchtrt_md.program import value_of
+
+_BORDER = (
+    "gather the sequence before this op (md.Gather in the plan), or cut only at the border of parts that were"
+    " concatenated after the split"
+)
+
+
+def view(call: Call) -> Result:
+    x = call.args["self"]
+    state, old, new = call.sole(x), value_of(x).shape, call.shape
+    if "dtype" in call.args:
+        return combine(call, (x, keeping(len(old), [-1] if old != new else [])))
+    sizes = next((call.args[name] for name in ("size", "shape", "sizes") if name in call.args), ())
+    after = carried_by_view(state, old, new, sizes)
+    if after is None:
+        call.refuse(
+            f"views it as {list(new)}, from which it cannot be told where the sharded dim goes",
+            "view the sharded dim by itself, merge it with whole neighbors, or split it into (-1, m)",
+        )
+    return after
+
+
+def keep(call: Call) -> Result:
+    """Dims are added behind the others."""
+    return call.sole(call.args["self"])
+
+
+def permute(call: Call) -> Result:
+    x = call.args["self"]
+    order = [d % len(call.shape) for d in call.args["dims"]]
+    return combine(call, (x, [order.index(d) for d in range(len(order))]))
+
+
+def transpose(call: Call) -> Result:
+    x = call.args["self"]
+    dims = list(range(len(call.shape)))
+    a, b = (call.dim("dim0", len(dims)), call.dim("dim1", len(dims))) if "dim0" in call.args else (0, len(dims) - 1)
+    dims[a], dims[b] = dims[b], dims[a]
+    return combine(call, (x, dims))
+
+
+def expand(call: Call) -> Result:
+    x = call.args["self"]
+    return combine(call, (x, aligned(x, len(call.shape))))
+
+
+def repeat(call: Call) -> Result:
+    x = call.args["self"]
+    dims = aligned(x, len(call.shape))
+    return combine(call, (x, [None if call.args["repeats"][to] != 1 else to for to in dims if to is not None]))
+
+
+def slice_(call: Call) -> Result:
+    x = call.args["self"]
+    state = call.sole(x)
+    if call.dim("dim", value_of(x).ndim) != state.dim:
+        return state
+    start, stop = _bounds(call, state.extent)
+    after = cut(state, start, stop)
+    if after is None:
+        call.refuse(f"cuts {start}:{stop} out of dim {state.dim}, across the shard", _BORDER)
+    return after
+
+
+def _bounds(call: Call, extent: int) -> tuple[int, int]:
+    """Start and stop of a slice of the sharded dim, if they mean the same on the whole as on this rank's part."""
+    start, step = call.args["start"] or 0, call.args.get("step", 1)
+    if isinstance(start, Node):
+        call.refuse("takes a part of the sharded dim that starts where the data says")
+    if "length" in call.args:
+        start %= extent
+        stop = start + call.args["length"]
+    else:
+        stop = sys.maxsize if call.args["end"] is None else call.args["end"]
+    # PyTorch clamps: a stop between the local and the whole length takes all of the one and cuts the other.
+    if step != 1 or start < -extent or extent < stop < extent * call.size:
+        call.refuse(f"takes {start}:{stop}:{step} of the sharded dim, across the shard", _BORDER)
+    return start + extent * (start < 0), min(stop + extent * (stop < 0), extent)
+
+
+def select(call: Call) -> Result:
+    x = call.args["self"]
+    return combine(call, (x, without(value_of(x).ndim, [call.args["dim"]])), across="takes one position of the shard")
+
+
+def unbind(call: Call) -> Result:
+    x = call.args["self"]
+    return combine(call, (x, without(value_of(x).ndim, [call.args["dim"]])), across="takes the shard apart")
+
+
+def split(call: Call) -> Result:
+    x, parts = call.args["self"], call.node.meta["val"]
+    state = call.sole(x)
+    if call.dim("dim", value_of(x).ndim) != state.dim:
+        return state
+    size = call.args.get("split_size")
+    if isinstance(size, int) and state.extent < size < state.extent * call.size:
+        call.refuse(f"splits dim {state.dim} by {size}, of which this rank has {state.extent}", _BORDER)
+    results: list[State] = []
+    start = 0
+    for part in parts:
+        stop = start + part.shape[state.dim]
+        results.append(cut(state, start, stop))
+        if results[-1] is None:
+            call.refuse(f"cuts {start}:{stop} out of dim {state.dim}, across the shard", _BORDER)
+        start = stop
+    return results
+
+
+def cat(call: Call) -> Result:
+    # torch.cat skips empty tensors of one dim, whatever the others look like.
+    tensors = [t for t in call.args["tensors"] if value_of(t).shape != (0,)]
+    states = [call.state(t) for t in tensors]
+    dim = call.dim("dim", len(call.shape))
+    first = next(s for s in states if s is not None)
+    if first.dim != dim:
+        return combine(call, *((t, range(len(call.shape))) for t in tensors))
+    pieces: tuple[int, ...] = ()
+    for state in states:
+        if len(states) > 1 and (state is None or (state.dim, state.outer, state.inner) != (dim, 1, first.inner)):
+            call.refuse(
+                "concatenates this rank's part of one sequence with something else on the sharded dim",
+                "split every part on this dim before it is concatenated, or gather them all",
+            )
+        assert state is not None
+        pieces += state.pieces
+    return first if len(states) == 1 else Sharded(dim, pieces, 1, first.inner)
+
+
+def stack(call: Call) -> Result:
+    new = call.dim("dim", len(call.shape))
+    dims = [d for d in range(len(call.shape)) if d != new]
+    return combine(call, *((t, dims) for t in call.args["tensors"]))
+
+
+# Indexing.
+
+
+def index(call: Call) -> Result:
+    x, given = call.args["self"], call.args["indices"]
+    tensors = {dim: t for dim, t in enumerate(given) if t is not None}
+    if any(value_of(t).dtype in (torch.bool, torch.uint8) for t in tensors.values()):
+        call.refuse("picks positions by a mask, as many as the data says")
+    indexed, ndim = list(tensors), max(value_of(t).ndim for t in tensors.values())
+    # As in NumPy: the indices' dims stand where the indexed dims were, if these were neighbors, else first.
+    at = indexed[0] if indexed[-1] - indexed[0] == len(indexed) - 1 else 0
+    own: list[int | None] = []
+    for dim in range(value_of(x).ndim):
+        rank = dim - sum(i < dim for i in indexed)
+        own.append(None if dim in tensors else rank if rank < at else rank + ndim)
+    return combine(
+        call,
+        (x, own),
+        *((t, range(at + ndim - value_of(t).ndim, at + ndim)) for t in tensors.values()),
+        across="looks positions up across the shard",
+    )
+
+
+def index_select(call: Call) -> Result:
+    x, dim = call.args["self"], call.args["dim"] % max(len(call.shape), 1)
+    return combine(call, (x, keeping(len(call.shape), [dim])), (call.args["index"], [dim]))
+
+
+def embedding(call: Call) -> Result:
+    ndim = len(call.shape)
+    return combine(call, (call.args["weight"], [None, ndim - 1]), (call.args["indices"], range(ndim - 1)))
+
+
+def gather(call: Call) -> Result:
+    ndim = len(call.shape)
+    return combine(call, (call.args["self"], keeping(ndim, [call.args["dim"]])), (call.args["index"], range(ndim)))
+
+
+def slice_scatter(call: Call) -> Result:
+    x, src, ndim = call.args["self"], call.args["src"], len(call.shape)
+    dim = call.dim("dim", ndim)
+    if _bounds_cover(call, dim):
+        return combine(call, (x, range(ndim)), (src, range(ndim)))
+    return combine(call, (x, keeping(ndim, [dim])), (src, keeping(ndim, [dim])), across="writes across the shard")
+
+
+def _bounds_cover(call: Call, dim: int) -> bool:
+    state = call.state(call.args["self"])
+    return state is not None and state.dim == dim and _bounds(call, state.extent) == (0, state.extent)
+
+
+def select_scatter(call: Call) -> Result:
+    ndim = len(call.shape)
+    dim = call.dim("dim", ndim)
+    src = [d for d in range(ndim) if d != dim]
+    return combine(
+        call, (call.args["self"], keeping(ndim, [dim])), (call.args["src"], src), across="writes across the shard"
+    )

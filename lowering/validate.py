@@ -1,0 +1,37 @@
+"""The last look: nothing is left that the build stage would have to guess at.  Rewrites nothing."""
+
+from __future__ import annotations
+
+import torch
+from torch.fx import GraphModule
+
+from torchtrt_md.errors import CollectiveError
+from torchtrt_md.lowering.functional_collectives import NAMESPACES
+from torchtrt_md.lowering.ops import bound_args, is_collective
+from torchtrt_md.lowering.passes import PassContext
+from torchtrt_md.source import source_line
+
+md = torch.ops.torchtrt_md
+_HIGH_LEVEL = (md.shard.default, md.context_attention.default)
+
+
+def run(graph: GraphModule, context: PassContext) -> int:
+    for node in graph.graph.nodes:
+        if is_collective(node):
+            args = bound_args(node)
+            if context.mesh.axis_size(args["axis"]) != args["size"]:
+                raise CollectiveError(
+                    f"{node.target} in node {node.name!r} is over {args['size']} ranks of axis {args['axis']!r},"
+                    f" which has {context.mesh.axis_size(args['axis'])} in {context.mesh}",
+                    fix="capture the model again for this mesh",
+                    at=source_line(node),
+                )
+        elif isinstance(node.target, torch._ops.OpOverload) and (
+            node.target.namespace in NAMESPACES or node.target in _HIGH_LEVEL
+        ):
+            raise CollectiveError(
+                f"node {node.name!r} is still {node.target} after lowering",
+                fix="report this graph; a pass should have rewritten it",
+                at=source_line(node),
+            )
+    return 0

@@ -1,0 +1,68 @@
+"""Real ranks for the tests: two gloo processes that stay up for the session and run what it is sent."""
+
+from __future__ import annotations
+
+import traceback
+from collections.abc import Callable
+from multiprocessing.connection import Connection
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import torch.distributed as dist
+import torch.multiprocessing as mp
+
+WORLD = 2
+SECONDS = 60.0
+
+
+class Outcome(NamedTuple):
+    """What a rank's function returned, or the class and message of what it raised."""
+
+    value: Any
+    error: str
+    message: str
+
+
+class Ranks:
+    """``ranks(function, *args)`` runs ``function(rank, *args)`` on every rank and gives the outcomes in rank order."""
+
+    def __init__(self, store: Path) -> None:
+        context = mp.get_context("spawn")
+        self.processes, self.pipes = [], []
+        for rank in range(WORLD):
+            here, there = context.Pipe()
+            process = context.Process(target=_serve, args=(rank, str(store), there), daemon=True)
+            process.start()
+            self.processes.append(process)
+            self.pipes.append(here)
+
+    def __call__(self, function: Callable[..., Any], *args: Any) -> list[Outcome]:
+        for pipe in self.pipes:
+            pipe.send((function, args))
+        outcomes = []
+        for rank, pipe in enumerate(self.pipes):
+            assert pipe.poll(SECONDS), f"rank {rank} did not answer within {SECONDS} s"
+            outcomes.append(pipe.recv())
+        return outcomes
+
+    def close(self) -> None:
+        for pipe, process in zip(self.pipes, self.processes, strict=True):
+            pipe.close()
+            process.join(5)
+            process.kill()
+
+
+def _serve(rank: int, store: str, pipe: Connection) -> None:
+    dist.init_process_group("gloo", init_method=f"file://{store}", rank=rank, world_size=WORLD)
+    while True:
+        try:
+            function, args = pipe.recv()
+        except EOFError:
+            return
+        try:
+            pipe.send(Outcome(function(rank, *args), "", ""))
+        except Exception as error:  # it is the test that says what must not be raised
+            traceback.print_exc()
+            pipe.send(Outcome(None, type(error).__name__, str(error)))
+
+

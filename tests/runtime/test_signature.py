@@ -1,0 +1,132 @@
+"""Arguments and outputs against the manifest."""
+
+import re
+
+import bundle_samples
+import pytest
+import torch
+from torch.distributed.device_mesh import init_device_mesh
+from torch.distributed.tensor import DTensor
+
+from torchtrt_md.bundle.manifest import Tensor
+from torchtrt_md.errors import BundleError, InputError, VerificationError
+from torchtrt_md.mesh import Mesh
+from torchtrt_md.runtime.signature import Signature, chunk, dtype_of, prepared
+
+CPU = torch.device("cpu")
+X = torch.randn(2, 8)  # this rank's chunk
+MASK = torch.ones(4, dtype=torch.bool)
+
+
+@pytest.fixture(scope="module")
+def signature() -> None:
+    return Signature(bundle_samples.manifest())
+
+
+@pytest.mark.parametrize(
+    ("args", "kwargs"),
+    [
+        ((X, [MASK]), {}),
+        ((X,), {"mask": [MASK, None]}),
+        ((), {"mask": (MASK,), "x": X, "return_dict": False}),
+        ((X,), {"mask.0": MASK}),
+    ],
+)
+def test_by_position_and_by_name(signature: Signature, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+    bound = signature.bind(args, kwargs, CPU)
+    assert list(bound) == ["x", "mask.0"]
+    assert bound["x"] is X
+    assert bound["mask.0"] is MASK
+
+
+REFUSED = {
+    "input 'mask.0' is missing": ((X,), {}),
+    "inputs 'x', 'mask.0' are missing": ((), {}),
+    "no input 'guidance'": ((X, [MASK]), {"guidance": X}),
+    "no input 'mask.2'": ((X, [MASK, None, X]), {}),
+    "3 positional arguments, and the engines take 2: x, mask": ((X, [MASK], False), {}),
+    "argument 'x' is given both by position and by name": ((X, [MASK]), {"x": X}),
+    "return_dict is True, and the bundle was built with return_dict=False": ((X, [MASK]), {"return_dict": True}),
+    "return_dict is 0, and": ((X, [MASK]), {"return_dict": 0}),
+    "mask.1 is a tensor of shape [2, 8], and the bundle was built with mask.1=None": ((X, [MASK, X]), {}),
+    "no input 'x.0'": (([X], [MASK]), {}),
+    "input 'x' is a NoneType, and the engines take a tensor": ((None, [MASK]), {}),
+    "input 'x' is torch.float16 and the engines take torch.float32": ((X.half(), [MASK]), {}),
+    "input 'x' is on meta and this rank's engines on cpu": ((X.to("meta"), [MASK]), {}),
+    "input 'x' requires a gradient": ((X.clone().requires_grad_(), [MASK]), {}),
+    "input 'mask.0' has shape [3] and the engines take [4]": ((X, [MASK[:3]]), {}),
+    "input 'x' has shape [4, 8] and the engines take [2, 8]: this rank's chunk of [4, 8], split on dim 0 over the 2"
+    " ranks of 'cp'": ((torch.randn(4, 8), [MASK]), {}),
+}
+
+
+@pytest.mark.parametrize("message", REFUSED)
+def test_refused(signature: Signature, message: str) -> None:
+    with pytest.raises(InputError, match=re.escape(message)) as raised:
+        signature.bind(*REFUSED[message], CPU)
+    assert raised.value.fix
+
+
+def pass_a_dtensor(rank: int) -> None:
+    placed = DTensor.from_local(X, init_device_mesh("cpu", (2,)))
+    Signature(bundle_samples.manifest()).bind((placed, [MASK]), {}, CPU)
+
+
+def test_a_dtensor_is_refused(ranks: Ranks) -> None:
+    for outcome in ranks(pass_a_dtensor):
+        assert outcome.error == "InputError"
+        assert "input 'x' is a DTensor" in outcome.message
+
+
+def test_a_gradient_is_no_matter_where_none_is_asked_for(signature: Signature) -> None:
+    with torch.no_grad():
+        signature.bind((X.clone().requires_grad_(), [MASK]), {}, CPU)
+
+
+def test_float_constants() -> None:
+    signature = Signature(bundle_samples.manifest(constants={"scale": 0.5, "steps": 2, "mode": "ring"}))
+    signature.bind((X, [MASK]), {"scale": 0.5, "steps": 2.0, "mode": "ring"}, CPU)
+    with pytest.raises(InputError, match="mode is 'ulysses', and the bundle was built with mode='ring'"):
+        signature.bind((X, [MASK]), {"mode": "ulysses"}, CPU)
+
+
+def test_an_unknown_dtype() -> None:
+    assert dtype_of("bfloat16") is torch.bfloat16
+    for name in ("float3", "Tensor"):
+        with pytest.raises(BundleError, match=f"dtype '{name}', which PyTorch"):
+            dtype_of(name)
+
+
+def test_outputs_nest_and_flatten() -> None:
+    outputs = [Tensor("a", "float32", [1]), Tensor("b", "float32", [1])]
+    result = {"dict": {"sample": {"output": 1}, "rest": {"tuple": [{"constant": 3}, {"list": [{"output": 0}]}]}}}
+    signature = Signature(bundle_samples.manifest(outputs=outputs, result=result))
+    a, b = torch.zeros(1), torch.ones(1)
+    nested = signature.nest({"a": a, "b": b})
+    assert nested == {"sample": b, "rest": (3, [a])}
+    flat = signature.flat(nested)
+    assert flat["a"] is a
+    assert flat["b"] is b
+    for other in ((a, b), {"sample": b}, {"sample": b, "rest": (3, [])}, a):
+        with pytest.raises(VerificationError, match="is not what the bundle returns"):
+            signature.flat(other)
+
+
+def test_chunks() -> None:
+    whole = torch.arange(16).reshape(4, 4)
+    mesh = Mesh(cp=2, tp=2)
+    assert chunk(whole, [(0, "cp"), (1, "tp")], mesh, 2).tolist() == [[8, 9], [12, 13]]
+    assert chunk(whole, [], mesh, 2) is whole
+
+
+def test_prepared_only_copies_what_an_engine_cannot_read() -> None:
+    storage = torch.arange(1024.0)
+    start = (-storage.data_ptr() % 256) // 4
+    aligned = storage[start : start + 256]
+    assert prepared(aligned).data_ptr() == aligned.data_ptr()
+    for view in (storage[start + 1 : start + 257], aligned.view(16, 16).t(), torch._neg_view(aligned)):
+        ready = prepared(view)
+        assert torch.equal(ready, view)
+        assert ready.is_contiguous()
+        assert not ready.is_neg()
+        assert ready.data_ptr() != view.data_ptr()

@@ -1,0 +1,64 @@
+"""From the graph that was verified to the one that is converted: Torch-TensorRT's decompositions, then the weights."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.fx import GraphModule, Interpreter
+from torch.fx.experimental.proxy_tensor import make_fx
+
+from torchtrt_md.build.torch_trt import load, without_gpu
+from torchtrt_md.capture.torch_private import FakeTensorMode
+from torchtrt_md.program import placeholders, value_of
+
+
+def decompose(graph: GraphModule) -> GraphModule:
+    """The same graph in the ops that Torch-TensorRT has converters for; placeholders keep their names."""
+    mode = FakeTensorMode(allow_non_fake_inputs=True)
+    fakes = []
+    for node in placeholders(graph):
+        like = value_of(node)
+        with mode:
+            fakes.append(torch.empty_strided(like.shape, like.stride(), dtype=like.dtype, device=like.device))
+
+    def run(*flat: Tensor) -> Any:
+        return Interpreter(graph).run(*flat)
+
+    with without_gpu(), torch.fx.traceback.preserve_node_meta():
+        decomposed = make_fx(
+            run,
+            decomposition_table=load().get_decompositions(),
+            tracing_mode="fake",
+            _allow_non_fake_inputs=True,
+        )(*fakes)
+    for new, old in zip(placeholders(decomposed), placeholders(graph), strict=True):
+        new.name, new.target = old.name, old.target
+    return decomposed
+
+
+def bind_weights(graph: GraphModule, weights: Mapping[str, Tensor]) -> GraphModule:
+    """A copy of the graph in which these placeholders are constants.  The tensors are not copied."""
+    bound = GraphModule(dict(graph.named_buffers()), copy_graph(graph))
+    for node in placeholders(bound):
+        if node.name not in weights:
+            continue
+        attribute = f"weight_{node.name}"
+        bound.register_parameter(attribute, nn.Parameter(weights[node.name], requires_grad=False))
+        with bound.graph.inserting_before(node):
+            constant = bound.graph.get_attr(attribute)
+        constant.meta = dict(node.meta)
+        node.replace_all_uses_with(constant)
+        bound.graph.erase_node(node)
+    bound.recompile()
+    return bound
+
+
+def copy_graph(graph: GraphModule) -> torch.fx.Graph:
+    """A copy of the nodes alone."""
+    new = torch.fx.Graph()
+    output = new.graph_copy(graph.graph, val_map={})
+    new.output(output)
+    return new

@@ -1,0 +1,120 @@
+"""Read a bundle: trust nothing in the folder until it is checked."""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Iterable
+from pathlib import Path
+
+import msgspec
+
+from torchtrt_md.bundle.manifest import SCHEMA, Manifest
+from torchtrt_md.bundle.structure import check_structure
+from torchtrt_md.errors import BundleError
+
+MANIFEST = "manifest.json"
+
+
+class _Schema(msgspec.Struct):
+    """The one field that every schema has, so that a newer manifest is refused by its number."""
+
+    schema: int
+
+
+def read_manifest(folder: Path | str) -> Manifest:
+    """The bundle's manifest, whole and consistent with itself.  Its files are not opened.
+
+    Raises:
+        BundleError: no bundle there, a schema this version does not know, or a manifest that contradicts itself.
+    """
+    return parse_manifest(_manifest_bytes(folder), Path(folder) / MANIFEST)
+
+
+def parse_manifest(text: bytes, path: Path) -> Manifest:
+    """A manifest from its text; ``path`` is for messages.
+
+    Raises:
+        BundleError: as :func:`read_manifest`.
+    """
+    try:
+        schema = msgspec.json.decode(text, type=_Schema).schema
+    except msgspec.DecodeError as error:
+        raise BundleError(f"{path} is not a bundle's manifest: {error}", fix="export the bundle again") from error
+    if schema != SCHEMA:
+        raise BundleError(
+            f"{path} has schema {schema} and this version of torchtrt_md reads schema {SCHEMA}",
+            fix="install the version of torchtrt_md that wrote the bundle (versions.torchtrt_md in that file),"
+            " or export it again",
+        )
+    try:
+        manifest = msgspec.json.decode(text, type=Manifest)
+    except msgspec.ValidationError as error:
+        raise BundleError(f"{path} does not follow schema {SCHEMA}: {error}", fix="export the bundle again") from error
+    check_structure(manifest)
+    return manifest
+
+
+def manifest_digest(folder: Path | str) -> str:
+    """sha256 of the manifest's bytes.  Equal digests mean equal bundles: the manifest holds every file's hash.
+
+    Raises:
+        BundleError: no bundle there.
+    """
+    return hashlib.sha256(_manifest_bytes(folder)).hexdigest()
+
+
+def check_files(folder: Path | str, manifest: Manifest, only: Iterable[str] | None = None) -> None:
+    """Compare files of the bundle with their sha256 in the manifest.
+
+    Args:
+        only: paths within the bundle (a rank needs its own engines only); None checks every file.
+
+    Raises:
+        BundleError: a file that is missing or changed, with the expected and the found hash.
+    """
+    for name in manifest.files if only is None else dict.fromkeys(only):
+        path, expected = Path(folder) / name, manifest.files.get(name)
+        if expected is None:
+            raise BundleError(f"{name!r} is not among the files of {folder}", fix="export the bundle again")
+        try:
+            with path.open("rb") as file:
+                found = hashlib.file_digest(file, "sha256").hexdigest()
+        except OSError as error:
+            raise BundleError(
+                f"{path} cannot be read: {error.strerror or error}", fix="copy the whole bundle folder to every host"
+            ) from error
+        if found != expected:
+            raise BundleError(
+                f"{path} is damaged: its sha256 is {found} and the manifest says {expected}",
+                fix="copy the bundle again, whole, or export it again",
+            )
+
+
+def check_versions(manifest: Manifest) -> None:
+    """Refuse a bundle that the installed TensorRT cannot run: a plan runs only under the version that built it.
+
+    Raises:
+        BundleError: with the flavour and version of both, and what to install.
+        BuildError: no TensorRT is installed.
+    """
+    from torchtrt_md.build.flavour import flavour  # imports TensorRT: not before a bundle is really loaded
+
+    here, built = flavour(), manifest.versions
+    if (here.name, here.version) != (built.flavour, built.tensorrt):
+        package = {"TensorRT": "tensorrt", "TensorRT-RTX": "tensorrt-rtx"}.get(built.flavour, built.flavour)
+        raise BundleError(
+            f"the bundle was built with {built.flavour} {built.tensorrt} and {here.name} {here.version} is installed;"
+            " an engine runs only under the exact version that built it",
+            fix=f"pip install {package}=={built.tensorrt}, or export the bundle again with the installed version",
+        )
+
+
+def _manifest_bytes(folder: Path | str) -> bytes:
+    path = Path(folder) / MANIFEST
+    try:
+        return path.read_bytes()
+    except OSError as error:
+        raise BundleError(
+            f"there is no bundle at {folder}: {path} cannot be read ({error.strerror or error})",
+            fix="give the folder that the export wrote, whole",
+        ) from error

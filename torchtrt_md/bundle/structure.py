@@ -1,0 +1,154 @@
+"""What makes a manifest consistent, asked both when a bundle is written and when it is read.
+
+A runner trusts a checked manifest: each wire has one producer that runs before its consumers, each shape
+follows from the mesh, and an engine's collectives are all on the axis of the communicator it will get.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from pathlib import PurePosixPath
+from typing import Any
+
+from torchtrt_md.bundle.manifest import Binding, Manifest, Segment, Tensor
+from torchtrt_md.errors import BundleError, MeshError
+from torchtrt_md.mesh import Mesh
+
+_REBUILD = "export the bundle again; do not edit manifest.json by hand"
+
+
+def mesh_of(manifest: Manifest) -> Mesh:
+    """The manifest's mesh.
+
+    Raises:
+        BundleError: it is not one.
+    """
+    try:
+        return Mesh(**manifest.mesh)
+    except MeshError as error:
+        raise BundleError(f"the manifest's mesh {manifest.mesh} is not one: {error.problem}", fix=_REBUILD) from error
+
+
+def local_shape(tensor: Tensor, mesh: Mesh) -> tuple[int, ...]:
+    """The shape that each rank holds of an input or output: the global one, divided along each sharding.
+
+    Raises:
+        BundleError: a sharding that does not fit the shape or the mesh.
+    """
+    shape = list(tensor.shape)
+    for dim, axis in tensor.sharding:
+        if axis not in mesh.axes or not 0 <= dim < len(shape) or shape[dim] % mesh.axes[axis]:
+            raise BundleError(
+                f"{tensor.name!r} of shape {tensor.shape} cannot be sharded on dim {dim} along axis {axis!r} of {mesh}",
+                fix=_REBUILD,
+            )
+        shape[dim] //= mesh.axes[axis]
+    return tuple(shape)
+
+
+def check_structure(manifest: Manifest) -> None:
+    """Refuse a manifest that contradicts itself.
+
+    Raises:
+        BundleError: naming the two parts that disagree.
+    """
+    mesh = mesh_of(manifest)
+    if len(manifest.ranks) != mesh.size:
+        raise BundleError(
+            f"the manifest has engines for {len(manifest.ranks)} ranks and {mesh} has {mesh.size}", fix=_REBUILD
+        )
+    for path in manifest.files:
+        check_path(path)
+    _check_names(manifest)
+    for rank, segments in enumerate(manifest.ranks):
+        _check_rank(manifest, mesh, rank, segments)
+    _check_result(manifest.result, len(manifest.outputs))
+
+
+def check_path(path: str) -> None:
+    """Refuse a path that is not a plain relative one inside the bundle.
+
+    Raises:
+        BundleError: naming the path.
+    """
+    parts = PurePosixPath(path).parts
+    if not parts or PurePosixPath(path).is_absolute() or ".." in parts or "\\" in path or ":" in path or "\0" in path:
+        raise BundleError(f"the manifest names the file {path!r}, which is not inside the bundle", fix=_REBUILD)
+
+
+def _check_names(manifest: Manifest) -> None:
+    for kind, names in (
+        ("input", [t.name for t in manifest.inputs] + list(manifest.constants)),
+        ("output", [t.name for t in manifest.outputs]),
+    ):
+        twice = sorted({name for name in names if names.count(name) > 1})
+        if twice:
+            raise BundleError(f"the manifest has more than one {kind} {twice[0]!r}", fix=_REBUILD)
+
+
+def _check_rank(manifest: Manifest, mesh: Mesh, rank: int, segments: Sequence[Segment]) -> None:
+    expected: dict[str, tuple[str, tuple[int, ...]]] = {f"coordinate:{axis}": ("int32", (1,)) for axis in mesh.names}
+    expected |= {f"input:{t.name}": (t.dtype, local_shape(t, mesh)) for t in manifest.inputs}
+    outputs = {f"output:{t.name}": (t.dtype, local_shape(t, mesh)) for t in manifest.outputs}
+    live = set(expected)
+    expected |= outputs
+    for index, segment in enumerate(segments):
+        where = f"segment {index} of rank {rank}"
+        _check_segment(manifest, mesh, segment, where)
+        for binding in segment.inputs:
+            if binding.source not in live:
+                raise BundleError(f"{where} reads {binding.source!r}, which nothing before it makes", fix=_REBUILD)
+            _check_binding(binding, expected, where)
+        for binding in segment.outputs:
+            if binding.source not in outputs and not binding.source.startswith("value:"):
+                raise BundleError(
+                    f"{where} writes {binding.source!r}, which is no output of the program and no value", fix=_REBUILD
+                )
+            if binding.source in live:
+                raise BundleError(f"{where} writes {binding.source!r} a second time", fix=_REBUILD)
+            expected.setdefault(binding.source, (binding.dtype, tuple(binding.shape)))
+            _check_binding(binding, expected, where)
+            live.add(binding.source)
+    missing = sorted(set(outputs) - live)
+    if missing:
+        raise BundleError(f"no segment of rank {rank} writes {missing[0]!r}", fix=_REBUILD)
+
+
+def _check_segment(manifest: Manifest, mesh: Mesh, segment: Segment, where: str) -> None:
+    if segment.engine not in manifest.files:
+        raise BundleError(f"{where} runs {segment.engine!r}, which is not among the manifest's files", fix=_REBUILD)
+    if segment.axis is not None and segment.axis not in mesh.axes:
+        raise BundleError(f"{where} communicates on axis {segment.axis!r}, which {mesh} lacks", fix=_REBUILD)
+    for c in segment.collectives:
+        if c.axis != segment.axis or c.ranks != mesh.axis_size(c.axis):
+            raise BundleError(
+                f"{where} has a {c.op} over {c.ranks} ranks of axis {c.axis!r}, and its communicator is that of"
+                f" axis {segment.axis!r} of {mesh}",
+                fix=_REBUILD,
+            )
+    names = [b.name for b in (*segment.inputs, *segment.outputs)]
+    if len(set(names)) != len(names):
+        raise BundleError(f"{where} binds a tensor of its engine twice: {names}", fix=_REBUILD)
+
+
+def _check_binding(binding: Binding, expected: Mapping[str, tuple[str, tuple[int, ...]]], where: str) -> None:
+    dtype, shape = expected[binding.source]
+    if (binding.dtype, tuple(binding.shape)) != (dtype, shape):
+        raise BundleError(
+            f"{where} binds {binding.source!r} as {binding.dtype} {binding.shape}, and it is {dtype} {list(shape)}",
+            fix=_REBUILD,
+        )
+
+
+def _check_result(result: Any, outputs: int) -> None:
+    kind, value = next(iter(result.items())) if isinstance(result, dict) and len(result) == 1 else (None, None)
+    if kind in ("tuple", "list") and isinstance(value, list):
+        for part in value:
+            _check_result(part, outputs)
+    elif kind == "dict" and isinstance(value, dict):
+        for part in value.values():
+            _check_result(part, outputs)
+    elif kind == "output" and isinstance(value, int) and 0 <= value < outputs:
+        pass
+    elif kind != "constant":
+        raise BundleError(f"the manifest's result has a part that is not understood: {result!r}", fix=_REBUILD)

@@ -1,0 +1,46 @@
+"""Capture: a model, its example arguments, a mesh and what is parallel -> a ``ShardedProgram``.
+
+One process captures the graphs of all ranks of any mesh, with no GPU and nothing launched.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from torch import Tensor, nn
+
+    from torchtrt_md.mesh import Mesh
+    from torchtrt_md.parallel import Parallel
+    from torchtrt_md.program import ShardedProgram
+
+
+def capture(
+    model: nn.Module,
+    args: Sequence[Any] = (),
+    kwargs: Mapping[str, Any] | None = None,
+    *,
+    mesh: Mesh,
+    parallel: Parallel | Sequence[Parallel] = (),
+    weights: Mapping[str, Tensor] | None = None,
+) -> ShardedProgram:
+    """Trace the graph of every rank of ``mesh``.
+
+    Args:
+        model: the model, dense or as ``parallelize_module`` left it.  It is not changed.
+        args: example positional arguments; tensors give the shapes and dtypes, all else is built in.
+        kwargs: example keyword arguments.
+        mesh: the mesh of the launch that the program is for.
+        parallel: what is parallel: a :class:`ContextParallel`, a :class:`TensorParallel`, or several.
+        weights: dense weights by name, for a model whose parameters are DTensors already: this process
+            holds one rank's shards only, and other ranks' engines need the whole.
+
+    Raises:
+        MeshError: an axis that the mesh lacks.
+        PlanError: a plan that does not fit the model.
+        CaptureError: the model cannot be traced.
+    """
+    from torchtrt_md.capture.model import capture_model  # DTensor takes half a second to import
+
+    return capture_model(model, args, dict(kwargs or {}), mesh, parallel, weights)

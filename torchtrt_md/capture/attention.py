@@ -1,0 +1,59 @@
+"""Keep each ``scaled_dot_product_attention`` one node of the graph.
+
+PyTorch would decompose it while tracing, differently for each device, and the strategies need it whole.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import torch.nn.functional as F
+from torch import Tensor
+from torch.overrides import TorchFunctionMode
+
+from torchtrt_md.errors import CaptureError
+from torchtrt_md.lowering import ops
+
+
+class WholeAttention(TorchFunctionMode):
+    """While active, attention calls become ``torchtrt_md::attention``."""
+
+    def __torch_function__(
+        self,
+        func: Callable[..., Any],
+        types: Any,
+        args: tuple[Any, ...] = (),
+        kwargs: dict[str, Any] | None = None,
+    ) -> Any:
+        if func is F.scaled_dot_product_attention:
+            return _attention(*args, **(kwargs or {}))
+        return func(*args, **(kwargs or {}))
+
+
+def _attention(
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    attn_mask: Tensor | None = None,
+    dropout_p: float = 0.0,
+    is_causal: bool = False,
+    *,
+    scale: float | None = None,
+    enable_gqa: bool = False,
+) -> Tensor:
+    if dropout_p:
+        raise CaptureError(f"attention with dropout_p={dropout_p}", fix="call model.eval() before capturing")
+    if query.dim() == 4:
+        out: Tensor = ops.attention(query, key, value, attn_mask, is_causal, scale, enable_gqa)
+        return out
+    if query.dim() == 3 and key.dim() == 3 and (attn_mask is None or attn_mask.dim() < 3):
+        # [B, S, D] is one head; only the mask of a whole batch would need a place for it.
+        out = ops.attention(
+            query.unsqueeze(1), key.unsqueeze(1), value.unsqueeze(1), attn_mask, is_causal, scale, False
+        )
+        return out.squeeze(1)
+    raise CaptureError(
+        f"attention over queries of {query.dim()} dims: {list(query.shape)}",
+        fix="shape query, key and value as [batch, heads, tokens, head_dim]",
+    )

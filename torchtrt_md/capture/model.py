@@ -1,0 +1,186 @@
+"""How a model is captured: one process traces the graphs of all ranks of any mesh.
+
+    shadow      a copy of the module structure that shares the parameters  (this file)
+    apply       hooks for context parallelism, DTensor for tensor parallelism
+    trace       make_fx on fake tensors, once for each rank whose graph may differ
+
+The user's model is left as it was.
+"""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import ExitStack, contextmanager
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from torch import Tensor, nn
+from torch.distributed.device_mesh import DeviceMesh
+from torch.distributed.tensor import DTensor
+
+from torchtrt_md.capture import context_parallel, tensor_parallel
+from torchtrt_md.capture.arguments import Arguments
+from torchtrt_md.capture.torch_private import coordinates, fake_ranks
+from torchtrt_md.capture.trace import LocalWeight, Trace, same_graph, trace
+from torchtrt_md.errors import MeshError, PlanError
+from torchtrt_md.mesh import Mesh
+from torchtrt_md.parallel import ContextParallel, Parallel, TensorParallel
+from torchtrt_md.program import ShardedProgram, Value, Weight, Weights
+
+
+def capture_model(
+    model: nn.Module,
+    args: Sequence[Any],
+    kwargs: Mapping[str, Any],
+    mesh: Mesh,
+    parallel: Parallel | Sequence[Parallel],
+    weights: Mapping[str, Tensor] | None,
+) -> ShardedProgram:
+    """See :func:`torchtrt_md.capture`."""
+    parallels = [parallel] if isinstance(parallel, (ContextParallel, TensorParallel)) else list(parallel)
+    _check_axes(parallels, mesh)
+    arguments = Arguments.of(model, args, kwargs)
+    own = next((p.device_mesh for p in model.parameters() if isinstance(p, DTensor)), None)
+    with _device_mesh(mesh, parallels, own) as device_mesh:
+        shadow = _shadow(model, without_memory=any(isinstance(p, TensorParallel) for p in parallels))
+        for p in parallels:
+            if isinstance(p, TensorParallel):
+                assert device_mesh is not None
+                tensor_parallel.apply(shadow, p, device_mesh)
+            else:
+                context_parallel.apply(shadow, p, mesh.axis_size(p.axis))
+        local = _local_weights(shadow, mesh, arguments.device)
+        traces = []
+        for rank in range(mesh.size if device_mesh is not None else 1):
+            with _as_rank(shadow, mesh, rank):
+                traces.append(trace(shadow, arguments, local))
+        groups = _groups(device_mesh)
+    traces = traces if device_mesh is not None else traces * mesh.size
+    return _program(traces, mesh, parallels, groups, _weights(model, mesh, weights), arguments)
+
+
+def _check_axes(parallels: Sequence[Parallel], mesh: Mesh) -> None:
+    seen: set[str] = set()
+    for p in parallels:
+        mesh.axis_size(p.axis)
+        if p.axis in seen:
+            raise PlanError(f"axis {p.axis!r} is given twice", fix="give each kind of parallelism its own axis")
+        seen.add(p.axis)
+
+
+@contextmanager
+def _device_mesh(mesh: Mesh, parallels: Sequence[Parallel], own: DeviceMesh | None) -> Iterator[DeviceMesh | None]:
+    """The mesh that DTensor traces on: the user's own, the launch's, or a fake one; None where none is needed."""
+    if own is not None:
+        for axis, size in zip(own.mesh_dim_names or (), own.mesh.shape, strict=False):
+            if mesh.axis_size(axis) != size:
+                raise MeshError(
+                    f"the model was parallelized over {size} ranks on axis {axis!r}, and {mesh} has"
+                    f" {mesh.axis_size(axis)}",
+                    fix="pass the mesh that parallelize_module was given",
+                )
+        yield own
+    elif not any(isinstance(p, TensorParallel) for p in parallels):
+        yield None
+    elif dist.is_initialized():
+        yield mesh.to_device_mesh("cpu" if dist.get_backend() in ("gloo", "fake") else "cuda")
+    else:
+        with fake_ranks(mesh.size):
+            yield mesh.to_device_mesh("cpu")
+
+
+@contextmanager
+def _as_rank(shadow: nn.Module, mesh: Mesh, rank: int) -> Iterator[None]:
+    """Let every mesh that the shadow's DTensors are on take this process for ``rank``."""
+    meshes = {id(p.device_mesh): p.device_mesh for p in shadow.parameters() if isinstance(p, DTensor)}
+    with ExitStack() as stack:
+        for device_mesh in meshes.values():
+            names = device_mesh.mesh_dim_names or ()
+            stack.enter_context(coordinates(device_mesh, [mesh.coordinate(rank, name) for name in names]))
+        yield
+
+
+def _groups(device_mesh: DeviceMesh | None) -> dict[str, str]:
+    if device_mesh is None:
+        return {}
+    return {device_mesh.get_group(name).group_name: name for name in device_mesh.mesh_dim_names or ()}
+
+
+def _shadow(model: nn.Module, without_memory: bool) -> nn.Module:
+    """A copy of the modules that shares all parameters and buffers, or holds their shapes only."""
+    shared = {id(t): t for t in [*model.parameters(), *model.buffers()]}
+    shadow = copy.deepcopy(model, dict(shared))
+    if without_memory:
+        empty = {
+            key: t if isinstance(t, DTensor) else nn.Parameter(t.detach().to("meta"), requires_grad=False)
+            for key, t in shared.items()
+        }
+        for module in shadow.modules():
+            for name, parameter in module._parameters.items():
+                if parameter is not None:
+                    module._parameters[name] = empty[id(parameter)]
+    return shadow
+
+
+def _local_weights(shadow: nn.Module, mesh: Mesh, device: torch.device) -> list[LocalWeight]:
+    """What each rank holds of every parameter and buffer."""
+    found = []
+    for name, t in [*shadow.named_parameters(), *shadow.named_buffers()]:
+        parts = tensor_parallel.shardings(name, t, mesh) if isinstance(t, DTensor) else ()
+        found.append(LocalWeight(Weight(name, tuple(t.shape), t.dtype, parts), t, device))
+    return found
+
+
+def _weights(model: nn.Module, mesh: Mesh, dense: Mapping[str, Tensor] | None) -> Weights:
+    tensors = {
+        name: t.detach()
+        for name, t in [
+            *model.named_parameters(remove_duplicate=False),
+            *model.named_buffers(remove_duplicate=False),
+        ]
+    }
+    shards = {name: t.to_local() for name, t in tensors.items() if isinstance(t, DTensor)}
+    whole = {name: t for name, t in tensors.items() if name not in shards}
+    for name in shards:
+        if dense is not None and name in dense:
+            if dense[name].shape != tensors[name].shape:
+                raise PlanError(
+                    f"the dense weight {name!r} has shape {list(dense[name].shape)} and the model's is"
+                    f" {list(tensors[name].shape)}",
+                    fix="pass the state_dict of the dense model that was parallelized",
+                )
+            whole[name] = dense[name].detach()
+    return Weights(whole, shards, dist.get_rank() if shards else 0)
+
+
+def _program(
+    traces: Sequence[Trace],
+    mesh: Mesh,
+    parallels: Sequence[Parallel],
+    groups: Mapping[str, str],
+    weights: Weights,
+    arguments: Arguments,
+) -> ShardedProgram:
+    distinct: list[Trace] = []
+    graphs = []
+    for t in traces:
+        twin = next((d for d in distinct if d is t or same_graph(d.graph, t.graph)), None)
+        if twin is None:
+            distinct.append(t)
+        graphs.append((twin or t).graph)
+    first = traces[0]
+    return ShardedProgram(
+        mesh=mesh,
+        graphs=tuple(graphs),
+        sources=first.sources,
+        outputs=tuple(Value(f"output{i}", tuple(v.shape), v.dtype) for i, v in enumerate(first.outputs)),
+        weights=weights,
+        constants=arguments.constants,
+        strategies={p.axis: p.strategy for p in parallels if isinstance(p, ContextParallel)},
+        groups=groups,
+        out_spec=first.out_spec,
+        out_leaves=first.out_leaves,
+    )
+

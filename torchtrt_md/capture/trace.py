@@ -1,0 +1,190 @@
+"""Trace one rank's graph: flat, functional aten ops over local shapes, weights as placeholders."""
+
+from __future__ import annotations
+
+import hashlib
+import traceback
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.distributed.tensor import DTensor
+from torch.fx import GraphModule, Interpreter
+from torch.fx.experimental.proxy_tensor import make_fx
+from torch.utils import _pytree as pytree
+
+from torchtrt_md.capture.arguments import Arguments
+from torchtrt_md.capture.attention import WholeAttention
+from torchtrt_md.capture.torch_private import FakeTensorMode
+from torchtrt_md.errors import CaptureError, MDError
+from torchtrt_md.program import Output, Source, Value, Weight, placeholders
+from torchtrt_md.source import MACHINERY, source_line
+
+aten = torch.ops.aten
+# Ops that only rename a tensor; functionalization refuses some of them.
+_RENAMES = {aten.alias.default, aten.detach.default, aten.lift_fresh.default}
+
+
+@dataclass(frozen=True)
+class LocalWeight:
+    """A weight, the shadow's tensor for it (a DTensor where ranks hold parts), and the device to trace it on."""
+
+    weight: Weight
+    tensor: Tensor
+    device: torch.device
+
+
+@dataclass(frozen=True)
+class Trace:
+    """One rank's graph and what it says about inputs and outputs."""
+
+    graph: GraphModule
+    sources: Mapping[str, Source]
+    outputs: Sequence[Tensor]
+    out_spec: pytree.TreeSpec
+    out_leaves: tuple[object, ...]
+
+
+def trace(shadow: nn.Module, arguments: Arguments, weights: Sequence[LocalWeight]) -> Trace:
+    """Run the shadow on fake tensors and record what it does.
+
+    Raises:
+        CaptureError: the model does what cannot be one graph, with the user's source line.
+    """
+    mode = FakeTensorMode(allow_non_fake_inputs=True)
+    fake_weights = [_fake(mode, w) for w in weights]
+    fake_inputs = [mode.from_tensor(t.detach()) for t in arguments.tensors.values()]
+    structure: list[pytree.TreeSpec] = []
+    leaves: list[object] = []
+
+    def call(*flat: Tensor) -> tuple[Tensor, ...]:
+        named = {w.weight.name: _as_placed(w.tensor, t) for w, t in zip(weights, flat, strict=False)}
+        args, kwargs = arguments.call_with(dict(zip(arguments.tensors, flat[len(weights) :], strict=True)))
+        with WholeAttention(), torch.no_grad():
+            result = torch.func.functional_call(shadow, named, args, kwargs)
+        flat_result, spec = pytree.tree_flatten(result)
+        structure.append(spec)
+        tensors = [_local(t) for t in flat_result if isinstance(t, Tensor)]
+        indices = iter(range(len(tensors)))
+        leaves.extend(Output(next(indices)) if isinstance(t, Tensor) else t for t in flat_result)
+        return tuple(tensors)
+
+    try:
+        graph = make_fx(call, tracing_mode="fake", _allow_non_fake_inputs=True, record_stack_traces=True)(
+            *fake_weights, *fake_inputs
+        )
+    except MDError:
+        raise
+    except Exception as error:  # whatever the model's code raised, the user's line is what helps
+        raise CaptureError(
+            f"{type(shadow).__name__} could not be traced: {type(error).__name__}: {str(error).strip()}",
+            fix="make the model's forward depend on shapes only, not on the values of tensors;"
+            " under a plan, local shapes must fit it too",
+            at=_user_line(error),
+        ) from error
+    graph = _functional(_without_renames(graph), [*fake_weights, *fake_inputs])
+    _check(graph)
+    sources: dict[str, Source] = {}
+    values = [Value(name, tuple(t.shape), t.dtype) for name, t in arguments.tensors.items()]
+    for node, source in zip(placeholders(graph), [*(w.weight for w in weights), *values], strict=True):
+        sources[node.name] = source
+    (output,) = graph.graph.find_nodes(op="output")
+    outputs = [node.meta["val"] for node in output.args[0]]
+    return Trace(graph, sources, outputs, structure[0], tuple(leaves))
+
+
+def _fake(mode: FakeTensorMode, w: LocalWeight) -> Tensor:
+    local = w.tensor.to_local() if isinstance(w.tensor, DTensor) else w.tensor.detach()
+    with mode:
+        return torch.empty_strided(local.shape, local.stride(), dtype=local.dtype, device=w.device)
+
+
+def _as_placed(shadow: Tensor, local: Tensor) -> Tensor:
+    if not isinstance(shadow, DTensor):
+        return local
+    return DTensor.from_local(
+        local,
+        shadow.device_mesh,
+        shadow.placements,
+        run_check=False,
+        shape=shadow.shape,
+        stride=shadow.stride(),
+    )
+
+
+def _local(result: Tensor) -> Tensor:
+    return result.full_tensor() if isinstance(result, DTensor) else result
+
+
+def _without_renames(graph: GraphModule) -> GraphModule:
+    for node in list(graph.graph.nodes):
+        if node.op == "call_function" and node.target in _RENAMES:
+            node.replace_all_uses_with(node.args[0])
+            graph.graph.erase_node(node)
+    graph.recompile()
+    return graph
+
+
+def _functional(graph: GraphModule, inputs: Sequence[Tensor]) -> GraphModule:
+    """The same graph without in-place ops."""
+    if not any(_mutates(node) for node in graph.graph.nodes):
+        return graph
+
+    def run(*flat: Tensor) -> Any:
+        return Interpreter(graph).run(*flat)
+
+    with torch.fx.traceback.preserve_node_meta():
+        functional = make_fx(
+            torch.func.functionalize(run, remove="mutations"), tracing_mode="fake", _allow_non_fake_inputs=True
+        )(*inputs)
+    return _without_renames(functional)
+
+
+def _mutates(node: torch.fx.Node) -> bool:
+    return isinstance(node.target, torch._ops.OpOverload) and node.target._schema.is_mutable
+
+
+def _check(graph: GraphModule) -> None:
+    for node in graph.graph.nodes:
+        if not isinstance(node.target, torch._ops.OpOverload):
+            continue
+        if torch.Tag.nondeterministic_seeded in node.target.tags:
+            raise CaptureError(
+                f"the model draws random numbers ({node.target}); ranks would draw different ones",
+                fix="call model.eval(), or pass the random tensor as an input",
+                at=source_line(node),
+            )
+        if _mutates(node):
+            raise CaptureError(
+                f"the model writes to an input or a buffer in its forward ({node.target})",
+                fix="pass the buffer in and return the new value",
+                at=source_line(node),
+            )
+
+
+def _user_line(error: BaseException) -> str:
+    frames = traceback.extract_tb(error.__traceback__)
+    for frame in reversed(frames):
+        if not MACHINERY.search(frame.filename):
+            return f"{frame.filename}:{frame.lineno} in {frame.name}: {frame.line}"
+    return ""
+
+
+def same_graph(a: GraphModule, b: GraphModule) -> bool:
+    """Do two graphs compute the same, constants included?"""
+    return fingerprint(a) == fingerprint(b)
+
+
+def fingerprint(graph: GraphModule) -> str:
+    """A digest of a graph: its nodes, shapes, dtypes and constants; not the names of process groups' tensors."""
+    digest = hashlib.sha256()
+    for node in graph.graph.nodes:
+        value = node.meta.get("val")
+        shape = f"{value.dtype}{list(value.shape)}" if isinstance(value, Tensor) else ""
+        digest.update(f"{node.format_node()}{shape}\n".encode())
+        if node.op == "get_attr":
+            constant = getattr(graph, str(node.target))
+            digest.update(constant.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy().tobytes())
+    return digest.hexdigest()

@@ -1,0 +1,157 @@
+"""The mesh: named axes over the ranks of a launch.
+
+Every collective of a program names an axis of the mesh, never a process group, so one graph serves
+all ranks and can be stored.  Rank ``r`` sits at the row-major coordinate of ``r``, as in
+:class:`torch.distributed.device_mesh.DeviceMesh`.
+"""
+
+from __future__ import annotations
+
+import math
+from typing import TYPE_CHECKING
+
+from torchtrt_md.errors import MeshError
+
+if TYPE_CHECKING:
+    from torch.distributed.device_mesh import DeviceMesh
+
+
+class Mesh:
+    """Ordered axis names and sizes: ``Mesh(cp=2, tp=2)`` has 4 ranks, ``tp`` varying fastest.
+
+    Raises:
+        MeshError: no axis, or a size that is not a positive integer.
+    """
+
+    def __init__(self, **axes: int) -> None:
+        if not axes:
+            raise MeshError("a mesh needs at least one axis", fix="name one, e.g. Mesh(cp=4)")
+        for name, size in axes.items():
+            if not isinstance(size, int) or isinstance(size, bool) or size < 1:
+                raise MeshError(
+                    f"axis {name!r} of the mesh has size {size!r}",
+                    fix="give the number of ranks along it, an integer of at least 1",
+                )
+        self.axes: dict[str, int] = dict(axes)
+
+    @classmethod
+    def parse(cls, text: str) -> Mesh:
+        """The mesh of a command line: ``"cp=4"``, ``"cp=2,tp=2"``.
+
+        Raises:
+            MeshError: the text is not of that form.
+        """
+        axes: dict[str, int] = {}
+        for part in text.split(","):
+            name, _, size = (piece.strip() for piece in part.partition("="))
+            if not name.isidentifier() or not size.isdigit() or name in axes:
+                raise MeshError(f"{text!r} is not a mesh", fix="write each axis once, as name=size: cp=2,tp=2")
+            axes[name] = int(size)
+        return cls(**axes)
+
+    @property
+    def names(self) -> tuple[str, ...]:
+        return tuple(self.axes)
+
+    @property
+    def shape(self) -> tuple[int, ...]:
+        return tuple(self.axes.values())
+
+    @property
+    def size(self) -> int:
+        """Number of ranks."""
+        return math.prod(self.axes.values())
+
+    def axis_size(self, axis: str) -> int:
+        """Number of ranks along one axis.
+
+        Raises:
+            MeshError: the mesh has no such axis.
+        """
+        if axis not in self.axes:
+            raise MeshError(
+                f"the mesh has no axis {axis!r}; it has {', '.join(map(repr, self.axes))}",
+                fix=f"name one of these, or make the mesh with {axis}=...",
+            )
+        return self.axes[axis]
+
+    def coordinate(self, rank: int, axis: str) -> int:
+        """Where ``rank`` stands along ``axis``: 0 .. axis_size - 1.
+
+        Raises:
+            MeshError: no such rank or axis.
+        """
+        if not 0 <= rank < self.size:
+            raise MeshError(f"rank {rank} is not in {self}", fix=f"ranks are 0 .. {self.size - 1}")
+        return rank // self._stride(axis) % self.axis_size(axis)
+
+    def ranks(self, axis: str, rank: int) -> tuple[int, ...]:
+        """The ordered global ranks of the group along ``axis`` that ``rank`` is in."""
+        stride = self._stride(axis)
+        first = rank - self.coordinate(rank, axis) * stride
+        return tuple(first + i * stride for i in range(self.axis_size(axis)))
+
+    def groups(self, axis: str) -> tuple[tuple[int, ...], ...]:
+        """All groups along ``axis``, in the order of their first rank."""
+        return tuple(dict.fromkeys(self.ranks(axis, rank) for rank in range(self.size)))
+
+    def _stride(self, axis: str) -> int:
+        self.axis_size(axis)
+        names = list(self.axes)
+        return math.prod(self.shape[names.index(axis) + 1 :])
+
+    @classmethod
+    def from_device_mesh(cls, device_mesh: DeviceMesh) -> Mesh:
+        """The mesh with a ``DeviceMesh``'s names and sizes.
+
+        Raises:
+            MeshError: it has unnamed dimensions, or its ranks are not 0 .. n-1 in row-major order.
+        """
+        names = device_mesh.mesh_dim_names
+        if not names:
+            raise MeshError("the DeviceMesh has no axis names", fix="pass mesh_dim_names=... to init_device_mesh")
+        ranks = device_mesh.mesh.flatten().tolist()
+        if ranks != list(range(len(ranks))):
+            raise MeshError(
+                f"the DeviceMesh holds ranks {ranks}",
+                fix="make it with init_device_mesh over the whole launch, so that they are 0 .. n-1 in order",
+            )
+        return cls(**dict(zip(names, device_mesh.mesh.shape, strict=True)))
+
+    def to_device_mesh(self, device_type: str = "cuda") -> DeviceMesh:
+        """A ``DeviceMesh`` of this shape over the initialized process group.
+
+        Raises:
+            MeshError: no process group, or one of another size.
+        """
+        import torch.distributed as dist
+        from torch.distributed.device_mesh import init_device_mesh
+
+        if not dist.is_initialized():
+            raise MeshError(
+                "there is no process group to make a DeviceMesh on",
+                fix="launch with torchrun and call torch.distributed.init_process_group first",
+            )
+        self.check_launch(dist.get_world_size())
+        return init_device_mesh(device_type, self.shape, mesh_dim_names=self.names)
+
+    def check_launch(self, world_size: int) -> None:
+        """Refuse a launch of another size.
+
+        Raises:
+            MeshError: saying both sizes.
+        """
+        if world_size != self.size:
+            raise MeshError(
+                f"{self} has {self.size} ranks and the launch has {world_size}",
+                fix=f"launch with torchrun --nproc_per_node={self.size}, or use a mesh of {world_size} ranks",
+            )
+
+    def __eq__(self, other: object) -> bool:
+        return isinstance(other, Mesh) and list(self.axes.items()) == list(other.axes.items())
+
+    def __hash__(self) -> int:
+        return hash(tuple(self.axes.items()))
+
+    def __repr__(self) -> str:
+        return f"Mesh({', '.join(f'{name}={size}' for name, size in self.axes.items())})"

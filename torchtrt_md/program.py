@@ -1,0 +1,169 @@
+"""``ShardedProgram``: what every stage before the build takes and returns."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass, field, replace
+
+import torch
+from torch import Tensor
+from torch.fx import GraphModule, Node
+from torch.utils._pytree import TreeSpec
+
+from torchtrt_md.errors import CaptureError
+from torchtrt_md.mesh import Mesh
+
+
+@dataclass(frozen=True)
+class Sharding:
+    """This rank holds chunk ``coordinate`` of ``dim`` along ``axis``."""
+
+    dim: int
+    axis: str
+
+
+@dataclass(frozen=True)
+class Weight:
+    """A parameter or buffer of the model, of which each rank may hold a part.
+
+    ``shape`` is that of the whole weight; ``shardings`` apply in order.
+    """
+
+    name: str
+    shape: tuple[int, ...]
+    dtype: torch.dtype
+    shardings: tuple[Sharding, ...] = ()
+
+    def local(self, whole: Tensor, mesh: Mesh, rank: int) -> Tensor:
+        """This rank's part, a view of the whole: no memory is copied."""
+        for s in self.shardings:
+            size, index = mesh.axis_size(s.axis), mesh.coordinate(rank, s.axis)
+            extent = whole.shape[s.dim] // size
+            whole = whole.narrow(s.dim, index * extent, extent)
+        return whole
+
+
+@dataclass(frozen=True)
+class Value:
+    """An input or output of the program, with the shape that the user sees: the global one.
+
+    ``sharding`` is empty where every rank has the whole.
+    """
+
+    name: str
+    shape: tuple[int, ...]
+    dtype: torch.dtype
+    sharding: tuple[Sharding, ...] = ()
+
+
+@dataclass(frozen=True)
+class Coordinate:
+    """An int32 input of shape [1] that holds this rank's coordinate along ``axis``."""
+
+    axis: str
+
+
+@dataclass(frozen=True)
+class Output:
+    """Stands for output ``index`` among the leaves of a model's result."""
+
+    index: int
+
+
+Source = Weight | Value | Coordinate
+
+
+@dataclass
+class Weights:
+    """The model's weights by name, whole where this process has them, else as this process's DTensor shards."""
+
+    whole: Mapping[str, Tensor]
+    shards: Mapping[str, Tensor] = field(default_factory=dict)
+    rank: int = 0  # whose shards these are
+
+    def local(self, weight: Weight, mesh: Mesh, rank: int) -> Tensor:
+        """This rank's part of a weight, without a copy.
+
+        Raises:
+            CaptureError: the process has only another rank's shard.
+        """
+        if weight.name in self.whole:
+            return weight.local(self.whole[weight.name], mesh, rank)
+        if weight.shardings and rank != self.rank:
+            raise CaptureError(
+                f"weight {weight.name!r} is a DTensor of which this process holds rank {self.rank}'s shard only,"
+                f" and rank {rank}'s is needed",
+                fix="pass the dense weights: md.capture(..., weights=dense_model.state_dict()); "
+                "or let each launched rank export its own engine",
+            )
+        return self.shards[weight.name]
+
+
+@dataclass(frozen=True)
+class ShardedProgram:
+    """One graph per rank, the same object where ranks are equal, and what its placeholders stand for.
+
+    Attributes:
+        mesh: the mesh; ``len(graphs) == mesh.size``.
+        graphs: rank's graph: aten ops and, in order of need, functional collectives (captured) or the
+            collective IR (lowered).  Placeholders come in the order of ``sources``.
+        sources: placeholder name -> what it stands for.
+        outputs: the tensors that the graph returns, in order.
+        weights: where the weights are.
+        constants: arguments that are not tensors, by name; they are part of the graph.
+        strategies: context-parallel axis -> strategy.
+        groups: process-local name of a group in the graphs -> mesh axis; only captured programs need it.
+        out_spec: how the flat outputs nest in the model's own result, other leaves (None, numbers) included.
+        out_leaves: for each leaf of ``out_spec`` its :class:`Output`, or the constant that it is.
+        lowered: whether the graphs are in the collective IR.
+        counts: lowering pass -> number of rewrites.
+    """
+
+    mesh: Mesh
+    graphs: tuple[GraphModule, ...]
+    sources: Mapping[str, Source]
+    outputs: tuple[Value, ...]
+    weights: Weights
+    constants: Mapping[str, object]
+    strategies: Mapping[str, str]
+    groups: Mapping[str, str]
+    out_spec: TreeSpec
+    out_leaves: tuple[object, ...]
+    lowered: bool = False
+    counts: Mapping[str, int] = field(default_factory=dict)
+
+    @property
+    def inputs(self) -> tuple[Value, ...]:
+        """What the user passes, in order."""
+        return tuple(s for s in self.sources.values() if isinstance(s, Value))
+
+    def distinct(self) -> list[tuple[GraphModule, tuple[int, ...]]]:
+        """The different graphs, each with the ranks that have it."""
+        ranks: dict[int, list[int]] = {}
+        for rank, graph in enumerate(self.graphs):
+            ranks.setdefault(id(graph), []).append(rank)
+        return [(self.graphs[members[0]], tuple(members)) for members in ranks.values()]
+
+    def with_graphs(self, graphs: Mapping[int, GraphModule], **changes: object) -> ShardedProgram:
+        """A copy with other graphs, given as ``id`` of the old graph -> new graph."""
+        return replace(self, graphs=tuple(graphs[id(g)] for g in self.graphs), **changes)  # type: ignore[arg-type]
+
+
+def placeholders(graph: GraphModule) -> list[Node]:
+    """The graph's placeholders, in order."""
+    return list(graph.graph.find_nodes(op="placeholder"))
+
+
+def value_of(node: Node) -> Tensor:
+    """The fake tensor that capture or a pass recorded for this node: its shape and dtype."""
+    value = node.meta["val"]
+    assert isinstance(value, Tensor), f"{node.name} is not one tensor"
+    return value
+
+
+def outputs_of(graph: GraphModule) -> Iterable[Node]:
+    """The nodes that the graph returns, in order."""
+    (node,) = graph.graph.find_nodes(op="output")
+    returned = node.args[0]
+    assert isinstance(returned, (tuple, list))
+    return [n for n in returned if isinstance(n, Node)]

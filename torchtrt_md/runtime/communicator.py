@@ -1,0 +1,72 @@
+"""An NCCL communicator for each axis, shared with PyTorch, and its binding to an engine."""
+
+from __future__ import annotations
+
+import ctypes
+from collections.abc import Iterable
+from typing import Any
+
+import torch
+import torch.distributed as dist
+
+from torchtrt_md.errors import CommunicatorError
+from torchtrt_md.mesh import Mesh
+from torchtrt_md.runtime import private
+from torchtrt_md.runtime.watchdog import Watchdog
+
+# A prototype of our own: ctypes.pythonapi.PyCapsule_New is one object that other libraries set up for themselves.
+_new_capsule = ctypes.PYFUNCTYPE(ctypes.py_object, ctypes.c_void_p, ctypes.c_char_p, ctypes.c_void_p)(
+    ("PyCapsule_New", ctypes.pythonapi)
+)
+_NAME = b"ncclComm_t"  # a capsule keeps the pointer to its name, so the name must live as long as the module
+
+
+def connect(mesh: Mesh, axes: Iterable[str], device: torch.device, watchdog: Watchdog) -> dict[str, dist.ProcessGroup]:
+    """The group of this rank along each axis, its communicator made.  Collective; every rank passes the same axes.
+
+    PyTorch makes a communicator at a group's first collective, so each group runs a tiny one here.
+
+    Raises:
+        CommunicatorError: the launch has no NCCL backend, or NCCL fails.
+    """
+    axes = list(axes)
+    if not axes:
+        return {}
+    groups = {}
+    try:
+        with torch.cuda.device(device), watchdog.waiting(f"the NCCL communicators of {mesh}"):
+            device_mesh = mesh.to_device_mesh()
+            for axis in axes:
+                groups[axis] = device_mesh.get_group(axis)
+                dist.all_reduce(torch.zeros(1, device=device), group=groups[axis])
+            torch.cuda.synchronize(device)
+    except RuntimeError as error:
+        raise CommunicatorError(
+            f"there is no NCCL communicator for axes {axes} of {mesh}: {error}",
+            fix='call torch.distributed.init_process_group("nccl") with one GPU per rank; NCCL_DEBUG=INFO says more',
+        ) from error
+    return groups
+
+
+def bind(context: Any, group: dist.ProcessGroup, device: torch.device, *, engine: str, axis: str) -> object:
+    """Give an engine's execution context the communicator of its axis.
+
+    Returns:
+        The capsule that was handed over; keep it as long as the context.
+
+    Raises:
+        CommunicatorError: there is no communicator, or the engine refuses it.
+    """
+    pointer = private.communicator_pointer(group, device)
+    if not pointer:
+        raise CommunicatorError(
+            f"the group of axis {axis!r} has no NCCL communicator on {device}",
+            fix="give every rank a GPU of its own and let the process group use NCCL",
+        )
+    capsule: object = _new_capsule(pointer, _NAME, None)
+    if context.set_communicator(capsule) is not True:
+        raise CommunicatorError(
+            f"{engine} refused the NCCL communicator of axis {axis!r}; without it, it would compute wrong values",
+            fix="export the bundle again: its manifest says that this engine has collectives on that axis",
+        )
+    return capsule

@@ -1,0 +1,132 @@
+"""One engine in this process: loaded, checked against its bindings, bound and enqueued."""
+
+from __future__ import annotations
+
+import mmap
+from collections.abc import Iterable, Mapping
+from pathlib import Path
+from typing import Any, NamedTuple
+
+from torch import Tensor
+
+from torchtrt_md.bundle.manifest import Segment
+from torchtrt_md.errors import BundleError, LaunchError
+
+# TensorRT's name of a dtype -> PyTorch's, as the manifest writes it.
+DTYPES = {
+    "FLOAT": "float32",
+    "HALF": "float16",
+    "BF16": "bfloat16",
+    "INT8": "int8",
+    "UINT8": "uint8",
+    "INT32": "int32",
+    "INT64": "int64",
+    "BOOL": "bool",
+    "FP8": "float8_e4m3fn",
+}
+
+
+class Io(NamedTuple):
+    """An input or output as the engine itself tells it."""
+
+    name: str
+    is_input: bool
+    dtype: str
+    shape: tuple[int, ...]
+
+
+class Engine:
+    """One segment, ready to be enqueued.  One call at a time: a TensorRT context has one set of addresses.
+
+    Args:
+        segment: what the manifest says of it.
+        loaded: TensorRT's engine.
+        name: for messages.
+
+    Raises:
+        BundleError: the engine's inputs and outputs are not those of the segment.
+        LaunchError: no memory for its activations.
+    """
+
+    def __init__(self, segment: Segment, loaded: Any, name: str) -> None:
+        check_io(describe_io(loaded), segment, name)
+        self.segment, self.name, self.loaded = segment, name, loaded
+        self.context = loaded.create_execution_context()
+        if self.context is None:
+            raise LaunchError(
+                f"{name} has no room to run: its activations need {loaded.device_memory_size_v2 / 2**20:.0f} MiB",
+                fix="free GPU memory, or shard the model over more ranks",
+            )
+        self.communicator: object = None
+
+    def enqueue(self, tensors: Mapping[str, Tensor], stream: int) -> None:
+        """Bind and launch.  Nothing is checked here, and nothing but the engine is put on the stream.
+
+        Args:
+            tensors: by the sources of the segment's bindings; they must outlive the run.
+            stream: the ``cudaStream_t``; not the default stream.
+
+        Raises:
+            LaunchError: TensorRT refuses.
+        """
+        for binding in (*self.segment.inputs, *self.segment.outputs):
+            if not self.context.set_tensor_address(binding.name, tensors[binding.source].data_ptr()):
+                raise LaunchError(
+                    f"{self.name} refused the address of {binding.source!r}",
+                    fix="this is a fault of torchtrt_md: please report it with the lines TensorRT logged",
+                )
+        if not self.context.execute_async_v3(stream):
+            raise LaunchError(
+                f"{self.name} could not be run",
+                fix="see the lines that TensorRT logged above; the other ranks will end",
+            )
+
+
+def deserialize(runtime: Any, path: Path, built_for: str) -> Any:
+    """TensorRT's engine from a file, which is mapped, not read: the plan is never in host memory twice.
+
+    Raises:
+        LaunchError: TensorRT refuses the file on this GPU.
+    """
+    with path.open("rb") as file, mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ) as plan:
+        loaded = runtime.deserialize_cuda_engine(plan)
+    if loaded is None:
+        raise LaunchError(
+            f"TensorRT does not load {path}, an engine built for {built_for}",
+            fix="see the lines that TensorRT logged above; if the GPU is not the target, export again for this GPU",
+        )
+    return loaded
+
+
+def describe_io(loaded: Any) -> list[Io]:
+    """The inputs and outputs of a loaded engine."""
+    found = []
+    for name in map(loaded.get_tensor_name, range(loaded.num_io_tensors)):
+        kind = loaded.get_tensor_dtype(name).name
+        is_input = loaded.get_tensor_mode(name).name == "INPUT"
+        found.append(Io(name, is_input, DTYPES.get(kind, kind), tuple(loaded.get_tensor_shape(name))))
+    return found
+
+
+def check_io(found: Iterable[Io], segment: Segment, name: str) -> None:
+    """Refuse an engine whose inputs and outputs are not those that the manifest will bind.
+
+    Raises:
+        BundleError: naming the first that differs, and both sides.
+    """
+    there = {io.name: io for io in found}
+    expected = {b.name: Io(b.name, True, b.dtype, tuple(b.shape)) for b in segment.inputs}
+    expected |= {b.name: Io(b.name, False, b.dtype, tuple(b.shape)) for b in segment.outputs}
+    for tensor in sorted(there.keys() | expected.keys()):
+        if there.get(tensor) != expected.get(tensor):
+            raise BundleError(
+                f"{name} has {_told(there.get(tensor), tensor)} and the manifest has"
+                f" {_told(expected.get(tensor), tensor)}",
+                fix="export the bundle again; do not edit manifest.json by hand",
+            )
+
+
+def _told(io: Io | None, name: str) -> str:
+    if io is None:
+        return f"no {name!r}"
+    return f"{'input' if io.is_input else 'output'} {io.name!r} {io.dtype} {list(io.shape)}"

@@ -1,0 +1,215 @@
+"""A call's arguments and outputs, against the manifest.  Nothing here needs a GPU."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.distributed.tensor import DTensor
+from torch.utils import _pytree as pytree
+
+from torchtrt_md.bundle import manifest as m
+from torchtrt_md.bundle.structure import local_shape, mesh_of
+from torchtrt_md.errors import BundleError, InputError, VerificationError
+from torchtrt_md.mesh import Mesh
+
+# TensorRT reads its bindings with vector loads; PyTorch allocates at multiples of this, views may start anywhere.
+ALIGNMENT = 256
+
+
+def dtype_of(name: str) -> torch.dtype:
+    """PyTorch's dtype of that name, as the manifest writes it: ``"bfloat16"``.
+
+    Raises:
+        BundleError: this PyTorch has no such dtype.
+    """
+    dtype = getattr(torch, name, None)
+    if not isinstance(dtype, torch.dtype):
+        raise BundleError(
+            f"the bundle has tensors of dtype {name!r}, which PyTorch {torch.__version__} lacks",
+            fix="install the PyTorch that built it (versions.torch in its manifest.json)",
+        )
+    return dtype
+
+
+class Signature:
+    """What the engines take and give, on each rank."""
+
+    def __init__(self, manifest: m.Manifest) -> None:
+        self.mesh = mesh_of(manifest)
+        self.constants, self.result = manifest.constants, manifest.result
+        self.inputs = {t.name: t for t in manifest.inputs}
+        self.outputs = manifest.outputs
+        self.local = {t.name: (dtype_of(t.dtype), torch.Size(local_shape(t, self.mesh))) for t in manifest.inputs}
+        # A nested argument's tensors are named argument.key: positions count the arguments.
+        self.positions = list(dict.fromkeys(name.split(".")[0] for name in self.inputs))
+
+    def named(self, args: Sequence[Any], kwargs: Mapping[str, Any]) -> dict[str, Any]:
+        """The inputs of a call by name, in the manifest's order; their dtypes and shapes are not looked at.
+
+        Positions count the arguments that hold tensors.  A built-in constant may be passed by name if its value
+        is the built-in one.
+
+        Raises:
+            InputError: an argument too many, unknown, missing or given twice, or another value of a constant.
+        """
+        if len(args) > len(self.positions):
+            raise InputError(
+                f"{len(args)} positional arguments, and the engines take {len(self.positions)}:"
+                f" {', '.join(self.positions)}",
+                fix="pass the model's other arguments by name",
+            )
+        by_name = dict(zip(self.positions, args, strict=False))
+        for name, value in kwargs.items():
+            if name in by_name:
+                raise InputError(f"argument {name!r} is given both by position and by name", fix="give it once")
+            by_name[name] = value
+        found = dict(_leaves(by_name))
+        for name, value in found.items():
+            if name in self.constants:
+                self._check_constant(name, value)
+            elif name not in self.inputs:
+                raise InputError(
+                    f"the engines have no input {name!r}; they take {self._takes()}",
+                    fix="leave it out, or export the bundle again with it among the example arguments",
+                )
+        missing = [name for name in self.inputs if name not in found]
+        if missing:
+            raise InputError(
+                f"the engines' input{'s' if len(missing) > 1 else ''} {', '.join(map(repr, missing))}"
+                f" {'are' if len(missing) > 1 else 'is'} missing; they take {self._takes()}",
+                fix="pass every tensor that was passed when the bundle was exported",
+            )
+        return {name: found[name] for name in self.inputs}
+
+    def bind(self, args: Sequence[Any], kwargs: Mapping[str, Any], device: torch.device) -> dict[str, Tensor]:
+        """The inputs of a call by name, each checked to be what the engines read on this rank.
+
+        Raises:
+            InputError: as :meth:`named`, or a value that is no plain tensor of the right device, dtype and shape.
+        """
+        inputs = self.named(args, kwargs)
+        for name, value in inputs.items():
+            self._check_tensor(name, value, device)
+        return inputs
+
+    def nest(self, outputs: Mapping[str, Tensor]) -> Any:
+        """The outputs as the model returns them."""
+        return _nest(self.result, [outputs[t.name] for t in self.outputs])
+
+    def flat(self, returned: Any) -> dict[str, Tensor]:
+        """The reverse of :meth:`nest`, also of what the model itself returns: its output tensors by name.
+
+        Raises:
+            VerificationError: it is nested otherwise.
+        """
+        try:
+            by_index = dict(_flat(self.result, returned))
+        except (KeyError, IndexError, TypeError, ValueError) as error:
+            raise VerificationError(
+                f"a {type(returned).__name__} is not what the bundle returns, {self.result}: {error}",
+                fix="compare with the model that the bundle was exported from",
+            ) from error
+        return {t.name: by_index[i] for i, t in enumerate(self.outputs) if i in by_index}
+
+    def _takes(self) -> str:
+        shapes = [f"{name} {m_t.dtype}{list(self.local[name][1])}" for name, m_t in self.inputs.items()]
+        return ", ".join(shapes)
+
+    def _check_constant(self, name: str, value: object) -> None:
+        built = self.constants[name]
+        # 1 == True in Python, and return_dict=1 was not what was built.
+        same = isinstance(value, bool) == isinstance(built, bool) and not isinstance(value, Tensor) and value == built
+        if not same:
+            given = f"a tensor of shape {list(value.shape)}" if isinstance(value, Tensor) else repr(value)
+            raise InputError(
+                f"{name} is {given}, and the bundle was built with {name}={built!r}",
+                fix=f"leave {name} out, or export the bundle again with the other value",
+            )
+
+    def _check_tensor(self, name: str, value: object, device: torch.device) -> None:
+        tensor, (dtype, shape) = self.inputs[name], self.local[name]
+        if not isinstance(value, Tensor):
+            raise InputError(
+                f"input {name!r} is a {type(value).__name__}, and the engines take a tensor there",
+                fix=f"pass a {dtype} tensor of shape {list(shape)}",
+            )
+        if isinstance(value, DTensor):
+            raise InputError(
+                f"input {name!r} is a DTensor", fix="pass this rank's plain tensor: its to_local() or full_tensor()"
+            )
+        if value.device != device:
+            raise InputError(
+                f"input {name!r} is on {value.device} and this rank's engines on {device}", fix=f"move it to {device}"
+            )
+        if value.dtype != dtype:
+            raise InputError(f"input {name!r} is {value.dtype} and the engines take {dtype}", fix=f"cast it to {dtype}")
+        if value.shape != shape:
+            raise InputError(
+                f"input {name!r} has shape {list(value.shape)} and the engines take {list(shape)}"
+                + _chunk_note(tensor, self.mesh),
+                fix="pass that shape, or export a bundle for this one",
+            )
+        if value.requires_grad and torch.is_grad_enabled():
+            raise InputError(
+                f"input {name!r} requires a gradient, and engines give none",
+                fix="call the runner under torch.no_grad(), or pass the detached tensor",
+            )
+
+
+def prepared(tensor: Tensor) -> Tensor:
+    """The tensor as an engine can read it: contiguous, and starting where TensorRT may load from."""
+    tensor = tensor.detach()
+    if tensor.is_contiguous() and tensor.data_ptr() % ALIGNMENT == 0 and not tensor.is_neg() and not tensor.is_conj():
+        return tensor
+    return tensor.clone(memory_format=torch.contiguous_format).resolve_conj().resolve_neg()
+
+
+def chunk(whole: Tensor, sharding: Sequence[tuple[int, str]], mesh: Mesh, rank: int) -> Tensor:
+    """This rank's part of a whole tensor: a view."""
+    for dim, axis in sharding:
+        extent = whole.shape[dim] // mesh.axis_size(axis)
+        whole = whole.narrow(dim, mesh.coordinate(rank, axis) * extent, extent)
+    return whole
+
+
+def _chunk_note(tensor: m.Tensor, mesh: Mesh) -> str:
+    if not tensor.sharding:
+        return ""
+    parts = ", ".join(f"dim {dim} over the {mesh.axis_size(axis)} ranks of {axis!r}" for dim, axis in tensor.sharding)
+    return f": this rank's chunk of {tensor.shape}, split on {parts}"
+
+
+def _leaves(arguments: Mapping[str, Any]) -> Iterator[tuple[str, Any]]:
+    """The leaves of nested arguments, named as capture names them: ``mask.0``, ``joint.scale``."""
+    for path, leaf in pytree.tree_flatten_with_path(dict(arguments))[0]:
+        yield ".".join(str(getattr(k, "key", getattr(k, "idx", getattr(k, "name", k)))) for k in path), leaf
+
+
+def _nest(result: Mapping[str, Any], outputs: Sequence[Tensor]) -> Any:
+    ((kind, value),) = result.items()
+    if kind == "output":
+        return outputs[value]
+    if kind == "tuple":
+        return tuple(_nest(part, outputs) for part in value)
+    if kind == "list":
+        return [_nest(part, outputs) for part in value]
+    if kind == "dict":
+        return {key: _nest(part, outputs) for key, part in value.items()}
+    return value
+
+
+def _flat(result: Mapping[str, Any], returned: Any) -> Iterator[tuple[int, Tensor]]:
+    ((kind, value),) = result.items()
+    if isinstance(returned, Tensor) != (kind == "output"):  # a tensor can be indexed as if it were a container
+        raise TypeError(f"a {type(returned).__name__} where there should be {kind} {value}")
+    if kind == "output":
+        yield value, returned
+    elif kind in ("tuple", "list"):
+        for part, element in zip(value, returned, strict=True):
+            yield from _flat(part, element)
+    elif kind == "dict":
+        for key, part in value.items():
+            yield from _flat(part, returned[key])

@@ -1,0 +1,168 @@
+"""The watchdog: a process that waits on another rank for too long says what for, and ends.
+
+A rank that failed or took another branch leaves its peers' GPUs in a collective that never returns.  NCCL
+inside an engine has no deadline of its own, so this thread is the deadline.
+"""
+
+from __future__ import annotations
+
+import os
+import sys
+import threading
+import time
+from collections import deque
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from itertools import groupby
+from typing import NamedTuple, Protocol
+
+from torchtrt_md.bundle.manifest import Collective
+
+EXIT_CODE = 70
+_ABORT_SECONDS = 5.0
+
+
+class Pending(Protocol):
+    """Work under way; a recorded ``torch.cuda.Event`` is one."""
+
+    def query(self) -> bool:
+        """Whether it is done."""
+
+
+class _Wait(NamedTuple):
+    pending: Pending
+    what: str
+    start: float
+
+
+class _Flag:
+    done = False
+
+    def query(self) -> bool:
+        return self.done
+
+
+class Watchdog:
+    """Ends the process with exit code 70 when work handed to it is not done in time.
+
+    Work is taken to be done in the order it is handed over, and the time of each starts when the one before
+    it is done: a long queue of calls is no fault.
+
+    Args:
+        timeout: seconds for each piece of work.
+        rank: this process, for the message.
+        abort: what to do before the end, best effort: abort the communicators.
+        exit_process: ends the process without clean-up, which would wait on the hung GPU.
+        clock: seconds, monotonic.
+        poll: seconds between two looks.
+    """
+
+    def __init__(
+        self,
+        timeout: float,
+        *,
+        rank: int = 0,
+        abort: Callable[[], object] = lambda: None,
+        exit_process: Callable[[int], object] = os._exit,
+        clock: Callable[[], float] = time.monotonic,
+        poll: float = 0.5,
+    ) -> None:
+        self.timeout, self.rank, self.abort = timeout, rank, abort
+        self._exit, self._clock, self._poll = exit_process, clock, min(poll, timeout / 4)
+        self._waits: deque[_Wait] = deque()
+        self._last_done = clock()
+        self._closed = False
+        self._condition = threading.Condition()
+        self._thread = threading.Thread(target=self._run, name="torchtrt_md watchdog", daemon=True)
+        self._thread.start()
+
+    def watch(self, pending: Pending, what: str) -> None:
+        """Expect this work to be done in time; ``what`` says what it may be waiting for."""
+        with self._condition:
+            self._waits.append(_Wait(pending, what, self._clock()))
+            if len(self._waits) == 1:
+                self._condition.notify()
+
+    @contextmanager
+    def waiting(self, what: str) -> Iterator[None]:
+        """Expect the body, which blocks this thread, to be done in time."""
+        flag = _Flag()
+        self.watch(flag, what)
+        try:
+            yield
+        finally:
+            flag.done = True
+
+    def settle(self) -> int:
+        """Drop what is done and return how much is not.
+
+        While it is 0, the thread asks CUDA nothing; asking during the capture of a CUDA graph would break it.
+        """
+        with self._condition:
+            self._drop_done()
+            return len(self._waits)
+
+    def close(self) -> None:
+        """Stop watching."""
+        with self._condition:
+            self._closed = True
+            self._waits.clear()
+            self._condition.notify()
+        if self._thread is not threading.current_thread():
+            self._thread.join()
+
+    def _run(self) -> None:
+        with self._condition:
+            while True:
+                self._drop_done()
+                if self._closed:
+                    return
+                if not self._waits:
+                    self._condition.wait()
+                    continue
+                head = self._waits[0]
+                waited = self._clock() - max(head.start, self._last_done)
+                if waited > self.timeout:
+                    break
+                self._condition.wait(self._poll)
+        self._expire(head.what, waited)
+
+    def _drop_done(self) -> None:
+        while self._waits:
+            try:
+                if not self._waits[0].pending.query():
+                    return
+            except RuntimeError as error:  # the GPU itself failed; the thread that uses it next raises that
+                print(f"torchtrt_md: rank {self.rank}: {self._waits[0].what}\nfailed: {error}", file=sys.stderr)
+            self._waits.popleft()
+            self._last_done = self._clock()
+
+    def _expire(self, what: str, waited: float) -> None:
+        print(
+            f"torchtrt_md: rank {self.rank} waited {waited:.1f} s (at most {self.timeout:g}) for {what}\n"
+            "Another rank has failed, has ended, or did not make this call; its output says why."
+            f" This process ends with exit code {EXIT_CODE}.",
+            file=sys.stderr,
+            flush=True,
+        )
+        aborting = threading.Thread(target=self.abort, daemon=True)  # NCCL's abort may itself hang
+        aborting.start()
+        aborting.join(_ABORT_SECONDS)
+        self._exit(EXIT_CODE)
+
+
+def describe(
+    engine: str, axis: str | None, ranks: Sequence[int], collectives: Sequence[Collective], *, most: int = 8
+) -> str:
+    """What a run of one engine may be waiting in: its collectives in order, equal neighbours as one line."""
+    if axis is None:
+        return f"{engine}, which has no collectives: its GPU hangs, or works for others"
+    lines = []
+    for (op, dtype, elements), run in groupby(collectives, key=lambda c: (c.op, c.dtype, c.elements)):
+        times = len(list(run))
+        lines.append(f"  {op} of {elements} x {dtype}{f', {times} times' if times > 1 else ''}")
+    if len(lines) > most:
+        lines[most - 1 :] = [f"  ... and {len(lines) - most + 1} more"]
+    return "\n".join(
+        [f"{engine} on axis {axis!r} (ranks {', '.join(map(str, ranks))}); it is in one of, in this order:", *lines]
+    )

@@ -1,0 +1,220 @@
+"""Run the program of all ranks in one process, in lockstep: no process group, no GPU, deterministic.
+
+Each rank's graph is interpreted until it reaches a collective; when all ranks of that group stand at the
+same one, it is computed from all their operands.  Ranks that stand at different ones would hang on GPUs;
+here that is an error that names both nodes.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Generator, Mapping, Sequence
+from dataclasses import dataclass
+from functools import reduce
+from typing import Any, TypeAlias
+
+import torch
+from torch import Tensor
+from torch.fx import GraphModule, Node
+from torch.fx.node import map_arg
+
+from torchtrt_md.errors import RankMismatchError
+from torchtrt_md.lowering.ops import bound_args, is_collective
+from torchtrt_md.mesh import Mesh
+from torchtrt_md.program import Coordinate, ShardedProgram, Value, Weight, Weights
+from torchtrt_md.source import source_line
+
+
+@dataclass(frozen=True)
+class Precision:
+    """Compute in ``wide`` wherever the program says ``narrow``; the program itself where they are equal."""
+
+    narrow: torch.dtype
+    wide: torch.dtype
+
+    def of(self, x: Any) -> Any:
+        """A tensor or dtype in the precision that is computed in; all else as it is."""
+        if isinstance(x, Tensor):
+            return x.to(self.wide) if x.dtype == self.narrow else x
+        return self.wide if x is self.narrow else x
+
+
+EXACT = Precision(torch.float32, torch.float32)
+
+
+@dataclass(frozen=True)
+class Request:
+    """A rank stands at a collective."""
+
+    node: Node
+    args: Mapping[str, Any]
+
+    @property
+    def operand(self) -> Tensor:
+        x = self.args["x"]
+        assert isinstance(x, Tensor)
+        return x
+
+    def signature(self) -> tuple[Any, ...]:
+        rest = tuple((name, value) for name, value in self.args.items() if name != "x")
+        return (str(self.node.target), rest, tuple(self.operand.shape), self.operand.dtype)
+
+    def __str__(self) -> str:
+        at = source_line(self.node)
+        rest = ", ".join(f"{name}={value}" for name, value in self.args.items() if name != "x")
+        operand = f"{str(self.operand.dtype).removeprefix('torch.')}{list(self.operand.shape)}"
+        return f"{self.node.name} = {self.node.target}({operand}, {rest})" + (f" at {at}" if at else "")
+
+
+Rank: TypeAlias = Generator[Request, Tensor, tuple[Tensor, ...]]
+
+
+def simulate(
+    program: ShardedProgram,
+    inputs: Mapping[str, Tensor],
+    *,
+    weights: Weights | None = None,
+    precision: Precision = EXACT,
+) -> list[tuple[Tensor, ...]]:
+    """The outputs of every rank.
+
+    Args:
+        program: a lowered program.
+        inputs: name of each of ``program.inputs`` -> the global tensor.
+        weights: taken instead of the program's own.
+        precision: compute more precisely than the program says, to tell its structure from its rounding.
+
+    Raises:
+        RankMismatchError: ranks reach different collectives.
+    """
+    assert program.lowered, "simulate takes a lowered program"
+    ranks = {
+        rank: _run(graph, _feed(program, inputs, weights or program.weights, rank, precision), precision)
+        for rank, graph in enumerate(program.graphs)
+    }
+    waiting: dict[int, Request] = {}
+    done: dict[int, tuple[Tensor, ...]] = {}
+    for rank in ranks:
+        _advance(rank, ranks, None, waiting, done)
+    while waiting:
+        group = _ready_group(program.mesh, waiting, done)
+        results = _compute([waiting.pop(rank) for rank in group])
+        for rank, result in zip(group, results, strict=True):
+            _advance(rank, ranks, result, waiting, done)
+    return [done[rank] for rank in sorted(done)]
+
+
+def _feed(
+    program: ShardedProgram, inputs: Mapping[str, Tensor], weights: Weights, rank: int, precision: Precision
+) -> Callable[[str], Tensor]:
+    def feed(placeholder: str) -> Tensor:
+        source = program.sources[placeholder]
+        if isinstance(source, Weight):
+            tensor = weights.local(source, program.mesh, rank)
+        elif isinstance(source, Value):
+            tensor = inputs[source.name]
+        else:
+            assert isinstance(source, Coordinate)
+            return torch.tensor([program.mesh.coordinate(rank, source.axis)], dtype=torch.int32)
+        result: Tensor = precision.of(tensor)
+        return result
+
+    return feed
+
+
+def _run(graph: GraphModule, feed: Callable[[str], Tensor], precision: Precision) -> Rank:
+    last_use = {operand: node for node in graph.graph.nodes for operand in node.all_input_nodes}
+    env: dict[Node, Any] = {}
+    for node in graph.graph.nodes:
+        if node.op == "placeholder":
+            env[node] = feed(node.name)
+        elif node.op == "get_attr":
+            env[node] = precision.of(getattr(graph, str(node.target)).detach())
+        elif is_collective(node):
+            args = map_arg(bound_args(node), lambda n: env[n])
+            env[node] = yield Request(node, args)
+        elif node.op == "output":
+            return tuple(map_arg(node.args[0], lambda n: env[n]))
+        else:
+            args, kwargs = map_arg((node.args, node.kwargs), lambda n: env[n])
+            args, kwargs = [precision.of(a) for a in args], {k: precision.of(a) for k, a in kwargs.items()}
+            env[node] = node.target(*args, **kwargs)
+        for operand in node.all_input_nodes:  # activations of all ranks at once would not fit for long
+            if last_use[operand] is node:
+                env.pop(operand, None)
+    raise AssertionError("the graph has no output node")
+
+
+def _advance(
+    rank: int,
+    ranks: Mapping[int, Rank],
+    result: Tensor | None,
+    waiting: dict[int, Request],
+    done: dict[int, tuple[Tensor, ...]],
+) -> None:
+    try:
+        with torch.no_grad():
+            waiting[rank] = next(ranks[rank]) if result is None else ranks[rank].send(result)
+    except StopIteration as stop:
+        done[rank] = stop.value
+
+
+def _ready_group(mesh: Mesh, waiting: Mapping[int, Request], done: Mapping[int, Any]) -> tuple[int, ...]:
+    """A group whose ranks all stand at one collective over it."""
+    for rank, request in waiting.items():
+        axis = request.args["axis"]
+        group = mesh.ranks(axis, rank)
+        if not all(member in waiting and waiting[member].args["axis"] == axis for member in group):
+            continue
+        for member in group:
+            if waiting[member].signature() != request.signature():
+                raise RankMismatchError(
+                    f"ranks {rank} and {member} of axis {axis!r} stand at different collectives:\n"
+                    f"    rank {rank}: {request}\n    rank {member}: {waiting[member]}",
+                    fix="make every rank call the same collectives, in the same order, on the same shapes",
+                )
+        return group
+    lines = [f"    rank {rank} waits in {request}" for rank, request in sorted(waiting.items())]
+    lines += [f"    rank {rank} has finished" for rank in sorted(done)]
+    raise RankMismatchError(
+        "no group of ranks stands at one collective; on GPUs this would hang:\n" + "\n".join(lines),
+        fix="make every rank call the same collectives in the same order",
+    )
+
+
+def _compute(requests: Sequence[Request]) -> list[Tensor]:
+    args = dict(requests[0].args)
+    operands = [request.operand for request in requests]
+    for name in ("x", "axis", "size"):
+        args.pop(name)
+    name = str(requests[0].node.target).split(".")[1]
+    return [result.clone(memory_format=torch.contiguous_format) for result in _RULES[name](operands, **args)]
+
+
+def _reduced(xs: list[Tensor], op: str) -> Tensor:
+    if op == "avg":
+        return reduce(torch.add, xs) / len(xs)
+    return reduce({"sum": torch.add, "product": torch.mul, "max": torch.maximum, "min": torch.minimum}[op], xs)
+
+
+def _only(where: int, result: Tensor, count: int) -> list[Tensor]:
+    """The result on one rank; what others hold is undefined, so a program that uses it must fail to verify."""
+    poison = torch.full_like(result, float("nan")) if result.is_floating_point() else torch.full_like(result, -1)
+    return [result if rank == where else poison for rank in range(count)]
+
+
+def _all_to_all(xs: list[Tensor], split_dim: int, concat_dim: int) -> list[Tensor]:
+    parts = [x.chunk(len(xs), split_dim) for x in xs]
+    return [torch.cat([part[rank] for part in parts], concat_dim) for rank in range(len(xs))]
+
+
+# Each rule takes the operands of the group's ranks, in order, and returns their results.
+_RULES: dict[str, Callable[..., Sequence[Tensor]]] = {
+    "all_reduce": lambda xs, op: [_reduced(xs, op)] * len(xs),
+    "all_gather": lambda xs, dim: [torch.cat(xs, dim)] * len(xs),
+    "reduce_scatter": lambda xs, op, dim: _reduced(xs, op).chunk(len(xs), dim),
+    "all_to_all": _all_to_all,
+    "broadcast": lambda xs, src: [xs[src]] * len(xs),
+    "reduce": lambda xs, op, dst: _only(dst, _reduced(xs, op), len(xs)),
+    "gather": lambda xs, dim, dst: _only(dst, torch.cat(xs, dim), len(xs)),
+    "scatter": lambda xs, dim, src: xs[src].chunk(len(xs), dim),
+}

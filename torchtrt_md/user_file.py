@@ -1,0 +1,67 @@
+"""Load a model file: a Python file with a function ``model`` that returns (model, args, kwargs).
+
+A list ``parallel`` beside it, of ``ContextParallel`` and ``TensorParallel``, serves models without a plan of their own.
+"""
+
+from __future__ import annotations
+
+import runpy
+import sys
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import nn
+
+from torchtrt_md.errors import CaptureError
+from torchtrt_md.parallel import Parallel
+
+FUNCTION = "model"
+_FORM = f"define `def {FUNCTION}():` that returns (model, args, kwargs): an nn.Module, a tuple and a dict"
+
+
+@dataclass(frozen=True)
+class UserFile:
+    """What a model file gives.  ``parallel`` is its own list of that name, for a model without a plan, or None."""
+
+    model: nn.Module
+    args: tuple[Any, ...]
+    kwargs: dict[str, Any]
+    parallel: list[Parallel] | None
+
+
+def load_user_file(path: str | Path, seed: int = 0) -> tuple[nn.Module, tuple[Any, ...], dict[str, Any]]:
+    """The (model, args, kwargs) of a model file; as :func:`read_user_file`."""
+    file = read_user_file(path, seed)
+    return file.model, file.args, file.kwargs
+
+
+def read_user_file(path: str | Path, seed: int = 0) -> UserFile:
+    """Run the file and call its function, with PyTorch's seed set, so that every process gets the same.
+
+    Raises:
+        CaptureError: no such file or function, or it returns something else.
+    """
+    path = Path(path)
+    if not path.is_file():
+        raise CaptureError(f"there is no model file {str(path)!r}", fix="give the path of a Python file")
+    sys.path.insert(0, str(path.parent.resolve()))  # as python FILE does
+    try:
+        torch.manual_seed(seed)
+        namespace = runpy.run_path(str(path))
+        if not callable(namespace.get(FUNCTION)):
+            raise CaptureError(f"{path} has no function {FUNCTION!r}", fix=_FORM)
+        result = namespace[FUNCTION]()
+    finally:
+        sys.path.pop(0)
+    if (
+        not isinstance(result, tuple)
+        or len(result) != 3
+        or not isinstance(result[0], nn.Module)
+        or not isinstance(result[1], (tuple, list))
+        or not isinstance(result[2], dict)
+    ):
+        raise CaptureError(f"{FUNCTION}() of {path} returned {type(result).__name__}, not a triple", fix=_FORM)
+    parallel = namespace.get("parallel")
+    return UserFile(result[0], tuple(result[1]), result[2], None if parallel is None else list(parallel))
