@@ -13,6 +13,9 @@ from typing import Any
 
 import torch
 from diffusers import FluxTransformer2DModel
+from diffusers.utils import logging
+
+logging.set_verbosity_error()  # it warns of every cast to bfloat16, which is meant here
 
 
 def model() -> tuple[torch.nn.Module, tuple[Any, ...], dict[str, Any]]:

@@ -34,6 +34,7 @@ from torch.fx import GraphModule, Node
 from torchtrt_md.errors import ShardingError
 from torchtrt_md.lowering.ops import bound_args
 from torchtrt_md.lowering.passes import PassContext
+from torchtrt_md.lowering.rewrite import emit, substitute
 from torchtrt_md.lowering.sharding import Call, Result, Sharded
 from torchtrt_md.lowering.sharding_rules import infer
 from torchtrt_md.program import value_of
@@ -74,7 +75,8 @@ def _analyze(graph: GraphModule, axis: str, strategy: str, size: int) -> int:
         elif node.op in ("placeholder", "get_attr"):
             states[node] = None
         elif node.target is md.attention.default and call.sharded:
-            node, states[node], rewrites = _attention(call, strategy)
+            node, result, rewrites = _attention(call, strategy)
+            states[node] = result
             count += rewrites
         else:
             states[node] = infer(call)
@@ -157,14 +159,9 @@ def _over_sequence(call: Call, q: Sharded, k: Sharded, v: Sharded, strategy: str
             f"is causal with {q.length} queries and {k.length} keys per rank, so a query's position is not its key's",
             "use as many queries as keys, or is_causal=False",
         )
-    names = ("q", "k", "v", "is_causal", "scale", "enable_gqa")
-    args = (*(call.args[name] for name in names), strategy, call.axis, call.size)
-    node = call.node
-    with node.graph.inserting_before(node):
-        new = node.graph.call_function(md.context_attention.default, args)
-    new.meta = {**node.meta, "sharding": dict(node.meta["sharding"])}
-    node.replace_all_uses_with(new)
-    node.graph.erase_node(node)
+    args = (call.args[name] for name in ("q", "k", "v", "is_causal", "scale", "enable_gqa"))
+    new = emit(call.node, md.context_attention.default, *args, strategy, call.axis, call.size)
+    substitute(call.node, new)
     return new
 
 
@@ -194,15 +191,9 @@ def _gather_keys(call: Call, k: Sharded, v: Sharded) -> int:
 
 
 def _insert_gather(call: Call, source: Node) -> Node:
-    node, value = call.node, value_of(source)
-    with node.graph.inserting_before(node):
-        gather = node.graph.call_function(md.all_gather.default, (source, _SEQ, call.axis, call.size))
-    with value.fake_mode:  # type: ignore[attr-defined]
-        gather.meta["val"] = md.all_gather.default(value, _SEQ, call.axis, call.size)
-    gather.meta["stack_trace"] = node.stack_trace
-    # Along other axes it lies as before; along this one it is whole now.
-    others = source.meta["sharding"].items()
-    gather.meta["sharding"] = {axis: state for axis, state in others if axis != call.axis}
+    gather = emit(call.node, md.all_gather.default, source, _SEQ, call.axis, call.size)
+    # Along other axes it lies as its operand does; along this one it is whole now.
+    gather.meta["sharding"] = {axis: s for axis, s in source.meta["sharding"].items() if axis != call.axis}
     return gather
 
 

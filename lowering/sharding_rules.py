@@ -85,7 +85,9 @@ def getitem(call: Call) -> Result:
 
 
 def elementwise(call: Call) -> Result:
-    return combine(call, *((n, aligned(n, len(call.shape))) for n in call.node.all_input_nodes))
+    operands = call.node.all_input_nodes
+    ndim = max(value_of(n).ndim for n in operands)
+    return combine(call, *((n, aligned(n, ndim)) for n in operands))
 
 
 def dropout(call: Call) -> Result:
@@ -191,15 +193,14 @@ def linear(call: Call) -> Result:
 RULES: dict[Any, Rule] = {
     # Each position by itself.  Ops with torch.Tag.pointwise need no entry.
     **dict.fromkeys((aten._to_copy, aten.to, aten.clone, aten.contiguous, aten.copy, aten.fill), elementwise),
-    **dict.fromkeys((aten.detach, aten.alias, aten.lift_fresh, aten.lift_fresh_copy), elementwise),
-    **dict.fromkeys((aten._conj, aten.conj, aten.resolve_conj, aten._neg_view, aten.resolve_neg), elementwise),
-    **dict.fromkeys((aten.complex, aten.polar, aten.real, aten.imag), elementwise),
-    **dict.fromkeys((aten.masked_fill, aten.rsub, aten.floor_divide, aten.hardswish, aten.log_sigmoid), elementwise),
-    **dict.fromkeys((aten.clamp, aten.clamp_min, aten.clamp_max, aten.__and__, aten.__or__), elementwise),
-    **dict.fromkeys((aten.clamp_, aten.clamp_min_, aten.clamp_max_), elementwise),
+    **dict.fromkeys(
+        (aten.detach, aten.alias, aten.lift_fresh_copy, aten._neg_view, aten.log_sigmoid_forward), elementwise
+    ),
+    **dict.fromkeys((aten._conj, aten.complex, aten.polar, aten.real, aten.imag), elementwise),
+    **dict.fromkeys((aten.masked_fill, aten.rsub, aten.floor_divide, aten.hardswish), elementwise),
     **dict.fromkeys((aten.empty_like, aten.zeros_like, aten.ones_like, aten.full_like), elementwise),
     **dict.fromkeys((aten.new_empty, aten.new_zeros, aten.new_ones, aten.new_full), unread),
-    **dict.fromkeys((aten._assert_tensor_metadata,), unread),
+    aten._assert_tensor_metadata: unread,
     **dict.fromkeys((aten.dropout, aten.native_dropout), dropout),
     # Moves.
     **dict.fromkeys((aten.view, aten._unsafe_view, aten.reshape, aten._reshape_copy), moves.view),
@@ -215,7 +216,7 @@ RULES: dict[Any, Rule] = {
     aten.unbind: moves.unbind,
     **dict.fromkeys((aten.split, aten.split_with_sizes, aten.unsafe_split), moves.split),
     **dict.fromkeys((aten.unsafe_split_with_sizes, aten.chunk, aten.unsafe_chunk), moves.split),
-    **dict.fromkeys((aten.cat, aten.concat), moves.cat),
+    aten.cat: moves.cat,
     aten.stack: moves.stack,
     # Indexing.
     **dict.fromkeys((aten.index, aten._unsafe_index), moves.index),

@@ -1,7 +1,11 @@
 """Reading a bundle: nothing in the folder is trusted."""
 
 import json
+import subprocess
 import sys
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
 
 import bundle_samples
 import msgspec
@@ -13,11 +17,11 @@ from torchtrt_md.errors import BundleError
 
 
 @pytest.fixture
-def folder(tmp_path: Path) -> None:
+def folder(tmp_path: Path) -> Path:
     return bundle_samples.bundle(tmp_path / "model")
 
 
-def edit(folder: Path, change) -> None:
+def edit(folder: Path, change: Callable[[Any], object]) -> None:
     path = folder / "manifest.json"
     content = json.loads(path.read_text())
     change(content)
@@ -54,7 +58,7 @@ def test_an_unknown_field_is_refused(folder: Path) -> None:
         read_manifest(folder)
 
 
-EDITS = {
+EDITS: dict[str, Callable[[Any], object]] = {
     "engines for 1 ranks and Mesh": lambda c: c["ranks"].pop(),
     "the manifest's mesh {'cp': 0} is not one": lambda c: c.update(mesh={"cp": 0}),
     "which is not among the manifest's files": lambda c: c["ranks"][0][0].update(engine="engines/other.engine"),
@@ -156,8 +160,6 @@ def test_another_version_is_refused_with_what_to_install(flavour: str, version: 
 
 
 def test_reading_loads_no_tensorrt(folder: Path) -> None:
-    import subprocess
-
     code = (
         "import sys; from torchtrt_md.bundle import read_manifest, check_files;"
         f"check_files({str(folder)!r}, read_manifest({str(folder)!r}));"

@@ -87,7 +87,9 @@ def test_a_file_is_left_alone(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("point", ["link", "manifest", "rename"])
-def test_a_failure_at_any_point_leaves_the_old_bundle_and_the_engines(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, point: str) -> None:
+def test_a_failure_at_any_point_leaves_the_old_bundle_and_the_engines(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, point: str
+) -> None:
     old = read_manifest(bundle_samples.bundle(tmp_path / "out"))
     files = bundle_samples.engine_files(tmp_path / "built")
     before = {key: path.read_bytes() for key, path in files.items()}

@@ -64,5 +64,3 @@ def _serve(rank: int, store: str, pipe: Connection) -> None:
         except Exception as error:  # it is the test that says what must not be raised
             traceback.print_exc()
             pipe.send(Outcome(None, type(error).__name__, str(error)))
-
-

@@ -2,7 +2,7 @@
 
 import pytest
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 from torchtrt_md.errors import VerificationError
 from torchtrt_md.runtime.compare import FP32_TOLERANCE, check_useful, dense_reference, limit, relative_error
@@ -10,21 +10,22 @@ from torchtrt_md.runtime.compare import FP32_TOLERANCE, check_useful, dense_refe
 CPU = torch.device("cpu")
 
 
-def first(returned) -> None:
+def first(returned: Tensor) -> dict[str, Tensor]:
     return {"y": returned}
 
 
 class Model(nn.Module):
     """A linear layer that may hold on to a dtype, as models do that cast inside."""
 
-    def __init__(self, dtype: torch.dtype, inner=None) -> None:
+    def __init__(self, dtype: torch.dtype, inner: torch.dtype | None = None) -> None:
         super().__init__()
         torch.manual_seed(0)
         self.linear = nn.Linear(64, 64, dtype=dtype)
         self.inner = inner
 
-    def forward(self, x: Tensor, *, scale) -> None:
-        return self.linear(x if self.inner is None else x.to(self.inner)) * scale
+    def forward(self, x: Tensor, *, scale: float) -> Tensor:
+        result: Tensor = self.linear(x if self.inner is None else x.to(self.inner)) * scale
+        return result
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float32])
@@ -54,7 +55,7 @@ def test_a_model_that_runs_in_neither() -> None:
 
 def test_integer_outputs_are_those_of_the_model_s_own_dtype() -> None:
     class Pick(nn.Module):
-        def forward(self, x: Tensor) -> None:
+        def forward(self, x: Tensor) -> Tensor:
             return x.argmax(-1)
 
     x = torch.randn(8, 64)
@@ -89,7 +90,7 @@ def test_tf32_is_off_meanwhile_and_then_as_it_was() -> None:
     seen = []
 
     class Look(nn.Module):
-        def forward(self, x: Tensor) -> None:
+        def forward(self, x: Tensor) -> Tensor:
             seen.append((torch.backends.cuda.matmul.allow_tf32, torch.backends.cudnn.allow_tf32))
             return x
 

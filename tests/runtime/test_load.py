@@ -33,7 +33,7 @@ def load_it(rank: int, folders: list[str]) -> None:
 
 
 @pytest.fixture
-def folders(tmp_path: Path) -> None:
+def folders(tmp_path: Path) -> list[str]:
     """The same bundle on two hosts."""
     first = bundle_samples.bundle(tmp_path / "host0")
     return [str(first), str(shutil.copytree(first, tmp_path / "host1"))]
@@ -105,7 +105,7 @@ def test_without_a_launch(tmp_path: Path) -> None:
 
 def test_an_unknown_check(tmp_path: Path) -> None:
     with pytest.raises(errors.LaunchError, match="check='never' is not understood"):
-        load(tmp_path, check="never")
+        load(tmp_path, check="never")  # type: ignore[arg-type]
 
 
 def test_importing_the_runtime_loads_no_tensorrt() -> None:

@@ -2,6 +2,7 @@
 
 import ctypes
 import struct
+from pathlib import Path
 
 import pytest
 
@@ -10,7 +11,7 @@ from torchtrt_md.bundle.manifest import Binding, Segment
 from torchtrt_md.errors import BundleError, LaunchError
 from torchtrt_md.runtime import communicator
 from torchtrt_md.runtime.engine import DTYPES, Io, check_io, deserialize
-from torchtrt_md.runtime.runner import _last_uses
+from torchtrt_md.runtime.runner import last_uses
 from torchtrt_md.runtime.signature import dtype_of
 
 SEGMENT = Segment(
@@ -67,13 +68,13 @@ def test_the_capsule_is_what_tensorrt_asks_for() -> None:
 
 
 def test_a_value_is_dropped_after_the_last_engine_that_reads_it() -> None:
-    def step(reads, writes) -> None:
-        bind = [[Binding(s, s, "int32", [1]) for s in sources] for sources in (reads, writes)]
-        return type("Step", (), {"segment": Segment("e", None, bind[0], bind[1], [])})
+    def segment(reads: list[str], writes: list[str]) -> Segment:
+        inputs, outputs = ([Binding(s, s, "int32", [1]) for s in sources] for sources in (reads, writes))
+        return Segment("e", None, inputs, outputs, [])
 
-    steps = [
-        step(["input:x"], ["value:a", "value:unused"]),
-        step(["value:a", "input:x"], ["value:b", "output:y"]),
-        step(["value:a", "value:b"], ["output:z"]),
+    segments = [
+        segment(["input:x"], ["value:a", "value:unused"]),
+        segment(["value:a", "input:x"], ["value:b", "output:y"]),
+        segment(["value:a", "value:b"], ["output:z"]),
     ]
-    assert _last_uses(steps) == [["value:unused"], [], ["value:a", "value:b"]]
+    assert last_uses(segments) == [["value:unused"], [], ["value:a", "value:b"]]

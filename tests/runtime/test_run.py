@@ -4,6 +4,7 @@ import json
 import os
 import subprocess
 import sys
+from pathlib import Path
 
 import bundle_samples
 import msgspec
@@ -36,7 +37,9 @@ def test_usage(capsys: pytest.CaptureFixture[str]) -> None:
     assert main(["bundle", "--iterations", "-1"]) == 2
 
 
-def test_without_torchrun_the_error_says_how_to_launch(tmp_path: Path, capsys: pytest.CaptureFixture[str], no_launch: None) -> None:
+def test_without_torchrun_the_error_says_how_to_launch(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], no_launch: None
+) -> None:
     folder = bundle_samples.bundle(tmp_path / "model")
     assert main([str(folder)]) == 1
     said = capsys.readouterr().err
@@ -87,7 +90,7 @@ def test_the_example_must_be_the_bundle_s() -> None:
         check_example(signature, {**example, "y": torch.randn(2, 8)})
 
 
-def rank_reports(*errors) -> None:
+def rank_reports(*errors: float) -> list[RankReport]:
     return [
         RankReport(rank, "host", "H200", 1 << 20, {"y": error}, Timing.of([1.0 + rank, 2.0 + rank, 9.0]))
         for rank, error in enumerate(errors)

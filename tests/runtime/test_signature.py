@@ -1,10 +1,12 @@
 """Arguments and outputs against the manifest."""
 
 import re
+from typing import Any
 
 import bundle_samples
 import pytest
 import torch
+from rank_processes import Ranks
 from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.tensor import DTensor
 
@@ -19,7 +21,7 @@ MASK = torch.ones(4, dtype=torch.bool)
 
 
 @pytest.fixture(scope="module")
-def signature() -> None:
+def signature() -> Signature:
     return Signature(bundle_samples.manifest())
 
 
@@ -39,7 +41,7 @@ def test_by_position_and_by_name(signature: Signature, args: tuple[Any, ...], kw
     assert bound["mask.0"] is MASK
 
 
-REFUSED = {
+REFUSED: dict[str, tuple[tuple[Any, ...], dict[str, Any]]] = {
     "input 'mask.0' is missing": ((X,), {}),
     "inputs 'x', 'mask.0' are missing": ((), {}),
     "no input 'guidance'": ((X, [MASK]), {"guidance": X}),
@@ -62,8 +64,9 @@ REFUSED = {
 
 @pytest.mark.parametrize("message", REFUSED)
 def test_refused(signature: Signature, message: str) -> None:
+    args, kwargs = REFUSED[message]
     with pytest.raises(InputError, match=re.escape(message)) as raised:
-        signature.bind(*REFUSED[message], CPU)
+        signature.bind(args, kwargs, CPU)
     assert raised.value.fix
 
 

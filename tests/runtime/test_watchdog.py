@@ -4,6 +4,8 @@ import subprocess
 import sys
 import threading
 import time
+from collections.abc import Iterator
+from typing import TypeAlias
 
 import pytest
 
@@ -17,7 +19,7 @@ class Work:
     def __init__(self) -> None:
         self.done = False
 
-    def query(self) -> None:
+    def query(self) -> bool:
         return self.done
 
 
@@ -25,16 +27,20 @@ class Clock:
     def __init__(self) -> None:
         self.now = 0.0
 
-    def __call__(self) -> None:
+    def __call__(self) -> float:
         return self.now
 
 
-@pytest.fixture
-def dog() -> None:
-    """A watchdog with 100 s of patience, its clock, and what it ended the process with."""
-    clock, ended, stopped = Clock(), [], threading.Event()
+Dog: TypeAlias = tuple[Watchdog, Clock, list[object], threading.Event]
 
-    def end(code) -> None:
+
+@pytest.fixture
+def dog() -> Iterator[Dog]:
+    """A watchdog with 100 s of patience, its clock, and what it ended the process with."""
+    clock, stopped = Clock(), threading.Event()
+    ended: list[object] = []
+
+    def end(code: int) -> None:
         ended.append(code)
         stopped.set()
 
@@ -87,7 +93,7 @@ def test_work_that_failed_is_not_waited_for(dog: Dog, capsys: pytest.CaptureFixt
     watchdog, clock, _, stopped = dog
 
     class Failed:
-        def query(self) -> None:
+        def query(self) -> bool:
             raise RuntimeError("CUDA error: an illegal memory access")
 
     watchdog.watch(Failed(), "segment 1")

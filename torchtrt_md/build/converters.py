@@ -10,6 +10,7 @@ from collections.abc import Callable
 from typing import Any
 
 import torch
+from torch.fx import Node
 
 from torchtrt_md.build import layers, probes
 from torchtrt_md.build.flavour import flavour
@@ -46,7 +47,7 @@ def _collective(op: str) -> Callable[..., Any]:
                 f"{flavour().name} {flavour().version} has no ALL_TO_ALL in {dtype}",
                 fix="use another dtype, strategy='allgather_kv', or another version",
             )
-        if op == "all_gather" and _has_attention(ctx) and not probes.gathers_beside_attention(dtype):
+        if op == "all_gather" and _reaches_attention(ctx.current_node) and not probes.gathers_beside_attention(dtype):
             return layers.add_all_gather_by_exchange(flavour(), ctx.net, x, size)
         return layers.add_collective(
             flavour(),
@@ -61,8 +62,17 @@ def _collective(op: str) -> Callable[..., Any]:
     return convert
 
 
-def _has_attention(ctx: Any) -> bool:
-    return any(node.target is md.attention.default for node in ctx.current_node.graph.nodes)
+def _reaches_attention(node: Node) -> bool:
+    """Does an attention depend on this node?  TensorRT fuses what leads up to one."""
+    pending, seen = [node], {node}
+    while pending:
+        for user in pending.pop().users:
+            if user.target is md.attention.default:
+                return True
+            if user not in seen:
+                seen.add(user)
+                pending.append(user)
+    return False
 
 
 def _attention(ctx: Any, target: Any, args: tuple[Any, ...], kwargs: dict[str, Any], name: str) -> Any:

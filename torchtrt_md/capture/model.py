@@ -11,7 +11,7 @@ from __future__ import annotations
 
 import copy
 from collections.abc import Iterator, Mapping, Sequence
-from contextlib import ExitStack, contextmanager
+from contextlib import contextmanager
 from typing import Any
 
 import torch
@@ -54,7 +54,7 @@ def capture_model(
         local = _local_weights(shadow, mesh, arguments.device)
         traces = []
         for rank in range(mesh.size if device_mesh is not None else 1):
-            with _as_rank(shadow, mesh, rank):
+            with coordinates({axis: mesh.coordinate(rank, axis) for axis in mesh.names}):
                 traces.append(trace(shadow, arguments, local))
         groups = _groups(device_mesh)
     traces = traces if device_mesh is not None else traces * mesh.size
@@ -89,17 +89,6 @@ def _device_mesh(mesh: Mesh, parallels: Sequence[Parallel], own: DeviceMesh | No
     else:
         with fake_ranks(mesh.size):
             yield mesh.to_device_mesh("cpu")
-
-
-@contextmanager
-def _as_rank(shadow: nn.Module, mesh: Mesh, rank: int) -> Iterator[None]:
-    """Let every mesh that the shadow's DTensors are on take this process for ``rank``."""
-    meshes = {id(p.device_mesh): p.device_mesh for p in shadow.parameters() if isinstance(p, DTensor)}
-    with ExitStack() as stack:
-        for device_mesh in meshes.values():
-            names = device_mesh.mesh_dim_names or ()
-            stack.enter_context(coordinates(device_mesh, [mesh.coordinate(rank, name) for name in names]))
-        yield
 
 
 def _groups(device_mesh: DeviceMesh | None) -> dict[str, str]:

@@ -5,13 +5,15 @@ Tests in ``tests/capture/test_torch_private.py`` name the feature that goes when
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 
 import torch.distributed as dist
 from torch._subclasses.fake_tensor import FakeTensorMode as FakeTensorMode
 from torch.distributed.device_mesh import DeviceMesh
 from torch.testing._internal.distributed.fake_pg import FakeStore
+
+_COORDINATE = "_coordinate_on_dim"
 
 
 @contextmanager
@@ -29,15 +31,26 @@ def fake_ranks(size: int) -> Iterator[None]:
 
 
 @contextmanager
-def coordinates(device_mesh: DeviceMesh, where: Sequence[int]) -> Iterator[None]:
-    """Let DTensor believe that this process stands at these coordinates of the mesh.
+def coordinates(where: Mapping[str, int]) -> Iterator[None]:
+    """Let DTensor believe that this process stands at these coordinates, by axis name.
 
-    DTensor slices by the mesh's own record of the coordinate.  Without it, a process could capture
-    only the graph of its own rank.
+    DTensor slices by its mesh's own record of the coordinate.  Without this, a process could capture only the
+    graph of its own rank.  The record is overlaid on the class, since DTensor caches sharding decisions with
+    the mesh objects of earlier captures in them, and those must agree with the one in hand.
     """
-    before = device_mesh._coordinate_on_dim
-    device_mesh._coordinate_on_dim = tuple(where)
+
+    def read(device_mesh: DeviceMesh) -> tuple[int, ...] | None:
+        names = device_mesh.mesh_dim_names or ()
+        if names and all(name in where for name in names):
+            return tuple(where[name] for name in names)
+        own: tuple[int, ...] | None = device_mesh.__dict__[_COORDINATE]
+        return own
+
+    def write(device_mesh: DeviceMesh, value: object) -> None:
+        device_mesh.__dict__[_COORDINATE] = value
+
+    setattr(DeviceMesh, _COORDINATE, property(read, write))
     try:
         yield
     finally:
-        device_mesh._coordinate_on_dim = before
+        delattr(DeviceMesh, _COORDINATE)

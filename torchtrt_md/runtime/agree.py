@@ -6,6 +6,7 @@ the NCCL collectives, and every one has a deadline.
 
 from __future__ import annotations
 
+import atexit
 import time
 import zlib
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -57,6 +58,8 @@ class Agreement:
         with self._deadline("the start of the votes"):
             group = dist.new_group(backend="gloo", timeout=timedelta(seconds=timeout), group_desc="torchtrt_md votes")
         self._group = cast(dist.ProcessGroup, group)
+        # A gloo group that is left to the interpreter's end aborts the process there, now and then.
+        atexit.register(self.close)
 
     def vote(self, error: MDError | None, about: str) -> None:
         """Say whether this rank is fine; return if all are.
@@ -118,6 +121,7 @@ class Agreement:
 
     def close(self) -> None:
         """Leave the group.  Not collective."""
+        atexit.unregister(self.close)
         if dist.is_initialized():
             with suppress(RuntimeError, ValueError):  # a group that broke, or that the user's own clean-up took along
                 dist.destroy_process_group(self._group)

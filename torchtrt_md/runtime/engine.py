@@ -42,16 +42,19 @@ class Engine:
         segment: what the manifest says of it.
         loaded: TensorRT's engine.
         name: for messages.
+        keep: what must live as long as the engine: TensorRT's runtime and logger.
 
     Raises:
         BundleError: the engine's inputs and outputs are not those of the segment.
         LaunchError: no memory for its activations.
     """
 
-    def __init__(self, segment: Segment, loaded: Any, name: str) -> None:
+    def __init__(self, segment: Segment, loaded: Any, name: str, keep: object = None) -> None:
         check_io(describe_io(loaded), segment, name)
-        self.segment, self.name, self.loaded = segment, name, loaded
+        self.segment, self.name = segment, name
+        # In this order: Python lets go of them in the same, and a context must end before its engine.
         self.context = loaded.create_execution_context()
+        self.loaded, self.keep = loaded, keep
         if self.context is None:
             raise LaunchError(
                 f"{name} has no room to run: its activations need {loaded.device_memory_size_v2 / 2**20:.0f} MiB",

@@ -136,12 +136,13 @@ def _engines(folder: Path, manifest: Manifest, segments: list[Segment], device: 
 
     trt = flavour().trt
     with torch.cuda.device(device):
-        runtime = trt.Runtime(trt.Logger(trt.Logger.WARNING))
+        logger = trt.Logger(trt.Logger.WARNING)
+        runtime = trt.Runtime(logger)
         capability = ".".join(map(str, torch.cuda.get_device_capability(device)))
         built_for = f"{manifest.target} (this GPU: {torch.cuda.get_device_name(device)}, {capability})"
         loaded = functools.cache(lambda path: deserialize(runtime, folder / path, built_for))
         return [
-            Engine(segment, loaded(segment.engine), f"segment {index} ({segment.engine})")
+            Engine(segment, loaded(segment.engine), f"segment {index} ({segment.engine})", (runtime, logger))
             for index, segment in enumerate(segments)
         ]
 

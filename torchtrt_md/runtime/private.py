@@ -18,7 +18,8 @@ def nccl_backend(group: dist.ProcessGroup, device: torch.device) -> Any:
     Raises:
         RuntimeError: the group has no backend for CUDA tensors.
     """
-    return group._get_backend(torch.device(device.type))
+    backend = group._get_backend(torch.device(device.type))
+    return getattr(backend, "wrapped_pg", backend)  # TORCH_DISTRIBUTED_DEBUG=DETAIL wraps it
 
 
 def communicator_pointer(group: dist.ProcessGroup, device: torch.device) -> int:

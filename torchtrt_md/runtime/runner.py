@@ -9,7 +9,7 @@ from typing import Any, Literal, Self
 import torch
 from torch import Tensor
 
-from torchtrt_md.bundle.manifest import Manifest
+from torchtrt_md.bundle.manifest import Manifest, Segment
 from torchtrt_md.errors import LaunchError
 from torchtrt_md.runtime.agree import Agreement
 from torchtrt_md.runtime.engine import Engine
@@ -50,7 +50,7 @@ class Runner:
         self.agreement, self.rank = agreement, agreement.rank
         self.signature = Signature(manifest)
         self._watchdog = watchdog
-        self._steps = list(zip(engines, descriptions, _last_uses(engines), strict=True))
+        self._steps = list(zip(engines, descriptions, last_uses([engine.segment for engine in engines]), strict=True))
         self._outputs = {f"output:{t.name}": t.name for t in manifest.outputs}
         mesh = self.signature.mesh
         self._coordinates = {
@@ -81,7 +81,7 @@ class Runner:
         inputs = self._accept(args, kwargs)
         with torch.cuda.device(self.device), torch.no_grad():
             current = torch.cuda.current_stream(self.device)
-            # TensorRT synchronizes the whole device when it is put on the default stream.
+            # On the default stream TensorRT adds synchronizations of its own.
             stream = self._side if current.cuda_stream == 0 else current
             # In a capture, events of before it cannot be waited for, and those in it cannot be queried.
             capturing = torch.cuda.is_current_stream_capturing()
@@ -116,7 +116,7 @@ class Runner:
         live = dict(self._coordinates)
         live.update({f"input:{name}": tensor for name, tensor in inputs.items()})
         outputs: dict[str, Tensor] = {}
-        for engine, description, last_uses in self._steps:
+        for engine, description, done in self._steps:
             for b in engine.segment.outputs:
                 if b.source in self._outputs:
                     tensor = torch.empty(b.shape, dtype=dtype_of(b.dtype), device=self.device)
@@ -128,12 +128,12 @@ class Runner:
             engine.enqueue(live, stream.cuda_stream)
             if after is not None:
                 after(stream, description)
-            for source in last_uses:
+            for source in done:
                 del live[source]
         return outputs
 
     def settle(self) -> bool:
-        """Whether all calls are done, so far as the watchdog knows; call it before a CUDA graph is captured."""
+        """Whether all calls are done, so far as the watchdog knows."""
         return self._watchdog.settle() == 0
 
     def close(self) -> None:
@@ -170,11 +170,11 @@ class Runner:
         self._watchdog.watch(event, description)
 
 
-def _last_uses(engines: Sequence[Engine]) -> list[list[str]]:
-    """For each engine the values that nothing after it reads."""
+def last_uses(segments: Sequence[Segment]) -> list[list[str]]:
+    """For each segment the values that nothing after it reads."""
     last: dict[str, int] = {}
-    for index, engine in enumerate(engines):
-        for b in (*engine.segment.inputs, *engine.segment.outputs):
+    for index, segment in enumerate(segments):
+        for b in (*segment.inputs, *segment.outputs):
             if b.source.startswith("value:"):
                 last[b.source] = index
-    return [[source for source, at in last.items() if at == index] for index in range(len(engines))]
+    return [[source for source, at in last.items() if at == index] for index in range(len(segments))]

@@ -6,6 +6,7 @@ inside an engine has no deadline of its own, so this thread is the deadline.
 
 from __future__ import annotations
 
+import ctypes
 import os
 import sys
 import threading
@@ -94,10 +95,7 @@ class Watchdog:
             flag.done = True
 
     def settle(self) -> int:
-        """Drop what is done and return how much is not.
-
-        While it is 0, the thread asks CUDA nothing; asking during the capture of a CUDA graph would break it.
-        """
+        """Drop what is done and return how much is not.  While it is 0, the thread asks CUDA nothing."""
         with self._condition:
             self._drop_done()
             return len(self._waits)
@@ -112,6 +110,7 @@ class Watchdog:
             self._thread.join()
 
     def _run(self) -> None:
+        _allow_queries_during_captures()
         with self._condition:
             while True:
                 self._drop_done()
@@ -149,6 +148,20 @@ class Watchdog:
         aborting.start()
         aborting.join(_ABORT_SECONDS)
         self._exit(EXIT_CODE)
+
+
+def _allow_queries_during_captures() -> None:
+    """Let this thread query events while another captures a CUDA graph.
+
+    By default CUDA takes a query from any thread for a fault of the capture, and ends it.  This thread
+    captures nothing, so only captures of its own are made to count.
+    """
+    try:
+        driver = ctypes.CDLL("libcuda.so.1")
+    except OSError:  # no GPU, so no captures
+        return
+    thread_local = ctypes.c_int(1)  # CU_STREAM_CAPTURE_MODE_THREAD_LOCAL
+    driver.cuThreadExchangeStreamCaptureMode(ctypes.byref(thread_local))
 
 
 def describe(
