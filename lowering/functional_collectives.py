@@ -5,7 +5,7 @@
 
 The group's process-local name becomes the mesh axis.  Autograd and coalesced forms, and DTensor's
 ``shard_dim_alltoall``, are the same collectives under other names.  What is not in the table, and an
-all-to-all with uneven parts, is refused.
+all-to-all with uneven parts, is refused.  Where the IR itself was called, its dims are counted from the first.
 """
 
 from __future__ import annotations
@@ -18,7 +18,7 @@ import torch
 from torch.fx import GraphModule, Node
 
 from torchtrt_md.errors import CollectiveError
-from torchtrt_md.lowering.ops import REDUCE_OPS, bound_args
+from torchtrt_md.lowering.ops import COLLECTIVES, REDUCE_OPS, bound_args
 from torchtrt_md.lowering.passes import PassContext
 from torchtrt_md.lowering.rewrite import emit, substitute
 from torchtrt_md.program import value_of
@@ -31,21 +31,39 @@ NAMESPACES = ("_c10d_functional", "_c10d_functional_autograd", "c10d_functional"
 def run(graph: GraphModule, context: PassContext) -> int:
     count = 0
     for node in list(graph.graph.nodes):
+        if node.target in COLLECTIVES or node.target is md.shard.default:
+            count += _count_dims_from_first(node)
+            continue
         name = _name(node)
         if name is None:
             continue
         if name in ("wait_tensor", "_wrap_tensor_autograd"):
             substitute(node, node.args[0])
             continue
+        many = name.endswith("_coalesced")
+        name = name.removesuffix("_coalesced")
+        if name not in _FORMS:
+            raise CollectiveError(
+                f"the collective {node.target} in node {node.name!r} is not in a form that is understood",
+                fix=f"use its functional form: one of {', '.join(_FORMS)} of torch.distributed._functional_collectives",
+                at=source_line(node),
+            )
         axis, size = _axis(node, context)
-        if name.endswith("_coalesced"):
-            _rewrite_list(node, name.removesuffix("_coalesced"), axis, size)
+        args = bound_args(node)
+        if many:
+            _substitute_list(node, [_FORMS[name](node, x, args, axis, size) for x in args["inputs"]])
         else:
-            args = bound_args(node)
-            x = args["input"]
-            substitute(node, _rewrite(node, name, x, args, axis, size))
+            substitute(node, _FORMS[name](node, args["input"], args, axis, size))
         count += 1
     return count
+
+
+def _count_dims_from_first(node: Node) -> int:
+    args = bound_args(node)
+    dims = {name: args[name] % value_of(args["x"]).dim() for name in ("dim", "split_dim", "concat_dim") if name in args}
+    same = not node.kwargs and all(args[name] == dim for name, dim in dims.items())
+    node.args, node.kwargs = tuple({**args, **dims}.values()), {}
+    return not same
 
 
 def _name(node: Node) -> str | None:
@@ -66,22 +84,18 @@ def _axis(node: Node, context: PassContext) -> tuple[str, int]:
             at=source_line(node),
         )
     axis = context.groups[group]
-    return axis, context.mesh.axis_size(axis)
-
-
-def _rewrite(node: Node, name: str, x: Node, args: dict[str, Any], axis: str, size: int) -> Node:
-    if name not in _FORMS:
+    size = context.mesh.axis_size(axis)
+    if args.get("group_size", size) != size:
         raise CollectiveError(
-            f"the collective {node.target} in node {node.name!r} is not in a form that is understood",
-            fix=f"use its functional form: one of {', '.join(_FORMS)} of torch.distributed._functional_collectives",
+            f"{node.target} in node {node.name!r} is over {args['group_size']} ranks, and axis {axis!r} of"
+            f" {context.mesh} has {size}",
+            fix="use the group's own size: group.size()",
             at=source_line(node),
         )
-    return _FORMS[name](node, x, args, axis, size)
+    return axis, size
 
 
-def _rewrite_list(node: Node, name: str, axis: str, size: int) -> None:
-    args = bound_args(node)
-    parts = [_rewrite(node, name, x, args, axis, size) for x in args["inputs"]]
+def _substitute_list(node: Node, parts: list[Node]) -> None:
     for user in list(node.users):
         assert user.target is operator.getitem
         substitute(user, parts[user.args[1]])  # type: ignore[index]
@@ -102,9 +116,10 @@ def _reduce_op(node: Node, args: dict[str, Any]) -> str:
 def _all_to_all_single(node: Node, x: Node, args: dict[str, Any], axis: str, size: int) -> Node:
     rows = value_of(x).shape[0]
     for sizes in (args["output_split_sizes"], args["input_split_sizes"]):
-        if list(sizes) not in ([], [rows // size] * size):
+        if rows % size or list(sizes) not in ([], [rows // size] * size):
+            parts = f"parts of {list(sizes)} rows" if sizes else f"{rows} rows"
             raise CollectiveError(
-                f"{node.target} in node {node.name!r} sends parts of {list(sizes)} rows: uneven, or not to all ranks",
+                f"{node.target} in node {node.name!r} sends {parts}: uneven, or not to all ranks",
                 fix=f"give all {size} ranks an equal part of the {rows} rows",
                 at=source_line(node),
             )

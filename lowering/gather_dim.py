@@ -9,6 +9,8 @@ cat, or, where the dims in front are of size 1, with a view.
               y = view(g, [1, P * s, ...])
     before    c = cat(split(x, s, d), 0)       after    y = reduce_scatter(x, op, d)
               y = reduce_scatter(c, op, 0)
+
+A gather that is used in another way too stays: a second one would double what is sent.
 """
 
 from __future__ import annotations
@@ -39,40 +41,45 @@ def run(graph: GraphModule, context: PassContext) -> int:
 
 def _gather_then_cat(gather: Node) -> int:
     x, _, axis, size = gather.args
-    for user in gather.users:
-        cat = _cat_of_all_parts(user, size)
-        if cat is not None and value_of(cat).dim() == value_of(x).dim():
-            dim = _dim(cat)
-            substitute(cat, emit(cat, md.all_gather.default, x, dim, axis, size))
-            return 1
-    return 0
+    split = _only_user(gather)
+    cat = _cat_of_all_parts(split, size) if split else None
+    if split is None or cat is None or bound_args(split)["dim"] != 0:
+        return 0
+    substitute(cat, emit(cat, md.all_gather.default, x, _dim(cat), axis, size))
+    return 1
 
 
 def _gather_then_view(gather: Node) -> int:
     x, _, axis, size = gather.args
     shape = list(value_of(x).shape)
-    for user in list(gather.users):
-        if user.target not in _VIEWS:
-            continue
-        for dim in range(1, len(shape)):
-            whole = [*shape[:dim], shape[dim] * size, *shape[dim + 1 :]]
-            if set(shape[:dim]) == {1} and list(value_of(user).shape) == whole:
-                substitute(user, emit(user, md.all_gather.default, x, dim, axis, size))
-                return 1
+    user = _only_user(gather)
+    if user is None or user.target not in _VIEWS:
+        return 0
+    for dim in range(1, len(shape)):
+        whole = [*shape[:dim], shape[dim] * size, *shape[dim + 1 :]]
+        if set(shape[:dim]) == {1} and list(value_of(user).shape) == whole:
+            substitute(user, emit(user, md.all_gather.default, x, dim, axis, size))
+            return 1
     return 0
 
 
 def _cat_then_scatter(scatter: Node) -> int:
     cat, op, _, axis, size = scatter.args
-    if cat.target is not aten.cat.default or _dim(cat) != 0 or not cat.args[0]:
+    if cat.target is not aten.cat.default or _dim(cat) != 0:
         return 0
-    split = cat.args[0][0].args[0]
-    if not isinstance(split, Node) or _cat_of_all_parts(split, size) is not cat:
+    first = cat.args[0][0]
+    split = first.args[0] if first.target is operator.getitem else None
+    if split is None or _cat_of_all_parts(split, size) is not cat:
         return 0
     args = bound_args(split)
     x, dim = args["self"], args["dim"] % value_of(args["self"]).dim()
     substitute(scatter, emit(scatter, md.reduce_scatter.default, x, op, dim, axis, size))
     return 1
+
+
+def _only_user(node: Node) -> Node | None:
+    users = [user for user in node.users if user.op == "call_function"]
+    return users[0] if len(node.users) == len(users) == 1 else None
 
 
 def _cat_of_all_parts(split: Node, size: int) -> Node | None:

@@ -130,7 +130,7 @@ def all_to_all(x: Tensor, split_dim: int, concat_dim: int, axis: str, size: int)
 @all_to_all.register_fake
 def _(x: Tensor, split_dim: int, concat_dim: int, axis: str, size: int) -> Tensor:
     chunk = chunk_size(x.shape[split_dim], size, f"all_to_all on dim {split_dim}")
-    if split_dim == concat_dim:
+    if split_dim % x.dim() == concat_dim % x.dim():
         return torch.empty_like(x, memory_format=torch.contiguous_format)
     return _resized(x, dims={split_dim: chunk, concat_dim: x.shape[concat_dim] * size})
 

@@ -2,12 +2,17 @@
 
 from __future__ import annotations
 
+import os
 import re
+from pathlib import Path
 
 import torch.fx
 
-# Frames of the machinery between the user's line and the op; an error points past them.
-MACHINERY = re.compile(r"[/\\](torch|torchtrt_md|lowering|torch_tensorrt)[/\\]")
+_HERE = Path(__file__).parent
+_FOLDERS = (Path(torch.__file__).parent, _HERE, (_HERE / "lowering").resolve())
+# Frames of the machinery between the user's line and the op; an error points past them.  By whole path: the user's
+# own code may well lie in a folder named torch.
+MACHINERY = re.compile("|".join(re.escape(f"{folder}{os.sep}") for folder in _FOLDERS) + r"|[/\\]torch_tensorrt[/\\]")
 _FRAME = re.compile(r'File "(?P<file>[^"]+)", line (?P<line>\d+), in (?P<function>.+)\n\s*(?P<code>.*)')
 
 

@@ -7,10 +7,10 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-import bundle_samples
 import msgspec
 import pytest
 
+from bundle import bundle_samples
 from torchtrt_md.bundle import check_files, check_versions, manifest_digest, read_manifest
 from torchtrt_md.bundle.manifest import Versions
 from torchtrt_md.errors import BundleError

@@ -4,10 +4,10 @@ import hashlib
 import os
 from pathlib import Path
 
-import bundle_samples
 import msgspec
 import pytest
 
+from bundle import bundle_samples
 from torchtrt_md.bundle import check_files, read_manifest, write_bundle
 from torchtrt_md.errors import BundleError
 

@@ -24,9 +24,9 @@ def trace(function: Callable[..., Any], *tensors: Tensor, pre_dispatch: bool = F
     return make_fx(function, tracing_mode="fake", record_stack_traces=True, pre_dispatch=pre_dispatch)(*tensors)
 
 
-def analyze(graph: GraphModule, strategy: str = "ulysses", **axes: int) -> int:
+def analyze(graph: GraphModule, mesh: Mesh | None = None, strategy: str = "ulysses") -> int:
     """Run the pass with every axis of the mesh (``cp=2`` by default) context-parallel."""
-    mesh = Mesh(**(axes or {"cp": SIZE}))
+    mesh = mesh or Mesh(cp=SIZE)
     count = sequence.run(graph, PassContext(mesh, dict.fromkeys(mesh.names, strategy), {}))
     graph.graph.lint()
     return count

@@ -3,6 +3,7 @@
 import importlib.util
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import pytest
 import split_functions as sf
@@ -13,7 +14,7 @@ from torch import Tensor
 
 from torchtrt_md.errors import ShardingError
 from torchtrt_md.lowering.sharding import Sharded
-from torchtrt_md.source import source_line
+from torchtrt_md.mesh import Mesh
 
 torch.manual_seed(0)
 X, TEXT, LEARNED = torch.randn(2, 8, 8), torch.randn(2, 4, 8), torch.randn(2, 6, 8)
@@ -42,10 +43,15 @@ def gather(x: Tensor, dim: int = 1, axis: str = "cp") -> Tensor:
     return result
 
 
-def refused(forward: Callable[..., object], *tensors: Tensor, message: str, **axes: int) -> None:
+def parts(*dims: int | None) -> Callable[..., Any]:
+    """A function that splits each of its arguments on a dim, or not."""
+    return lambda *xs: [x if d is None else shard(x, d) for x, d in zip(xs, dims, strict=True)]
+
+
+def refused(forward: Callable[..., object], *tensors: Tensor, message: str) -> None:
     graph = sf.trace(forward, *tensors)
     with pytest.raises(ShardingError, match=message) as caught:
-        sf.analyze(graph, **axes)
+        sf.analyze(graph)
     assert caught.value.fix
 
 
@@ -58,7 +64,7 @@ def test_split_queries_and_keys_become_context_attention(causal: bool) -> None:
         return attend(shard(q, 2), shard(k, 2), shard(v, 2), causal=causal)
 
     graph = sf.trace(forward, Q, K, V)
-    assert sf.analyze(graph, "allgather_kv") == 1
+    assert sf.analyze(graph, strategy="allgather_kv") == 1
     assert sf.targets(graph) == ["shard", "shard", "shard", "context_attention"]
     (node,) = sf.returned(graph)
     assert node.args[3:] == (causal, None, False, "allgather_kv", "cp", 2)
@@ -120,31 +126,30 @@ def test_a_batch_in_one_row_and_back() -> None:
     assert product.meta["sharding"] == {"cp": Sharded(0, (4,), outer=2)}
 
 
-def test_batch_or_heads_that_are_split_stay_local() -> None:
-    for dim in (0, 1):
+@pytest.mark.parametrize("dim", [0, 1])
+def test_batch_or_heads_that_are_split_stay_local(dim: int) -> None:
+    def model(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+        return attend(q, k, v, causal=True)
 
-        def forward(q: Tensor, k: Tensor, v: Tensor, dim: int = dim) -> Tensor:
-            return attend(*(shard(x.repeat(2, 1, 1, 1), dim) for x in (q, k, v)), causal=True)
-
-        graph = sf.trace(forward, Q, K, V)
-        assert sf.analyze(graph) == 0
-        whole = attend(*(x.repeat(2, 1, 1, 1) for x in (Q, K, V)), causal=True)
-        assert sf.check_claims(graph, [Q, K, V], [whole]) == [Sharded(dim, (2,))]
+    q, k, v = (x.repeat(2, 1, 1, 1) for x in (Q, K, V))
+    graph = sf.trace(lambda *xs: model(*parts(dim, dim, dim)(*xs)), q, k, v)
+    assert sf.analyze(graph) == 0
+    assert sf.check_claims(graph, [q, k, v], [model(q, k, v)]) == [Sharded(dim, (2,))]
 
 
 # Cross attention.
 
 
-@pytest.mark.parametrize("mask", [None, torch.randn(2, 1, 1, 8), torch.randn(8), torch.randn(1, 8).expand(4, 8)])
+@pytest.mark.parametrize("mask", [None, torch.randn(2, 1, 1, 8), torch.randn(1, 8), torch.randn(1, 8).expand(4, 8)])
 def test_split_queries_over_whole_keys_stay_local(mask: Tensor | None) -> None:
     masks = [] if mask is None else [mask]
 
-    def forward(q: Tensor, k: Tensor, v: Tensor, *masks: Tensor) -> Tensor:
+    def forward(q: Tensor, k: Tensor, v: Tensor, *masks: Any) -> Tensor:
         return attend(shard(q, 2), k, v, *masks)
 
     graph = sf.trace(forward, Q, K, V, *masks)
     assert sf.analyze(graph) == 0
-    whole = attend(Q, K, V, None if mask is None else mask if mask.ndim != 2 else mask[:1])
+    whole = attend(Q, K, V, None if mask is None else mask[..., :1, :])
     assert sf.check_claims(graph, [Q, K, V, *masks], [whole]) == [Sharded(2, (4,))]
 
 
@@ -191,10 +196,6 @@ def test_whole_queries_with_a_mask_of_any_length() -> None:
 # Attention that is refused.
 
 
-def parts(*dims: int | None) -> Callable[..., list[Tensor]]:
-    return lambda *xs: [x if d is None else shard(x, d) for x, d in zip(xs, dims, strict=True)]
-
-
 @pytest.mark.parametrize(
     ("dims", "causal", "message"),
     [
@@ -202,13 +203,17 @@ def parts(*dims: int | None) -> Callable[..., list[Tensor]]:
         ((2, 2, None), False, "queries, keys and values that are split differently"),
         ((2, None, 2), False, "queries, keys and values that are split differently"),
         ((None, 2, None), False, "queries, keys and values that are split differently"),
-        ((0, 2, 2), False, "queries, keys and values that are split differently"),
+        ((1, 2, 2), False, "queries, keys and values that are split differently"),
         ((None, 3, None), False, "reads across the sharded dim"),
         ((3, 3, 3), False, "reads across the sharded dim"),
     ],
 )
 def test_operands_that_do_not_fit(dims: tuple[int | None, ...], causal: bool, message: str) -> None:
-    refused(lambda *xs: attend(*parts(*dims)(*xs), causal=causal), Q, Q, Q, message=message)
+    def forward(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+        q, k, v = parts(*dims)(q, k, v)
+        return attend(q, k, v, causal=causal)
+
+    refused(forward, Q, Q, Q, message=message)
 
 
 def test_causal_needs_positions_in_one_row() -> None:
@@ -244,13 +249,15 @@ def test_masks_that_do_not_fit_cross_attention() -> None:
         *(Q, K, V, torch.randn(4, 8)),
         message="replicated tensor of the local length used beside a sharded one: m_1 has 4 entries",
     )
-    for split in (lambda m: m, shard):
-        mask = torch.randn(4, 4 * (1 + (split is shard)))
-        refused(
-            lambda q, k, v, m, split=split: attend(q, shard(k, 2), shard(v, 2), split(m)),
-            *(SHORT, K, V, mask),
-            message="for the local keys only",
-        )
+    local_keys = "for the local keys only, and whole queries that need all of them"
+    operands = (SHORT, K, V)
+    refused(lambda q, k, v, m: attend(q, shard(k, 2), shard(v, 2), m), *operands, torch.randn(4, 4), message=local_keys)
+    refused(
+        lambda q, k, v, m: attend(q, shard(k, 2), shard(v, 2), shard(m)),
+        *operands,
+        torch.randn(4, 8),
+        message=local_keys,
+    )
 
 
 def test_layouts_that_are_not_of_attention() -> None:
@@ -345,22 +352,20 @@ def test_other_collectives_along_the_axis(op: Callable[..., Tensor], args: tuple
 def test_collectives_along_another_axis(
     op: Callable[..., Tensor], apart: tuple[object, ...], across: tuple[object, ...] | None
 ) -> None:
-    def forward(x: Tensor, args: tuple[object, ...] = apart) -> Tensor:
-        return op(shard(x), *args, "tp", 2)
-
-    graph = sf.trace(forward, X)
-    sf.analyze(graph, cp=2)
+    graph = sf.trace(lambda x: op(shard(x), *apart, "tp", 2), X)
+    sf.analyze(graph)
     assert sf.returned(graph)[0].meta["sharding"] == {"cp": Sharded(1, (4,))}
     if across:
-        refused(lambda x: forward(x, across), X, message="along axis 'tp' on the dim that is split", cp=2)
+        on_it = f"is a {str(op).split('.')[1]} along axis 'tp' on the dim that is split"
+        refused(lambda x: op(shard(x), *across, "tp", 2), X, message=on_it)
 
 
 def test_two_axes_on_two_dims() -> None:
     def forward(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
-        return attend(*(shard(shard(x, 2), 1, "hp") for x in (q, k, v)))
+        return attend(shard(shard(q, 2), 1, "hp"), shard(shard(k, 2), 1, "hp"), shard(shard(v, 2), 1, "hp"))
 
     graph = sf.trace(forward, Q, K, V)
-    assert sf.analyze(graph, cp=2, hp=2) == 1
+    assert sf.analyze(graph, Mesh(cp=2, hp=2)) == 1
     assert sf.returned(graph)[0].meta["sharding"] == {"cp": Sharded(2, (4,)), "hp": Sharded(1, (2,))}
 
     def gathered(q: Tensor, k: Tensor) -> Tensor:
@@ -368,7 +373,7 @@ def test_two_axes_on_two_dims() -> None:
         return attend(shard(q, 1, "hp"), part, part)
 
     graph = sf.trace(gathered, SHORT, K)
-    assert sf.analyze(graph, hp=2, cp=2) == 1
+    assert sf.analyze(graph, Mesh(hp=2, cp=2)) == 1
     (gather_node,) = graph.graph.find_nodes(op="call_function", target=md.all_gather.default)
     assert gather_node.meta["sharding"] == {"hp": Sharded(1, (2,))}
 
@@ -391,17 +396,22 @@ def test_analyzing_again_changes_nothing() -> None:
 def test_every_node_says_what_it_holds() -> None:
     graph = sf.trace(lambda x: torch.ops.aten.sort.default(shard(x))[0], X)
     sf.analyze(graph)
-    held = {node.name: node.meta["sharding"] for node in graph.graph.nodes}
-    sharded = {"cp": Sharded(1, (4,))}
-    assert held == {"x_1": {}, "shard": sharded, "sort": [sharded, sharded], "getitem": sharded, "getitem_1": sharded} | {
-        "output": {}
+    held = {node.op if node.op != "call_function" else node.name: node.meta["sharding"] for node in graph.graph.nodes}
+    part = {"cp": Sharded(1, (4,))}
+    assert held == {
+        "placeholder": {},
+        "shard": part,
+        "sort": [part, part],
+        "getitem": part,
+        "getitem_1": part,
+        "output": {},
     }
 
 
-@pytest.mark.parametrize("axes", [{"cp": 1}, {"other": 2}])
-def test_nothing_is_split(axes: dict[str, int]) -> None:
+@pytest.mark.parametrize("mesh", [Mesh(cp=1), Mesh(other=2)])
+def test_nothing_is_split(mesh: Mesh) -> None:
     graph = sf.trace(lambda x: shard(x).mean(1), X)
-    assert sf.analyze(graph, **axes) == 0
+    assert sf.analyze(graph, mesh) == 0
     assert all(node.meta["sharding"] == {} for node in graph.graph.nodes)
 
 
@@ -409,7 +419,7 @@ def test_outputs_are_the_whole_or_one_part() -> None:
     refused(
         lambda t, x: (t, torch.cat([shard(t), shard(x)], 1)),
         *(TEXT, X),
-        message=r"output 1 \(cat \[2, 6, 8\]\) is split over axis 'cp' on dim 1, which holds 2 concatenated parts, of 2 and 4",
+        message=r"output 1 \(cat \[2, 6, 8\]\) is split over axis 'cp' on dim 1, which holds 2 concatenated parts",
     )
     refused(lambda x: shard(x).flatten(0, 1), X, message="output 0 .* merged the sequence with the 2 entries before")
 
@@ -425,14 +435,14 @@ def test_what_is_no_op_is_refused_by_name() -> None:
 
 
 # The folders that hold the tests have names that source_line takes for this package's own.
-MODEL = '''
+MODEL = """
 import torch
 
 def forward(x, positions):
     x = torch.ops.torchtrt_md.shard(x, 1, "cp", 2)
     hidden = x * 2
     return {expression}
-'''
+"""
 
 
 @pytest.mark.parametrize(
@@ -458,17 +468,3 @@ def test_the_error_points_at_the_users_line(expression: str, tmp_path: Path) -> 
         sf.analyze(sf.trace(module.forward, X, W))
     assert caught.value.at == f"{file}:7 in forward: return {expression}"
     assert caught.value.at in str(caught.value)
-
-
-def test_inserted_nodes_point_there_too(tmp_path: Path) -> None:
-    file = tmp_path / "model.py"
-    file.write_text(MODEL.format(expression="torch.ops.torchtrt_md.attention(positions, x, x, None, False, None, False)"))
-    spec = importlib.util.spec_from_file_location("user_model", file)
-    assert spec is not None
-    assert spec.loader is not None
-    module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
-    graph = sf.trace(lambda k, q: module.forward(k.transpose(1, 2), q), K, Q)
-    del graph
-    (node,) = []
-    assert source_line(node)

@@ -120,7 +120,18 @@ ACCEPTED: dict[str, Case] = {
 
 
 # What is traced before decomposition may hold composite ops; those that are in the table are in these.
-COMPOSITE: tuple[str, ...] = ("casts", "dropout", "views", "heads", "split view", "slices", "splits", "joint narrow", "along", "rotary")
+COMPOSITE: tuple[str, ...] = (
+    "casts",
+    "dropout",
+    "views",
+    "heads",
+    "split view",
+    "slices",
+    "splits",
+    "joint narrow",
+    "along",
+    "rotary",
+)
 COMPOSITE += ("layer norm", "group norm", "linear", "complex", "polar", "cat")
 
 

@@ -2,14 +2,11 @@
 
 from __future__ import annotations
 
-import sys
 from collections.abc import Iterator
-from pathlib import Path
 
 import pytest
-from rank_processes import Ranks
 
-sys.path.append(str(Path(__file__).parent.parent / "bundle"))  # bundle_samples
+from runtime.rank_processes import Ranks
 
 
 @pytest.fixture(scope="session")

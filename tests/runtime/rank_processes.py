@@ -58,6 +58,7 @@ def _serve(rank: int, store: str, pipe: Connection) -> None:
         try:
             function, args = pipe.recv()
         except EOFError:
+            dist.destroy_process_group()
             return
         try:
             pipe.send(Outcome(function(rank, *args), "", ""))

@@ -4,8 +4,8 @@ import pickle
 import time
 
 import pytest
-from rank_processes import Ranks
 
+from runtime.rank_processes import Ranks
 from torchtrt_md.errors import BundleError, InputError, LaunchError
 from torchtrt_md.runtime.agree import Agreement, Failure, combined, grouped
 

@@ -6,11 +6,11 @@ import subprocess
 import sys
 from pathlib import Path
 
-import bundle_samples
 import pytest
 import torch
-from rank_processes import Ranks
+from bundle import bundle_samples
 
+from runtime.rank_processes import Ranks
 from torchtrt_md import errors
 from torchtrt_md.bundle import read_manifest
 from torchtrt_md.runtime import load

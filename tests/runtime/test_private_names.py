@@ -5,8 +5,8 @@ from __future__ import annotations
 import pytest
 import torch
 import torch.distributed as dist
-from rank_processes import Ranks
 
+from runtime.rank_processes import Ranks
 from torchtrt_md.runtime import private
 
 nccl = pytest.importorskip("torch._C._distributed_c10d", reason="PyTorch without distributed")

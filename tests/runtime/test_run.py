@@ -6,10 +6,10 @@ import subprocess
 import sys
 from pathlib import Path
 
-import bundle_samples
 import msgspec
 import pytest
 import torch
+from bundle import bundle_samples
 
 from torchtrt_md.errors import InputError, VerificationError
 from torchtrt_md.run import Comparison, check_errors, check_example, main, random_inputs

@@ -3,13 +3,13 @@
 import re
 from typing import Any
 
-import bundle_samples
 import pytest
 import torch
-from rank_processes import Ranks
+from bundle import bundle_samples
 from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.tensor import DTensor
 
+from runtime.rank_processes import Ranks
 from torchtrt_md.bundle.manifest import Tensor
 from torchtrt_md.errors import BundleError, InputError, VerificationError
 from torchtrt_md.mesh import Mesh

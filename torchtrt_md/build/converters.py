@@ -12,6 +12,7 @@ from typing import Any
 import torch
 from torch.fx import Node
 
+import torchtrt_md.lowering.ops  # noqa: F401  defines torch.ops.torchtrt_md
 from torchtrt_md.build import layers, probes
 from torchtrt_md.build.flavour import flavour
 from torchtrt_md.build.torch_trt import load

@@ -36,7 +36,7 @@ def apply(model: nn.Module, parallel: ContextParallel, size: int) -> None:
             if isinstance(entry, Mapping):
                 _hook_splits(module, path, {key: _splits(s) for key, s in entry.items()}, parallel.axis, size)
             else:
-                gathers = list(entry) if isinstance(entry, Sequence) else [entry]
+                gathers = list(entry) if isinstance(entry, (list, tuple)) else [entry]
                 _hook_gathers(module, path, [_gather(g) for g in gathers], parallel.axis, size)
 
 
@@ -66,7 +66,7 @@ def modules_named(model: nn.Module, pattern: str) -> list[tuple[str, nn.Module]]
 def _splits(entry: Any) -> Split | list[Split]:
     if isinstance(entry, Split):
         return entry
-    if isinstance(entry, Sequence):
+    if isinstance(entry, (list, tuple)):
         return [s for s in map(_splits, entry) if isinstance(s, Split)]
     if hasattr(entry, "split_dim"):  # diffusers' ContextParallelInput
         return Split(entry.split_dim, output=entry.split_output, ndim=entry.expected_dims)

@@ -157,10 +157,12 @@ def _check(graph: GraphModule) -> None:
                 at=source_line(node),
             )
         if _mutates(node):
+            # What functionalization leaves is a copy at the end, with no line; the line is that of the new value.
+            lines = (source_line(n) for n in (node, *node.all_input_nodes))
             raise CaptureError(
                 f"the model writes to an input or a buffer in its forward ({node.target})",
                 fix="pass the buffer in and return the new value",
-                at=source_line(node),
+                at=next(filter(None, lines), ""),
             )
 
 

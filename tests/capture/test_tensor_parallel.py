@@ -1,0 +1,120 @@
+"""Tensor-parallel plans by DTensor: which part of a weight each rank has, and what is refused."""
+
+from __future__ import annotations
+
+import models
+import pytest
+import torch
+from torch import nn
+from torch.distributed.device_mesh import init_device_mesh
+from torch.distributed.tensor.parallel import ColwiseParallel, RowwiseParallel, parallelize_module
+
+import torchtrt_md as md
+from torchtrt_md.capture.torch_private import fake_ranks
+from torchtrt_md.errors import CaptureError, MeshError, PlanError
+from torchtrt_md.program import Sharding, Weight
+
+TP2, TP4 = md.Mesh(tp=2), md.Mesh(tp=4)
+PLAN = {"up": ColwiseParallel(), "down": RowwiseParallel()}
+
+
+def test_llama_by_its_own_plan() -> None:
+    model, args, kwargs = models.llama()
+    program = md.capture(model, args, kwargs, mesh=TP4, parallel=md.TensorParallel("tp"))
+    weights = {s.name: s for s in program.sources.values() if isinstance(s, Weight)}
+    assert weights["model.layers.0.self_attn.q_proj.weight"].shardings == (Sharding(0, "tp"),)
+    assert weights["model.layers.1.mlp.down_proj.weight"].shardings == (Sharding(1, "tp"),)
+    assert weights["model.norm.weight"].shardings == ()
+    assert weights["lm_head.weight"].shardings == (Sharding(0, "tp"),)
+
+
+def test_parts_of_weights_are_views_of_the_dense_ones() -> None:
+    model, args, kwargs = models.llama()
+    program = md.capture(model, args, kwargs, mesh=TP4, parallel=md.TensorParallel("tp"))
+    for source in program.sources.values():
+        if isinstance(source, Weight):
+            whole = program.weights.whole[source.name]
+            parts = [program.weights.local(source, TP4, rank) for rank in range(4)]
+            assert all(p.untyped_storage().data_ptr() == whole.untyped_storage().data_ptr() for p in parts)
+            for s in source.shardings:
+                assert torch.equal(torch.cat(parts, s.dim), whole)
+
+
+def test_capturing_twice_gives_the_same_graphs() -> None:
+    """DTensor caches decisions with the mesh of an earlier capture in them."""
+    model, args, kwargs = models.llama()
+    parallel = md.TensorParallel("tp", plan={"model.embed_tokens": "embedding_rowwise", **dict(model.tp_plan)})  # type: ignore[arg-type]
+    first, second = (md.capture(model, args, kwargs, mesh=TP4, parallel=parallel) for _ in range(2))
+    assert len(first.distinct()) == len(second.distinct()) == 4
+    for a, b in zip(first.graphs, second.graphs, strict=True):
+        assert a.code == b.code
+
+
+def test_a_model_that_the_user_parallelized() -> None:
+    dense, args, _ = models.mlp()
+    sharded = models.MLP().eval()
+    sharded.load_state_dict(dense.state_dict())
+    with fake_ranks(2):
+        parallelize_module(sharded, init_device_mesh("cpu", (2,), mesh_dim_names=("tp",)), PLAN, src_data_rank=None)
+        program = md.capture(sharded, args, mesh=TP2, weights=dense.state_dict())
+        alone = md.capture(sharded, args, mesh=TP2)
+        with pytest.raises(MeshError, match="parallelized over 2 ranks on axis 'tp'"):
+            md.capture(sharded, args, mesh=TP4)
+    assert md.verify(program, dense, args).error <= 1e-5
+    # Without the dense weights this process can serve its own rank, and says so for the others.
+    weight = next(s for s in alone.sources.values() if isinstance(s, Weight) and s.name == "up.weight")
+    assert torch.equal(alone.weights.local(weight, TP2, 0), dense.up.weight[:32])  # type: ignore[union-attr, index]
+    with pytest.raises(CaptureError, match=r"holds rank 0's shard only, and rank 1's is needed") as error:
+        alone.weights.local(weight, TP2, 1)
+    assert "weights=" in error.value.fix
+
+
+@pytest.mark.parametrize(
+    ("heads", "kv_heads", "problem"),
+    [(6, 6, "6 heads, which do not divide by the 4 ranks of axis 'tp': 2 left"), (8, 2, "2 key/value heads")],
+)
+def test_heads_that_do_not_divide(heads: int, kv_heads: int, problem: str) -> None:
+    model, args, kwargs = models.llama(heads=heads, kv_heads=kv_heads)
+    with pytest.raises(PlanError, match=problem):
+        md.capture(model, args, kwargs, mesh=TP4, parallel=md.TensorParallel("tp"))
+
+
+def test_weights_that_do_not_divide() -> None:
+    with pytest.raises(PlanError, match=r"module 'up' has 66 on dim 0.*4 ranks of axis 'tp': 2 left over"):
+        md.capture(
+            models.MLP(hidden=66), (torch.randn(2, 32),), mesh=TP4, parallel=md.TensorParallel("tp", plan=PLAN)
+        )
+
+
+def test_plans_that_do_not_fit() -> None:
+    model, args, _ = models.mlp()
+    with pytest.raises(PlanError, match="MLP has no tensor-parallel plan"):
+        md.capture(model, args, mesh=TP2, parallel=md.TensorParallel("tp"))
+    with pytest.raises(PlanError, match="module 'upp'") as error:
+        md.capture(model, args, mesh=TP2, parallel=md.TensorParallel("tp", plan={"upp": ColwiseParallel()}))
+    assert "'up'" in error.value.fix
+    with pytest.raises(PlanError, match="style 'diagonal'"):
+        md.capture(model, args, mesh=TP2, parallel=md.TensorParallel("tp", plan={"up": "diagonal"}))
+    with pytest.raises(PlanError, match="axis 'tp' is given twice"):
+        md.capture(
+            model, args, mesh=TP2, parallel=[md.TensorParallel("tp", plan=PLAN), md.ContextParallel("tp", plan={})]
+        )
+
+
+def test_tied_weights_are_one() -> None:
+    class Tied(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.a = nn.Linear(16, 16, bias=False)
+            self.b = nn.Linear(16, 16, bias=False)
+            self.b.weight = self.a.weight
+
+        def forward(self, x: torch.Tensor) -> torch.Tensor:
+            result: torch.Tensor = self.b(torch.relu(self.a(x)))
+            return result
+
+    torch.manual_seed(0)
+    model, x = Tied().eval(), torch.randn(3, 16)
+    for plan in ({"a": ColwiseParallel(), "b": RowwiseParallel()}, {"a": "replicate"}):
+        program = md.capture(model, (x,), mesh=TP2, parallel=md.TensorParallel("tp", plan=plan))
+        assert md.verify(program, model, (x,)).error <= 1e-5

@@ -1,0 +1,34 @@
+"""The private names of PyTorch that capture uses.  Each failure says which feature is gone."""
+
+from __future__ import annotations
+
+import torch
+import torch.distributed as dist
+from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
+from torch.distributed.tensor import DTensor, Replicate, Shard
+
+from torchtrt_md.capture.torch_private import FakeTensorMode, coordinates, fake_ranks
+
+
+def test_fake_ranks_without_which_tensor_parallel_capture_needs_a_launch() -> None:
+    with fake_ranks(8):
+        assert dist.get_world_size() == 8
+    assert not dist.is_initialized()
+
+
+def test_coordinates_without_which_only_one_rank_can_be_captured() -> None:
+    with fake_ranks(4):
+        mesh = init_device_mesh("cpu", (2, 2), mesh_dim_names=("cp", "tp"))
+        own = mesh.get_coordinate()
+        with coordinates({"cp": 1, "tp": 0}):
+            assert tuple(mesh.get_coordinate() or ()) == (1, 0)
+            assert tuple(mesh["tp"].get_coordinate() or ()) == (0,)
+            whole = DTensor.from_local(torch.arange(4), mesh["cp"], [Replicate()], run_check=False)
+            assert whole.redistribute(mesh["cp"], [Shard(0)]).to_local().tolist() == [2, 3]
+        assert mesh.get_coordinate() == own
+        assert "_coordinate_on_dim" not in vars(DeviceMesh)
+
+
+def test_fake_tensors_without_which_nothing_can_be_traced() -> None:
+    with FakeTensorMode(allow_non_fake_inputs=True):
+        assert torch.empty(3).sum().shape == ()
