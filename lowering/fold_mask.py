@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 from torch.fx import GraphModule, Node
 
-from torchtrt_md.lowering.ops import bound_args
+from torchtrt_md.lowering.ops import bound_args, is_collective
 from torchtrt_md.lowering.passes import PassContext
 from torchtrt_md.lowering.rewrite import emit, substitute
 
@@ -59,14 +59,14 @@ def _hides(values: Tensor) -> bool:
 
 
 def _evaluate(graph: GraphModule, node: Node, known: dict[Node, Tensor]) -> Tensor | None:
-    """The node's value, where no input takes part in it."""
+    """The node's value, where no input takes part in it, and every rank has the same."""
     order: list[Node] = []
     pending, seen = [node], set()
     while pending:
         current = pending.pop()
         if current in seen or current in known:
             continue
-        if current.op == "placeholder":
+        if current.op == "placeholder" or is_collective(current) or current.target is md.shard.default:
             return None
         seen.add(current)
         order.append(current)

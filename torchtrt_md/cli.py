@@ -40,12 +40,14 @@ def export(
     verify: Annotated[bool, typer.Option(help="prove the program against the dense model first")] = True,
     dump: Annotated[Path | None, typer.Option(help="folder for the graphs before and after each pass")] = None,
     seed: Annotated[int, typer.Option(help="PyTorch's seed when the file is run")] = 0,
+    model_device: Annotated[str, typer.Option(help="where the file makes its model")] = "cpu",
+    report: Annotated[Path | None, typer.Option(help="JSON file for what the tables say")] = None,
 ) -> None:
     """Capture, lower, verify, build and bundle a model; needs no GPU."""
     from torchtrt_md.exporter import export as run
     from torchtrt_md.user_file import read_user_file
 
-    user = read_user_file(file, seed)
+    user = read_user_file(file, seed, model_device)
     sizes = Mesh.parse(mesh)
     parallel = _parallel(sizes, user.parallel, strategy)
     parameters = sum(p.numel() for p in user.model.parameters())
@@ -73,6 +75,25 @@ def export(
     _print_collectives(exported)
     _print_errors(exported)
     _print_files(exported)
+    if report is not None:
+        _write_report(exported, report)
+
+
+def _write_report(exported: Exported, path: Path) -> None:
+    import msgspec
+
+    measured = exported.report
+    content = {
+        "seconds": exported.seconds,
+        "engine_seconds": [engine.seconds for engine in exported.engines],
+        "engine_bytes": [(exported.folder / name).stat().st_size for name in exported.manifest.files],
+        "versions": exported.manifest.versions,
+        "target": exported.manifest.target,
+        "error": measured and measured.error,
+        "dense_error": measured and measured.dense_error,
+        "structure_error": measured and measured.structure_error,
+    }
+    path.write_bytes(msgspec.json.format(msgspec.json.encode(content), indent=2) + b"\n")
 
 
 def _parallel(mesh: Mesh, own: list[Parallel] | None, strategy: str) -> list[Parallel]:

@@ -59,10 +59,19 @@ def run(
     ] = None,
     timeout: Annotated[float, typer.Option(min=1.0, help="Seconds that any wait on another rank may take.")] = 300.0,
     seed: Annotated[int, typer.Option(help="Of the model's weights and of all inputs.")] = 0,
+    model_device: Annotated[str, typer.Option(help="Where the file makes its model, as at export.")] = "cpu",
 ) -> None:
     """Run a bundle on the GPUs of a torchrun launch, one rank each."""
     try:
-        run_bundle(bundle, verify=verify, iterations=iterations, report_file=report_file, timeout=timeout, seed=seed)
+        run_bundle(
+            bundle,
+            verify=verify,
+            iterations=iterations,
+            report_file=report_file,
+            timeout=timeout,
+            seed=seed,
+            model_device=model_device,
+        )
     except MDError as error:
         print(f"[rank {os.environ.get('RANK', '-')}] {type(error).__name__}: {error}", file=sys.stderr, flush=True)
         raise typer.Exit(1) from error
@@ -72,7 +81,14 @@ def run(
 
 
 def run_bundle(
-    bundle: Path, *, verify: Path | None, iterations: int, report_file: Path | None, timeout: float, seed: int
+    bundle: Path,
+    *,
+    verify: Path | None,
+    iterations: int,
+    report_file: Path | None,
+    timeout: float,
+    seed: int,
+    model_device: str,
 ) -> None:
     """What the command does, with errors raised.
 
@@ -86,7 +102,7 @@ def run_bundle(
         compared = Comparison(None, {}, {}, {})
         _check_finite(runner, runner(**inputs))
     else:
-        inputs, compared = _compare(runner, verify, seed)
+        inputs, compared = _compare(runner, verify, seed, model_device)
     timing = _time(runner, inputs, iterations) if iterations else None
     mine = rank_report(runner, bundle, compared.errors, timing)
     ranks = runner.agreement.gather(mine, "the ranks' reports")
@@ -192,7 +208,7 @@ def check_errors(ranks: Sequence[RankReport], compared: Comparison) -> None:
         )
 
 
-def _compare(runner: Runner, file: Path, seed: int) -> tuple[dict[str, Tensor], Comparison]:
+def _compare(runner: Runner, file: Path, seed: int, model_device: str) -> tuple[dict[str, Tensor], Comparison]:
     """Run dense model and engines on the file's inputs; rank 0 alone holds the model."""
     agreement, signature, device = runner.agreement, runner.signature, runner.device
     held: list[Callable[[], Reference]] = []
@@ -203,7 +219,7 @@ def _compare(runner: Runner, file: Path, seed: int) -> tuple[dict[str, Tensor], 
         from torchtrt_md.capture.arguments import Arguments
         from torchtrt_md.user_file import load_user_file
 
-        model, args, kwargs = load_user_file(file, seed)
+        model, args, kwargs = load_user_file(file, seed, model_device)
         arguments = Arguments.of(model, args, kwargs)
         check_example(signature, dict(arguments.tensors))
         held.append(lambda: dense_reference(model, args, kwargs, signature.flat, device))

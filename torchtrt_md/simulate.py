@@ -106,6 +106,8 @@ def simulate(
 def _feed(
     program: ShardedProgram, inputs: Mapping[str, Tensor], weights: Weights, rank: int, precision: Precision
 ) -> Callable[[str], Tensor]:
+    device = next((tensor.device for tensor in inputs.values()), torch.device("cpu"))
+
     def feed(placeholder: str) -> Tensor:
         source = program.sources[placeholder]
         if isinstance(source, Weight):
@@ -114,7 +116,7 @@ def _feed(
             tensor = inputs[source.name]
         else:
             assert isinstance(source, Coordinate)
-            return torch.tensor([program.mesh.coordinate(rank, source.axis)], dtype=torch.int32)
+            return torch.tensor([program.mesh.coordinate(rank, source.axis)], dtype=torch.int32, device=device)
         result: Tensor = precision.of(tensor)
         return result
 
@@ -124,18 +126,25 @@ def _feed(
 def _run(graph: GraphModule, feed: Callable[[str], Tensor], precision: Precision) -> Rank:
     last_use = {operand: node for node in graph.graph.nodes for operand in node.all_input_nodes}
     env: dict[Node, Any] = {}
+
+    def value(node: Node) -> Any:
+        # Widened weights of all ranks at once would not fit either, so each is made when it is used.
+        if node.op == "placeholder" and node not in env:
+            env[node] = feed(node.name)
+        return env[node]
+
     for node in graph.graph.nodes:
         if node.op == "placeholder":
-            env[node] = feed(node.name)
-        elif node.op == "get_attr":
+            continue
+        if node.op == "get_attr":
             env[node] = precision.of(getattr(graph, str(node.target)).detach())
         elif is_collective(node):
-            args = map_arg(bound_args(node), lambda n: env[n])
+            args = map_arg(bound_args(node), value)
             env[node] = yield Request(node, args)
         elif node.op == "output":
-            return tuple(map_arg(node.args[0], lambda n: env[n]))
+            return tuple(map_arg(node.args[0], value))
         else:
-            args, kwargs = map_arg((node.args, node.kwargs), lambda n: env[n])
+            args, kwargs = map_arg((node.args, node.kwargs), value)
             args, kwargs = [precision.of(a) for a in args], {k: precision.of(a) for k, a in kwargs.items()}
             env[node] = node.target(*args, **kwargs)
         for operand in node.all_input_nodes:  # activations of all ranks at once would not fit for long

@@ -31,14 +31,18 @@ class UserFile:
     parallel: list[Parallel] | None
 
 
-def load_user_file(path: str | Path, seed: int = 0) -> tuple[nn.Module, tuple[Any, ...], dict[str, Any]]:
+def load_user_file(
+    path: str | Path, seed: int = 0, device: str = "cpu"
+) -> tuple[nn.Module, tuple[Any, ...], dict[str, Any]]:
     """The (model, args, kwargs) of a model file; as :func:`read_user_file`."""
-    file = read_user_file(path, seed)
+    file = read_user_file(path, seed, device)
     return file.model, file.args, file.kwargs
 
 
-def read_user_file(path: str | Path, seed: int = 0) -> UserFile:
+def read_user_file(path: str | Path, seed: int = 0, device: str = "cpu") -> UserFile:
     """Run the file and call its function, with PyTorch's seed set, so that every process gets the same.
+
+    ``device`` is PyTorch's default device while the function runs; random weights differ between devices.
 
     Raises:
         CaptureError: no such file or function, or it returns something else.
@@ -52,7 +56,8 @@ def read_user_file(path: str | Path, seed: int = 0) -> UserFile:
         namespace = runpy.run_path(str(path))
         if not callable(namespace.get(FUNCTION)):
             raise CaptureError(f"{path} has no function {FUNCTION!r}", fix=_FORM)
-        result = namespace[FUNCTION]()
+        with torch.device(device):
+            result = namespace[FUNCTION]()
     finally:
         sys.path.pop(0)
     if (

@@ -43,7 +43,7 @@ def capture_model(
     _check_axes(parallels, mesh)
     arguments = Arguments.of(model, args, kwargs)
     own = next((p.device_mesh for p in model.parameters() if isinstance(p, DTensor)), None)
-    with _device_mesh(mesh, parallels, own) as device_mesh:
+    with _device_mesh(mesh, parallels, own, arguments.device.type) as device_mesh:
         shadow = _shadow(model, without_memory=any(isinstance(p, TensorParallel) for p in parallels))
         for p in parallels:
             if isinstance(p, TensorParallel):
@@ -71,7 +71,9 @@ def _check_axes(parallels: Sequence[Parallel], mesh: Mesh) -> None:
 
 
 @contextmanager
-def _device_mesh(mesh: Mesh, parallels: Sequence[Parallel], own: DeviceMesh | None) -> Iterator[DeviceMesh | None]:
+def _device_mesh(
+    mesh: Mesh, parallels: Sequence[Parallel], own: DeviceMesh | None, device_type: str
+) -> Iterator[DeviceMesh | None]:
     """The mesh that DTensor traces on: the user's own, the launch's, or a fake one; None where none is needed."""
     if own is not None:
         for axis, size in zip(own.mesh_dim_names or (), own.mesh.shape, strict=False):
@@ -85,10 +87,10 @@ def _device_mesh(mesh: Mesh, parallels: Sequence[Parallel], own: DeviceMesh | No
     elif not any(isinstance(p, TensorParallel) for p in parallels):
         yield None
     elif dist.is_initialized():
-        yield mesh.to_device_mesh("cpu" if dist.get_backend() in ("gloo", "fake") else "cuda")
+        yield mesh.to_device_mesh(device_type)
     else:
         with fake_ranks(mesh.size):
-            yield mesh.to_device_mesh("cpu")
+            yield mesh.to_device_mesh(device_type)
 
 
 def _groups(device_mesh: DeviceMesh | None) -> dict[str, str]:
