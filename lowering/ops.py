@@ -193,6 +193,12 @@ def _(x: Tensor, dim: int, axis: str, size: int) -> Tensor:
     return _resized(x, dims={dim: chunk_size(x.shape[dim], size, f"shard on dim {dim}")})
 
 
+def _attended(q: Tensor, k: Tensor, v: Tensor, enable_gqa: bool) -> Tensor:
+    broadcast = -3 if enable_gqa else -2  # grouped heads are not
+    leading = torch.broadcast_shapes(*(x.shape[:broadcast] for x in (q, k, v)))
+    return q.new_empty([*leading, *q.shape[broadcast:-1], v.shape[-1]])
+
+
 @torch.library.custom_op(f"{NAMESPACE}::attention", mutates_args=())
 def attention(
     q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, is_causal: bool, scale: float | None, enable_gqa: bool
@@ -205,7 +211,7 @@ def attention(
 def _(
     q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, is_causal: bool, scale: float | None, enable_gqa: bool
 ) -> Tensor:
-    return q.new_empty([*q.shape[:-1], v.shape[-1]])
+    return _attended(q, k, v, enable_gqa)
 
 
 @torch.library.custom_op(f"{NAMESPACE}::context_attention", mutates_args=())
@@ -237,7 +243,7 @@ def _(
     axis: str,
     size: int,
 ) -> Tensor:
-    return q.new_empty([*q.shape[:-1], v.shape[-1]])
+    return _attended(q, k, v, enable_gqa)
 
 
 def causal_rows(q: Tensor, whole_k: Tensor, index: int) -> Tensor:

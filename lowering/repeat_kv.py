@@ -44,7 +44,9 @@ def _unrepeated(node: Node) -> Node | None:
     if not isinstance(expanded, Node) or expanded.target is not aten.expand.default:
         return None
     unsqueezed = expanded.args[0]
-    if not isinstance(unsqueezed, Node) or unsqueezed.target is not aten.unsqueeze.default or unsqueezed.args[1] != 2:
+    if not isinstance(unsqueezed, Node) or unsqueezed.target is not aten.unsqueeze.default:
+        return None
+    if unsqueezed.args[1] not in (2, -3):  # of five dims
         return None
     x = unsqueezed.args[0]
     assert isinstance(x, Node)

@@ -50,15 +50,13 @@ def _expand(
     _check_heads(node, q, k, axis, size)
     parts = [q, k, v]
     batch, _, tokens, _ = value_of(q).shape
-    widths = {value_of(x).shape[-1] for x in parts}
-    lengths = {value_of(x).shape[2] for x in parts}
-    if len(widths) == 1 and len(lengths) == 1:
+    if len({(n, s, d) for n, _, s, d in (value_of(x).shape for x in parts)}) == 1:
         by_rank = [view(node, x, [batch, size, value_of(x).shape[1] // size, *value_of(x).shape[2:]]) for x in parts]
         packed = emit(node, aten.cat.default, by_rank, 2)
         flat = view(node, packed, [batch, _heads(packed), *value_of(packed).shape[3:]])
         exchanged = emit(node, md.all_to_all.default, flat, 1, 2, axis, size)
         q, k, v = _slices(node, exchanged, [value_of(x).shape[1] // size for x in parts])
-    else:  # values of another width, or other keys than queries, do not fit one tensor
+    else:  # values of another width, or keys of another length or batch than queries, do not fit one tensor
         q, k, v = (emit(node, md.all_to_all.default, x, 1, 2, axis, size) for x in parts)
     local = emit(node, md.attention.default, q, k, v, None, is_causal, scale, enable_gqa)
     return emit(node, md.all_to_all.default, local, 2, 1, axis, size)

@@ -19,10 +19,11 @@ def run(graph: GraphModule, context: PassContext) -> int:
     for node in graph.graph.nodes:
         if is_collective(node):
             args = bound_args(node)
-            if context.mesh.axis_size(args["axis"]) != args["size"]:
+            size = context.mesh.axes.get(args["axis"], "none")
+            if size != args["size"]:
                 raise CollectiveError(
                     f"{node.target} in node {node.name!r} is over {args['size']} ranks of axis {args['axis']!r},"
-                    f" which has {context.mesh.axis_size(args['axis'])} in {context.mesh}",
+                    f" which has {size} in {context.mesh}",
                     fix="capture the model again for this mesh",
                     at=source_line(node),
                 )

@@ -8,6 +8,7 @@ from contextlib import contextmanager
 from typing import Any, TypeAlias
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 from torch.distributed.device_mesh import DeviceMesh
 from torch.fx import GraphModule
@@ -153,3 +154,15 @@ def per_rank(mesh: Mesh, *shape: int, dtype: torch.dtype = torch.float64, seed: 
 def group_of(mesh: Mesh, axis: str, rank: int, tensors: Sequence[Tensor]) -> list[Tensor]:
     """The tensors of the ranks of a rank's group, in order."""
     return [tensors[member] for member in mesh.ranks(axis, rank)]
+
+
+def attended(
+    mesh: Mesh, axis: str, q: Sequence[Tensor], k: Sequence[Tensor], v: Sequence[Tensor], is_causal: bool
+) -> Results:
+    """Dense attention over the sequence whose parts the ranks of each group have; each rank's part of it."""
+    results: Results = []
+    for rank in range(mesh.size):
+        whole = [torch.cat(group_of(mesh, axis, rank, x), 2) for x in (q, k, v)]
+        dense = F.scaled_dot_product_attention(*whole, is_causal=is_causal, enable_gqa=True)
+        results.append((dense.chunk(mesh.axis_size(axis), 2)[mesh.coordinate(rank, axis)],))
+    return results
