@@ -18,7 +18,7 @@ import torch
 from torch.fx import GraphModule, Node
 
 from torchtrt_md.errors import CollectiveError
-from torchtrt_md.lowering.ops import COLLECTIVES, REDUCE_OPS, bound_args
+from torchtrt_md.lowering.ops import COLLECTIVES, bound_args, check_reduction
 from torchtrt_md.lowering.passes import PassContext
 from torchtrt_md.lowering.rewrite import emit, substitute
 from torchtrt_md.program import value_of
@@ -102,14 +102,13 @@ def _substitute_list(node: Node, parts: list[Node]) -> None:
     node.graph.erase_node(node)
 
 
-def _reduce_op(node: Node, args: dict[str, Any]) -> str:
+def _reduce_op(node: Node, x: Node, args: dict[str, Any]) -> str:
     op = str(args["reduce_op"]).lower()
-    if op not in REDUCE_OPS:
-        raise CollectiveError(
-            f"{node.target} in node {node.name!r} reduces by {op!r}",
-            fix=f"reduce by one of {', '.join(REDUCE_OPS)}",
-            at=source_line(node),
-        )
+    try:
+        check_reduction(op, value_of(x).dtype)
+    except CollectiveError as error:
+        problem = f"{node.target} in node {node.name!r} {error.problem}"
+        raise CollectiveError(problem, fix=error.fix, at=source_line(node)) from None
     return op
 
 
@@ -131,10 +130,10 @@ def _shard_dim_alltoall(node: Node, x: Node, args: dict[str, Any], axis: str, si
 
 
 _FORMS: dict[str, Callable[[Node, Node, dict[str, Any], str, int], Node]] = {
-    "all_reduce": lambda n, x, a, axis, size: emit(n, md.all_reduce.default, x, _reduce_op(n, a), axis, size),
+    "all_reduce": lambda n, x, a, axis, size: emit(n, md.all_reduce.default, x, _reduce_op(n, x, a), axis, size),
     "all_gather_into_tensor": lambda n, x, a, axis, size: emit(n, md.all_gather.default, x, 0, axis, size),
     "reduce_scatter_tensor": lambda n, x, a, axis, size: emit(
-        n, md.reduce_scatter.default, x, _reduce_op(n, a), 0, axis, size
+        n, md.reduce_scatter.default, x, _reduce_op(n, x, a), 0, axis, size
     ),
     "all_to_all_single": _all_to_all_single,
     "broadcast": lambda n, x, a, axis, size: emit(n, md.broadcast.default, x, a["src"], axis, size),

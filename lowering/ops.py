@@ -81,6 +81,18 @@ def chunk_size(extent: int, size: int, what: str) -> int:
     return extent // size
 
 
+def check_reduction(op: str, dtype: torch.dtype) -> None:
+    """Refuse what backends do not agree on.
+
+    Raises:
+        CollectiveError: not one of ``REDUCE_OPS``, or an average of integers, which each backend rounds differently.
+    """
+    if op not in REDUCE_OPS:
+        raise CollectiveError(f"reduces by {op!r}", fix=f"reduce by one of {', '.join(REDUCE_OPS)}")
+    if op == "avg" and not dtype.is_floating_point:
+        raise CollectiveError(f"averages {dtype} values", fix="reduce by sum and divide, or average floating values")
+
+
 def _resized(x: Tensor, **factors: Any) -> Tensor:
     shape = list(x.shape)
     for dim, extent in factors["dims"].items():
@@ -90,11 +102,13 @@ def _resized(x: Tensor, **factors: Any) -> Tensor:
 
 @torch.library.custom_op(f"{NAMESPACE}::all_reduce", mutates_args=())
 def all_reduce(x: Tensor, op: str, axis: str, size: int) -> Tensor:
+    check_reduction(op, x.dtype)
     return funcol.wait_tensor(funcol.all_reduce(x.contiguous(), op, _group(axis, size)))
 
 
 @all_reduce.register_fake
 def _(x: Tensor, op: str, axis: str, size: int) -> Tensor:
+    check_reduction(op, x.dtype)
     return torch.empty_like(x, memory_format=torch.contiguous_format)
 
 
@@ -111,18 +125,20 @@ def _(x: Tensor, dim: int, axis: str, size: int) -> Tensor:
 
 @torch.library.custom_op(f"{NAMESPACE}::reduce_scatter", mutates_args=())
 def reduce_scatter(x: Tensor, op: str, dim: int, axis: str, size: int) -> Tensor:
-    by_rank = torch.cat(x.chunk(size, dim)) if dim else x.contiguous()
+    check_reduction(op, x.dtype)
+    by_rank = (torch.cat(x.chunk(size, dim)) if dim else x).contiguous()
     return funcol.wait_tensor(funcol.reduce_scatter_tensor(by_rank, op, 0, _group(axis, size)))
 
 
 @reduce_scatter.register_fake
 def _(x: Tensor, op: str, dim: int, axis: str, size: int) -> Tensor:
+    check_reduction(op, x.dtype)
     return _resized(x, dims={dim: chunk_size(x.shape[dim], size, f"reduce_scatter on dim {dim}")})
 
 
 @torch.library.custom_op(f"{NAMESPACE}::all_to_all", mutates_args=())
 def all_to_all(x: Tensor, split_dim: int, concat_dim: int, axis: str, size: int) -> Tensor:
-    by_rank = torch.stack(x.chunk(size, split_dim))
+    by_rank = torch.stack(x.chunk(size, split_dim)).contiguous()  # channels_last operands stack to channels_last
     received = funcol.wait_tensor(funcol.all_to_all_single(by_rank, None, None, _group(axis, size)))
     return torch.cat(received.unbind(), concat_dim)
 
@@ -150,11 +166,13 @@ def _(x: Tensor, src: int, axis: str, size: int) -> Tensor:
 
 @torch.library.custom_op(f"{NAMESPACE}::reduce", mutates_args=())
 def reduce(x: Tensor, op: str, dst: int, axis: str, size: int) -> Tensor:
+    check_reduction(op, x.dtype)
     return funcol.wait_tensor(funcol.all_reduce(x.contiguous(), op, _group(axis, size)))
 
 
 @reduce.register_fake
 def _(x: Tensor, op: str, dst: int, axis: str, size: int) -> Tensor:
+    check_reduction(op, x.dtype)
     return torch.empty_like(x, memory_format=torch.contiguous_format)
 
 

@@ -207,7 +207,8 @@ def _reduced(xs: list[Tensor], op: str) -> Tensor:
 
 def _only(where: int, result: Tensor, count: int) -> list[Tensor]:
     """The result on one rank; what others hold is undefined, so a program that uses it must fail to verify."""
-    poison = torch.full_like(result, float("nan")) if result.is_floating_point() else torch.full_like(result, -1)
+    inexact = result.is_floating_point() or result.is_complex()
+    poison = torch.full_like(result, float("nan")) if inexact else ~result
     return [result if rank == where else poison for rank in range(count)]
 
 

@@ -179,3 +179,20 @@ def test_the_stand_in_for_all_gather_is_used_where_the_probe_says_so(tmp_path: P
         if layer.type.name == "DIST_COLLECTIVE"
     ]
     assert grows == [probes.gathers_beside_attention("BF16")] * 3 + [True]  # the last gathers the result
+
+
+def test_decompositions_that_work_in_place_are_made_functional(tmp_path: Path) -> None:
+    """PyTorch keeps rms_norm one op on a GPU, and its decomposition writes to a temporary."""
+
+    class Fused(nn.Module):
+        def forward(self, x: torch.Tensor, weight: torch.Tensor) -> torch.Tensor:
+            result: torch.Tensor = torch.ops.aten._fused_rms_norm(x, [16], weight, 1e-6)[0]
+            return result
+
+    with torch.no_grad():
+        x, weight = torch.randn(2, 16, dtype=torch.bfloat16), torch.randn(16, dtype=torch.bfloat16)
+    program = md.lower(md.capture(Fused(), (x, weight), mesh=md.Mesh(tp=1)))
+    decomposed = builder.decompose(program.graphs[0])
+    (out,) = torch.fx.Interpreter(decomposed).run(x, weight)
+    assert (out.float() - torch.rms_norm(x.float(), [16], weight.float(), 1e-6)).abs().max() < 2e-2
+    assert len(md.build(program, tmp_path)) == 1

@@ -220,6 +220,10 @@ REFUSED: dict[str, tuple[Callable[[Tensor, DeviceMesh], Any], list[str]]] = {
         ["is not an axis of Mesh(cp=2, tp=3)", "device_mesh.get_group(axis)"],
     ),
     "reduction": (lambda x, m: funcol.all_reduce(x, "band", m.get_group("tp")), ["reduces by 'band'", "sum, avg"]),
+    "average of integers": (
+        lambda x, m: funcol.all_reduce(x.int(), "avg", m.get_group("tp")),
+        ["averages torch.int32 values", "by sum and divide"],
+    ),
     "reduction while scattering": (
         lambda x, m: funcol.reduce_scatter_tensor(x, "bor", 0, m.get_group("tp")),
         ["reduces by 'bor'"],

@@ -12,6 +12,7 @@ from torch.fx.experimental.proxy_tensor import make_fx
 
 from torchtrt_md.build.torch_trt import load, without_gpu
 from torchtrt_md.capture.torch_private import FakeTensorMode
+from torchtrt_md.functional import functional
 from torchtrt_md.program import placeholders, value_of
 
 
@@ -34,6 +35,7 @@ def decompose(graph: GraphModule) -> GraphModule:
             tracing_mode="fake",
             _allow_non_fake_inputs=True,
         )(*fakes)
+        decomposed = functional(decomposed, fakes)  # some decompositions work in place
     for new, old in zip(placeholders(decomposed), placeholders(graph), strict=True):
         new.name, new.target = old.name, old.target
     return decomposed

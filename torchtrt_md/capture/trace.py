@@ -11,7 +11,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 from torch.distributed.tensor import DTensor
-from torch.fx import GraphModule, Interpreter
+from torch.fx import GraphModule
 from torch.fx.experimental.proxy_tensor import make_fx
 from torch.utils import _pytree as pytree
 
@@ -19,12 +19,9 @@ from torchtrt_md.capture.arguments import Arguments
 from torchtrt_md.capture.attention import WholeAttention
 from torchtrt_md.capture.torch_private import FakeTensorMode
 from torchtrt_md.errors import CaptureError, MDError
+from torchtrt_md.functional import functional, mutates
 from torchtrt_md.program import Output, Source, Value, Weight, placeholders
 from torchtrt_md.source import MACHINERY, source_line
-
-aten = torch.ops.aten
-# Ops that only rename a tensor; functionalization refuses some of them.
-_RENAMES = {aten.alias.default, aten.detach.default, aten.lift_fresh.default}
 
 
 @dataclass(frozen=True)
@@ -84,7 +81,7 @@ def trace(shadow: nn.Module, arguments: Arguments, weights: Sequence[LocalWeight
             " under a plan, local shapes must fit it too",
             at=_user_line(error),
         ) from error
-    graph = _functional(_without_renames(graph), [*fake_weights, *fake_inputs])
+    graph = functional(graph, [*fake_weights, *fake_inputs])
     _check(graph)
     sources: dict[str, Source] = {}
     values = [Value(name, tuple(t.shape), t.dtype) for name, t in arguments.tensors.items()]
@@ -118,34 +115,6 @@ def _local(result: Tensor) -> Tensor:
     return result.full_tensor() if isinstance(result, DTensor) else result
 
 
-def _without_renames(graph: GraphModule) -> GraphModule:
-    for node in list(graph.graph.nodes):
-        if node.op == "call_function" and node.target in _RENAMES:
-            node.replace_all_uses_with(node.args[0])
-            graph.graph.erase_node(node)
-    graph.recompile()
-    return graph
-
-
-def _functional(graph: GraphModule, inputs: Sequence[Tensor]) -> GraphModule:
-    """The same graph without in-place ops."""
-    if not any(_mutates(node) for node in graph.graph.nodes):
-        return graph
-
-    def run(*flat: Tensor) -> Any:
-        return Interpreter(graph).run(*flat)
-
-    with torch.fx.traceback.preserve_node_meta():
-        functional = make_fx(
-            torch.func.functionalize(run, remove="mutations"), tracing_mode="fake", _allow_non_fake_inputs=True
-        )(*inputs)
-    return _without_renames(functional)
-
-
-def _mutates(node: torch.fx.Node) -> bool:
-    return isinstance(node.target, torch._ops.OpOverload) and node.target._schema.is_mutable
-
-
 def _check(graph: GraphModule) -> None:
     for node in graph.graph.nodes:
         if not isinstance(node.target, torch._ops.OpOverload):
@@ -156,7 +125,7 @@ def _check(graph: GraphModule) -> None:
                 fix="call model.eval(), or pass the random tensor as an input",
                 at=source_line(node),
             )
-        if _mutates(node):
+        if mutates(node):
             # What functionalization leaves is a copy at the end, with no line; the line is that of the new value.
             lines = (source_line(n) for n in (node, *node.all_input_nodes))
             raise CaptureError(

@@ -1,0 +1,98 @@
+"""What a rank communicates: in order, and in bytes."""
+
+from __future__ import annotations
+
+import graphs
+import pytest
+import torch
+from torch import Tensor
+from torch.fx import GraphModule
+
+from torchtrt_md.lowering import allgather_kv, leading_dim, ulysses
+from torchtrt_md.lowering.schedule import ScheduledCollective, schedule
+from torchtrt_md.mesh import Mesh
+
+md = torch.ops.torchtrt_md
+
+
+def every_op(x: Tensor) -> list[Tensor]:
+    """On x [4, 6]: the operand of each collective is x, in another dtype."""
+    return [
+        md.all_reduce(x, "sum", "tp", 2),
+        md.all_gather(x.half(), 1, "tp", 2),
+        md.reduce_scatter(x.double(), "avg", 0, "tp", 2),
+        md.all_to_all(x.bfloat16(), 0, 1, "tp", 2),
+        md.scatter(x.int(), 0, 0, "tp", 2),
+        md.broadcast(x.long(), 0, "cp", 3),
+        md.reduce(x.half(), "max", 0, "cp", 3),
+        md.gather(x.to(torch.int8), 0, 0, "cp", 3),
+        md.all_gather(x, 0, "cp", 3),
+        md.all_reduce(x, "sum", "cp", 3),
+    ]
+
+
+def test_the_collectives_in_order() -> None:
+    """24 elements; what is sent is what the ring and pairwise algorithms send, the most of any rank."""
+    graph = graphs.trace(lambda x: every_op(x + 1), torch.ones(4, 6))
+    found = schedule(graph)
+    assert [(c.op, c.axis, c.size, c.dtype, c.elements, c.bytes_sent) for c in found] == [
+        ("all_reduce", "tp", 2, torch.float32, 24, 2 * 24 * 4 // 2),  # half is reduced, half is gathered
+        ("all_gather", "tp", 2, torch.float16, 24, 24 * 2),
+        ("reduce_scatter", "tp", 2, torch.float64, 24, 12 * 8),
+        ("all_to_all", "tp", 2, torch.bfloat16, 24, 12 * 2),
+        ("scatter", "tp", 2, torch.int32, 24, 12 * 4),
+        ("broadcast", "cp", 3, torch.int64, 24, 24 * 8),
+        ("reduce", "cp", 3, torch.float16, 24, 24 * 2),
+        ("gather", "cp", 3, torch.int8, 24, 24),
+        ("all_gather", "cp", 3, torch.float32, 24, 2 * 24 * 4),
+        ("all_reduce", "cp", 3, torch.float32, 24, 2 * 2 * 24 * 4 // 3),
+    ]
+
+
+def test_nothing_is_communicated() -> None:
+    graph = graphs.trace(lambda x: md.attention(x, x, x, None, False, None, False), torch.ones(1, 1, 2, 4))
+    assert schedule(graph) == []
+
+
+def test_an_empty_operand_sends_nothing() -> None:
+    assert ScheduledCollective("all_reduce", "tp", 4, torch.float32, 0).bytes_sent == 0
+
+
+BATCH, TOKENS, WIDTH = 2, 48, 8
+
+
+def attention_of(strategy: str, size: int, heads: int, kv_heads: int, dtype: torch.dtype) -> GraphModule:
+    q, kv = (torch.ones(BATCH, n, TOKENS // size, WIDTH, dtype=dtype) for n in (heads, kv_heads))
+    return graphs.trace(
+        lambda q, kv: md.context_attention(q, kv, kv, False, None, heads != kv_heads, strategy, "cp", size), q, kv
+    )
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("size", [2, 4, 8])
+@pytest.mark.parametrize(("heads", "kv_heads"), [(8, 8), (16, 8), (32, 8)])
+def test_the_formula_of_ulysses(size: int, heads: int, kv_heads: int, dtype: torch.dtype) -> None:
+    """(2 + 2f) (N d b / P) (P - 1) / P, of N tokens of width d in b bytes; f = kv heads / heads."""
+    graph = attention_of("ulysses", size, heads, kv_heads, dtype)
+    graphs.rewrite(ulysses.run, graph, Mesh(cp=size))
+    f = kv_heads / heads
+    n, d, b = BATCH * TOKENS, heads * WIDTH, dtype.itemsize
+    formula = (2 + 2 * f) * (n * d * b / size) * (size - 1) / size
+    assert sum(c.bytes_sent for c in schedule(graph)) == formula
+    graphs.rewrite(leading_dim.run, graph, Mesh(cp=size))
+    assert sum(c.bytes_sent for c in schedule(graph)) == formula, "the same where TensorRT's act"
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("size", [2, 3, 8])
+@pytest.mark.parametrize(("heads", "kv_heads"), [(3, 3), (8, 2), (8, 1)])
+def test_the_formula_of_allgather_kv(size: int, heads: int, kv_heads: int, dtype: torch.dtype) -> None:
+    """2 f N d b (P - 1) / P."""
+    graph = attention_of("allgather_kv", size, heads, kv_heads, dtype)
+    graphs.rewrite(allgather_kv.run, graph, Mesh(cp=size))
+    f = kv_heads / heads
+    n, d, b = BATCH * TOKENS, heads * WIDTH, dtype.itemsize
+    formula = 2 * f * n * d * b * (size - 1) / size
+    assert sum(c.bytes_sent for c in schedule(graph)) == pytest.approx(formula, rel=1e-12)
+    graphs.rewrite(leading_dim.run, graph, Mesh(cp=size))
+    assert sum(c.bytes_sent for c in schedule(graph)) == pytest.approx(formula, rel=1e-12)

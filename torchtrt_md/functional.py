@@ -1,0 +1,45 @@
+"""Graphs without in-place ops, which is what every pass and converter assumes."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.fx import GraphModule, Interpreter, Node
+from torch.fx.experimental.proxy_tensor import make_fx
+
+aten = torch.ops.aten
+# Ops that only rename a tensor; functionalization refuses some of them.
+_RENAMES = {aten.alias.default, aten.detach.default, aten.lift_fresh.default}
+
+
+def functional(graph: GraphModule, inputs: Sequence[Tensor]) -> GraphModule:
+    """The same graph without in-place ops, as far as PyTorch can; ``inputs`` are fake tensors like its placeholders."""
+    graph = _without_renames(graph)
+    if not any(mutates(node) for node in graph.graph.nodes):
+        return graph
+
+    def run(*flat: Tensor) -> Any:
+        return Interpreter(graph).run(*flat)
+
+    with torch.fx.traceback.preserve_node_meta():
+        new = make_fx(
+            torch.func.functionalize(run, remove="mutations"), tracing_mode="fake", _allow_non_fake_inputs=True
+        )(*inputs)
+    return _without_renames(new)
+
+
+def mutates(node: Node) -> bool:
+    """Does this node write to one of its operands?"""
+    return isinstance(node.target, torch._ops.OpOverload) and node.target._schema.is_mutable
+
+
+def _without_renames(graph: GraphModule) -> GraphModule:
+    for node in list(graph.graph.nodes):
+        if node.op == "call_function" and node.target in _RENAMES:
+            node.replace_all_uses_with(node.args[0])
+            graph.graph.erase_node(node)
+    graph.recompile()
+    return graph
