@@ -33,7 +33,9 @@ def main(
     out: Annotated[Path, typer.Option(help="the report, without its ending")],
     ranks: Annotated[list[int] | None, typer.Option(help="numbers of GPUs")] = None,
     small: Annotated[bool, typer.Option(help="the examples' own size, not the real width")] = False,
-    verify: Annotated[bool, typer.Option(help="prove each program in the simulator, on a GPU, before it is built")] = True,
+    verify: Annotated[
+        bool, typer.Option(help="prove each program in the simulator, on a GPU, before it is built")
+    ] = True,
     model_device: Annotated[str, typer.Option(help="where models are made")] = "cuda",
     iterations: Annotated[int, typer.Option(help="timed calls of each bundle")] = 30,
     export_only: Annotated[bool, typer.Option(help="stop before the runs")] = False,
@@ -45,7 +47,9 @@ def main(
         bundles = {job: Path(folder) / f"{job[0].name}-{job[1]}.mdtrt" for job in jobs}
         exports = _export_all(bundles, gpus, full=not small, verify=verify, model_device=model_device)
         print(f"exported {sum(e['passed'] for e in exports.values())} of {len(jobs)}", flush=True)
-        dense = {} if export_only else {m: _dense(m, not small, model_device) for m in sorted({j[0].model for j in jobs})}
+        dense = (
+            {} if export_only else {m: _dense(m, not small, model_device) for m in sorted({j[0].model for j in jobs})}
+        )
         results = []
         for job, bundle in bundles.items():
             result: dict[str, Any] = {"case": job[0].name, "ranks": job[1], "export": exports[job], "run": None}
@@ -92,32 +96,36 @@ def _export_all(
     running = {}
     for index, ((case, ranks), bundle) in enumerate(bundles.items()):
         command = cases.export_command(case, ranks, bundle, model_device=model_device, verify=verify)
-        log = Path(f"{bundle}.log").open("w")
-        process = subprocess.Popen(
-            ["timeout", "--kill-after=10", "330", *command],
-            env=cases.environment(full, gpu=index % max(gpus, 1)),
-            cwd=cases.ROOT,
-            stdout=log,
-            stderr=subprocess.STDOUT,
-        )
-        running[case, ranks] = (process, log, time.perf_counter())
+        with Path(f"{bundle}.log").open("w") as log:
+            process = subprocess.Popen(
+                ["timeout", "--kill-after=10", "330", *command],
+                env=cases.environment(full, gpu=index % max(gpus, 1)),
+                cwd=cases.ROOT,
+                stdout=log,
+                stderr=subprocess.STDOUT,
+            )
+        running[case, ranks] = (process, time.perf_counter())
     results = {}
-    for job, (process, log, start) in running.items():
+    for job, (process, start) in running.items():
         process.wait()
-        log.close()
         result: dict[str, Any] = {"passed": process.returncode == 0, "wall_seconds": time.perf_counter() - start}
         report = Path(f"{bundles[job]}.export.json")
         if report.exists():
             result |= json.loads(report.read_text())
         if process.returncode:
-            result["log"] = Path(log.name).read_text()[-_LOG_TAIL:]
+            result["log"] = Path(f"{bundles[job]}.log").read_text()[-_LOG_TAIL:]
         results[job] = result
     return results
 
 
 def _dense(model: str, full: bool, device: str) -> float | None:
     """Median milliseconds of the dense model in PyTorch eager on one GPU, for scale."""
-    code = f"import sys; sys.path.insert(0, {str(Path(__file__).parent)!r}); import gpu_proof; gpu_proof.time_dense({model!r}, {device!r})"
+    code = f"""
+import sys
+sys.path.insert(0, {str(Path(__file__).parent)!r})
+import gpu_proof
+gpu_proof.time_dense({model!r}, {device!r})
+"""
     done = subprocess.run(
         ["timeout", "120", sys.executable, "-c", code],
         env=cases.environment(full, gpu=0),

@@ -35,7 +35,9 @@ def run(graph: GraphModule, context: PassContext) -> int:
             continue
         if attended.all():
             causal = False
-        elif attended.shape[-1] == attended.shape[-2] and torch.equal(attended, attended.new_ones(attended.shape).tril()):
+        elif attended.shape[-1] == attended.shape[-2] and torch.equal(
+            attended, attended.new_ones(attended.shape).tril()
+        ):
             causal = True
         else:
             continue

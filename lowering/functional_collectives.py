@@ -1,7 +1,7 @@
 """PyTorch's functional collectives -> the collective IR.
 
-    before    a = _c10d_functional.all_reduce(x, "sum", "12")       after    a = torchtrt_md.all_reduce(x, "sum", "tp", 4)
-              y = _c10d_functional.wait_tensor(a)                             y = a
+    before    a = _c10d_functional.all_reduce(x, "sum", "12")     after    a = torchtrt_md.all_reduce(x, "sum", "tp", 4)
+              y = _c10d_functional.wait_tensor(a)                           y = a
 
 The group's process-local name becomes the mesh axis.  Autograd and coalesced forms, and DTensor's
 ``shard_dim_alltoall``, are the same collectives under other names.  What is not in the table, and an
@@ -60,10 +60,12 @@ def run(graph: GraphModule, context: PassContext) -> int:
 
 def _count_dims_from_first(node: Node) -> int:
     args = bound_args(node)
-    dims = {name: args[name] % value_of(args["x"]).dim() for name in ("dim", "split_dim", "concat_dim") if name in args}
-    same = not node.kwargs and all(args[name] == dim for name, dim in dims.items())
-    node.args, node.kwargs = tuple({**args, **dims}.values()), {}
-    return not same
+    for name in ("dim", "split_dim", "concat_dim"):
+        if name in args:
+            args[name] %= value_of(args["x"]).dim()
+    changed = node.args != tuple(args.values())
+    node.args, node.kwargs = tuple(args.values()), {}
+    return changed
 
 
 def _name(node: Node) -> str | None:
@@ -75,7 +77,7 @@ def _name(node: Node) -> str | None:
 
 def _axis(node: Node, context: PassContext) -> tuple[str, int]:
     args = bound_args(node)
-    group = args.get("group_name")
+    group: Any = args.get("group_name")
     group = getattr(group, "group_name", group)
     if group not in context.groups:
         raise CollectiveError(

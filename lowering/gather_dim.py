@@ -16,6 +16,7 @@ A gather that is used in another way too stays: a second one would double what i
 from __future__ import annotations
 
 import operator
+from typing import Any
 
 import torch
 from torch.fx import GraphModule, Node
@@ -32,15 +33,14 @@ _VIEWS = (aten.view.default, aten._unsafe_view.default, aten.reshape.default)
 def run(graph: GraphModule, context: PassContext) -> int:
     count = 0
     for node in list(graph.graph.nodes):
-        if node.target is md.all_gather.default and node.args[1] == 0:
-            count += _gather_then_cat(node) or _gather_then_view(node)
-        elif node.target is md.reduce_scatter.default and node.args[2] == 0:
-            count += _cat_then_scatter(node)
+        if node.target is md.all_gather.default and bound_args(node)["dim"] == 0:
+            count += _gather_then_cat(node, **bound_args(node)) or _gather_then_view(node, **bound_args(node))
+        elif node.target is md.reduce_scatter.default and bound_args(node)["dim"] == 0:
+            count += _cat_then_scatter(node, **bound_args(node))
     return count
 
 
-def _gather_then_cat(gather: Node) -> int:
-    x, _, axis, size = gather.args
+def _gather_then_cat(gather: Node, x: Node, dim: int, axis: str, size: int) -> int:
     split = _only_user(gather)
     cat = _cat_of_all_parts(split, size) if split else None
     if split is None or cat is None or bound_args(split)["dim"] != 0:
@@ -49,8 +49,7 @@ def _gather_then_cat(gather: Node) -> int:
     return 1
 
 
-def _gather_then_view(gather: Node) -> int:
-    x, _, axis, size = gather.args
+def _gather_then_view(gather: Node, x: Node, dim: int, axis: str, size: int) -> int:
     shape = list(value_of(x).shape)
     user = _only_user(gather)
     if user is None or user.target not in _VIEWS:
@@ -63,17 +62,15 @@ def _gather_then_view(gather: Node) -> int:
     return 0
 
 
-def _cat_then_scatter(scatter: Node) -> int:
-    cat, op, _, axis, size = scatter.args
-    if cat.target is not aten.cat.default or _dim(cat) != 0:
+def _cat_then_scatter(scatter: Node, x: Node, op: str, dim: int, axis: str, size: int) -> int:
+    if x.target is not aten.cat.default or _dim(x) != 0:
         return 0
-    first = cat.args[0][0]
-    split = first.args[0] if first.target is operator.getitem else None
-    if split is None or _cat_of_all_parts(split, size) is not cat:
+    first = bound_args(x)["tensors"][0]
+    if first.target is not operator.getitem or _cat_of_all_parts(first.args[0], size) is not x:
         return 0
-    args = bound_args(split)
-    x, dim = args["self"], args["dim"] % value_of(args["self"]).dim()
-    substitute(scatter, emit(scatter, md.reduce_scatter.default, x, op, dim, axis, size))
+    split = bound_args(first.args[0])
+    dim = split["dim"] % value_of(split["self"]).dim()
+    substitute(scatter, emit(scatter, md.reduce_scatter.default, split["self"], op, dim, axis, size))
     return 1
 
 
@@ -88,12 +85,13 @@ def _cat_of_all_parts(split: Node, size: int) -> Node | None:
         return None
     if len({part.shape for part in split.meta["val"]}) != 1:
         return None
-    parts = sorted((u for u in split.users if u.target is operator.getitem), key=lambda u: u.args[1])
+    parts: list[Any] = [user for user in split.users if user.target is operator.getitem]
+    parts.sort(key=lambda part: part.args[1])
     cats = {user for part in parts for user in part.users}
     if len(parts) != size or len(cats) != 1:
         return None
     (cat,) = cats
-    return cat if cat.target is aten.cat.default and list(cat.args[0]) == parts else None
+    return cat if cat.target is aten.cat.default and list(bound_args(cat)["tensors"]) == parts else None
 
 
 def _dim(cat: Node) -> int:

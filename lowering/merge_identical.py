@@ -1,7 +1,7 @@
 """Identical collectives are done once.
 
-    before    a = all_gather(x, 1, "cp", 4)        after    a = all_gather(x, 1, "cp", 4)
-              b = all_gather(x, 1, "cp", 4)                 (every user of b uses a)
+before    a = all_gather(x, 1, "cp", 4)        after    a = all_gather(x, 1, "cp", 4)
+          b = all_gather(x, 1, "cp", 4)                 (every user of b uses a)
 """
 
 from __future__ import annotations

@@ -28,7 +28,6 @@ from typing import Any
 
 import torch
 import torch.distributed as dist
-import torch.distributed._functional_collectives as funcol
 import torch.nn.functional as F
 from torch import Tensor
 from torch.distributed.device_mesh import DeviceMesh
@@ -38,6 +37,7 @@ from torchtrt_md.errors import CollectiveError, MeshError
 NAMESPACE = "torchtrt_md"
 REDUCE_OPS = ("sum", "avg", "max", "min", "product")
 
+_c10d = torch.ops._c10d_functional
 _device_mesh: ContextVar[DeviceMesh | None] = ContextVar("device_mesh", default=None)
 
 
@@ -67,6 +67,11 @@ def _group(axis: str, size: int) -> dist.ProcessGroup:
     return group
 
 
+def _wait(pending: Tensor) -> Tensor:
+    result: Tensor = _c10d.wait_tensor(pending)
+    return result
+
+
 def chunk_size(extent: int, size: int, what: str) -> int:
     """``extent / size``.
 
@@ -76,7 +81,7 @@ def chunk_size(extent: int, size: int, what: str) -> int:
     if extent % size:
         raise CollectiveError(
             f"{what} of {extent} does not divide by {size} ranks: {extent % size} left over",
-            fix=f"use a size that is a multiple of {size} ({extent - extent % size} or {extent + size - extent % size})",
+            fix=f"use a multiple of {size}: {extent - extent % size} or {extent + size - extent % size}",
         )
     return extent // size
 
@@ -103,7 +108,7 @@ def _resized(x: Tensor, **factors: Any) -> Tensor:
 @torch.library.custom_op(f"{NAMESPACE}::all_reduce", mutates_args=())
 def all_reduce(x: Tensor, op: str, axis: str, size: int) -> Tensor:
     check_reduction(op, x.dtype)
-    return funcol.wait_tensor(funcol.all_reduce(x.contiguous(), op, _group(axis, size)))
+    return _wait(_c10d.all_reduce(x.contiguous(), op, _group(axis, size).group_name))
 
 
 @all_reduce.register_fake
@@ -114,7 +119,7 @@ def _(x: Tensor, op: str, axis: str, size: int) -> Tensor:
 
 @torch.library.custom_op(f"{NAMESPACE}::all_gather", mutates_args=())
 def all_gather(x: Tensor, dim: int, axis: str, size: int) -> Tensor:
-    out = funcol.wait_tensor(funcol.all_gather_tensor(x.contiguous(), 0, _group(axis, size)))
+    out = _wait(_c10d.all_gather_into_tensor(x.contiguous(), size, _group(axis, size).group_name))
     return torch.cat(out.chunk(size), dim) if dim else out
 
 
@@ -127,7 +132,7 @@ def _(x: Tensor, dim: int, axis: str, size: int) -> Tensor:
 def reduce_scatter(x: Tensor, op: str, dim: int, axis: str, size: int) -> Tensor:
     check_reduction(op, x.dtype)
     by_rank = (torch.cat(x.chunk(size, dim)) if dim else x).contiguous()
-    return funcol.wait_tensor(funcol.reduce_scatter_tensor(by_rank, op, 0, _group(axis, size)))
+    return _wait(_c10d.reduce_scatter_tensor(by_rank, op, size, _group(axis, size).group_name))
 
 
 @reduce_scatter.register_fake
@@ -139,7 +144,7 @@ def _(x: Tensor, op: str, dim: int, axis: str, size: int) -> Tensor:
 @torch.library.custom_op(f"{NAMESPACE}::all_to_all", mutates_args=())
 def all_to_all(x: Tensor, split_dim: int, concat_dim: int, axis: str, size: int) -> Tensor:
     by_rank = torch.stack(x.chunk(size, split_dim)).contiguous()  # channels_last operands stack to channels_last
-    received = funcol.wait_tensor(funcol.all_to_all_single(by_rank, None, None, _group(axis, size)))
+    received = _wait(_c10d.all_to_all_single(by_rank, [1] * size, [1] * size, _group(axis, size).group_name))
     return torch.cat(received.unbind(), concat_dim)
 
 
@@ -167,7 +172,7 @@ def _(x: Tensor, src: int, axis: str, size: int) -> Tensor:
 @torch.library.custom_op(f"{NAMESPACE}::reduce", mutates_args=())
 def reduce(x: Tensor, op: str, dst: int, axis: str, size: int) -> Tensor:
     check_reduction(op, x.dtype)
-    return funcol.wait_tensor(funcol.all_reduce(x.contiguous(), op, _group(axis, size)))
+    return _wait(_c10d.all_reduce(x.contiguous(), op, _group(axis, size).group_name))
 
 
 @reduce.register_fake
@@ -178,7 +183,7 @@ def _(x: Tensor, op: str, dst: int, axis: str, size: int) -> Tensor:
 
 @torch.library.custom_op(f"{NAMESPACE}::gather", mutates_args=())
 def gather(x: Tensor, dim: int, dst: int, axis: str, size: int) -> Tensor:
-    out = funcol.wait_tensor(funcol.all_gather_tensor(x.contiguous(), 0, _group(axis, size)))
+    out = _wait(_c10d.all_gather_into_tensor(x.contiguous(), size, _group(axis, size).group_name))
     return torch.cat(out.chunk(size), dim) if dim else out
 
 
@@ -211,10 +216,11 @@ def _(x: Tensor, dim: int, axis: str, size: int) -> Tensor:
     return _resized(x, dims={dim: chunk_size(x.shape[dim], size, f"shard on dim {dim}")})
 
 
-def _attended(q: Tensor, k: Tensor, v: Tensor, enable_gqa: bool) -> Tensor:
-    broadcast = -3 if enable_gqa else -2  # grouped heads are not
-    leading = torch.broadcast_shapes(*(x.shape[:broadcast] for x in (q, k, v)))
-    return q.new_empty([*leading, *q.shape[broadcast:-1], v.shape[-1]])
+def _attended(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+    *leading, tokens, _ = q.shape
+    for dim, extent in enumerate(leading):  # queries of one batch or head serve all of the keys'
+        leading[dim] = k.shape[dim] if extent == 1 else extent
+    return q.new_empty([*leading, tokens, v.shape[-1]])
 
 
 @torch.library.custom_op(f"{NAMESPACE}::attention", mutates_args=())
@@ -229,7 +235,7 @@ def attention(
 def _(
     q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, is_causal: bool, scale: float | None, enable_gqa: bool
 ) -> Tensor:
-    return _attended(q, k, v, enable_gqa)
+    return _attended(q, k, v)
 
 
 @torch.library.custom_op(f"{NAMESPACE}::context_attention", mutates_args=())
@@ -246,7 +252,8 @@ def context_attention(
 ) -> Tensor:
     whole_k, whole_v = all_gather(k, 2, axis, size), all_gather(v, 2, axis, size)
     mask = causal_rows(q, whole_k, dist.get_rank(_group(axis, size))) if is_causal else None
-    return attention(q, whole_k, whole_v, mask, False, scale, enable_gqa)
+    attended: Tensor = attention(q, whole_k, whole_v, mask, False, scale, enable_gqa)
+    return attended
 
 
 @context_attention.register_fake
@@ -261,7 +268,7 @@ def _(
     axis: str,
     size: int,
 ) -> Tensor:
-    return _attended(q, k, v, enable_gqa)
+    return _attended(q, k, v)
 
 
 def causal_rows(q: Tensor, whole_k: Tensor, index: int) -> Tensor:

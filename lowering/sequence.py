@@ -22,8 +22,8 @@ where the node has several results; an axis that is not in it is one along which
 An op that would compute something else on the parts than on the whole is refused, with the user's source
 line; the rules are in :mod:`torchtrt_md.lowering.sharding_rules`.  The graph is traced with local sizes, so
 two things cannot be seen here, and are left to ``verify``: a local size that entered as a number
-(``x.sum(1) / x.shape[1]`` is refused for its sum, ``x / x.shape[1]`` is not), and a fixed size that happens to
-fit the local shape.
+(``x / x.shape[1]``), and a fixed size that fits the local shape too (``x[:, :512]`` of 512 local positions is all
+of them, and PyTorch records no slice).
 """
 
 from __future__ import annotations

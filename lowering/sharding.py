@@ -222,8 +222,10 @@ def carried_by_view(state: Sharded, old: Sequence[int], new: Sequence[int], aske
         if below >= span or below * extent % span:
             continue
         outer = below * extent // span
+        # [n * m] -> (-1, m) where n is 1 on each rank looks like a new dim before the sequence.
+        n_is_one = 1 not in old[: state.dim] and any(s == -1 and new[d] == 1 for d, s in enumerate(asked) if d < dim)
         if step % below == 0:
-            return Sharded(dim, state.pieces, outer, step // below)
+            return None if n_is_one else Sharded(dim, state.pieces, outer, step // below)
         # m is taken to be the user's number, and n to follow from the length: when m was left to PyTorch as -1,
         # it is the other way round, and each rank would have a part of m instead.
         m_is_left_open = any(s == -1 and math.prod(new[d + 1 :]) >= step for d, s in enumerate(asked) if d > dim)

@@ -49,7 +49,7 @@ def _expand(
 ) -> Node:
     _check_heads(node, q, k, axis, size)
     parts = [q, k, v]
-    batch, _, tokens, _ = value_of(q).shape
+    batch = value_of(q).shape[0]
     if len({(n, s, d) for n, _, s, d in (value_of(x).shape for x in parts)}) == 1:
         by_rank = [view(node, x, [batch, size, value_of(x).shape[1] // size, *value_of(x).shape[2:]]) for x in parts]
         packed = emit(node, aten.cat.default, by_rank, 2)

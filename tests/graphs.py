@@ -108,17 +108,18 @@ def run_ranks(graph: GraphModule, mesh: Mesh, *inputs: Input, precision: Precisi
     return simulate(program(graph, mesh, *inputs), {}, precision=precision)
 
 
-def assert_same(results: Results, expected: Results, *, exact: bool = True) -> None:
+def assert_same(results: Results, expected: Sequence[tuple[Tensor, ...]], *, exact: bool = True) -> None:
     """Equal shapes, dtypes and values on all ranks; to rounding where not exact."""
-    tolerance = {"rtol": 0.0, "atol": 0.0} if exact else {"rtol": 1e-12, "atol": 1e-12}
+    tolerance = 0.0 if exact else 1e-12
     for rank, (got, want) in enumerate(zip(results, expected, strict=True)):
         for number, (a, b) in enumerate(zip(got, want, strict=True)):
             torch.testing.assert_close(
                 a,
                 b,
+                rtol=tolerance,
+                atol=tolerance,
                 equal_nan=True,
                 msg=lambda text, where=f"output {number} of rank {rank}": f"{where}: {text}",  # type: ignore[misc]
-                **tolerance,
             )
 
 
@@ -162,7 +163,7 @@ def attended(
     """Dense attention over the sequence whose parts the ranks of each group have; each rank's part of it."""
     results: Results = []
     for rank in range(mesh.size):
-        whole = [torch.cat(group_of(mesh, axis, rank, x), 2) for x in (q, k, v)]
-        dense = F.scaled_dot_product_attention(*whole, is_causal=is_causal, enable_gqa=True)
+        whole_q, whole_k, whole_v = (torch.cat(group_of(mesh, axis, rank, x), 2) for x in (q, k, v))
+        dense = F.scaled_dot_product_attention(whole_q, whole_k, whole_v, is_causal=is_causal, enable_gqa=True)
         results.append((dense.chunk(mesh.axis_size(axis), 2)[mesh.coordinate(rank, axis)],))
     return results

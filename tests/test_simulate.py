@@ -56,7 +56,9 @@ def test_different_collectives() -> None:
 
     error = mismatch(CP, X, lambda x: total(x), forward)
     assert "ranks 0 and 1 of axis 'cp' stand at different collectives" in error.problem
-    assert "rank 0: all_reduce = torchtrt_md.all_reduce.default(float32[2, 4], op=sum, axis=cp, size=2)" in error.problem
+    assert (
+        "rank 0: all_reduce = torchtrt_md.all_reduce.default(float32[2, 4], op=sum, axis=cp, size=2)" in error.problem
+    )
     assert "rank 1: all_gather = torchtrt_md.all_gather.default(float32[2, 4], dim=0, axis=cp, size=2)" in error.problem
     assert f"at {__file__}:" in error.problem
     assert "in forward: return gather(x * 2)" in error.problem
@@ -202,12 +204,12 @@ def test_what_the_program_narrows_is_computed_wide() -> None:
         cast = y.to(torch.bfloat16) / 3
         made = torch.full((4,), 1 / 3, dtype=torch.bfloat16)
         joined = torch.cat([x, constant]) * 2
-        return [total(x / 3), cast, made, joined, y / 3, n + 1]
+        return [total(x / 3), cast, made, joined, total(constant), y / 3, n + 1]
 
     x, y, n = torch.tensor([1.0, 2, 3, 4]).bfloat16(), torch.tensor([1.0, 2, 3, 4]), torch.arange(4)
     graph = graphs.trace(forward, x, y, n)
     narrow = graphs.run_ranks(graph, CP, x, y, n)
-    assert [t.dtype for t in narrow[0]] == [torch.bfloat16] * 4 + [torch.float32, torch.int64]
+    assert [t.dtype for t in narrow[0]] == [torch.bfloat16] * 5 + [torch.float32, torch.int64]
     exact = x.double()
     for wide in graphs.run_ranks(graph, CP, x, y, n, precision=WIDE):
         expected = [
@@ -215,6 +217,7 @@ def test_what_the_program_narrows_is_computed_wide() -> None:
             exact / 3,
             torch.full((4,), 1 / 3).double(),
             torch.cat([exact, constant.double()]) * 2,
+            constant.double() * 2,
             y / 3,
             n + 1,
         ]

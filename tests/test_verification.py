@@ -110,9 +110,7 @@ def _wrong(program: ShardedProgram, change: Callable[[Any], None]) -> ShardedPro
 
 def test_a_wrong_program_is_caught_even_below_bf16_rounding() -> None:
     model, args, kwargs = models.mlp(torch.bfloat16)
-    program = md.capture(
-        model, args, kwargs, mesh=md.Mesh(tp=2), parallel=md.TensorParallel("tp", plan=MLP_PLAN)
-    )
+    program = md.capture(model, args, kwargs, mesh=md.Mesh(tp=2), parallel=md.TensorParallel("tp", plan=MLP_PLAN))
 
     def scale(graph: torch.fx.GraphModule) -> None:
         (node,) = graph.graph.find_nodes(op="call_function", target=torch.ops.torchtrt_md.all_reduce.default)
@@ -125,23 +123,19 @@ def test_a_wrong_program_is_caught_even_below_bf16_rounding() -> None:
 
 def test_a_missing_collective_is_caught() -> None:
     model, args, kwargs = models.mlp()
-    program = md.capture(
-        model, args, kwargs, mesh=md.Mesh(tp=2), parallel=md.TensorParallel("tp", plan=MLP_PLAN)
-    )
+    program = md.capture(model, args, kwargs, mesh=md.Mesh(tp=2), parallel=md.TensorParallel("tp", plan=MLP_PLAN))
 
     def drop(graph: torch.fx.GraphModule) -> None:
         (node,) = graph.graph.find_nodes(op="call_function", target=torch.ops.torchtrt_md.all_reduce.default)
         substitute(node, node.args[0])
 
-    with pytest.raises(VerificationError, match="rank 0 differ|rank 1 differ"):
+    with pytest.raises(VerificationError, match=r"rank 0 differ|rank 1 differ"):
         md.verify(_wrong(program, drop), model, args, kwargs)
 
 
 def test_references_that_prove_nothing_are_refused() -> None:
     model, args, kwargs = models.mlp()
-    program = md.capture(
-        model, args, kwargs, mesh=md.Mesh(tp=2), parallel=md.TensorParallel("tp", plan=MLP_PLAN)
-    )
+    program = md.capture(model, args, kwargs, mesh=md.Mesh(tp=2), parallel=md.TensorParallel("tp", plan=MLP_PLAN))
     with torch.no_grad():
         model.down.weight.zero_()  # type: ignore[union-attr, operator]
         model.down.bias.zero_()  # type: ignore[union-attr, operator]
@@ -153,9 +147,7 @@ def test_references_that_prove_nothing_are_refused() -> None:
 
 def test_more_rounding_than_the_model_is_caught() -> None:
     model, args, kwargs = models.mlp(torch.bfloat16)
-    program = md.capture(
-        model, args, kwargs, mesh=md.Mesh(tp=2), parallel=md.TensorParallel("tp", plan=MLP_PLAN)
-    )
+    program = md.capture(model, args, kwargs, mesh=md.Mesh(tp=2), parallel=md.TensorParallel("tp", plan=MLP_PLAN))
 
     def coarse(graph: torch.fx.GraphModule) -> None:
         (node,) = graph.graph.find_nodes(op="call_function", target=torch.ops.torchtrt_md.all_reduce.default)
@@ -165,5 +157,5 @@ def test_more_rounding_than_the_model_is_caught() -> None:
             node.replace_all_uses_with(cast, delete_user_cb=lambda user, cast=cast: user is not cast)
             node = cast
 
-    with pytest.raises(VerificationError, match="does not compute|rounds more"):
+    with pytest.raises(VerificationError, match=r"does not compute|rounds more"):
         md.verify(_wrong(program, coarse), model, args, kwargs)

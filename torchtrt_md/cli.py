@@ -36,7 +36,9 @@ def export(
     mesh: Annotated[str, typer.Option(help="axes and their sizes: cp=4 (context) or tp=4 (tensor parallel)")],
     out: Annotated[Path, typer.Option("--out", "-o", help="the bundle, a folder")],
     strategy: Annotated[str, typer.Option(help="context parallel attention: ulysses, allgather_kv")] = "",
-    target: Annotated[str, typer.Option(help="GPU to build for: sm80, sm86, sm89, sm120, portable, current")] = "portable",
+    target: Annotated[
+        str, typer.Option(help="GPU to build for: sm80, sm86, sm89, sm120, portable, current")
+    ] = "portable",
     verify: Annotated[bool, typer.Option(help="prove the program against the dense model first")] = True,
     dump: Annotated[Path | None, typer.Option(help="folder for the graphs before and after each pass")] = None,
     seed: Annotated[int, typer.Option(help="PyTorch's seed when the file is run")] = 0,

@@ -114,7 +114,8 @@ def export(
     with tempfile.TemporaryDirectory(dir=_existing_parent(out), prefix=".torchtrt_md-") as folder:
         with stage("build") as say:
             engines = build(program, folder, target=target, progress=say)
-            say(f"{_count(len(engines), 'engine')}, {_megabytes(engines)} MB, {flavour().name} {flavour().version}, {target}")
+            made = f"{_count(len(engines), 'engine')}, {_megabytes(engines)} MB"
+            say(f"{made}, {flavour().name} {flavour().version}, {target}")
         with stage("bundle") as say:
             files = {engine.file.name: engine.file for engine in engines}
             written = write_bundle(out, manifest_of(program, engines, target), files)
@@ -168,16 +169,14 @@ def _tensor(value: Value) -> manifest.Tensor:
     return manifest.Tensor(value.name, short(value.dtype), list(value.shape), [(s.dim, s.axis) for s in value.sharding])
 
 
-def _scalar(value: object) -> None | bool | int | float | str:
+def _scalar(value: object) -> bool | int | float | str | None:
     assert value is None or isinstance(value, (bool, int, float, str))
     return value
 
 
 def _result(program: ShardedProgram) -> dict[str, Any]:
     """How the outputs nest in what the model returns; a model output of its own class becomes a dict."""
-    leaves = [
-        {"output": leaf.index} if isinstance(leaf, Output) else {"constant": leaf} for leaf in program.out_leaves
-    ]
+    leaves = [{"output": leaf.index} if isinstance(leaf, Output) else {"constant": leaf} for leaf in program.out_leaves]
     nested = pytree.tree_unflatten([_Leaf(leaf) for leaf in leaves], program.out_spec)
     return _nested(nested)
 

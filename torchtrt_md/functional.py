@@ -13,6 +13,8 @@ from torch.fx.experimental.proxy_tensor import make_fx
 aten = torch.ops.aten
 # Ops that only rename a tensor; functionalization refuses some of them.
 _RENAMES = {aten.alias.default, aten.detach.default, aten.lift_fresh.default}
+# Ops that rename it where the shape stays.  DTensor does this to every weight, and Torch-TensorRT would copy each.
+_VIEWS = {aten.view.default, aten._unsafe_view.default, aten.reshape.default}
 
 
 def functional(graph: GraphModule, inputs: Sequence[Tensor]) -> GraphModule:
@@ -38,8 +40,12 @@ def mutates(node: Node) -> bool:
 
 def _without_renames(graph: GraphModule) -> GraphModule:
     for node in list(graph.graph.nodes):
-        if node.op == "call_function" and node.target in _RENAMES:
+        if node.target in _RENAMES or (node.target in _VIEWS and _shape(node) == _shape(node.args[0])):
             node.replace_all_uses_with(node.args[0])
             graph.graph.erase_node(node)
     graph.recompile()
     return graph
+
+
+def _shape(node: Node) -> list[int]:
+    return list(node.meta["val"].shape)

@@ -24,7 +24,7 @@ from torchtrt_md.bundle.read import manifest_digest, read_manifest
 from torchtrt_md.bundle.structure import mesh_of
 from torchtrt_md.errors import InputError, LaunchError, MDError, VerificationError
 from torchtrt_md.runtime.compare import Reference, dense_reference, limit, relative_error
-from torchtrt_md.runtime.load import load
+from torchtrt_md.runtime.loading import load
 from torchtrt_md.runtime.report import RankReport, Timing, rank_report, report
 from torchtrt_md.runtime.runner import Runner
 from torchtrt_md.runtime.signature import Signature, chunk, dtype_of

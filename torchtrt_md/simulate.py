@@ -145,8 +145,8 @@ def _run(graph: GraphModule, feed: Callable[[str], Tensor], precision: Precision
             return tuple(map_arg(node.args[0], value))
         else:
             args, kwargs = map_arg((node.args, node.kwargs), value)
-            args, kwargs = [precision.of(a) for a in args], {k: precision.of(a) for k, a in kwargs.items()}
-            env[node] = node.target(*args, **kwargs)
+            wide = {name: precision.of(a) for name, a in kwargs.items()}
+            env[node] = node.target(*(precision.of(a) for a in args), **wide)
         for operand in node.all_input_nodes:  # activations of all ranks at once would not fit for long
             if last_use[operand] is node:
                 env.pop(operand, None)
@@ -199,10 +199,18 @@ def _compute(requests: Sequence[Request]) -> list[Tensor]:
     return [result.clone(memory_format=torch.contiguous_format) for result in _RULES[name](operands, **args)]
 
 
+_REDUCTIONS: dict[str, Callable[[Tensor, Tensor], Tensor]] = {
+    "sum": torch.add,
+    "product": torch.mul,
+    "max": torch.maximum,
+    "min": torch.minimum,
+}
+
+
 def _reduced(xs: list[Tensor], op: str) -> Tensor:
     if op == "avg":
-        return reduce(torch.add, xs) / len(xs)
-    return reduce({"sum": torch.add, "product": torch.mul, "max": torch.maximum, "min": torch.minimum}[op], xs)
+        return reduce(_REDUCTIONS["sum"], xs) / len(xs)
+    return reduce(_REDUCTIONS[op], xs)
 
 
 def _only(where: int, result: Tensor, count: int) -> list[Tensor]:

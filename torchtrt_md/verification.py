@@ -162,9 +162,7 @@ def _check_finite(reference: Sequence[Tensor]) -> None:
             )
 
 
-def _errors(
-    program: ShardedProgram, ranks: Sequence[Sequence[Tensor]], reference: Sequence[Tensor]
-) -> list[float]:
+def _errors(program: ShardedProgram, ranks: Sequence[Sequence[Tensor]], reference: Sequence[Tensor]) -> list[float]:
     """The relative error of each rank, over all outputs."""
     return [
         max(

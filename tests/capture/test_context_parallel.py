@@ -43,7 +43,9 @@ def test_the_model_is_left_as_it_was() -> None:
 
 
 class TwoResults(nn.Module):
-    def forward(self, x: torch.Tensor, pair: list[torch.Tensor], flag: bool = True) -> tuple[torch.Tensor, torch.Tensor]:
+    def forward(
+        self, x: torch.Tensor, pair: list[torch.Tensor], flag: bool = True
+    ) -> tuple[torch.Tensor, torch.Tensor]:
         return x + pair[0], x * pair[1]
 
 
@@ -55,7 +57,8 @@ class Outer(nn.Module):
     def forward(self, x: torch.Tensor, y: torch.Tensor) -> torch.Tensor:
         a, b = self.blocks[0](x, [y, y])
         c, d = self.blocks[1](a, pair=[b, y], flag=False)
-        return c + d
+        result: torch.Tensor = c + d
+        return result
 
 
 def test_results_lists_wildcards_and_positions() -> None:
@@ -66,7 +69,9 @@ def test_results_lists_wildcards_and_positions() -> None:
         "blocks.*": [md.Gather(1), None],
     }
     x, y = torch.randn(2, 8, 4), torch.randn(2, 8, 4)
-    program = md.capture(Outer(), (x, y), mesh=CP2, parallel=md.ContextParallel("cp", plan={k: plan[k] for k in ("", "blocks.0")}))
+    program = md.capture(
+        Outer(), (x, y), mesh=CP2, parallel=md.ContextParallel("cp", plan={k: plan[k] for k in ("", "blocks.0")})
+    )
     assert [value_of(n).shape[1] for n in _nodes(program, ops.shard.default)] == [4, 4]
     program = md.capture(
         TwoResults(),
@@ -109,7 +114,9 @@ def test_plans_that_do_not_fit(plan: dict[str, Any], problem: str, fix: str) -> 
 
 def test_a_sequence_that_does_not_divide_says_by_how_much() -> None:
     model, args, kwargs = models.flux(image=30)
-    with pytest.raises(PlanError, match=r"'hidden_states' of the model has 30 on dim 1.*4 ranks of axis 'cp': 2 left") as e:
+    with pytest.raises(
+        PlanError, match=r"'hidden_states' of the model has 30 on dim 1.*4 ranks of axis 'cp': 2 left"
+    ) as e:
         md.capture(model, args, kwargs, mesh=md.Mesh(cp=4), parallel=md.ContextParallel("cp"))
     assert "pad to 32 or cut to 28" in e.value.fix
 
@@ -117,7 +124,7 @@ def test_a_sequence_that_does_not_divide_says_by_how_much() -> None:
 def test_heads_that_do_not_divide_say_by_how_much() -> None:
     model, args, kwargs = models.flux(heads=6)
     program = md.capture(model, args, kwargs, mesh=md.Mesh(cp=4), parallel=md.ContextParallel("cp", "ulysses"))
-    with pytest.raises(md.MDError, match="6 heads .* 4 ranks of axis 'cp': 2 left over") as error:
+    with pytest.raises(md.MDError, match=r"6 heads .* 4 ranks of axis 'cp': 2 left over") as error:
         md.lower(program)
     assert "allgather_kv" in str(error.value)
 
@@ -152,6 +159,8 @@ class Draws(nn.Module):
 
 
 class Writes(nn.Module):
+    calls: torch.Tensor
+
     def __init__(self) -> None:
         super().__init__()
         self.register_buffer("calls", torch.zeros(()))

@@ -81,9 +81,7 @@ def test_heads_that_do_not_divide(heads: int, kv_heads: int, problem: str) -> No
 
 def test_weights_that_do_not_divide() -> None:
     with pytest.raises(PlanError, match=r"module 'up' has 66 on dim 0.*4 ranks of axis 'tp': 2 left over"):
-        md.capture(
-            models.MLP(hidden=66), (torch.randn(2, 32),), mesh=TP4, parallel=md.TensorParallel("tp", plan=PLAN)
-        )
+        md.capture(models.MLP(hidden=66), (torch.randn(2, 32),), mesh=TP4, parallel=md.TensorParallel("tp", plan=PLAN))
 
 
 def test_plans_that_do_not_fit() -> None:

@@ -58,7 +58,9 @@ def environment(full: bool, gpu: int | None = None) -> dict[str, str]:
     return env
 
 
-def export_command(case: Case, ranks: int, bundle: Path, *, model_device: str = "cpu", verify: bool = True) -> list[str]:
+def export_command(
+    case: Case, ranks: int, bundle: Path, *, model_device: str = "cpu", verify: bool = True
+) -> list[str]:
     """The command that makes the bundle, and its report beside it."""
     command = [sys.executable, "-m", "torchtrt_md.cli", "export", str(case.file), "--mesh", f"{case.axis}={ranks}"]
     if case.strategy:

@@ -84,7 +84,7 @@ def _flat(runner: Any, returned: Any) -> torch.Tensor:
 def _same_bits(runner: Any, inputs: dict[str, torch.Tensor], expected: torch.Tensor) -> dict[str, bool]:
     """The default stream, a stream of the user's, and a CUDA graph."""
     side = torch.equal(_flat(runner, runner(**inputs)), expected)
-    stream = torch.cuda.Stream()
+    stream: torch.cuda.Stream = torch.cuda.Stream()  # type: ignore[no-untyped-call]
     stream.wait_stream(torch.cuda.current_stream())
     with torch.cuda.stream(stream):
         own = _flat(runner, runner(**inputs))

@@ -62,7 +62,9 @@ def test_every_rank_computes_what_the_dense_model_computes(
             assert 0 < error <= 1.5 * report["dense_errors"][name]
 
 
-def _misbehave(what: str, bundle: Path, ranks: int = 2, *more: str) -> tuple[subprocess.CompletedProcess[str], list[Any]]:
+def _misbehave(
+    what: str, bundle: Path, ranks: int = 2, *more: str
+) -> tuple[subprocess.CompletedProcess[str], list[Any]]:
     script = str(Path(__file__).parent / "misbehave.py")
     done = cases.launch(ranks, [script, what, str(bundle), *more], full=False, seconds=120)
     said = [json.loads(line.split("SAID ", 1)[1]) for line in done.stdout.splitlines() if "SAID " in line]
@@ -78,7 +80,9 @@ class TestMisbehaviour:
             said.sort(key=lambda s: int(s["rank"]))
             assert said == [{"rank": rank, "side": True, "stream": True, "graph": True} for rank in range(ranks)]
 
-    def test_a_wrong_input_on_one_rank_is_refused_on_all(self, ranks: int, bundles: dict[tuple[str, int], Path]) -> None:
+    def test_a_wrong_input_on_one_rank_is_refused_on_all(
+        self, ranks: int, bundles: dict[tuple[str, int], Path]
+    ) -> None:
         done, said = _misbehave("wrong-input", bundles["flux-ulysses", ranks])
         assert done.returncode == 0, done.stdout[-3000:] + done.stderr[-3000:]
         assert len(said) == ranks
@@ -87,7 +91,9 @@ class TestMisbehaviour:
             assert "rank 1" in s["message"]
             assert s["then"], "the runner must work again afterwards"
 
-    def test_a_rank_that_does_not_come_is_an_error_in_time(self, ranks: int, bundles: dict[tuple[str, int], Path]) -> None:
+    def test_a_rank_that_does_not_come_is_an_error_in_time(
+        self, ranks: int, bundles: dict[tuple[str, int], Path]
+    ) -> None:
         done, said = _misbehave("absent", bundles["flux-ulysses", ranks])
         assert [s["error"] for s in said if s["rank"] == 0] == ["LaunchError"], done.stdout + done.stderr
 

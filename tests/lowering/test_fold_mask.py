@@ -97,7 +97,9 @@ KEPT: dict[str, Callable[[Tensor], Tensor]] = {
     "of the input's sum": lambda q: torch.arange(TOKENS)[None] < q.sum() + 1e6,
     "anti-causal": lambda q: causal().T,
     "sliding window": lambda q: banded(),
-    "strictly causal, the first query free": lambda q: causal() & ~torch.eye(TOKENS).bool() | (torch.arange(TOKENS) == 0),
+    "strictly causal, the first query free": lambda q: (
+        causal() & ~torch.eye(TOKENS).bool() | (torch.arange(TOKENS) == 0)
+    ),
     "not all hiding": lambda q: additive(-1e4),
     "not hiding in fp64": lambda q: additive(torch.finfo(torch.float32).min),
     "some hide": lambda q: torch.where(torch.eye(TOKENS).bool(), -1.0, additive(INF)),

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import operator
 from collections.abc import Callable, Iterator
 
 import graphs
@@ -33,7 +34,8 @@ def redistribute(launch: DeviceMesh, axis: str, before: Placement, after: Placem
     mesh = launch[axis]
 
     def call(x: Tensor) -> Tensor:
-        return DTensor.from_local(x, mesh, [before], run_check=False).redistribute(mesh, [after]).to_local()
+        placed: DTensor = DTensor.from_local(x, mesh, [before], run_check=False)
+        return placed.redistribute(mesh, [after]).to_local()
 
     return call
 
@@ -105,6 +107,10 @@ def test_from_shard_to_shard_needs_the_gather_only(launch: DeviceMesh) -> None:
     assert graphs.collectives(graph) == [("all_gather", 1, "tp", 2)]
 
 
+def split(x: Tensor, rows: int, dim: int = 0) -> list[Tensor]:
+    return list(torch.ops.aten.split(x, rows, dim))
+
+
 def all_gather(x: Tensor) -> Tensor:
     gathered: Tensor = md.all_gather(x, 0, "tp", 2)
     return gathered
@@ -116,48 +122,48 @@ def reduce_scatter(x: Tensor) -> Tensor:
 
 
 def other_order(x: Tensor) -> Tensor:
-    first, second = all_gather(x).split(2)
+    first, second = split(all_gather(x), 2)
     return torch.cat([second, first], 1)
 
 
 def one_part_twice(x: Tensor) -> Tensor:
-    first, _ = all_gather(x).split(2)
+    first, _ = split(all_gather(x), 2)
     return torch.cat([first, first], 1)
 
 
 def more_in_the_cat(x: Tensor) -> Tensor:
-    return torch.cat([*all_gather(x).split(2), x], 1)
+    return torch.cat([*split(all_gather(x), 2), x], 1)
 
 
 def part_used_elsewhere(x: Tensor) -> list[Tensor]:
-    first, second = all_gather(x).split(2)
+    first, second = split(all_gather(x), 2)
     return [torch.cat([first, second], 1), first * 2]
 
 
 def gather_used_elsewhere(x: Tensor) -> list[Tensor]:
     """A second gather would double what is sent."""
     gathered = all_gather(x)
-    return [torch.cat(gathered.split(2), 1), gathered * 2]
+    return [torch.cat(split(gathered, 2), 1), gathered * 2]
 
 
 def split_on_another_dim(x: Tensor) -> Tensor:
-    return torch.cat(all_gather(x).split(2, 1), 0)
+    return torch.cat(split(all_gather(x), 2, 1), 0)
 
 
 def split_on_the_dim_of_the_cat(x: Tensor) -> Tensor:
-    return torch.cat(all_gather(x).split(2, 1), 1)
+    return torch.cat(split(all_gather(x), 2, 1), 1)
 
 
 def parts_of_a_rank(x: Tensor) -> Tensor:
-    return torch.cat(all_gather(x).split(1), 1)
+    return torch.cat(split(all_gather(x), 1), 1)
 
 
 def uneven_parts(x: Tensor) -> Tensor:
-    return torch.cat(all_gather(x).split(3), 0)
+    return torch.cat(split(all_gather(x), 3), 0)
 
 
 def stacked(x: Tensor) -> Tensor:
-    return torch.cat([p.unsqueeze(0) for p in all_gather(x).split(2)], 1)
+    return torch.cat([p.unsqueeze(0) for p in split(all_gather(x), 2)], 1)
 
 
 def view_of_more_rows(x: Tensor) -> Tensor:
@@ -178,21 +184,32 @@ def scatter_of_other_things(x: Tensor) -> Tensor:
 
 
 def scatter_of_parts_in_another_order(x: Tensor) -> Tensor:
-    first, second = x.split(2, 1)
+    first, second = split(x, 2, 1)
     return reduce_scatter(torch.cat([second, first]))
 
 
 def scatter_of_more_parts(x: Tensor) -> Tensor:
-    return reduce_scatter(torch.cat(x.split(1, 1)))
+    return reduce_scatter(torch.cat(split(x, 1, 1)))
 
 
 def scatter_of_parts_joined_elsewhere(x: Tensor) -> Tensor:
-    return reduce_scatter(torch.cat(x.split(2, 1), 1))
+    return reduce_scatter(torch.cat(split(x, 2, 1), 1))
 
 
 def scatter_of_part_and_other(x: Tensor) -> Tensor:
-    first, _ = x.split(2, 1)
+    first, _ = split(x, 2, 1)
     return reduce_scatter(torch.cat([first, first * 2]))
+
+
+def test_parts_are_told_by_their_number_and_not_by_where_they_stand() -> None:
+    xs = graphs.per_rank(TP, 2, 4)
+    graph = graphs.trace(other_order, xs[0])
+    first, second = graph.graph.find_nodes(op="call_function", target=operator.getitem)
+    with graph.graph.inserting_after(second):
+        later = graph.graph.node_copy(first)
+    first.replace_all_uses_with(later)
+    graph.graph.erase_node(first)
+    assert graphs.check(gather_dim.run, graph, TP, xs) == 0
 
 
 @pytest.mark.parametrize(

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from typing import Any
 
 import graphs
 import pytest
@@ -36,8 +37,10 @@ def test_one_value(dims: int, shape: tuple[int, ...], dtype: torch.dtype) -> Non
     assert graphs.check(mask_fill.run, graph, MESH, xs, masks, value) == 1
     assert set(graphs.ops(graph)) <= {"aten.where", "aten.reshape"}
     assert ("aten.reshape" in graphs.ops(graph)) == (dims < 3)
-    assert xs[0].masked_fill(masks[0].reshape(*masks[0].shape, *[1] * (3 - dims)), 7).equal(
-        graphs.run_ranks(graph, MESH, xs, masks, value)[0][0]
+    assert (
+        xs[0]
+        .masked_fill(masks[0].reshape(*masks[0].shape, *[1] * (3 - dims)), 7)
+        .equal(graphs.run_ranks(graph, MESH, xs, masks, value)[0][0])
     )
 
 
@@ -49,7 +52,9 @@ def test_the_embedding_of_a_split_vocabulary() -> None:
     def forward(local: Tensor, ids: Tensor) -> Tensor:
         weight = DTensor.from_local(local, tp, [Shard(0)], run_check=False)
         indices = DTensor.from_local(ids, tp, [Replicate()], run_check=False)
-        return F.embedding(indices, weight).redistribute(tp, [Replicate()]).to_local()
+        rows: Any = F.embedding(indices, weight)
+        result: Tensor = rows.redistribute(tp, [Replicate()]).to_local()
+        return result
 
     traced = []
     with graphs.fake_launch(MESH) as launch:

@@ -94,6 +94,13 @@ def whole_set_expanded(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
     return attend(q, tile(k), tile(v))
 
 
+def whole_set_expanded_as_often_as_it_has_heads(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+    def tile(x: Tensor) -> Tensor:
+        return x[:, None].expand(-1, 2, -1, -1, -1).flatten(1, 2)
+
+    return attend(q[:, :4], tile(k), tile(v))
+
+
 def sizes_regrouped(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
     """The repeats are merged with another dim than the heads."""
 
@@ -124,6 +131,7 @@ def batch_expanded(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
         only_keys,
         whole_set_repeated,
         whole_set_expanded,
+        whole_set_expanded_as_often_as_it_has_heads,
         sizes_regrouped,
         tokens_repeated,
         batch_expanded,

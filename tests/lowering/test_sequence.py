@@ -434,7 +434,18 @@ def test_what_is_no_op_is_refused_by_name() -> None:
         sf.analyze(graph)
 
 
-# The folders that hold the tests have names that source_line takes for this package's own.
+def test_the_error_names_this_file_and_line() -> None:
+    def forward(x: Tensor) -> Tensor:
+        x = shard(x)
+        return x + torch.arange(x.shape[1])[:, None]
+
+    with pytest.raises(ShardingError) as caught:
+        sf.analyze(sf.trace(forward, X))
+    assert Path(__file__).name in str(caught.value)
+    assert "in forward: return x + torch.arange(x.shape[1])[:, None]" in str(caught.value)
+
+
+# A file of its own, as a user's model is.
 MODEL = """
 import torch
 

@@ -213,6 +213,7 @@ REFUSED: dict[str, tuple[Callable[..., Any], list[tuple[Tensor, int | None]], st
     "cat of batches": (lambda x: torch.cat([x.flatten(0, 1)] * 2), [X], "concatenates this rank's part"),
     "view across": (lambda x: x.view(2, 3, 8), [X], "cannot be told where the sharded dim goes"),
     "split view, other factor": (lambda x: x.view(2, 2, -1, 6), [X], "cannot be told where the sharded dim goes"),
+    "split view, one per rank": (lambda x: x.view(2, -1, 4, 6), [X], "cannot be told where the sharded dim goes"),
     "joint split view": (lambda t, x: torch.cat([t, x], 1).view(2, -1, 2, 6), [TEXT, X], "cannot be told"),
     "dtype view": (lambda x: x.mT.contiguous().view(torch.int16), [X], MIXES),
     "table": (lambda x, i: x[:, i], [X, INDEX], "looks positions up across the shard"),

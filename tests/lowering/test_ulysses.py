@@ -50,9 +50,7 @@ def test_packed(size: int, heads: int, kv_heads: int, batch: int, tokens: int, i
     graphs.assert_same(graphs.run_ranks(graph, mesh, q, k, v), expected, exact=False)
 
 
-@pytest.mark.parametrize(
-    ("width", "key_tokens", "key_batch"), [(3, 3, 2), (4, 5, 2), (6, 1, 2), (4, 3, 1)], ids=str
-)
+@pytest.mark.parametrize(("width", "key_tokens", "key_batch"), [(3, 3, 2), (4, 5, 2), (6, 1, 2), (4, 3, 1)], ids=str)
 def test_what_does_not_fit_one_tensor_is_exchanged_apart(width: int, key_tokens: int, key_batch: int) -> None:
     """Values of another width than queries and keys, other lengths of keys, one batch of keys for all queries."""
     mesh = Mesh(cp=2)

@@ -7,7 +7,6 @@ from collections.abc import Callable
 import graphs
 import pytest
 import torch
-import torch.distributed._functional_collectives as funcol
 from torch import Tensor
 
 from torchtrt_md.errors import CollectiveError
@@ -20,7 +19,10 @@ md = torch.ops.torchtrt_md
 
 def test_a_lowered_graph_passes_as_it_is() -> None:
     def forward(x: Tensor) -> list[Tensor]:
-        return [md.all_reduce(md.all_gather(x, 0, "tp", 2), "sum", "cp", 2), md.attention(x, x, x, None, True, None, False)]
+        return [
+            md.all_reduce(md.all_gather(x, 0, "tp", 2), "sum", "cp", 2),
+            md.attention(x, x, x, None, True, None, False),
+        ]
 
     graph = graphs.trace(forward, torch.randn(1, 2, 3, 4))
     before = graphs.ops(graph)
@@ -50,7 +52,8 @@ def context_attention(x: Tensor) -> Tensor:
 
 
 def functional(x: Tensor) -> Tensor:
-    return funcol.all_reduce(x, "sum", "0")
+    reduced: Tensor = torch.ops._c10d_functional.all_reduce(x, "sum", "0")
+    return reduced
 
 
 @pytest.mark.parametrize(

@@ -15,7 +15,7 @@ from torchtrt_md import errors
 from torchtrt_md.bundle import read_manifest
 from torchtrt_md.runtime import load
 from torchtrt_md.runtime.agree import Agreement
-from torchtrt_md.runtime.load import read_together
+from torchtrt_md.runtime.loading import read_together
 
 TIMEOUT = 20.0
 

@@ -10,6 +10,7 @@ One class's weights are in memory at a time.
 
 from __future__ import annotations
 
+import ctypes
 import gc
 import time
 from collections.abc import Callable, Sequence
@@ -22,7 +23,7 @@ from torch.fx import GraphModule, Node
 from torchtrt_md.build import converters, probes
 from torchtrt_md.build.decompose import bind_weights, decompose
 from torchtrt_md.build.engine import Binding, Engine
-from torchtrt_md.build.flavour import flavour
+from torchtrt_md.build.flavour import Flavour, flavour
 from torchtrt_md.build.torch_trt import load, without_gpu
 from torchtrt_md.errors import BuildError
 from torchtrt_md.lowering import lower
@@ -56,8 +57,16 @@ def build_program(
             progress(f"{_named(equal)}: {sum(1 for n in decomposed.graph.nodes if n.op == 'call_function')} ops")
             file = folder / f"rank{equal[0]}.engine"
             engines.append(_build(program, graph, decomposed, equal, file, axes[id(graph)], target))
-            gc.collect()
+            _release_memory()
     return engines
+
+
+def _release_memory() -> None:
+    """Give one rank's weights back to the system before the next rank's are made; glibc would keep them."""
+    gc.collect()
+    libc = ctypes.CDLL(None)
+    if hasattr(libc, "malloc_trim"):
+        libc.malloc_trim(0)
 
 
 def _communicator_axis(graph: GraphModule) -> str | None:
@@ -111,14 +120,11 @@ def _build(
     f = flavour()
     config = probes.builder_config(f, interpreter.builder)
     f.set_target(config, target)
-    plan = interpreter.builder.build_serialized_network(network, config)
-    if plan is None:
+    if not _write_plan(f, interpreter.builder, network, config, file):
         raise BuildError(
             f"{f.name} {f.version} could not build the engine of {_named(ranks)} for target {target!r}",
             fix="its log above says why; lower(program, dump=...) writes the graph that was converted",
         )
-    with file.open("wb") as stream:
-        stream.write(memoryview(plan))
     return Engine(
         ranks=ranks,
         file=file,
@@ -130,6 +136,20 @@ def _build(
         layers=network.num_layers,
         seconds=time.perf_counter() - start,
     )
+
+
+def _write_plan(f: Flavour, builder: Any, network: Any, config: Any, file: Path) -> bool:
+    """Build into the file; as a stream where that is possible, so that the whole plan is never in memory."""
+    with file.open("wb") as stream:
+        if hasattr(builder, "build_serialized_network_to_stream"):
+
+            class Writer(f.trt.IStreamWriter):  # type: ignore[name-defined, misc]
+                def write(self, data: Any) -> int:
+                    return stream.write(data)
+
+            return bool(builder.build_serialized_network_to_stream(network, config, Writer()))
+        plan = builder.build_serialized_network(network, config)
+        return plan is not None and stream.write(memoryview(plan)) > 0
 
 
 def _bindings(program: ShardedProgram, graph: GraphModule) -> tuple[list[Binding], list[Binding]]:
@@ -225,5 +245,3 @@ def _check_collectives(network: Any, expected: Sequence[ScheduledCollective]) ->
 
 def _named(ranks: Sequence[int]) -> str:
     return f"rank {ranks[0]}" if len(ranks) == 1 else f"ranks {', '.join(map(str, ranks))}"
-
-

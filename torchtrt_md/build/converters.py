@@ -57,7 +57,7 @@ def _collective(op: str) -> Callable[..., Any]:
             op,
             size,
             reduce_op=values.get("op"),
-            root=values.get("src", values.get("dst", layers._NO_ROOT)),
+            root=next((values[root] for root in ("src", "dst") if root in values), layers.NO_ROOT),
         )
 
     return convert
@@ -88,9 +88,7 @@ def _attention(ctx: Any, target: Any, args: tuple[Any, ...], kwargs: dict[str, A
             shuffle = ctx.net.add_shuffle(mask)
             shuffle.reshape_dims = (*(1,) * (4 - rank), *mask.shape)
             mask = shuffle.get_output(0)
-    return layers.add_attention(
-        flavour(), ctx.net, q, k, v, mask, is_causal, _operand(ctx, one, f"{name}_scale")
-    )
+    return layers.add_attention(flavour(), ctx.net, q, k, v, mask, is_causal, _operand(ctx, one, f"{name}_scale"))
 
 
 _TORCH_DTYPES = {"BF16": torch.bfloat16, "HALF": torch.float16, "FLOAT": torch.float32}

@@ -25,11 +25,11 @@ OPERATIONS = {
     "scatter": "SCATTER",
 }
 _REDUCE_OPS = {"sum": "SUM", "product": "PROD", "max": "MAX", "min": "MIN", "avg": "AVG"}
-_NO_ROOT = -1
+NO_ROOT = -1
 
 
 def add_collective(
-    flavour: Flavour, network: Any, x: Any, op: str, size: int, *, reduce_op: str | None = None, root: int = _NO_ROOT
+    flavour: Flavour, network: Any, x: Any, op: str, size: int, *, reduce_op: str | None = None, root: int = NO_ROOT
 ) -> Any:
     """Add an IDistCollectiveLayer on the tensor ``x``; returns its output tensor."""
     trt = flavour.trt

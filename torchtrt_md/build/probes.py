@@ -47,7 +47,9 @@ def _one(f: Flavour, net: Any, dtype: str) -> Any:
     torch_dtype = {"BF16": torch.bfloat16, "HALF": torch.float16, "FLOAT": torch.float32}[dtype]
     one = torch.ones(1, 1, 1, 1, dtype=torch_dtype)
     _keep.append(one)  # TensorRT reads weights when it builds
-    return net.add_constant((1, 1, 1, 1), f.trt.Weights(getattr(f.trt.DataType, dtype), one.data_ptr(), 1)).get_output(0)
+    return net.add_constant((1, 1, 1, 1), f.trt.Weights(getattr(f.trt.DataType, dtype), one.data_ptr(), 1)).get_output(
+        0
+    )
 
 
 _keep: list[torch.Tensor] = []

@@ -50,8 +50,7 @@ def modules_named(model: nn.Module, pattern: str) -> list[tuple[str, nn.Module]]
     found = [
         (name, module)
         for name, module in model.named_modules()
-        if len(name.split(".")) == len(parts)
-        and all(map(fnmatch.fnmatchcase, name.split("."), parts))
+        if len(name.split(".")) == len(parts) and all(map(fnmatch.fnmatchcase, name.split("."), parts))
     ]
     if not found:
         names = [name for name, _ in model.named_modules() if name]
@@ -84,12 +83,16 @@ def _gather(entry: Any) -> Gather | None:
 def _hook_splits(
     module: nn.Module, path: str, entries: Mapping[str | int, Split | list[Split]], axis: str, size: int
 ) -> None:
-    by_argument = {key: s for key, s in entries.items() if not (isinstance(s, Split) and s.output)}
-    by_result = {key: s for key, s in entries.items() if isinstance(s, Split) and s.output}
     signature = inspect.signature(module.forward)
     open_ended = any(p.kind is p.VAR_KEYWORD for p in signature.parameters.values())
-    for key in by_argument:
-        if not isinstance(key, str) or (key not in signature.parameters and not open_ended):
+    by_argument: dict[str, Split | list[Split]] = {}
+    by_result: dict[str | int, Split] = {}
+    for key, split in entries.items():
+        if isinstance(split, Split) and split.output:
+            by_result[key] = split
+        elif isinstance(key, str) and (key in signature.parameters or open_ended):
+            by_argument[key] = split
+        else:
             raise PlanError(
                 f"the plan splits argument {key!r} of {_shown(path)}, which takes {', '.join(signature.parameters)}",
                 fix="name one of these, or say md.Split(dim, output=True) with the index of a result",

@@ -107,11 +107,12 @@ def _shadow(model: nn.Module, without_memory: bool) -> nn.Module:
         empty = {
             key: t if isinstance(t, DTensor) else nn.Parameter(t.detach().to("meta"), requires_grad=False)
             for key, t in shared.items()
+            if isinstance(t, nn.Parameter)
         }
         for module in shadow.modules():
             for name, parameter in module._parameters.items():
                 if parameter is not None:
-                    module._parameters[name] = empty[id(parameter)]
+                    module.register_parameter(name, empty[id(parameter)])
     return shadow
 
 
@@ -174,4 +175,3 @@ def _program(
         out_spec=first.out_spec,
         out_leaves=first.out_leaves,
     )
-

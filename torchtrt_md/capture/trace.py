@@ -6,7 +6,6 @@ import hashlib
 import traceback
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -85,7 +84,8 @@ def trace(shadow: nn.Module, arguments: Arguments, weights: Sequence[LocalWeight
     _check(graph)
     sources: dict[str, Source] = {}
     values = [Value(name, tuple(t.shape), t.dtype) for name, t in arguments.tensors.items()]
-    for node, source in zip(placeholders(graph), [*(w.weight for w in weights), *values], strict=True):
+    in_order: list[Source] = [*(w.weight for w in weights), *values]
+    for node, source in zip(placeholders(graph), in_order, strict=True):
         sources[node.name] = source
     (output,) = graph.graph.find_nodes(op="output")
     outputs = [node.meta["val"] for node in output.args[0]]

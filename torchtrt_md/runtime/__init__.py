@@ -1,6 +1,6 @@
 """Run a bundle under torchrun: ``load`` gives a ``Runner``, and a runner is called like the model.
 
-load          the road from a folder to a runner; every step is voted on by all ranks
+loading       the road from a folder to a runner; every step is voted on by all ranks
 agree         the votes, over a gloo group of their own
 communicator  an NCCL communicator for each axis, bound to the engines
 engine        one loaded engine: checked against its bindings, then bound and enqueued
@@ -10,7 +10,7 @@ watchdog      ends a process that waits on another rank for too long
 private       every private name of PyTorch that the runtime needs
 """
 
-from torchtrt_md.runtime.load import load
+from torchtrt_md.runtime.loading import load
 from torchtrt_md.runtime.runner import Runner
 
 __all__ = ["Runner", "load"]

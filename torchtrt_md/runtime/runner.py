@@ -22,7 +22,7 @@ Check = Literal["always", "first"]
 class Runner:
     """This rank's engines, called like the model: ``runner(hidden, timestep=t)``.
 
-    Every rank makes the same calls in the same order, from one thread.  :func:`torchtrt_md.runtime.load` makes it.
+    Every rank makes the same calls in the same order, from one thread.  :func:`torchtrt_md.runtime.loading` makes it.
 
     Attributes:
         manifest: what the bundle says.

@@ -1,0 +1,152 @@
+"""The whole road: a bundle from a model, from Python and from the command line."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import subprocess
+import sys
+from pathlib import Path
+
+import models
+import pytest
+import torch
+from torch.distributed.tensor.parallel import ColwiseParallel, RowwiseParallel
+
+import torchtrt_md as md
+from torchtrt_md.bundle import read_manifest
+from torchtrt_md.errors import BundleError, PlanError, TargetError, VerificationError
+from torchtrt_md.lowering import PASSES
+
+ROOT = Path(__file__).resolve().parents[1]
+
+
+def _cli(*arguments: str) -> subprocess.CompletedProcess[str]:
+    return subprocess.run(
+        [sys.executable, "-m", "torchtrt_md.cli", *arguments],
+        cwd=ROOT,
+        capture_output=True,
+        text=True,
+        timeout=300,
+        check=False,
+    )
+
+
+def test_the_command_line_exports_flux_as_one_engine_for_all_ranks(tmp_path: Path) -> None:
+    out, report = tmp_path / "flux.mdtrt", tmp_path / "report.json"
+    done = _cli(
+        *("export", "examples/flux.py", "--mesh", "cp=4", "--strategy", "ulysses"),
+        *("-o", str(out), "--report", str(report), "--dump", str(tmp_path / "dump")),
+    )
+    assert done.returncode == 0, done.stdout + done.stderr
+    for stage in ("capture", "lower", "verify", "build", "bundle", "all_to_all", "torchrun --nproc_per_node=4"):
+        assert stage in done.stdout
+    manifest = read_manifest(out)
+    assert manifest.mesh == {"cp": 4}
+    assert len(manifest.files) == 1
+    assert [len(segments) for segments in manifest.ranks] == [1, 1, 1, 1]
+    for path, digest in manifest.files.items():
+        assert hashlib.sha256((out / path).read_bytes()).hexdigest() == digest
+    measured = json.loads(report.read_text())
+    assert measured["structure_error"] <= 1e-5
+    assert measured["error"] <= 1.5 * measured["dense_error"]
+    assert any((tmp_path / "dump").glob("*ulysses.after.txt"))
+
+
+def test_a_users_own_file_with_its_own_plan(tmp_path: Path) -> None:
+    file = tmp_path / "mine.py"
+    file.write_text(
+        f"import sys; sys.path.insert(0, {str(ROOT / 'tests')!r})\n"
+        "import torchtrt_md as md\n"
+        "import models\n"
+        'parallel = [md.ContextParallel("sp", plan={"": {"x": md.Split(1)}, "out": md.Gather(1)})]\n'
+        "def model():\n"
+        "    return models.attention()\n"
+    )
+    done = _cli("export", str(file), "--mesh", "sp=2", "-o", str(tmp_path / "mine.mdtrt"))
+    assert done.returncode == 0, done.stdout + done.stderr
+    assert read_manifest(tmp_path / "mine.mdtrt").mesh == {"sp": 2}
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (("nothing.py", "--mesh", "cp=4"), "there is no model file 'nothing.py'"),
+        (("examples/flux.py", "--mesh", "cp4"), "'cp4' is not a mesh"),
+        (("examples/flux.py", "--mesh", "xx=4"), "does not say what is parallel along it"),
+        (("examples/llama.py", "--mesh", "tp=4", "--strategy", "ulysses"), "no axis is context parallel"),
+        (("examples/flux.py", "--mesh", "cp=3"), "does not divide by the 3 ranks"),
+        (("examples/flux.py", "--mesh", "cp=4", "--target", "sm70"), "cannot build for target 'sm70'"),
+    ],
+)
+def test_errors_are_messages_and_not_tracebacks(arguments: tuple[str, ...], message: str, tmp_path: Path) -> None:
+    done = _cli("export", *arguments, "-o", str(tmp_path / "out.mdtrt"))
+    assert done.returncode == 1
+    assert message in done.stderr
+    assert "Instead:" in done.stderr
+    assert "Traceback" not in done.stderr
+    assert not (tmp_path / "out.mdtrt").exists()
+
+
+def test_tensor_parallel_bundle_and_its_manifest(tmp_path: Path) -> None:
+    model, args, kwargs = models.llama(torch.bfloat16)
+    stages: list[str] = []
+    exported = md.export(
+        model,
+        args,
+        kwargs,
+        mesh=md.Mesh(tp=2),
+        parallel=md.TensorParallel("tp"),
+        out=tmp_path / "llama.mdtrt",
+        target="sm80",
+        progress=lambda stage, detail, seconds: stages.append(stage) if seconds is not None else None,
+    )
+    assert stages == ["capture", "lower", "verify", "build", "bundle"]
+    manifest = read_manifest(tmp_path / "llama.mdtrt")
+    assert manifest == exported.manifest
+    assert manifest.target == "sm80"
+    assert [t.name for t in manifest.inputs] == ["input_ids"]
+    assert manifest.constants == {"use_cache": False}
+    assert manifest.result == {"dict": {"logits": {"output": 0}}}
+    assert len({segments[0].engine for segments in manifest.ranks}) == 2
+    assert {segment.axis for segments in manifest.ranks for segment in segments} == {"tp"}
+    program = exported.program
+    assert set(program.counts) == set(PASSES)
+
+
+def test_nothing_is_written_when_a_stage_fails(tmp_path: Path) -> None:
+    model, args, _ = models.mlp()
+    plan = {"up": ColwiseParallel(), "down": RowwiseParallel()}
+    out = tmp_path / "out.mdtrt"
+
+    def export(**changes: object) -> None:
+        options = {"mesh": md.Mesh(tp=2), "parallel": md.TensorParallel("tp", plan=plan), "out": out, **changes}
+        md.export(model, args, **options)  # type: ignore[arg-type]
+
+    with pytest.raises(TargetError):
+        export(target="sm70")
+    with pytest.raises(PlanError):
+        export(parallel=md.TensorParallel("tp", plan={"nothing": "colwise"}))
+    with torch.no_grad():
+        model.down.weight.fill_(float("nan"))  # type: ignore[union-attr, operator]
+    with pytest.raises(VerificationError):
+        export()
+    assert list(tmp_path.iterdir()) == []
+    out.write_text("not a bundle")
+    with pytest.raises(BundleError, match="is a file"):
+        export()
+
+
+def test_a_sharded_output_stays_sharded(tmp_path: Path) -> None:
+    model, args, _ = models.attention()
+    exported = md.export(
+        model,
+        args,
+        mesh=md.Mesh(cp=2),
+        parallel=md.ContextParallel("cp", plan={"": {"x": md.Split(1)}}),
+        out=tmp_path / "out.mdtrt",
+    )
+    (output,) = exported.manifest.outputs
+    assert output.shape == [2, 16, 32]
+    assert output.sharding == [(1, "cp")]
+    assert exported.manifest.ranks[0][0].outputs[0].shape == [2, 8, 32]

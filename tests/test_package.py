@@ -1,0 +1,81 @@
+"""The package: importing it is free, and every way to install it has all of it."""
+
+from __future__ import annotations
+
+import os
+import subprocess
+import sys
+import sysconfig
+import venv
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).resolve().parents[1]
+
+
+def _python(code: str, executable: str = sys.executable, **env: str) -> str:
+    done = subprocess.run(
+        [executable, "-c", code],
+        capture_output=True,
+        text=True,
+        timeout=120,
+        check=False,
+        cwd="/",
+        env={**os.environ, **env},
+    )
+    assert done.returncode == 0, done.stderr
+    return done.stdout
+
+
+def test_import_loads_nothing_heavy() -> None:
+    code = (
+        "import sys, torch; before = set(sys.modules); import torchtrt_md, torch.distributed as d;"
+        "new = {m.split('.')[0] for m in set(sys.modules) - before};"
+        "assert not new & {'tensorrt', 'tensorrt_rtx', 'torch_tensorrt', 'typer', 'rich', 'diffusers'}, new;"
+        "assert 'torch.distributed.tensor' not in sys.modules;"
+        "assert not d.is_initialized() and not torch.cuda.is_initialized()"
+    )
+    _python(code)
+
+
+def test_import_takes_less_than_a_fifth_of_a_second() -> None:
+    code = "import time, torch; t = time.perf_counter(); import torchtrt_md; print(time.perf_counter() - t)"
+    assert min(float(_python(code)) for _ in range(3)) < 0.2
+
+
+def test_all_public_names_are_there() -> None:
+    code = (
+        "import torchtrt_md as md, torchtrt_md.verification, torchtrt_md.exporter, torchtrt_md.runtime;"
+        "names = 'Mesh ContextParallel TensorParallel Split Gather capture lower verify build export load"
+        " VerificationError MDError'.split();"
+        "assert all(callable(getattr(md, n)) for n in names); assert set(names) <= set(dir(md))"
+    )
+    _python(code)
+
+
+@pytest.mark.parametrize("how", ["wheel", "folder", "editable"])
+def test_installed_in_every_way(how: str, tmp_path: Path) -> None:
+    home = tmp_path / "venv"
+    venv.create(home, with_pip=False)
+    python = str(home / "bin" / "python")
+    pip = [sys.executable, "-m", "pip", "--python", python, "install", "-q", "--no-deps", "--no-build-isolation"]
+    what = [str(ROOT)]
+    if how == "wheel":
+        wheels = tmp_path / "wheels"
+        build = [sys.executable, "-m", "build", "--wheel", "--no-isolation", "--outdir", str(wheels), str(ROOT)]
+        subprocess.run(build, check=True, capture_output=True, timeout=300)
+        what = [str(next(wheels.glob("*.whl")))]
+    elif how == "editable":
+        what = ["-e", str(ROOT)]
+    # Build tools and dependencies come from this environment; its own .pth files, of an editable install, do not.
+    here = sysconfig.get_path("purelib")
+    subprocess.run([*pip, *what], check=True, capture_output=True, timeout=300, env={**os.environ, "PYTHONPATH": here})
+    code = (
+        "import torchtrt_md, torchtrt_md.lowering.ulysses, torchtrt_md.runtime, torchtrt_md.bundle;"
+        "from importlib.metadata import entry_points;"
+        "assert any(e.name == 'torchtrt-md' for e in entry_points(group='console_scripts'));"
+        "print(torchtrt_md.__file__)"
+    )
+    found = Path(_python(code, python, PYTHONPATH=here).strip())
+    assert found.is_relative_to(ROOT if how == "editable" else home)
