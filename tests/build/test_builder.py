@@ -48,7 +48,7 @@ def test_tensor_parallel_is_an_engine_for_each_rank_with_its_part_of_the_weights
     assert [e.ranks for e in engines] == [(0,), (1,), (2,), (3,)]
     assert len({e.file.read_bytes() for e in engines}) == 4
     operations = [c.op for c in engines[0].collectives]
-    vocabulary = "model.embed_tokens" in model.tp_plan  # not in every version's plan
+    vocabulary = "model.embed_tokens" in vars(model).get("_tp_plan", {})  # not in every version's plan
     assert operations == ["all_reduce"] * (4 + vocabulary) + ["all_gather"]
 
 
