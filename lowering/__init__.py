@@ -2,6 +2,9 @@
 
 FX in, FX out: no TensorRT, no GPU, no process group.  The passes, in order:
 
+    uninitialized            uninitialised memory -> zeros
+    empty_operands           operands of cat that hold nothing are left out
+    slice_bounds             ends of slices beyond the end of the dim -> the end of the dim
     functional_collectives   PyTorch's collectives -> the IR, groups -> mesh axes
     single_rank              nothing is communicated along an axis of one rank
     gather_dim               a gather with split and cat around it -> a gather on that dim
@@ -29,6 +32,7 @@ from torch.fx import GraphModule
 from torchtrt_md.lowering import (
     allgather_kv,
     cancel_inverse,
+    empty_operands,
     fold_mask,
     functional_collectives,
     gather_dim,
@@ -39,13 +43,18 @@ from torchtrt_md.lowering import (
     repeat_kv,
     sequence,
     single_rank,
+    slice_bounds,
     ulysses,
+    uninitialized,
     validate,
 )
 from torchtrt_md.lowering.passes import Pass, PassContext, run_passes
 from torchtrt_md.program import Coordinate, ShardedProgram, Sharding, Value, outputs_of, placeholders, value_of
 
 PASSES: dict[str, Pass] = {
+    "uninitialized": uninitialized.run,
+    "empty_operands": empty_operands.run,
+    "slice_bounds": slice_bounds.run,
     "functional_collectives": functional_collectives.run,
     "single_rank": single_rank.run,
     "gather_dim": gather_dim.run,
@@ -91,7 +100,8 @@ def lower(program: ShardedProgram, *, dump: Path | None = None) -> ShardedProgra
     first = lowered[id(program.graphs[0])]
     coordinates = {
         node.name: Coordinate(str(node.target).removeprefix(rank_input.PREFIX))
-        for node in placeholders(first)
+        for graph in lowered.values()
+        for node in placeholders(graph)
         if node.name not in program.sources
     }
     return program.with_graphs(

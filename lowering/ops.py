@@ -298,10 +298,10 @@ def is_collective(node: torch.fx.Node) -> bool:
 
 
 def bound_args(node: torch.fx.Node) -> dict[str, Any]:
-    """All arguments of an op node by name, defaults included."""
+    """All arguments of an op node by name, defaults included, in the order of the op's schema."""
     assert isinstance(node.target, torch._ops.OpOverload)
     schema = node.target._schema.arguments
     values = {a.name: a.default_value for a in schema if a.has_default_value()}
     values.update(zip((a.name for a in schema), node.args, strict=False))
     values.update(node.kwargs)
-    return values
+    return {a.name: values[a.name] for a in schema}

@@ -5,10 +5,10 @@ from __future__ import annotations
 from typing import Any
 
 import torch
-from diffusers import FluxTransformer2DModel
+from diffusers import FluxTransformer2DModel, WanTransformer3DModel
 from diffusers.utils import logging
 from torch import Tensor, nn
-from transformers import LlamaConfig, LlamaForCausalLM
+from transformers import LlamaConfig, LlamaForCausalLM, Qwen3Config, Qwen3ForCausalLM
 
 logging.set_verbosity_error()
 
@@ -50,6 +50,39 @@ def llama(dtype: torch.dtype = torch.float32, heads: int = 8, kv_heads: int = 4,
         vocab_size=128,
     )
     return LlamaForCausalLM(config).to(dtype).eval(), (torch.randint(0, 128, (batch, 24)),), {"use_cache": False}
+
+
+def wan(dtype: torch.dtype = torch.float32) -> Call:
+    torch.manual_seed(0)
+    model = WanTransformer3DModel(
+        patch_size=(1, 2, 2),
+        num_attention_heads=4,
+        attention_head_dim=12,
+        in_channels=4,
+        out_channels=4,
+        text_dim=16,
+        freq_dim=16,
+        ffn_dim=32,
+        num_layers=2,
+        rope_max_seq_len=32,
+    )
+    inputs = {"hidden_states": torch.randn(1, 4, 2, 8, 8), "encoder_hidden_states": torch.randn(1, 8, 16)}
+    kwargs = {name: t.to(dtype) for name, t in inputs.items()}
+    return model.to(dtype).eval(), (), {**kwargs, "timestep": torch.tensor([500]), "return_dict": False}
+
+
+def qwen3(dtype: torch.dtype = torch.float32) -> Call:
+    torch.manual_seed(0)
+    config = Qwen3Config(
+        hidden_size=64,
+        intermediate_size=96,
+        num_hidden_layers=2,
+        num_attention_heads=4,
+        num_key_value_heads=2,
+        head_dim=16,
+        vocab_size=128,
+    )
+    return Qwen3ForCausalLM(config).to(dtype).eval(), (torch.randint(0, 128, (1, 16)),), {"use_cache": False}
 
 
 class MLP(nn.Module):

@@ -11,10 +11,12 @@ from pathlib import Path
 import models
 import pytest
 import torch
-from torch.distributed.tensor.parallel import ColwiseParallel, RowwiseParallel
+from torch.distributed.device_mesh import init_device_mesh
+from torch.distributed.tensor.parallel import ColwiseParallel, RowwiseParallel, parallelize_module
 
 import torchtrt_md as md
 from torchtrt_md.bundle import read_manifest
+from torchtrt_md.capture.torch_private import fake_ranks
 from torchtrt_md.errors import BundleError, PlanError, TargetError, VerificationError
 from torchtrt_md.lowering import PASSES
 
@@ -150,3 +152,30 @@ def test_a_sharded_output_stays_sharded(tmp_path: Path) -> None:
     assert output.shape == [2, 16, 32]
     assert output.sharding == [(1, "cp")]
     assert exported.manifest.ranks[0][0].outputs[0].shape == [2, 8, 32]
+
+
+def test_a_model_that_was_parallelized_already_is_verified_against_the_dense_one(tmp_path: Path) -> None:
+    dense, args, _ = models.mlp()
+    sharded = models.MLP().eval()
+    sharded.load_state_dict(dense.state_dict())
+    plan = {"up": ColwiseParallel(), "down": RowwiseParallel()}
+    with fake_ranks(2):
+        parallelize_module(sharded, init_device_mesh("cpu", (2,), mesh_dim_names=("tp",)), plan, src_data_rank=None)
+        with pytest.raises(VerificationError, match="is a DTensor") as error:
+            md.export(sharded, args, mesh=md.Mesh(tp=2), out=tmp_path / "out.mdtrt")
+        assert "dense=" in error.value.fix
+        exported = md.export(sharded, args, mesh=md.Mesh(tp=2), dense=dense, out=tmp_path / "out.mdtrt")
+    assert exported.report is not None
+    assert exported.report.error <= 1e-5
+    assert len(exported.engines) == 2
+
+
+def test_an_input_may_have_the_name_of_an_output(tmp_path: Path) -> None:
+    class Named(torch.nn.Module):
+        def forward(self, x: torch.Tensor, output0: torch.Tensor) -> torch.Tensor:
+            return x + output0
+
+    pair = (torch.randn(3), torch.randn(3))
+    exported = md.export(Named(), pair, mesh=md.Mesh(tp=1), out=tmp_path / "out.mdtrt")
+    assert [t.name for t in exported.manifest.inputs] == ["x", "output0"]
+    assert [t.name for t in exported.manifest.outputs] == ["output0_"]

@@ -29,6 +29,9 @@ CASES: dict[str, tuple[Callable[..., models.Call], md.Mesh, list[Parallel]]] = {
     "llama tp 2": (models.llama, md.Mesh(tp=2), [md.TensorParallel("tp")]),
     "llama tp 4": (models.llama, md.Mesh(tp=4), [md.TensorParallel("tp")]),
     "llama batch 2": (lambda dtype: models.llama(dtype, batch=2), md.Mesh(tp=2), [md.TensorParallel("tp")]),
+    "qwen3 tp 2": (models.qwen3, md.Mesh(tp=2), [md.TensorParallel("tp")]),
+    "wan ulysses 2": (models.wan, md.Mesh(cp=2), [md.ContextParallel("cp", "ulysses")]),
+    "wan allgather 4": (models.wan, md.Mesh(cp=4), [md.ContextParallel("cp", "allgather_kv")]),
     "mlp tp 4": (models.mlp, md.Mesh(tp=4), [md.TensorParallel("tp", plan=MLP_PLAN)]),
     "attention causal gqa": (
         lambda dtype: models.attention(dtype, kv_heads=2, causal=True),
@@ -159,3 +162,55 @@ def test_more_rounding_than_the_model_is_caught() -> None:
 
     with pytest.raises(VerificationError, match=r"does not compute|rounds more"):
         md.verify(_wrong(program, coarse), model, args, kwargs)
+
+
+def test_other_weights_than_the_dense_models_are_caught() -> None:
+    model, args, kwargs = models.mlp()
+    program = md.capture(model, args, kwargs, mesh=md.Mesh(tp=2), parallel=md.TensorParallel("tp", plan=MLP_PLAN))
+    other = models.MLP().eval()
+    with pytest.raises(VerificationError, match=r"weight 'up.weight' of the program is not that of the dense MLP"):
+        md.verify(program, other, args, kwargs)
+
+
+class Length(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.linear = nn.Linear(8, 8)
+
+    def forward(self, x: torch.Tensor) -> tuple[torch.Tensor, int]:
+        return self.linear(x), x.shape[1]
+
+
+def test_a_number_that_depends_on_the_local_length_is_caught() -> None:
+    x = torch.randn(2, 4, 8)
+    parallel = md.ContextParallel("cp", plan={"": {"x": md.Split(1)}, "linear": md.Gather(1)})
+    model = Length()
+    program = md.capture(model, (x,), mesh=md.Mesh(cp=2), parallel=parallel)
+    with pytest.raises(VerificationError, match=r"Length returns \[None, 4\]"):
+        md.verify(program, model, (x,))
+
+
+class Casts(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.mlp = models.MLP()
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        result: torch.Tensor = (self.mlp(x).float() * 1.5).to(torch.bfloat16)
+        return result
+
+
+def test_a_model_that_names_its_dtype_is_not_refused() -> None:
+    torch.manual_seed(0)
+    model, x = Casts().bfloat16().eval(), torch.randn(2, 8, 32, dtype=torch.bfloat16)
+    plan = {"mlp.up": ColwiseParallel(), "mlp.down": RowwiseParallel()}
+    program = md.capture(model, (x,), mesh=md.Mesh(tp=2), parallel=md.TensorParallel("tp", plan=plan))
+    assert md.verify(program, model, (x,)).structure_error <= 1e-5
+
+
+def test_pytorchs_own_attention_modules() -> None:
+    torch.manual_seed(0)
+    layer, x = nn.TransformerEncoderLayer(32, 4, 64, batch_first=True).eval(), torch.randn(2, 8, 32)
+    program = md.capture(layer, (x,), mesh=md.Mesh(tp=1))
+    assert list(program.graphs[0].graph.find_nodes(op="call_function", target=torch.ops.torchtrt_md.attention.default))
+    assert md.verify(program, layer, (x,)).error <= 1e-5

@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import nn
 from torch.utils import _pytree as pytree
 
 import torchtrt_md
@@ -62,18 +62,20 @@ def export(
     out: str | Path,
     target: str = "portable",
     check: bool = True,
-    weights: Mapping[str, Tensor] | None = None,
+    dense: nn.Module | None = None,
     dump: Path | None = None,
     progress: Progress = lambda stage, detail, seconds: None,
 ) -> Exported:
     """Capture, lower, verify, build and bundle.
 
     Args:
-        model, args, kwargs, mesh, parallel, weights: as for :func:`torchtrt_md.capture`.
+        model, args, kwargs, mesh, parallel: as for :func:`torchtrt_md.capture`.
         out: the bundle's folder; an older bundle there is replaced.
         target: as for :func:`torchtrt_md.build`.
         check: prove the program against the dense model before anything is built.  It needs the dense model,
             and memory for its weights in fp64.
+        dense: the dense model, where ``model`` is one that ``parallelize_module`` has sharded already: it has the
+            weights of all ranks, and is what the program is compared with.
         dump: a folder for the graphs before and after each lowering pass.
         progress: called with (stage, detail, None) when a stage begins or goes on, and with its seconds at its end.
 
@@ -100,6 +102,7 @@ def export(
         progress(name, detail[0], seconds[name])
 
     with stage("capture") as say:
+        weights = None if dense is None else {**dict(dense.named_parameters()), **dict(dense.named_buffers())}
         captured = capture(model, args, kwargs, mesh=mesh, parallel=parallel, weights=weights)
         say(f"{_nodes(captured)} nodes, {_graphs(captured)} for {mesh.size} ranks")
     with stage("lower") as say:
@@ -109,7 +112,7 @@ def export(
     if check:
         with stage("verify") as say:
             say(f"{mesh.size} ranks in lockstep against {type(model).__name__}")
-            report = verify(program, model, args, kwargs)
+            report = verify(program, dense or model, args, kwargs)
             say(f"error {report.error:.2e}, the dense model's own {report.dense_error:.2e}")
     with tempfile.TemporaryDirectory(dir=_existing_parent(out), prefix=".torchtrt_md-") as folder:
         with stage("build") as say:

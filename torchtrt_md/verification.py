@@ -11,19 +11,20 @@ from __future__ import annotations
 
 import time
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 from torch.distributed.tensor import DTensor
 from torch.utils import _pytree as pytree
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from torchtrt_md.capture.arguments import Arguments
 from torchtrt_md.errors import VerificationError
 from torchtrt_md.lowering import lower
 from torchtrt_md.mesh import Mesh
-from torchtrt_md.program import ShardedProgram, Sharding, Weights
+from torchtrt_md.program import Output, ShardedProgram, Sharding, Weight, Weights
 from torchtrt_md.simulate import EXACT, Precision, simulate
 
 STRUCTURE_TOLERANCE = 1e-5
@@ -69,12 +70,12 @@ def verify(
     start = time.perf_counter()
     program = lower(program)
     kwargs = dict(kwargs or {})
-    weights = _dense_weights(model)
+    weights = _dense_weights(program, model)
     inputs = Arguments.of(model, args, kwargs).tensors
     _check_inputs(program, inputs)
     dtype = _dtype(weights, inputs)
     wide = Precision(dtype, torch.float64)
-    reference = _run_dense(model, args, kwargs, wide)
+    reference = _run_dense(program, model, args, kwargs, wide)
     _check_finite(reference)
 
     exact = simulate(program, inputs, weights=weights, precision=wide)
@@ -85,7 +86,7 @@ def verify(
             f" {_worst(structure)}, relative, where {STRUCTURE_TOLERANCE:g} is rounding",
             fix="look at the plan: every tensor with a sequence must be split, and gathered where it is returned",
         )
-    dense = _run_dense(model, args, kwargs, EXACT)
+    dense = _run_dense(program, model, args, kwargs, EXACT)
     own = simulate(program, inputs, weights=weights)
     dense_error = max(_relative(a, b) for a, b in zip(dense, reference, strict=True))
     if dtype == torch.float32:
@@ -104,7 +105,12 @@ def verify(
     return Report(max(errors), dense_error, max(structure), tuple(errors), dtype, time.perf_counter() - start)
 
 
-def _dense_weights(model: nn.Module) -> Weights:
+def _dense_weights(program: ShardedProgram, model: nn.Module) -> Weights:
+    """The dense model's weights, which must be those that the engines will get.
+
+    Raises:
+        VerificationError: the model is sharded itself, or a weight of the program is another.
+    """
     tensors = {
         name: t.detach()
         for name, t in [
@@ -116,9 +122,27 @@ def _dense_weights(model: nn.Module) -> Weights:
     if sharded is not None:
         raise VerificationError(
             f"parameter {sharded!r} of the model to compare with is a DTensor",
-            fix="pass the dense model, as it was before parallelize_module",
+            fix="pass the dense model, as it was before parallelize_module; md.export(..., dense=...)",
         )
-    return Weights(tensors)
+    dense, mesh = Weights(tensors), program.mesh
+    for source in program.sources.values():
+        if not isinstance(source, Weight):
+            continue
+        if source.name not in tensors:
+            raise VerificationError(
+                f"the program has a weight {source.name!r} and {type(model).__name__} has none of that name",
+                fix="verify with the model that was captured",
+            )
+        held = replace(source, shardings=()) if source.name in program.weights.whole else source
+        rank = program.weights.rank  # the one whose part is held, where not the whole is
+        own, expected = program.weights.local(held, mesh, rank), dense.local(held, mesh, rank)
+        same = own.data_ptr() == expected.data_ptr() and own.stride() == expected.stride()
+        if own.dtype != expected.dtype or own.shape != expected.shape or not (same or torch.equal(own, expected)):
+            raise VerificationError(
+                f"weight {source.name!r} of the program is not that of the dense {type(model).__name__}",
+                fix="capture with the dense model's own weights, or verify with the model that was captured",
+            )
+    return dense
 
 
 def _check_inputs(program: ShardedProgram, inputs: Mapping[str, Tensor]) -> None:
@@ -140,12 +164,36 @@ def _dtype(weights: Weights, inputs: Mapping[str, Tensor]) -> torch.dtype:
     return max(counts, key=lambda d: counts[d]) if counts else torch.float32
 
 
-def _run_dense(model: nn.Module, args: Sequence[Any], kwargs: Mapping[str, Any], precision: Precision) -> list[Tensor]:
+class _Widened(TorchDispatchMode):
+    """Run ops in the wide dtype wherever the model names the narrow one, as the simulator does for the program."""
+
+    def __init__(self, precision: Precision) -> None:
+        super().__init__()
+        self.precision = precision
+
+    def __torch_dispatch__(
+        self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
+    ) -> Any:
+        of = self.precision.of
+        return func(*(of(a) for a in args), **{key: of(value) for key, value in (kwargs or {}).items()})
+
+
+def _run_dense(
+    program: ShardedProgram, model: nn.Module, args: Sequence[Any], kwargs: Mapping[str, Any], precision: Precision
+) -> list[Tensor]:
     weights = {name: precision.of(t.detach()) for name, t in [*model.named_parameters(), *model.named_buffers()]}
     args, kwargs = pytree.tree_map(precision.of, (tuple(args), dict(kwargs)))
-    with torch.no_grad():
+    with torch.no_grad(), _Widened(precision):
         result = torch.func.functional_call(model, weights, tuple(args), dict(kwargs))
-    return [t.clone() for t in pytree.tree_leaves(result) if isinstance(t, Tensor)]
+    leaves, spec = pytree.tree_flatten(result)
+    expected = [None if isinstance(leaf, Output) else leaf for leaf in program.out_leaves]
+    found = [None if isinstance(leaf, Tensor) else leaf for leaf in leaves]
+    if spec != program.out_spec or found != expected:
+        raise VerificationError(
+            f"{type(model).__name__} returns {found} in {spec}, and the program {expected} in {program.out_spec}",
+            fix="return no numbers that depend on the length of the sequence; under a plan they are those of one rank",
+        )
+    return [t.clone() for t in leaves if isinstance(t, Tensor)]
 
 
 def _check_finite(reference: Sequence[Tensor]) -> None:
@@ -155,7 +203,7 @@ def _check_finite(reference: Sequence[Tensor]) -> None:
                 f"output {index} of the dense model is not finite, so nothing can be compared with it",
                 fix="verify with arguments on which the model's result is finite",
             )
-        if t.is_floating_point() and not t.any():
+        if t.numel() and not t.any():
             raise VerificationError(
                 f"output {index} of the dense model is all zeros, which would hide any error",
                 fix="verify with random arguments and weights",

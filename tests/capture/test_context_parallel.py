@@ -192,3 +192,22 @@ def test_arguments_that_the_model_does_not_take() -> None:
         md.capture(models.MLP(), (), {"y": torch.ones(1)}, mesh=CP2)
     with pytest.raises(CaptureError, match="no argument is a tensor"):
         md.capture(nn.Identity(), (3,), mesh=CP2)
+
+
+class Box:
+    """A class that PyTorch does not know the parts of."""
+
+
+class Returns(nn.Module):
+    def __init__(self, what: object) -> None:
+        super().__init__()
+        self.what = what
+
+    def forward(self, x: torch.Tensor) -> object:
+        return self.what
+
+
+@pytest.mark.parametrize(("what", "problem"), [(3, "returns no tensor"), (None, "returns no tensor"), (Box(), "a Box")])
+def test_results_that_are_no_tensors(what: object, problem: str) -> None:
+    with pytest.raises(CaptureError, match=problem):
+        md.capture(Returns(what), (torch.randn(2),), mesh=CP2)

@@ -6,7 +6,7 @@ PyTorch would decompose it while tracing, differently for each device, and the s
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import Any
+from typing import Any, Self
 
 import torch.nn.functional as F
 from torch import Tensor
@@ -17,7 +17,21 @@ from torchtrt_md.lowering import ops
 
 
 class WholeAttention(TorchFunctionMode):
-    """While active, attention calls become ``torchtrt_md::attention``."""
+    """While active, attention calls become ``torchtrt_md::attention``.
+
+    The function is also replaced where PyTorch's own modules look it up: a mode is off inside the functions
+    that it was called for, and ``nn.MultiheadAttention`` calls it from inside one.
+    """
+
+    def __enter__(self) -> Self:
+        self._original = F.scaled_dot_product_attention
+        F.scaled_dot_product_attention = _attention
+        super().__enter__()
+        return self
+
+    def __exit__(self, *error: Any) -> None:
+        super().__exit__(*error)
+        F.scaled_dot_product_attention = self._original
 
     def __torch_function__(
         self,
@@ -26,7 +40,7 @@ class WholeAttention(TorchFunctionMode):
         args: tuple[Any, ...] = (),
         kwargs: dict[str, Any] | None = None,
     ) -> Any:
-        if func is F.scaled_dot_product_attention:
+        if func is self._original:
             return _attention(*args, **(kwargs or {}))
         return func(*args, **(kwargs or {}))
 

@@ -137,14 +137,23 @@ def _weights(model: nn.Module, mesh: Mesh, dense: Mapping[str, Tensor] | None) -
     whole = {name: t for name, t in tensors.items() if name not in shards}
     for name in shards:
         if dense is not None and name in dense:
-            if dense[name].shape != tensors[name].shape:
+            given, own = dense[name], tensors[name]
+            if (given.shape, given.dtype) != (own.shape, own.dtype):
                 raise PlanError(
-                    f"the dense weight {name!r} has shape {list(dense[name].shape)} and the model's is"
-                    f" {list(tensors[name].shape)}",
+                    f"the dense weight {name!r} is {given.dtype} {list(given.shape)} and the model's is {own.dtype}"
+                    f" {list(own.shape)}",
                     fix="pass the state_dict of the dense model that was parallelized",
                 )
             whole[name] = dense[name].detach()
     return Weights(whole, shards, dist.get_rank() if shards else 0)
+
+
+def _output_name(index: int, arguments: Arguments) -> str:
+    """``output0`` and so on; an engine cannot give an input and an output one name."""
+    name = f"output{index}"
+    while name in arguments.tensors:
+        name = f"{name}_"
+    return name
 
 
 def _program(
@@ -167,7 +176,7 @@ def _program(
         mesh=mesh,
         graphs=tuple(graphs),
         sources=first.sources,
-        outputs=tuple(Value(f"output{i}", tuple(v.shape), v.dtype) for i, v in enumerate(first.outputs)),
+        outputs=tuple(Value(_output_name(i, arguments), tuple(v.shape), v.dtype) for i, v in enumerate(first.outputs)),
         weights=weights,
         constants=arguments.constants,
         strategies={p.axis: p.strategy for p in parallels if isinstance(p, ContextParallel)},

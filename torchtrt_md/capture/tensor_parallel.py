@@ -37,6 +37,8 @@ STYLES: Mapping[str, Callable[[], ParallelStyle]] = {
     "embedding_rowwise": lambda: RowwiseParallel(input_layouts=Replicate()),
     "sequence_parallel": lambda: SequenceParallel(use_local_output=True),
 }
+# These leave a module whole on every rank; what the second adds concerns training only.
+_REPLICATED = ("replicate", "replicated_with_grad_allreduce")
 # Config fields, with what they count, that a rank gets an equal part of.
 _HEADS = {"num_attention_heads": "heads", "num_key_value_heads": "key/value heads"}
 
@@ -68,13 +70,14 @@ def apply(shadow: nn.Module, parallel: TensorParallel, device_mesh: DeviceMesh) 
 def _style(name: str, entry: Any) -> ParallelStyle | None:
     if isinstance(entry, ParallelStyle):
         return entry
-    if entry == "replicate":
+    if entry in _REPLICATED:
         return None
     if isinstance(entry, str) and entry in STYLES:
         return STYLES[entry]()
     raise PlanError(
-        f"the plan gives module {name!r} the style {entry!r}, which has no equal in torch.distributed.tensor.parallel",
-        fix=f"use a ParallelStyle, or one of {', '.join(STYLES)}; or leave the module out to keep it replicated",
+        f"the plan gives module {name!r} the style {entry if isinstance(entry, str) else type(entry).__name__!r},"
+        " which has no equal in torch.distributed.tensor.parallel",
+        fix=f"use a ParallelStyle, or one of {', '.join((*STYLES, *_REPLICATED))}; or leave the module out",
     )
 
 

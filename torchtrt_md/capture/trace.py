@@ -14,7 +14,7 @@ from torch.fx import GraphModule
 from torch.fx.experimental.proxy_tensor import make_fx
 from torch.utils import _pytree as pytree
 
-from torchtrt_md.capture.arguments import Arguments
+from torchtrt_md.capture.arguments import Arguments, Scalar
 from torchtrt_md.capture.attention import WholeAttention
 from torchtrt_md.capture.torch_private import FakeTensorMode
 from torchtrt_md.errors import CaptureError, MDError
@@ -61,6 +61,7 @@ def trace(shadow: nn.Module, arguments: Arguments, weights: Sequence[LocalWeight
         with WholeAttention(), torch.no_grad():
             result = torch.func.functional_call(shadow, named, args, kwargs)
         flat_result, spec = pytree.tree_flatten(result)
+        _check_result(shadow, flat_result)
         structure.append(spec)
         tensors = [_local(t) for t in flat_result if isinstance(t, Tensor)]
         indices = iter(range(len(tensors)))
@@ -75,7 +76,7 @@ def trace(shadow: nn.Module, arguments: Arguments, weights: Sequence[LocalWeight
         raise
     except Exception as error:  # whatever the model's code raised, the user's line is what helps
         raise CaptureError(
-            f"{type(shadow).__name__} could not be traced: {type(error).__name__}: {str(error).strip()}",
+            f"{type(shadow).__name__} could not be traced: {type(error).__name__}: {str(error).strip().splitlines()[0] if str(error).strip() else ''}",
             fix="make the model's forward depend on shapes only, not on the values of tensors;"
             " under a plan, local shapes must fit it too",
             at=_user_line(error),
@@ -115,10 +116,28 @@ def _local(result: Tensor) -> Tensor:
     return result.full_tensor() if isinstance(result, DTensor) else result
 
 
+def _check_result(model: nn.Module, leaves: Sequence[object]) -> None:
+    for leaf in leaves:
+        if not isinstance(leaf, (Tensor, *Scalar)):
+            raise CaptureError(
+                f"{type(model).__name__} returns a {type(leaf).__name__}, which is no tensor, plain value or nest of them",
+                fix="return tensors in tuples, lists or dicts; register a class of your own with torch.utils._pytree;"
+                " in transformers, pass use_cache=False",
+            )
+    if not any(isinstance(leaf, Tensor) for leaf in leaves):
+        raise CaptureError(f"{type(model).__name__} returns no tensor", fix="return what the model computes")
+
+
 def _check(graph: GraphModule) -> None:
     for node in graph.graph.nodes:
         if not isinstance(node.target, torch._ops.OpOverload):
             continue
+        if "scaled_dot_product" in str(node.target):
+            raise CaptureError(
+                f"an attention was traced as {node.target} and not kept whole",
+                fix="call torch.nn.functional.scaled_dot_product_attention, not an op of one backend",
+                at=source_line(node),
+            )
         if torch.Tag.nondeterministic_seeded in node.target.tags:
             raise CaptureError(
                 f"the model draws random numbers ({node.target}); ranks would draw different ones",
