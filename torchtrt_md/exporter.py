@@ -135,6 +135,7 @@ def manifest_of(program: ShardedProgram, engines: Sequence[Engine], target: str)
         inputs=[_tensor(value) for value in program.inputs],
         outputs=[_tensor(value) for value in program.outputs],
         constants={name: _scalar(value) for name, value in program.constants.items()},
+        positional=list(program.positional),
         result=_result(program),
         ranks=[[_segment(by_rank[rank])] for rank in range(program.mesh.size)],
         target=target,

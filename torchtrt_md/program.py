@@ -111,6 +111,7 @@ class ShardedProgram:
         outputs: the tensors that the graph returns, in order.
         weights: where the weights are.
         constants: arguments that are not tensors, by name; they are part of the graph.
+        positional: the arguments that may be passed by position, in order, whether tensors, nested or built in.
         strategies: context-parallel axis -> strategy.
         groups: process-local name of a group in the graphs -> mesh axis; only captured programs need it.
         out_spec: how the flat outputs nest in the model's own result, other leaves (None, numbers) included.
@@ -129,6 +130,7 @@ class ShardedProgram:
     groups: Mapping[str, str]
     out_spec: TreeSpec
     out_leaves: tuple[object, ...]
+    positional: tuple[str, ...] = ()
     lowered: bool = False
     counts: Mapping[str, int] = field(default_factory=dict)
 

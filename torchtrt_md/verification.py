@@ -164,11 +164,11 @@ def _dtype(weights: Weights, inputs: Mapping[str, Tensor]) -> torch.dtype:
     return max(counts, key=lambda d: counts[d]) if counts else torch.float32
 
 
-class _Widened(TorchDispatchMode):
+class _Widened(TorchDispatchMode):  # type: ignore[no-untyped-call]
     """Run ops in the wide dtype wherever the model names the narrow one, as the simulator does for the program."""
 
     def __init__(self, precision: Precision) -> None:
-        super().__init__()
+        super().__init__()  # type: ignore[no-untyped-call]
         self.precision = precision
 
     def __torch_dispatch__(

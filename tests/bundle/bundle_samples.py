@@ -35,6 +35,7 @@ def manifest(**changes: object) -> Manifest:
         inputs=[Tensor("x", "float32", [4, 8], [(0, "cp")]), Tensor("mask.0", "bool", [4])],
         outputs=[Tensor("output0", "float32", [4, 8])],
         constants={"return_dict": False, "mask.1": None},
+        positional=["x", "mask"],
         result={"tuple": [{"output": 0}]},
         ranks=[[first, second], [first, second]],
         target="portable",

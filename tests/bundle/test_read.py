@@ -86,6 +86,7 @@ EDITS: dict[str, Callable[[Any], object]] = {
     ),
     "binds a tensor of its engine twice": lambda c: c["ranks"][0][0]["inputs"][1].update(name="x"),
     "more than one input 'x'": lambda c: c["constants"].update(x=1),
+    "more than one positional argument 'x'": lambda c: c["positional"].append("x"),
     "cannot be sharded on dim 0 along axis 'cp'": lambda c: c["inputs"][0].update(shape=[3, 8]),
     "cannot be sharded on dim 2 along axis 'cp'": lambda c: c["inputs"][0].update(sharding=[[2, "cp"]]),
     "result has a part that is not understood: {'output': 1}": lambda c: c.update(

@@ -80,7 +80,7 @@ def test_results_lists_wildcards_and_positions() -> None:
         parallel=md.ContextParallel("cp", plan={"": {"x": md.Split(1), "pair": [md.Split(1), md.Split(1)]}}),
     )
     assert len(_nodes(program, ops.shard.default)) == 3
-    assert [v.name for v in program.inputs] == ["x", "pair.0"]  # one tensor, given twice, is one input
+    assert [v.name for v in program.inputs] == ["x", "pair.0", "pair.1"]  # though one tensor
     program = md.capture(
         TwoResults(),
         (x, [y, y]),

@@ -41,13 +41,26 @@ def test_by_position_and_by_name(signature: Signature, args: tuple[Any, ...], kw
     assert bound["mask.0"] is MASK
 
 
+def test_constants_by_position() -> None:
+    signature = Signature(bundle_samples.manifest(positional=["x", "return_dict", "mask"]))
+    for args in ((X, False, [MASK]), (X, False, (MASK, None))):
+        assert list(signature.bind(args, {}, CPU)) == ["x", "mask.0"]
+    with pytest.raises(InputError, match="return_dict is True, and the bundle was built with return_dict=False"):
+        signature.bind((X, True, [MASK]), {}, CPU)
+    with pytest.raises(InputError, match=r"2 positional arguments, and the engines take 0\n"):
+        Signature(bundle_samples.manifest(positional=[])).bind((X, [MASK]), {}, CPU)
+
+
 REFUSED: dict[str, tuple[tuple[Any, ...], dict[str, Any]]] = {
     "input 'mask.0' is missing": ((X,), {}),
     "inputs 'x', 'mask.0' are missing": ((), {}),
     "no input 'guidance'": ((X, [MASK]), {"guidance": X}),
     "no input 'mask.2'": ((X, [MASK, None, X]), {}),
     "3 positional arguments, and the engines take 2: x, mask": ((X, [MASK], False), {}),
-    "argument 'x' is given both by position and by name": ((X, [MASK]), {"x": X}),
+    "argument 'x' is given twice": ((X, [MASK]), {"x": X}),
+    "argument 'mask.0' is given twice": ((X,), {"mask": [MASK], "mask.0": MASK}),
+    "return_dict is device(type='cpu'), and the bundle was built with": ((X, [MASK]), {"return_dict": CPU}),
+    "guidance is a device, which cannot be compared": ((X, [MASK]), {"guidance": CPU}),
     "return_dict is True, and the bundle was built with return_dict=False": ((X, [MASK]), {"return_dict": True}),
     "return_dict is 0, and": ((X, [MASK]), {"return_dict": 0}),
     "mask.1 is a tensor of shape [2, 8], and the bundle was built with mask.1=None": ((X, [MASK, X]), {}),

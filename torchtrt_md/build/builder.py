@@ -12,8 +12,10 @@ from __future__ import annotations
 
 import ctypes
 import gc
+import math
 import time
 from collections.abc import Callable, Sequence
+from itertools import zip_longest
 from pathlib import Path
 from typing import Any
 
@@ -21,9 +23,9 @@ import torch
 from torch.fx import GraphModule, Node
 
 from torchtrt_md.build import converters, probes
-from torchtrt_md.build.decompose import bind_weights, decompose
+from torchtrt_md.build.decompose import bind_weights, decompose, first_line
 from torchtrt_md.build.engine import Binding, Engine
-from torchtrt_md.build.flavour import Flavour, flavour
+from torchtrt_md.build.flavour import Flavour, boundary_dtypes, flavour, trt_dtype
 from torchtrt_md.build.torch_trt import load, without_gpu
 from torchtrt_md.errors import BuildError
 from torchtrt_md.lowering import lower
@@ -80,12 +82,14 @@ def _communicator_axis(graph: GraphModule) -> str | None:
 
 
 def _check_dtypes(program: ShardedProgram) -> None:
-    for value in (*program.inputs, *program.outputs):
-        if value.dtype in (torch.float64, torch.complex64, torch.complex128):
-            raise BuildError(
-                f"{value.name!r} is {value.dtype}, which TensorRT does not have",
-                fix="pass and return float32 or narrower",
-            )
+    supported = boundary_dtypes(flavour())
+    for what, values in (("input", program.inputs), ("output", program.outputs)):
+        for value in values:
+            if value.dtype not in supported:
+                raise BuildError(
+                    f"{what} {value.name!r} is {value.dtype}, which TensorRT does not have at an engine's boundary",
+                    fix=f"cast it inside or outside the model; supported are {', '.join(map(str, supported))}",
+                )
 
 
 def _equal_ranks(program: ShardedProgram, members: Sequence[int]) -> list[tuple[int, ...]]:
@@ -116,6 +120,7 @@ def _build(
     inputs, outputs = _bindings(program, graph)
     interpreter = _convert(bind_weights(decomposed, weights), inputs, outputs)
     network = interpreter.ctx.net
+    _check_bindings(network, inputs, outputs)
     _check_collectives(network, collectives)
     f = flavour()
     config = probes.builder_config(f, interpreter.builder)
@@ -189,50 +194,60 @@ def _settings() -> Any:
 def _convert(graph: GraphModule, inputs: Sequence[Binding], outputs: Sequence[Binding]) -> Any:
     names = load()
     settings = _settings()
-    _distinct_outputs(graph)
-    with without_gpu():
-        graph = names.post_lowering(graph, settings)
-        interpreter = names.TRTInterpreter(
-            graph,
-            [names.Input(shape=b.shape, dtype=b.dtype, name=b.name) for b in inputs],
-            output_dtypes=[b.dtype for b in outputs],
-            compilation_settings=settings,
-            input_binding_names=[b.name for b in inputs],
-            output_binding_names=[b.name for b in outputs],
-        )
-        try:
+    interpreter: Any = None
+    try:
+        with without_gpu():
+            graph = names.post_lowering(graph, settings)
+            interpreter = names.TRTInterpreter(
+                graph,
+                [names.Input(shape=b.shape, dtype=b.dtype, name=b.name) for b in inputs],
+                output_dtypes=[b.dtype for b in outputs],
+                compilation_settings=settings,
+                input_binding_names=[b.name for b in inputs],
+                output_binding_names=[b.name for b in outputs],
+            )
             interpreter._construct_trt_network_def()
-        except BuildError:
-            raise
-        except Exception as error:  # converters raise anything; the user's line is what helps
-            node: Node | None = interpreter._cur_node
-            raise BuildError(
-                f"converting {node.target if node else 'the graph'} failed: {type(error).__name__}: {error}",
-                fix="see lower(program, dump=...) for the graph",
-                at=source_line(node) if node else "",
-            ) from error
+    except BuildError:
+        raise
+    except Exception as error:  # converters raise anything; the user's line is what helps
+        node: Node | None = getattr(interpreter, "_cur_node", None)
+        raise BuildError(
+            f"converting {node.target if node else 'the graph'} failed: {type(error).__name__}: {first_line(error)}",
+            fix="see lower(program, dump=...) for the graph",
+            at=source_line(node) if node else "",
+        ) from error
     return interpreter
 
 
-def _distinct_outputs(graph: GraphModule) -> None:
-    """Give each output a node of its own: a tensor that is returned twice would be one output of the engine."""
-    (output,) = graph.graph.find_nodes(op="output")
-    seen: set[Node] = set()
-    returned = []
-    for node in output.args[0]:
-        if node in seen:
-            with graph.graph.inserting_before(output):
-                twin = graph.graph.call_function(torch.ops.aten.clone.default, (node,))
-            twin.meta = dict(node.meta)
-            node = twin
-        seen.add(node)
-        returned.append(node)
-    output.args = (tuple(returned),)
-    graph.recompile()
+def _check_bindings(network: Any, inputs: Sequence[Binding], outputs: Sequence[Binding]) -> None:
+    """The network must have the inputs and outputs that the engine's manifest will name."""
+    f = flavour()
+    for what, expected, count, get in (
+        ("input", inputs, network.num_inputs, network.get_input),
+        ("output", outputs, network.num_outputs, network.get_output),
+    ):
+        found = [_described(t.name, t.dtype.name, t.shape) for t in map(get, range(count))]
+        wanted = [_described(b.name, trt_dtype(f, b.dtype), b.shape) for b in expected]
+        if found != wanted:
+            # by position, for their order is the order in which the engine is called
+            pairs = zip_longest(found, wanted, fillvalue="none")
+            have, want = next((have, want) for have, want in pairs if have != want)
+            raise BuildError(
+                f"the network has {len(found)} {what}s and the program {len(wanted)}; they first differ in {have} for"
+                f" {want}",
+                fix="use names for inputs that no output has" if len(found) == len(wanted) else "report this model",
+            )
+
+
+def _described(name: str, dtype: str, shape: Sequence[int]) -> str:
+    return f"{name!r} {dtype} {tuple(shape)}"
 
 
 def _check_collectives(network: Any, expected: Sequence[ScheduledCollective]) -> None:
-    """The network must communicate as the program that was verified does."""
+    """The network must communicate as the program that was verified does.
+
+    A layer does not tell its operation; its ranks, dtype and sizes do so for all that change the size.
+    """
     found = [
         network.get_layer(i) for i in range(network.num_layers) if network.get_layer(i).type.name == "DIST_COLLECTIVE"
     ]
@@ -241,6 +256,32 @@ def _check_collectives(network: Any, expected: Sequence[ScheduledCollective]) ->
             f"the network has {len(found)} collectives and the verified program {len(expected)}",
             fix="report this model: a pass of Torch-TensorRT removed or repeated one",
         )
+    for index, (layer, collective) in enumerate(zip(found, expected, strict=True)):
+        have = (
+            layer.num_ranks,
+            layer.get_input(0).dtype.name,
+            math.prod(layer.get_input(0).shape),
+            math.prod(layer.get_output(0).shape),
+        )
+        forms = _forms(collective)
+        if have not in forms:
+            raise BuildError(
+                f"collective {index} of the network has (ranks, dtype, elements in, elements out) {have}, and the"
+                f" verified program's {collective.op} has {forms[0]}",
+                fix="report this model: a pass of Torch-TensorRT changed or reordered one",
+            )
+
+
+def _forms(c: ScheduledCollective) -> list[tuple[int, str, int, int]]:
+    """The (ranks, dtype, elements in, elements out) that this collective's layer may have."""
+    dtype = trt_dtype(flavour(), torch.float32 if c.dtype == torch.float64 else c.dtype)  # _settings truncates
+    if c.op in ("all_gather", "gather"):
+        whole = c.elements * c.size
+        gathered = [(c.size, dtype, c.elements, whole)]
+        return gathered + ([(c.size, dtype, whole, whole)] if c.op == "all_gather" else [])  # by exchange of copies
+    if c.op in ("reduce_scatter", "scatter"):
+        return [(c.size, dtype, c.elements, c.elements // c.size)]
+    return [(c.size, dtype, c.elements, c.elements)]
 
 
 def _named(ranks: Sequence[int]) -> str:

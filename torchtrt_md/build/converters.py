@@ -17,6 +17,7 @@ from torchtrt_md.build import layers, probes
 from torchtrt_md.build.flavour import flavour
 from torchtrt_md.build.torch_trt import load
 from torchtrt_md.errors import BuildError
+from torchtrt_md.source import source_line
 
 md = torch.ops.torchtrt_md
 
@@ -80,7 +81,10 @@ def _attention(ctx: Any, target: Any, args: tuple[Any, ...], kwargs: dict[str, A
     q, k, v, mask, is_causal, scale, _ = args  # heads are grouped wherever their numbers differ
     q, k, v = (_operand(ctx, x, f"{name}_{role}") for x, role in ((q, "q"), (k, "k"), (v, "v")))
     factor = layers.default_scale(q.shape[-1]) if scale is None else scale
-    one = torch.full((1, 1, 1, 1), factor, dtype=_TORCH_DTYPES[q.dtype.name])
+    # Rounded to 16 bits a scale would be off by up to 2 ** -9 of itself, everywhere alike: another temperature.
+    factors = torch.full((1, 1, 1, 1), factor, dtype=_TORCH_DTYPES[q.dtype.name])
+    if factors.item() != factor:
+        factors = torch.full((1, 1, 1, 1), factor, dtype=torch.float32)
     if mask is not None:
         mask = _operand(ctx, mask, f"{name}_mask")
         rank = len(mask.shape)
@@ -88,7 +92,11 @@ def _attention(ctx: Any, target: Any, args: tuple[Any, ...], kwargs: dict[str, A
             shuffle = ctx.net.add_shuffle(mask)
             shuffle.reshape_dims = (*(1,) * (4 - rank), *mask.shape)
             mask = shuffle.get_output(0)
-    return layers.add_attention(flavour(), ctx.net, q, k, v, mask, is_causal, _operand(ctx, one, f"{name}_scale"))
+    scales = _operand(ctx, factors, f"{name}_scale")
+    try:
+        return layers.add_attention(flavour(), ctx.net, q, k, v, mask, is_causal, scales)
+    except BuildError as error:  # the layer knows the shapes, the node the user's line
+        raise BuildError(f"{name}: {error.problem}", fix=error.fix, at=source_line(ctx.current_node)) from error
 
 
 _TORCH_DTYPES = {"BF16": torch.bfloat16, "HALF": torch.float16, "FLOAT": torch.float32}

@@ -7,17 +7,40 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.fx import GraphModule, Interpreter
+from torch.fx import GraphModule, Interpreter, Node
 from torch.fx.experimental.proxy_tensor import make_fx
 
 from torchtrt_md.build.torch_trt import load, without_gpu
 from torchtrt_md.capture.torch_private import FakeTensorMode
+from torchtrt_md.errors import BuildError, MDError
 from torchtrt_md.functional import functional
 from torchtrt_md.program import placeholders, value_of
+from torchtrt_md.source import source_line
+
+
+class _Walk(Interpreter):
+    """Knows the node that it is at, None before and after."""
+
+    at: Node | None = None
+
+    def run_node(self, n: Node) -> Any:
+        self.at = n
+        result = super().run_node(n)
+        self.at = None
+        return result
+
+
+def first_line(error: Exception) -> str:
+    """What an exception says, without the graph and the advice that PyTorch appends to it."""
+    return next((line.strip() for line in str(error).splitlines() if line.strip()), "")
 
 
 def decompose(graph: GraphModule) -> GraphModule:
-    """The same graph in the ops that Torch-TensorRT has converters for; placeholders keep their names."""
+    """The same graph in the ops that Torch-TensorRT has converters for; placeholders keep their names.
+
+    Raises:
+        BuildError: an op fails to decompose, with the user's line where it is known.
+    """
     mode = FakeTensorMode(allow_non_fake_inputs=True)
     fakes = []
     for node in placeholders(graph):
@@ -25,17 +48,29 @@ def decompose(graph: GraphModule) -> GraphModule:
         with mode:
             fakes.append(torch.empty_strided(like.shape, like.stride(), dtype=like.dtype, device=like.device))
 
-    def run(*flat: Tensor) -> Any:
-        return Interpreter(graph).run(*flat)
+    walk = _Walk(graph)
 
-    with without_gpu(), torch.fx.traceback.preserve_node_meta():
-        decomposed = make_fx(
-            run,
-            decomposition_table=load().get_decompositions(),
-            tracing_mode="fake",
-            _allow_non_fake_inputs=True,
-        )(*fakes)
-        decomposed = functional(decomposed, fakes)  # some decompositions work in place
+    def run(*flat: Tensor) -> Any:
+        return walk.run(*flat)
+
+    try:
+        with without_gpu(), torch.fx.traceback.preserve_node_meta():
+            decomposed = make_fx(
+                run,
+                decomposition_table=load().get_decompositions(),
+                tracing_mode="fake",
+                _allow_non_fake_inputs=True,
+            )(*fakes)
+            decomposed = functional(decomposed, fakes)  # some decompositions work in place
+    except MDError:
+        raise
+    except Exception as error:  # decompositions raise anything; the user's line is what helps
+        node = walk.at
+        raise BuildError(
+            f"decomposing {node.target if node else 'the graph'} failed: {type(error).__name__}: {first_line(error)}",
+            fix="see lower(program, dump=...) for the graph",
+            at=source_line(node) if node else "",
+        ) from error
     for new, old in zip(placeholders(decomposed), placeholders(graph), strict=True):
         new.name, new.target = old.name, old.target
     return decomposed

@@ -9,6 +9,8 @@ from dataclasses import dataclass
 from types import ModuleType
 from typing import Any
 
+import torch
+
 from torchtrt_md.errors import BuildError, TargetError
 
 # Module of each flavour, in the order of preference of torch_tensorrt's own wheels.
@@ -54,8 +56,6 @@ class Flavour:
                 fix=f"use one of {', '.join(self.targets)}"
                 + ("" if self.name == "TensorRT-RTX" else "; TensorRT builds on the kind of GPU that it will run on"),
             )
-        import torch
-
         if (target == CURRENT or self.name == "TensorRT") and not torch.cuda.is_available():
             raise TargetError(
                 f"{self.name} with target {target!r} builds for the GPU in this machine, and there is none",
@@ -63,6 +63,28 @@ class Flavour:
                 if self.name == "TensorRT-RTX"
                 else "build on a machine with the GPU, or install TensorRT-RTX: pip install torchtrt_md[rtx]",
             )
+
+
+# What Torch-TensorRT takes and gives as it is; narrower and wider integers would have to be cast at the boundary.
+_DTYPES = {
+    "float32": "FLOAT",
+    "float16": "HALF",
+    "bfloat16": "BF16",
+    "int64": "INT64",
+    "int32": "INT32",
+    "bool": "BOOL",
+}
+
+
+def boundary_dtypes(f: Flavour) -> tuple[torch.dtype, ...]:
+    """The dtypes of inputs and outputs of engines."""
+    return tuple(getattr(torch, name) for name, theirs in _DTYPES.items() if hasattr(f.trt.DataType, theirs))
+
+
+def trt_dtype(f: Flavour, dtype: torch.dtype) -> str:
+    """The name of TensorRT's DataType for a dtype; the dtype's own where TensorRT has none."""
+    name = str(dtype).removeprefix("torch.")
+    return _DTYPES.get(name, name.upper())
 
 
 @functools.cache

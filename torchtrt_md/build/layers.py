@@ -12,6 +12,7 @@ from typing import Any
 import numpy as np
 
 from torchtrt_md.build.flavour import Flavour
+from torchtrt_md.errors import BuildError
 
 # Op of the IR -> CollectiveOperation.
 OPERATIONS = {
@@ -54,21 +55,74 @@ def add_all_gather_by_exchange(flavour: Flavour, network: Any, x: Any, size: int
 def add_attention(
     flavour: Flavour, network: Any, q: Any, k: Any, v: Any, mask: Any | None, is_causal: bool, scale: Any
 ) -> Any:
-    """Add an IAttention on [B, H, S, D] tensors; ``scale`` is a tensor that broadcasts over q.
+    """Add an IAttention on q [B, H, Sq, D], k [B, G, Sk, D] and v [B, G, Sk, E]; returns [B, H, Sq, E].
 
-    The layer itself does not scale.  Without a fused kernel for the shape it may be decomposed.
+    ``scale`` is a tensor that broadcasts over q, in q's dtype or in float32: then the product is rounded to q's
+    dtype once.  A batch of 1 serves all, as do single heads of q, k or v.  The layer itself does not scale, and has
+    one shape for k and v, so of unequal widths the narrower is filled with zeros: they add nothing to q.k, and those
+    of v are cut off again.  Without a fused kernel for the shape it may be decomposed.
+
+    Raises:
+        BuildError: TensorRT does not take these shapes.
     """
     trt = flavour.trt
-    scaled = network.add_elementwise(q, scale, trt.ElementWiseOperation.PROD).get_output(0)
+    shapes = f"q {tuple(q.shape)}, k {tuple(k.shape)} and v {tuple(v.shape)}"
+    if not len(q.shape) == len(k.shape) == len(v.shape) == 4:
+        raise BuildError(
+            f"TensorRT's attention has four dims [batch, heads, tokens, width], not those of {shapes}",
+            fix="reshape q, k and v to four dims",
+        )
+    batch = max(x.shape[0] for x in (q, k, v))
+    groups = max(k.shape[1], v.shape[1])
+    heads = groups if q.shape[1] == 1 else q.shape[1]
+    out_width, width = v.shape[3], max(q.shape[3], v.shape[3])
+    tokens = q.shape[2]
+    scaled = _filled(trt, network, _scaled(trt, network, q, scale), (batch, heads, tokens, width))
+    k = _filled(trt, network, k, (batch, groups, k.shape[2], width))
+    v = _filled(trt, network, v, (batch, groups, v.shape[2], width))
     if hasattr(network, "add_attention_v2"):
         kind = trt.CausalMaskKind.UPPER_LEFT if is_causal else trt.CausalMaskKind.NONE
         layer = network.add_attention_v2(scaled, k, v, trt.AttentionNormalizationOp.SOFTMAX, kind)
     else:
         layer = network.add_attention(scaled, k, v, trt.AttentionNormalizationOp.SOFTMAX, is_causal)
-    layer.decomposable = True
-    if mask is not None:
-        layer.mask = mask
-    return layer.get_output(0)
+    out = None
+    if layer is not None:
+        layer.decomposable = True
+        if mask is not None:
+            layer.mask = mask
+        out = layer.get_output(0)
+    # dims of a layer that TensorRT refuses are those of a scalar
+    if out is None or tuple(out.shape) != (batch, heads, tokens, width):
+        raise BuildError(
+            f"TensorRT refuses the attention of {shapes}"
+            + (f" with a mask {tuple(mask.shape)}" if mask is not None else ""),
+            fix="its log above says why; use equal batches, and a number of heads of q that those of k and v divide",
+        )
+    if out_width < width:
+        out = network.add_slice(out, (0,) * 4, (batch, heads, tokens, out_width), (1,) * 4).get_output(0)
+    return out
+
+
+def _scaled(trt: Any, network: Any, q: Any, scale: Any) -> Any:
+    product = trt.ElementWiseOperation.PROD
+    if scale.dtype == q.dtype:
+        return network.add_elementwise(q, scale, product).get_output(0)
+    wide = network.add_cast(q, scale.dtype).get_output(0)
+    return network.add_cast(network.add_elementwise(wide, scale, product).get_output(0), q.dtype).get_output(0)
+
+
+def _filled(trt: Any, network: Any, x: Any, shape: tuple[int, ...]) -> Any:
+    """``x`` repeated over the batch and heads that it has one of, and with zeros up to the width of ``shape``."""
+    if tuple(x.shape) == shape:
+        return x
+    repeated = (*(0 if have == 1 else 1 for have in tuple(x.shape)[:2]), 1, 1)  # a stride of 0 reads it again
+    if x.shape[3] < shape[3]:
+        wide = network.add_slice(x, (0,) * 4, (*tuple(x.shape)[:3], shape[3]), (1,) * 4)
+        wide.mode = trt.SampleMode.FILL  # with zeros, unless told
+        x = wide.get_output(0)
+    if tuple(x.shape) == shape:
+        return x
+    return network.add_slice(x, (0,) * 4, shape, repeated).get_output(0)
 
 
 def default_scale(head_dim: int) -> float:

@@ -2,7 +2,7 @@
 
 ``dynamo_tensorrt_converter``, ``get_decompositions``, ``post_lowering`` and ``CompilationSettings`` are its
 documented ways to extend it.  The private ones are ``TRTInterpreter`` (its public callers deserialize the
-engine that they built, for which there must be a GPU) and ``get_trt_tensor``;
+engine that they built, for which there must be a GPU), ``get_trt_tensor`` and ``_TorchTensorRTConstantFolder``;
 ``tests/build/test_torch_trt.py`` says what breaks without each.
 """
 
@@ -14,8 +14,12 @@ import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager
 from types import SimpleNamespace
+from typing import Any
 
 import torch
+from torch.fx import Node
+
+from torchtrt_md.lowering.ops import is_collective
 
 
 @contextmanager
@@ -56,16 +60,54 @@ def load() -> SimpleNamespace:
             from torch_tensorrt.dynamo.conversion._TRTInterpreter import TRTInterpreter
             from torch_tensorrt.dynamo.conversion.converter_utils import get_trt_tensor
             from torch_tensorrt.dynamo.lowering import get_decompositions, post_lowering
+            from torch_tensorrt.dynamo.lowering.passes import constant_folding
     finally:
         logging.disable(previous)
+    constant_folding._TorchTensorRTConstantFolder = _without_collectives(constant_folding._TorchTensorRTConstantFolder)
     return SimpleNamespace(
         Input=Input,
         CompilationSettings=CompilationSettings,
         CONVERTERS=DYNAMO_CONVERTERS,
         ConverterPriority=ConverterPriority,
         converter=dynamo_tensorrt_converter,
-        TRTInterpreter=TRTInterpreter,
+        TRTInterpreter=_with_own_outputs(TRTInterpreter, get_trt_tensor),
         get_trt_tensor=get_trt_tensor,
         get_decompositions=get_decompositions,
         post_lowering=post_lowering,
     )
+
+
+def _without_collectives(folder: Any) -> Any:
+    """A constant folder that leaves collectives alone: what other ranks send is no constant, whatever the operand.
+
+    Torch-TensorRT's exclusion rules do not help: they are asked after the op was run, and a collective cannot run here.
+    """
+
+    class Folder(folder):  # type: ignore[misc]
+        def run_node(self, node: Node) -> Any:
+            return self.unknown_value if is_collective(node) else super().run_node(node)
+
+    return Folder
+
+
+def _with_own_outputs(interpreter: Any, get_trt_tensor: Any) -> Any:
+    """A TRTInterpreter that gives each output a tensor of its own.
+
+    A tensor cannot be an input and an output of an engine, nor two outputs; and nodes say little about which tensors
+    are the same, for many converters (of clone, of casts to the same dtype) return their operand.
+    """
+
+    class Interpreter(interpreter):  # type: ignore[misc]
+        def output(self, target: Any, args: Any, kwargs: Any) -> Any:
+            net = self.ctx.net
+            taken = {net.get_input(i).name for i in range(net.num_inputs)}
+            returned = []
+            for index, value in enumerate(args[0]):
+                tensor = get_trt_tensor(self.ctx, value, f"returned{index}")
+                if tensor.name in taken:
+                    tensor = net.add_identity(tensor).get_output(0)
+                taken.add(tensor.name)
+                returned.append(tensor)
+            return super().output(target, (tuple(returned),), kwargs)
+
+    return Interpreter

@@ -79,9 +79,12 @@ class Versions(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
 class Manifest(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     """The whole file.
 
-    ``ranks[r]`` holds rank r's segments.  ``constants`` are the arguments that are built in.  ``result`` nests
-    the outputs as the model returns them: ``{"output": i}``, ``{"constant": x}``, ``{"tuple": [...]}``,
-    ``{"list": [...]}`` or ``{"dict": {...}}``.  ``files`` gives the sha256 of every other file of the bundle.
+    ``ranks[r]`` holds rank r's segments.  ``constants`` are the arguments that are built in, as far as a call can
+    be compared with them.  A leaf of an argument is named by its path, in ``inputs`` as in ``constants``: ``mask``,
+    ``mask.0``.  ``positional`` names the arguments that may be passed by position, in order; one of them may be
+    nested, and then names no input itself, or be built in.  ``result`` nests the outputs as the model returns
+    them: ``{"output": i}``, ``{"constant": x}``, ``{"tuple": [...]}``, ``{"list": [...]}`` or ``{"dict": {...}}``.
+    ``files`` gives the sha256 of every other file of the bundle.
     """
 
     schema: int
@@ -89,6 +92,7 @@ class Manifest(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     inputs: list[Tensor]
     outputs: list[Tensor]
     constants: dict[str, bool | int | float | str | None]
+    positional: list[str]
     result: dict[str, Any]
     ranks: list[list[Segment]]
     target: str

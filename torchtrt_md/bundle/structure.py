@@ -80,6 +80,7 @@ def _check_names(manifest: Manifest) -> None:
     for kind, names in (
         ("input", [t.name for t in manifest.inputs] + list(manifest.constants)),
         ("output", [t.name for t in manifest.outputs]),
+        ("positional argument", manifest.positional),
     ):
         twice = sorted({name for name in names if names.count(name) > 1})
         if twice:

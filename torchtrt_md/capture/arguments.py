@@ -1,10 +1,17 @@
-"""A model call's arguments: names for the tensors, and all else to be built in."""
+"""A model call's arguments: names for the tensors, and all else to be built in.
+
+A leaf's name is its path in the call, never the tensor that happens to be there: the parameter's name, or the
+key among ``**kwargs``, then the path where the argument nests: ``mask.0``, ``joint.scale``; an element of
+``*args`` is ``args.0``.  The runtime names the leaves of its calls by the same function.
+"""
 
 from __future__ import annotations
 
 import inspect
-from collections.abc import Mapping, Sequence
+import math
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from itertools import takewhile
 from typing import Any
 
 import torch
@@ -20,54 +27,52 @@ Scalar = (type(None), bool, int, float, str)
 class Arguments:
     """The leaves of a call by name, and how to make the call again from other tensors.
 
+    A leaf that is neither a tensor nor comparable (a dtype, a device, an object) is built in without a trace.
+
     Attributes:
-        tensors: name -> example; the parameter's name, with the path inside it where it nests ("mask.0").
-        constants: name -> value, for leaves that are plain scalars.
+        tensors: name -> example, in the order of the call.
+        constants: name -> value, for the leaves that are :func:`comparable`.
+        positional: the arguments that may be passed by position, in order: those that were, and those that were
+            passed by name but could have followed them by position.
+        leaves: every leaf of the call, in order.
+        names: the names of ``leaves``.
+        spec: how ``leaves`` nest in (args, kwargs).
     """
 
     tensors: Mapping[str, Tensor]
     constants: Mapping[str, object]
+    positional: tuple[str, ...]
     leaves: tuple[object, ...]
     names: tuple[str, ...]
     spec: pytree.TreeSpec
 
     @classmethod
     def of(cls, model: nn.Module, args: Sequence[Any], kwargs: Mapping[str, Any]) -> Arguments:
-        """Raises CaptureError where the model's forward does not take these arguments, or none is a tensor."""
+        """Raises CaptureError where forward does not take these arguments, none is a tensor, or two have one name."""
         signature = inspect.signature(model.forward)
         try:
-            bound = signature.bind(*args, **kwargs)
+            signature.bind(*args, **kwargs)
         except TypeError as error:
             raise CaptureError(
                 f"{type(model).__name__}.forward{signature} cannot be called with the example arguments: {error}",
                 fix="pass the args and kwargs that the model itself takes",
             ) from error
-        variadic = {p.name: p.kind for p in signature.parameters.values()}
-        names: dict[int, str] = {}
-        by_name: dict[str, Any] = {}
-        for name, value in bound.arguments.items():
-            if variadic[name] is inspect.Parameter.VAR_KEYWORD:
-                by_name.update(value)
-            else:
-                by_name[name] = value
-        paths, _ = pytree.tree_flatten_with_path(by_name)
-        leaf_names = [_name(path) for path, _ in paths]
-        # The call itself is made as it came; its leaves are the same objects in another order.
-        for name, (_, leaf) in zip(leaf_names, paths, strict=True):
-            if isinstance(leaf, Tensor):
-                names.setdefault(id(leaf), name)
+        positional = _positional(signature, len(args), kwargs)
+        given = [*zip(positional, args, strict=False), *kwargs.items()]
+        names = [name for argument, value in given for name, _ in named_leaves(argument, value)]
+        twice = next((name for name in names if names.count(name) > 1), None)
+        if twice is not None:
+            raise CaptureError(
+                f"two values among the example arguments have the name {twice!r}",
+                fix="rename a key of a dict, or an argument",
+            )
         leaves, spec = pytree.tree_flatten((tuple(args), dict(kwargs)))
-        tensors = {names[id(leaf)]: leaf for leaf in leaves if isinstance(leaf, Tensor)}
+        by_name = dict(zip(names, leaves, strict=True))
+        tensors = {name: leaf for name, leaf in by_name.items() if isinstance(leaf, Tensor)}
         if not tensors:
             raise CaptureError("no argument is a tensor", fix="pass example tensors as args or kwargs")
-        constants = {n: leaf for n, (_, leaf) in zip(leaf_names, paths, strict=True) if isinstance(leaf, Scalar)}
-        return cls(
-            tensors=tensors,
-            constants=constants,
-            leaves=tuple(leaves),
-            names=tuple(names.get(id(leaf), "") for leaf in leaves),
-            spec=spec,
-        )
+        constants = {name: leaf for name, leaf in by_name.items() if comparable(leaf)}
+        return cls(tensors, constants, tuple(positional), tuple(leaves), tuple(names), spec)
 
     @property
     def device(self) -> torch.device:
@@ -84,5 +89,28 @@ class Arguments:
         return args, kwargs
 
 
-def _name(path: Sequence[Any]) -> str:
-    return ".".join(str(getattr(key, "key", getattr(key, "idx", getattr(key, "name", key)))) for key in path)
+def named_leaves(argument: str, value: Any) -> Iterator[tuple[str, Any]]:
+    """The leaves of one argument by name, in the order of ``tree_flatten``."""
+    try:
+        leaves = pytree.tree_flatten_with_path(value)[0]
+    except ValueError:  # a class that was registered without keys for its parts: they are counted
+        leaves = [((pytree.SequenceKey(i),), leaf) for i, leaf in enumerate(pytree.tree_leaves(value))]
+    for path, leaf in leaves:
+        keys = (str(getattr(key, "key", getattr(key, "idx", getattr(key, "name", key)))) for key in path)
+        yield ".".join([argument, *keys]), leaf
+
+
+def comparable(leaf: object) -> bool:
+    """Whether a bundle can hold this constant, for calls to be compared with it: JSON has no inf or nan."""
+    return isinstance(leaf, Scalar) and not (isinstance(leaf, float) and not math.isfinite(leaf))
+
+
+def _positional(signature: inspect.Signature, count: int, kwargs: Mapping[str, Any]) -> list[str]:
+    """The names of ``count`` positional arguments, then of those in ``kwargs`` that could follow by position."""
+    parameters = signature.parameters.values()
+    plain = [p for p in parameters if p.kind in (p.POSITIONAL_ONLY, p.POSITIONAL_OR_KEYWORD)]
+    names = [p.name for p in plain[:count]]
+    variadic = "".join(p.name for p in parameters if p.kind is p.VAR_POSITIONAL)
+    names += [f"{variadic}.{i}" for i in range(count - len(names))]
+    following = takewhile(lambda p: p.kind is p.POSITIONAL_OR_KEYWORD and p.name in kwargs, plain[count:])
+    return [*names, *(p.name for p in following)]

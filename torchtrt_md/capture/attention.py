@@ -25,12 +25,12 @@ class WholeAttention(TorchFunctionMode):
 
     def __enter__(self) -> Self:
         self._original = F.scaled_dot_product_attention
-        F.scaled_dot_product_attention = _attention
-        super().__enter__()
+        F.scaled_dot_product_attention = _attention  # type: ignore[assignment]
+        super().__enter__()  # type: ignore[no-untyped-call]
         return self
 
     def __exit__(self, *error: Any) -> None:
-        super().__exit__(*error)
+        super().__exit__(*error)  # type: ignore[no-untyped-call]
         F.scaled_dot_product_attention = self._original
 
     def __torch_function__(

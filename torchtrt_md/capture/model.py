@@ -179,6 +179,7 @@ def _program(
         outputs=tuple(Value(_output_name(i, arguments), tuple(v.shape), v.dtype) for i, v in enumerate(first.outputs)),
         weights=weights,
         constants=arguments.constants,
+        positional=arguments.positional,
         strategies={p.axis: p.strategy for p in parallels if isinstance(p, ContextParallel)},
         groups=groups,
         out_spec=first.out_spec,

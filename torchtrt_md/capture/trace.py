@@ -75,8 +75,9 @@ def trace(shadow: nn.Module, arguments: Arguments, weights: Sequence[LocalWeight
     except MDError:
         raise
     except Exception as error:  # whatever the model's code raised, the user's line is what helps
+        reason = next(iter(str(error).strip().splitlines()), "")
         raise CaptureError(
-            f"{type(shadow).__name__} could not be traced: {type(error).__name__}: {str(error).strip().splitlines()[0] if str(error).strip() else ''}",
+            f"{type(shadow).__name__} could not be traced: {type(error).__name__}: {reason}",
             fix="make the model's forward depend on shapes only, not on the values of tensors;"
             " under a plan, local shapes must fit it too",
             at=_user_line(error),
@@ -120,7 +121,7 @@ def _check_result(model: nn.Module, leaves: Sequence[object]) -> None:
     for leaf in leaves:
         if not isinstance(leaf, (Tensor, *Scalar)):
             raise CaptureError(
-                f"{type(model).__name__} returns a {type(leaf).__name__}, which is no tensor, plain value or nest of them",
+                f"{type(model).__name__} returns a {type(leaf).__name__}, which is no tensor, plain value or nest",
                 fix="return tensors in tuples, lists or dicts; register a class of your own with torch.utils._pytree;"
                 " in transformers, pass use_cache=False",
             )

@@ -66,8 +66,9 @@ class Runner:
         """Run the engines on this rank's inputs.
 
         Args:
-            args: by position, in the order of the arguments that held tensors at export.
-            kwargs: by name; nested arguments as they were nested.  A constant may be given if it is the built-in one.
+            args: by position, as at export: in the order of ``manifest.positional``, constants among them.
+            kwargs: by name; nested arguments as they were nested.  A constant may be given if it is the built-in one;
+                what is no tensor, number, string or None cannot be compared, and is left out.
                 Tensors are on ``device``, of the global shape, or this rank's chunk where ``manifest.inputs`` has
                 a sharding.
 

@@ -8,10 +8,10 @@ from typing import Any
 import torch
 from torch import Tensor
 from torch.distributed.tensor import DTensor
-from torch.utils import _pytree as pytree
 
 from torchtrt_md.bundle import manifest as m
 from torchtrt_md.bundle.structure import local_shape, mesh_of
+from torchtrt_md.capture.arguments import Scalar, comparable, named_leaves
 from torchtrt_md.errors import BundleError, InputError, VerificationError
 from torchtrt_md.mesh import Mesh
 
@@ -39,42 +39,28 @@ class Signature:
 
     def __init__(self, manifest: m.Manifest) -> None:
         self.mesh = mesh_of(manifest)
-        self.constants, self.result = manifest.constants, manifest.result
+        self.constants, self.result, self.positional = manifest.constants, manifest.result, manifest.positional
         self.inputs = {t.name: t for t in manifest.inputs}
         self.outputs = manifest.outputs
         self.local = {t.name: (dtype_of(t.dtype), torch.Size(local_shape(t, self.mesh))) for t in manifest.inputs}
-        # A nested argument's tensors are named argument.key: positions count the arguments.
-        self.positions = list(dict.fromkeys(name.split(".")[0] for name in self.inputs))
 
     def named(self, args: Sequence[Any], kwargs: Mapping[str, Any]) -> dict[str, Any]:
         """The inputs of a call by name, in the manifest's order; their dtypes and shapes are not looked at.
 
-        Positions count the arguments that hold tensors.  A built-in constant may be passed by name if its value
-        is the built-in one.
+        Arguments are passed as they were at export: by position, by name, nested as they were nested, or each
+        leaf by its own name.  A built-in constant may be left out; if it is passed, its value must be the built-in
+        one.  What the bundle cannot hold, such as a dtype or inf, is built in too but cannot be compared: such an
+        argument is refused, and those after it are passed by name.
 
         Raises:
             InputError: an argument too many, unknown, missing or given twice, or another value of a constant.
         """
-        if len(args) > len(self.positions):
-            raise InputError(
-                f"{len(args)} positional arguments, and the engines take {len(self.positions)}:"
-                f" {', '.join(self.positions)}",
-                fix="pass the model's other arguments by name",
-            )
-        by_name = dict(zip(self.positions, args, strict=False))
-        for name, value in kwargs.items():
-            if name in by_name:
-                raise InputError(f"argument {name!r} is given both by position and by name", fix="give it once")
-            by_name[name] = value
-        found = dict(_leaves(by_name))
+        found = self._found(args, kwargs)
         for name, value in found.items():
             if name in self.constants:
                 self._check_constant(name, value)
             elif name not in self.inputs:
-                raise InputError(
-                    f"the engines have no input {name!r}; they take {self._takes()}",
-                    fix="leave it out, or export the bundle again with it among the example arguments",
-                )
+                self._refuse(name, value)
         missing = [name for name in self.inputs if name not in found]
         if missing:
             raise InputError(
@@ -114,6 +100,34 @@ class Signature:
             ) from error
         return {t.name: by_index[i] for i, t in enumerate(self.outputs) if i in by_index}
 
+    def _found(self, args: Sequence[Any], kwargs: Mapping[str, Any]) -> dict[str, Any]:
+        """The leaves of a call by name."""
+        if len(args) > len(self.positional):
+            names = f": {', '.join(self.positional)}" if self.positional else ""
+            raise InputError(
+                f"{len(args)} positional arguments, and the engines take {len(self.positional)}{names}",
+                fix="pass the model's other arguments by name",
+            )
+        found: dict[str, Any] = {}
+        for argument, value in [*zip(self.positional, args, strict=False), *kwargs.items()]:
+            for name, leaf in named_leaves(argument, value):
+                if name in found:
+                    raise InputError(f"argument {name!r} is given twice", fix="give it once, by position or by name")
+                found[name] = leaf
+        return found
+
+    def _refuse(self, name: str, value: object) -> None:
+        if isinstance(value, Tensor) or comparable(value):
+            raise InputError(
+                f"the engines have no input {name!r}; they take {self._takes()}",
+                fix="leave it out, or export the bundle again with it among the example arguments",
+            )
+        given = repr(value) if isinstance(value, float) else f"a {type(value).__name__}"
+        raise InputError(
+            f"{name} is {given}, which cannot be compared with what was built in",
+            fix=f"leave {name} out, and pass the arguments after it by name",
+        )
+
     def _takes(self) -> str:
         shapes = [f"{name} {m_t.dtype}{list(self.local[name][1])}" for name, m_t in self.inputs.items()]
         return ", ".join(shapes)
@@ -121,7 +135,7 @@ class Signature:
     def _check_constant(self, name: str, value: object) -> None:
         built = self.constants[name]
         # 1 == True in Python, and return_dict=1 was not what was built.
-        same = isinstance(value, bool) == isinstance(built, bool) and not isinstance(value, Tensor) and value == built
+        same = isinstance(value, bool) == isinstance(built, bool) and isinstance(value, Scalar) and value == built
         if not same:
             given = f"a tensor of shape {list(value.shape)}" if isinstance(value, Tensor) else repr(value)
             raise InputError(
@@ -180,12 +194,6 @@ def _chunk_note(tensor: m.Tensor, mesh: Mesh) -> str:
         return ""
     parts = ", ".join(f"dim {dim} over the {mesh.axis_size(axis)} ranks of {axis!r}" for dim, axis in tensor.sharding)
     return f": this rank's chunk of {tensor.shape}, split on {parts}"
-
-
-def _leaves(arguments: Mapping[str, Any]) -> Iterator[tuple[str, Any]]:
-    """The leaves of nested arguments, named as capture names them: ``mask.0``, ``joint.scale``."""
-    for path, leaf in pytree.tree_flatten_with_path(dict(arguments))[0]:
-        yield ".".join(str(getattr(k, "key", getattr(k, "idx", getattr(k, "name", k)))) for k in path), leaf
 
 
 def _nest(result: Mapping[str, Any], outputs: Sequence[Tensor]) -> Any:
