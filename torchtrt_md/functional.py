@@ -20,6 +20,8 @@ _VIEWS = {aten.view.default, aten._unsafe_view.default, aten.reshape.default}
 def functional(graph: GraphModule, inputs: Sequence[Tensor]) -> GraphModule:
     """The same graph without in-place ops, as far as PyTorch can; ``inputs`` are fake tensors like its placeholders."""
     graph = _without_renames(graph)
+    graph.graph.eliminate_dead_code()  # DTensor's shape propagation leaves some on its first run
+    graph.recompile()
     if not any(mutates(node) for node in graph.graph.nodes):
         return graph
 
