@@ -2,20 +2,22 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from pathlib import Path
 
 import models
 import pytest
 import torch
+from networks import layers_of, network
 from torch import nn
 from torch.distributed.tensor.parallel import ColwiseParallel, RowwiseParallel
 
 import torchtrt_md as md
-from torchtrt_md.build import builder, converters, layers, probes
-from torchtrt_md.build.decompose import bind_weights, decompose
+from torchtrt_md.build import builder, layers, probes
+from torchtrt_md.build.decompose import decompose
 from torchtrt_md.build.flavour import flavour
 from torchtrt_md.errors import BuildError, TargetError
-from torchtrt_md.program import Weight
+from torchtrt_md.lowering.schedule import schedule
 
 MLP_PLAN = {"up": ColwiseParallel(), "down": RowwiseParallel()}
 
@@ -121,10 +123,60 @@ def test_an_op_without_a_converter_names_the_users_line(tmp_path: Path) -> None:
     assert "torch.special.i1(x)" in error.value.at
 
 
-def test_doubles_at_the_boundary_are_refused(tmp_path: Path) -> None:
-    program = md.capture(nn.Identity(), (torch.randn(3, dtype=torch.float64),), mesh=md.Mesh(tp=1))
-    with pytest.raises(BuildError, match=r"torch.float64, which TensorRT does not have"):
+@pytest.mark.parametrize("dtype", [torch.float64, torch.int16, torch.complex64])
+def test_dtypes_that_tensorrt_lacks_are_refused_at_the_boundary(dtype: torch.dtype, tmp_path: Path) -> None:
+    program = md.capture(nn.Identity(), (torch.ones(3, dtype=dtype),), mesh=md.Mesh(tp=1))
+    with pytest.raises(BuildError, match=rf"{dtype}, which TensorRT does not have") as error:
         md.build(program, tmp_path)
+    assert "torch.float32, torch.float16, torch.bfloat16, torch.int64" in error.value.fix
+
+
+def test_an_input_and_a_weight_can_be_outputs(tmp_path: Path) -> None:
+    class Kept(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.mlp = models.MLP()
+
+        def forward(self, x: torch.Tensor) -> tuple[torch.Tensor, ...]:
+            return self.mlp(x), x, self.mlp.down.weight, x
+
+    parallel = md.TensorParallel("tp", plan={f"mlp.{name}": style for name, style in MLP_PLAN.items()})
+    program = md.capture(Kept().eval(), (torch.randn(2, 8, 32),), mesh=md.Mesh(tp=2), parallel=parallel)
+    (engine,) = md.build(program, tmp_path, ranks=[0])
+    assert [b.shape for b in engine.outputs] == [(2, 8, 32), (2, 8, 32), (32, 64), (2, 8, 32)]
+    assert [c.op for c in engine.collectives].count("all_gather") == 1  # of the split weight
+
+
+def test_a_network_with_other_bindings_is_refused() -> None:
+    model, args, kwargs = models.mlp()
+    net, inputs, outputs, _ = network(md.capture(model, args, kwargs, mesh=md.Mesh(tp=1)))
+    builder._check_bindings(net, inputs, outputs)
+    (x,), (y,) = inputs, outputs
+    with pytest.raises(BuildError, match=r"1 inputs and the program 1; .*'x' FLOAT .* for 'z' FLOAT"):
+        builder._check_bindings(net, [replace(x, name="z")], outputs)
+    with pytest.raises(BuildError, match=r"'x' FLOAT \(2, 8, 32\) for 'x' HALF \(2, 8, 32\)"):
+        builder._check_bindings(net, [replace(x, dtype=torch.float16)], outputs)
+    with pytest.raises(BuildError, match=r"\(2, 8, 32\) for 'output0' FLOAT \(2, 8\)"):
+        builder._check_bindings(net, inputs, [replace(y, shape=(2, 8))])
+    with pytest.raises(BuildError, match=r"1 outputs and the program 2; they first differ in none"):
+        builder._check_bindings(net, inputs, [y, replace(y, name="output1")])
+
+
+def test_a_network_with_other_collectives_is_refused() -> None:
+    model, args, kwargs = models.llama()
+    program = md.lower(md.capture(model, args, kwargs, mesh=md.Mesh(tp=2), parallel=md.TensorParallel("tp")))
+    net, _, _, _ = network(program)
+    expected = schedule(program.graphs[0])
+    builder._check_collectives(net, expected)
+    first, *rest = expected
+    assert first.op == "all_reduce"
+    for change in ({"size": 4}, {"dtype": torch.float16}, {"elements": 8}, {"op": "all_gather"}):
+        with pytest.raises(BuildError, match="collective 0 of the network"):
+            builder._check_collectives(net, [replace(first, **change), *rest])
+    with pytest.raises(BuildError, match="collective 0 of the network"):
+        builder._check_collectives(net, expected[::-1])
+    with pytest.raises(BuildError, match=f"{len(expected)} collectives and the verified program {len(rest)}"):
+        builder._check_collectives(net, rest)
 
 
 def test_two_axes_in_one_engine_are_refused(tmp_path: Path) -> None:
@@ -170,19 +222,9 @@ def test_the_stand_in_for_all_gather_is_used_where_the_probe_says_so(tmp_path: P
     """Beside attention ALL_GATHER is the ALL_TO_ALL of copies wherever the installed TensorRT needs that."""
     model, args, kwargs = models.flux(torch.bfloat16)
     parallel = md.ContextParallel("cp", strategy="allgather_kv")
-    program = md.lower(md.capture(model, args, kwargs, mesh=md.Mesh(cp=2), parallel=parallel))
-    converters.register()
-    decomposed = decompose(program.graphs[0])
-    inputs, outputs = builder._bindings(program, program.graphs[0])
-    weights = {
-        name: program.weights.local(s, program.mesh, 0) for name, s in program.sources.items() if isinstance(s, Weight)
-    }
-    net = builder._convert(bind_weights(decomposed, weights), inputs, outputs).ctx.net
-    grows = [
-        layer.get_output(0).shape[0] > layer.get_input(0).shape[0]
-        for layer in (net.get_layer(i) for i in range(net.num_layers))
-        if layer.type.name == "DIST_COLLECTIVE"
-    ]
+    program = md.capture(model, args, kwargs, mesh=md.Mesh(cp=2), parallel=parallel)
+    net, _, _, _ = network(program)
+    grows = [layer.get_output(0).shape[0] > layer.get_input(0).shape[0] for layer in layers_of(net, "DIST_COLLECTIVE")]
     assert grows == [probes.gathers_beside_attention("BF16")] * 3 + [True]  # the last gathers the result
 
 

@@ -235,7 +235,7 @@ def _check_bindings(network: Any, inputs: Sequence[Binding], outputs: Sequence[B
             raise BuildError(
                 f"the network has {len(found)} {what}s and the program {len(wanted)}; they first differ in {have} for"
                 f" {want}",
-                fix="use names for inputs that no output has" if len(found) == len(wanted) else "report this model",
+                fix="give inputs names that no other input or output has; where they have, report this model",
             )
 
 
@@ -244,10 +244,7 @@ def _described(name: str, dtype: str, shape: Sequence[int]) -> str:
 
 
 def _check_collectives(network: Any, expected: Sequence[ScheduledCollective]) -> None:
-    """The network must communicate as the program that was verified does.
-
-    A layer does not tell its operation; its ranks, dtype and sizes do so for all that change the size.
-    """
+    """The network must communicate as the program that was verified does, in the same order."""
     found = [
         network.get_layer(i) for i in range(network.num_layers) if network.get_layer(i).type.name == "DIST_COLLECTIVE"
     ]
@@ -258,6 +255,7 @@ def _check_collectives(network: Any, expected: Sequence[ScheduledCollective]) ->
         )
     for index, (layer, collective) in enumerate(zip(found, expected, strict=True)):
         have = (
+            layer.metadata,
             layer.num_ranks,
             layer.get_input(0).dtype.name,
             math.prod(layer.get_input(0).shape),
@@ -266,22 +264,21 @@ def _check_collectives(network: Any, expected: Sequence[ScheduledCollective]) ->
         forms = _forms(collective)
         if have not in forms:
             raise BuildError(
-                f"collective {index} of the network has (ranks, dtype, elements in, elements out) {have}, and the"
-                f" verified program's {collective.op} has {forms[0]}",
+                f"collective {index} of the network is (op, ranks, dtype, elements in, elements out) {have}, and that"
+                f" of the verified program {forms[0]}",
                 fix="report this model: a pass of Torch-TensorRT changed or reordered one",
             )
 
 
-def _forms(c: ScheduledCollective) -> list[tuple[int, str, int, int]]:
-    """The (ranks, dtype, elements in, elements out) that this collective's layer may have."""
+def _forms(c: ScheduledCollective) -> list[tuple[str, int, str, int, int]]:
+    """The (op, ranks, dtype, elements in, elements out) that this collective's layer may have."""
     dtype = trt_dtype(flavour(), torch.float32 if c.dtype == torch.float64 else c.dtype)  # _settings truncates
-    if c.op in ("all_gather", "gather"):
-        whole = c.elements * c.size
-        gathered = [(c.size, dtype, c.elements, whole)]
-        return gathered + ([(c.size, dtype, whole, whole)] if c.op == "all_gather" else [])  # by exchange of copies
-    if c.op in ("reduce_scatter", "scatter"):
-        return [(c.size, dtype, c.elements, c.elements // c.size)]
-    return [(c.size, dtype, c.elements, c.elements)]
+    whole, part = c.elements * c.size, c.elements // c.size
+    after = {"all_gather": whole, "gather": whole, "reduce_scatter": part, "scatter": part}.get(c.op, c.elements)
+    forms = [(c.op, c.size, dtype, c.elements, after)]
+    if c.op == "all_gather":
+        forms.append(("all_to_all", c.size, dtype, whole, whole))  # layers.add_all_gather_by_exchange
+    return forms
 
 
 def _named(ranks: Sequence[int]) -> str:

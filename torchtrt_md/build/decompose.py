@@ -65,11 +65,12 @@ def decompose(graph: GraphModule) -> GraphModule:
     except MDError:
         raise
     except Exception as error:  # decompositions raise anything; the user's line is what helps
-        node = walk.at
+        failed = walk.at
+        what = failed.target if failed else "the graph"
         raise BuildError(
-            f"decomposing {node.target if node else 'the graph'} failed: {type(error).__name__}: {first_line(error)}",
+            f"decomposing {what} failed: {type(error).__name__}: {first_line(error)}",
             fix="see lower(program, dump=...) for the graph",
-            at=source_line(node) if node else "",
+            at=source_line(failed) if failed else "",
         ) from error
     for new, old in zip(placeholders(decomposed), placeholders(graph), strict=True):
         new.name, new.target = old.name, old.target

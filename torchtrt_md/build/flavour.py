@@ -65,14 +65,17 @@ class Flavour:
             )
 
 
-# What Torch-TensorRT takes and gives as it is; narrower and wider integers would have to be cast at the boundary.
+# What TensorRT has at the boundary of an engine, and Torch-TensorRT passes as it is.
 _DTYPES = {
     "float32": "FLOAT",
     "float16": "HALF",
     "bfloat16": "BF16",
     "int64": "INT64",
     "int32": "INT32",
+    "int8": "INT8",
+    "uint8": "UINT8",
     "bool": "BOOL",
+    "float8_e4m3fn": "FP8",
 }
 
 

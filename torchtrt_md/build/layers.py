@@ -41,6 +41,7 @@ def add_collective(
         root,
         np.arange(size, dtype=np.int64),
     )
+    layer.metadata = op  # the layer does not tell its operation, and the builder checks it
     layer.num_ranks = size  # before get_output: the output's shape follows from it
     return layer.get_output(0)
 
@@ -91,8 +92,7 @@ def add_attention(
         if mask is not None:
             layer.mask = mask
         out = layer.get_output(0)
-    # dims of a layer that TensorRT refuses are those of a scalar
-    if out is None or tuple(out.shape) != (batch, heads, tokens, width):
+    if _shape(out) != (batch, heads, tokens, width):
         raise BuildError(
             f"TensorRT refuses the attention of {shapes}"
             + (f" with a mask {tuple(mask.shape)}" if mask is not None else ""),
@@ -101,6 +101,14 @@ def add_attention(
     if out_width < width:
         out = network.add_slice(out, (0,) * 4, (batch, heads, tokens, out_width), (1,) * 4).get_output(0)
     return out
+
+
+def _shape(x: Any) -> tuple[int, ...] | None:
+    """None for what a layer that TensorRT refuses gives: no tensor, or one that has no shape."""
+    try:
+        return None if x is None else tuple(x.shape)
+    except (RuntimeError, ValueError):  # versions differ
+        return None
 
 
 def _scaled(trt: Any, network: Any, q: Any, scale: Any) -> Any:
