@@ -123,6 +123,8 @@ def _parallel(mesh: Mesh, own: list[Parallel] | None, strategy: str) -> list[Par
 
 
 def _print_collectives(exported: Exported) -> None:
+    from torchtrt_md.program import dtype_name
+
     table = Table("op", "axis", "dtype", title="Collectives of one step, per rank", title_justify="left")
     for name in ("bytes sent each", "how many", "bytes sent"):
         table.add_column(name, justify="right")
@@ -131,7 +133,7 @@ def _print_collectives(exported: Exported) -> None:
     for c, count in counts.items():
         sent = c.bytes_sent * count
         total += sent
-        dtype = str(c.dtype).removeprefix("torch.")
+        dtype = dtype_name(c.dtype)
         table.add_row(c.op, f"{c.axis} ({c.size})", dtype, f"{c.bytes_sent:,}", str(count), f"{sent:,}")
     table.add_section()
     table.add_row("", "", "", "", str(sum(counts.values())), f"{total:,}")
@@ -139,11 +141,13 @@ def _print_collectives(exported: Exported) -> None:
 
 
 def _print_errors(exported: Exported) -> None:
+    from torchtrt_md.program import dtype_name
+
     report = exported.report
     if report is None:
         console.print("[yellow]Not verified against the dense model.[/]")
         return
-    dtype = str(report.dtype).removeprefix("torch.")
+    dtype = dtype_name(report.dtype)
     table = Table("relative error, worst rank", title="Against the dense model", title_justify="left")
     table.add_column("program", justify="right")
     table.add_column("dense model's own rounding", justify="right")

@@ -25,7 +25,7 @@ from torchtrt_md.lowering import lower
 from torchtrt_md.lowering.schedule import ScheduledCollective
 from torchtrt_md.mesh import Mesh
 from torchtrt_md.parallel import Parallel
-from torchtrt_md.program import Coordinate, Output, ShardedProgram, Value
+from torchtrt_md.program import Coordinate, Output, ShardedProgram, Value, dtype_name
 from torchtrt_md.verification import Report, verify
 
 Progress = Callable[[str, str, float | None], None]
@@ -162,15 +162,17 @@ def _segment(engine: Engine) -> manifest.Segment:
 def _binding(binding: Binding, kind: str) -> manifest.Binding:
     source = binding.source
     name = f"coordinate:{source.axis}" if isinstance(source, Coordinate) else f"{kind}:{source.name}"
-    return manifest.Binding(binding.name, name, short(binding.dtype), list(binding.shape))
+    return manifest.Binding(binding.name, name, dtype_name(binding.dtype), list(binding.shape))
 
 
 def _collective(c: ScheduledCollective) -> manifest.Collective:
-    return manifest.Collective(c.op, c.axis, c.size, short(c.dtype), c.elements, c.bytes_sent)
+    return manifest.Collective(c.op, c.axis, c.size, dtype_name(c.dtype), c.elements, c.bytes_sent)
 
 
 def _tensor(value: Value) -> manifest.Tensor:
-    return manifest.Tensor(value.name, short(value.dtype), list(value.shape), [(s.dim, s.axis) for s in value.sharding])
+    return manifest.Tensor(
+        value.name, dtype_name(value.dtype), list(value.shape), [(s.dim, s.axis) for s in value.sharding]
+    )
 
 
 def _scalar(value: object) -> bool | int | float | str | None:
@@ -207,11 +209,6 @@ def _nested(node: Any) -> dict[str, Any]:
         f"the model returns a {type(node).__name__}, whose parts a bundle cannot name",
         fix="return a tensor, tuple, list or dict (return_dict=False in diffusers)",
     )
-
-
-def short(dtype: torch.dtype) -> str:
-    """PyTorch's name of a dtype: "bfloat16"."""
-    return str(dtype).removeprefix("torch.")
 
 
 def _existing_parent(path: Path) -> Path:

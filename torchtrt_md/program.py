@@ -151,6 +151,11 @@ class ShardedProgram:
         return replace(self, graphs=tuple(graphs[id(g)] for g in self.graphs), **changes)  # type: ignore[arg-type]
 
 
+def dtype_name(dtype: torch.dtype) -> str:
+    """PyTorch's name of a dtype, as manifests and messages have it: "bfloat16"."""
+    return str(dtype).removeprefix("torch.")
+
+
 def placeholders(graph: GraphModule) -> list[Node]:
     """The graph's placeholders, in order."""
     return list(graph.graph.find_nodes(op="placeholder"))

@@ -23,6 +23,7 @@ from torch import Tensor
 from torchtrt_md.bundle.read import manifest_digest, read_manifest
 from torchtrt_md.bundle.structure import mesh_of
 from torchtrt_md.errors import InputError, LaunchError, MDError, VerificationError
+from torchtrt_md.program import dtype_name
 from torchtrt_md.runtime.compare import Reference, dense_reference, limit, relative_error
 from torchtrt_md.runtime.loading import load
 from torchtrt_md.runtime.report import RankReport, Timing, rank_report, report
@@ -246,7 +247,7 @@ def _compare(runner: Runner, file: Path, seed: int, model_device: str) -> tuple[
         expected = _broadcast(None if reference is None else reference.outputs[t.name], t.shape, dtype, device)
         errors[t.name] = relative_error(own, chunk(expected, t.sharding, signature.mesh, runner.rank))
     limits = {t.name: limit(dtype_of(t.dtype), dense_errors[t.name]) for t in signature.outputs}
-    return inputs, Comparison(str(precision).removeprefix("torch."), dense_errors, limits, errors)
+    return inputs, Comparison(dtype_name(precision), dense_errors, limits, errors)
 
 
 def _broadcast(tensor: Tensor | None, shape: Sequence[int], dtype: torch.dtype, device: torch.device) -> Tensor:

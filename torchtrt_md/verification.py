@@ -24,7 +24,7 @@ from torchtrt_md.capture.arguments import Arguments
 from torchtrt_md.errors import VerificationError
 from torchtrt_md.lowering import lower
 from torchtrt_md.mesh import Mesh
-from torchtrt_md.program import Output, ShardedProgram, Sharding, Weight, Weights
+from torchtrt_md.program import Output, ShardedProgram, Sharding, Weight, Weights, dtype_name
 from torchtrt_md.simulate import EXACT, Precision, simulate
 
 STRUCTURE_TOLERANCE = 1e-5
@@ -97,7 +97,7 @@ def verify(
         limit = max(ROUNDING_RATIO * dense_error, STRUCTURE_TOLERANCE)
     if not max(errors) <= limit:
         raise VerificationError(
-            f"the program rounds more than {type(model).__name__} in {_short(dtype)}: the outputs of"
+            f"the program rounds more than {type(model).__name__} in {dtype_name(dtype)}: the outputs of"
             f" {_worst(errors)}, relative, where {limit:.3g} is allowed and the dense model's own error is"
             f" {dense_error:.3g}",
             fix="reduce in a wider dtype, or use another strategy",
@@ -241,7 +241,3 @@ def _relative(value: Tensor, reference: Tensor) -> float:
 def _worst(errors: Sequence[float]) -> str:
     worst = max(range(len(errors)), key=lambda rank: errors[rank])
     return f"rank {worst} differ by {errors[worst]:.3g}"
-
-
-def _short(dtype: torch.dtype) -> str:
-    return str(dtype).removeprefix("torch.")

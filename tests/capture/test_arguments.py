@@ -16,8 +16,7 @@ from torchtrt_md.bundle import manifest as m
 from torchtrt_md.bundle import read_manifest
 from torchtrt_md.capture.arguments import Arguments, named_leaves
 from torchtrt_md.errors import CaptureError, InputError
-from torchtrt_md.exporter import short
-from torchtrt_md.program import ShardedProgram
+from torchtrt_md.program import ShardedProgram, dtype_name
 from torchtrt_md.runtime.signature import Signature
 
 CPU = torch.device("cpu")
@@ -83,7 +82,7 @@ def signature_of(program: ShardedProgram) -> Signature:
     """What a runner gets: the program's part of the manifest, written and read again."""
 
     def tensor(value: Any) -> m.Tensor:
-        return m.Tensor(value.name, short(value.dtype), list(value.shape))
+        return m.Tensor(value.name, dtype_name(value.dtype), list(value.shape))
 
     written = m.Manifest(
         schema=m.SCHEMA,

@@ -12,6 +12,7 @@ from typing import Any
 import torch
 
 from torchtrt_md.errors import BuildError, TargetError
+from torchtrt_md.program import dtype_name
 
 # Module of each flavour, in the order of preference of torch_tensorrt's own wheels.
 _MODULES = {"TensorRT-RTX": "tensorrt_rtx", "TensorRT": "tensorrt"}
@@ -86,7 +87,7 @@ def boundary_dtypes(f: Flavour) -> tuple[torch.dtype, ...]:
 
 def trt_dtype(f: Flavour, dtype: torch.dtype) -> str:
     """The name of TensorRT's DataType for a dtype; the dtype's own where TensorRT has none."""
-    name = str(dtype).removeprefix("torch.")
+    name = dtype_name(dtype)
     return _DTYPES.get(name, name.upper())
 
 
