@@ -36,11 +36,7 @@ class Weight:
 
     def local(self, whole: Tensor, mesh: Mesh, rank: int) -> Tensor:
         """This rank's part, a view of the whole: no memory is copied."""
-        for s in self.shardings:
-            size, index = mesh.axis_size(s.axis), mesh.coordinate(rank, s.axis)
-            extent = whole.shape[s.dim] // size
-            whole = whole.narrow(s.dim, index * extent, extent)
-        return whole
+        return part(whole, self.shardings, mesh, rank)
 
 
 @dataclass(frozen=True)
@@ -149,6 +145,14 @@ class ShardedProgram:
     def with_graphs(self, graphs: Mapping[int, GraphModule], **changes: object) -> ShardedProgram:
         """A copy with other graphs, given as ``id`` of the old graph -> new graph."""
         return replace(self, graphs=tuple(graphs[id(g)] for g in self.graphs), **changes)  # type: ignore[arg-type]
+
+
+def part(whole: Tensor, shardings: Iterable[Sharding], mesh: Mesh, rank: int) -> Tensor:
+    """What a rank holds of a tensor with these shardings, applied in order: a view."""
+    for s in shardings:
+        extent = whole.shape[s.dim] // mesh.axis_size(s.axis)
+        whole = whole.narrow(s.dim, mesh.coordinate(rank, s.axis) * extent, extent)
+    return whole
 
 
 def dtype_name(dtype: torch.dtype) -> str:

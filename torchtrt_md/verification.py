@@ -23,8 +23,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torchtrt_md.capture.arguments import Arguments
 from torchtrt_md.errors import VerificationError
 from torchtrt_md.lowering import lower
-from torchtrt_md.mesh import Mesh
-from torchtrt_md.program import Output, ShardedProgram, Sharding, Weight, Weights, dtype_name
+from torchtrt_md.program import Output, ShardedProgram, Weight, Weights, dtype_name, part
 from torchtrt_md.simulate import EXACT, Precision, simulate
 
 STRUCTURE_TOLERANCE = 1e-5
@@ -219,13 +218,6 @@ def _errors(program: ShardedProgram, ranks: Sequence[Sequence[Tensor]], referenc
         )
         for rank, values in enumerate(ranks)
     ]
-
-
-def part(whole: Tensor, sharding: Sequence[Sharding], mesh: Mesh, rank: int) -> Tensor:
-    """What a rank holds of a value with this sharding."""
-    for s in sharding:
-        whole = whole.chunk(mesh.axis_size(s.axis), s.dim)[mesh.coordinate(rank, s.axis)]
-    return whole
 
 
 def _relative(value: Tensor, reference: Tensor) -> float:

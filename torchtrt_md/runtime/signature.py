@@ -14,6 +14,7 @@ from torchtrt_md.bundle.structure import local_shape, mesh_of
 from torchtrt_md.capture.arguments import Scalar, comparable, named_leaves
 from torchtrt_md.errors import BundleError, InputError, VerificationError
 from torchtrt_md.mesh import Mesh
+from torchtrt_md.program import Sharding, part
 
 # TensorRT reads its bindings with vector loads; PyTorch allocates at multiples of this, views may start anywhere.
 ALIGNMENT = 256
@@ -183,10 +184,7 @@ def prepared(tensor: Tensor) -> Tensor:
 
 def chunk(whole: Tensor, sharding: Sequence[tuple[int, str]], mesh: Mesh, rank: int) -> Tensor:
     """This rank's part of a whole tensor: a view."""
-    for dim, axis in sharding:
-        extent = whole.shape[dim] // mesh.axis_size(axis)
-        whole = whole.narrow(dim, mesh.coordinate(rank, axis) * extent, extent)
-    return whole
+    return part(whole, (Sharding(dim, axis) for dim, axis in sharding), mesh, rank)
 
 
 def _chunk_note(tensor: m.Tensor, mesh: Mesh) -> str:
