@@ -12,9 +12,11 @@ FX in, FX out: no TensorRT, no GPU, no process group.  The passes, in order:
     fold_mask                masks that depend on no input -> none, or causal
     repeat_kv                key/value heads repeated by hand -> grouped-query attention
     sequence                 what is sharded where; attention over a split sequence -> context_attention
+    choose_strategy          how each context_attention gets the keys that it lacks
     merge_identical          identical collectives are done once
     cancel_inverse           a collective right behind its inverse goes, and it
-    ulysses, allgather_kv    context_attention -> collectives and local attention
+    zigzag                   the sequence in an order in which a causal ring has equal work on all ranks
+    ulysses, allgather_kv, ring   context_attention -> collectives and local attention
     merge_exchanged, cancel_exchanged   the same two, over what the strategies inserted
     leading_dim              collectives on other dims -> on dim 0, where TensorRT's act
     rank_input               shard -> a row of the value, by a rank input
@@ -24,14 +26,17 @@ FX in, FX out: no TensorRT, no GPU, no process group.  The passes, in order:
 from __future__ import annotations
 
 import copy
+from collections.abc import Mapping
 from dataclasses import replace
 from pathlib import Path
 
+import torch
 from torch.fx import GraphModule
 
 from torchtrt_md.lowering import (
     allgather_kv,
     cancel_inverse,
+    choose_strategy,
     empty_operands,
     fold_mask,
     functional_collectives,
@@ -41,14 +46,17 @@ from torchtrt_md.lowering import (
     merge_identical,
     rank_input,
     repeat_kv,
+    ring,
     sequence,
     single_rank,
     slice_bounds,
     ulysses,
     uninitialized,
     validate,
+    zigzag,
 )
-from torchtrt_md.lowering.passes import Pass, PassContext, run_passes
+from torchtrt_md.lowering.passes import Exchange, Pass, PassContext, run_passes
+from torchtrt_md.parallel import Placement
 from torchtrt_md.program import Coordinate, ShardedProgram, Sharding, Value, outputs_of, placeholders, value_of
 
 PASSES: dict[str, Pass] = {
@@ -62,10 +70,13 @@ PASSES: dict[str, Pass] = {
     "fold_mask": fold_mask.run,
     "repeat_kv": repeat_kv.run,
     "sequence": sequence.run,
+    "choose_strategy": choose_strategy.run,
     "merge_identical": merge_identical.run,
     "cancel_inverse": cancel_inverse.run,
+    "zigzag": zigzag.run,
     "ulysses": ulysses.run,
     "allgather_kv": allgather_kv.run,
+    "ring": ring.run,
     "merge_exchanged": merge_identical.run,
     "cancel_exchanged": cancel_inverse.run,
     "leading_dim": leading_dim.run,
@@ -74,11 +85,20 @@ PASSES: dict[str, Pass] = {
 }
 
 
-def lower(program: ShardedProgram, *, dump: Path | None = None) -> ShardedProgram:
+def lower(
+    program: ShardedProgram,
+    *,
+    placement: Placement = "engine",
+    exchanges: Mapping[str, Exchange] | None = None,
+    dump: Path | None = None,
+) -> ShardedProgram:
     """The program in the collective IR; the captured one is left as it was.
 
     Args:
         program: what :func:`torchtrt_md.capture` returned.
+        placement: where attention will run: in the engine, or in PyTorch between engines (``"split"``).
+        exchanges: how attentions of some shapes are to get what they lack, by
+            :func:`torchtrt_md.lowering.choose_strategy.attention_key`; others follow the axis's strategy.
         dump: a folder for the graph before and after each pass that rewrote something.
 
     Raises:
@@ -87,7 +107,7 @@ def lower(program: ShardedProgram, *, dump: Path | None = None) -> ShardedProgra
     """
     if program.lowered:
         return program
-    context = PassContext(program.mesh, program.strategies, program.groups)
+    context = PassContext(program.mesh, program.strategies, program.groups, placement, exchanges or {})
     lowered: dict[int, GraphModule] = {}
     counts: dict[str, int] = {}
     for graph, ranks in program.distinct():
@@ -114,6 +134,22 @@ def lower(program: ShardedProgram, *, dump: Path | None = None) -> ShardedProgra
     )
 
 
+def attention_keys(program: ShardedProgram) -> tuple[str, ...]:
+    """The different attentions over a split sequence, by ``attention_key``, in order.
+
+    Raises:
+        as :func:`lower`.
+    """
+    context = PassContext(program.mesh, program.strategies, program.groups)
+    keys: dict[str, None] = {}
+    for graph, _ in program.distinct():
+        new = copy.deepcopy(graph)
+        run_passes(PASSES, new, context, last="sequence")
+        for node in new.graph.find_nodes(op="call_function", target=torch.ops.torchtrt_md.context_attention.default):
+            keys.setdefault(choose_strategy.attention_key(node))
+    return tuple(keys)
+
+
 def _outputs(program: ShardedProgram, graph: GraphModule) -> tuple[Value, ...]:
     """The outputs with the sharding that the analysis found, and so their global shape."""
     values = []
@@ -127,4 +163,4 @@ def _outputs(program: ShardedProgram, graph: GraphModule) -> tuple[Value, ...]:
     return tuple(values)
 
 
-__all__ = ["PASSES", "lower"]
+__all__ = ["PASSES", "attention_keys", "lower"]

@@ -1,8 +1,13 @@
 """Context attention by gathering keys and values.
 
     before    y = context_attention(q, k, v, ..., "allgather_kv", axis, P)     # q, k, v hold S/P tokens
-    after     kv = all_gather(cat(k, v, 0), 2)                                 # [2B, Hkv, S, D], one collective
-              y = attention(q, kv[:B], kv[B:], ...)
+    after     x = cat of k, v, each seen as [B, S/P, Hkv, D], on heads
+              x = all_gather(x, 0)                                             # [P B, S/P, 2 Hkv, D]
+              k', v' = slices of x seen as [B, 2 Hkv, S, D]
+              y = attention(q, k', v', ...)
+
+With a batch of one nothing is copied between the gather and attention.  Keys and values of other widths, lengths or
+batches do not fit one tensor, and are gathered apart.
 
 Causal attention gets the rows of the mask that this rank's queries have: row i of rank r is r S/P + i.
 Sent by each rank, of N tokens and width d = H D in b bytes, with f = Hkv / H: 2 f N d b (P - 1) / P.
@@ -13,9 +18,10 @@ from __future__ import annotations
 import torch
 from torch.fx import GraphModule, Node
 
+from torchtrt_md.lowering.layout import joined, whole_sequence
 from torchtrt_md.lowering.ops import bound_args
 from torchtrt_md.lowering.passes import PassContext
-from torchtrt_md.lowering.rewrite import emit, substitute
+from torchtrt_md.lowering.rewrite import emit, permute, substitute
 from torchtrt_md.program import value_of
 
 aten, md = torch.ops.aten, torch.ops.torchtrt_md
@@ -44,15 +50,18 @@ def _expand(
     size: int,
 ) -> Node:
     if value_of(k).shape == value_of(v).shape:
-        batch = value_of(k).shape[0]
-        packed = emit(node, aten.cat.default, [k, v], 0)
-        whole = emit(node, md.all_gather.default, packed, 2, axis, size)
-        k = emit(node, aten.slice.Tensor, whole, 0, 0, batch)
-        v = emit(node, aten.slice.Tensor, whole, 0, batch, 2 * batch)
-    else:  # values of another width do not fit one tensor
-        k, v = (emit(node, md.all_gather.default, x, 2, axis, size) for x in (k, v))
+        k, v = _gathered(node, [k, v], axis, size)
+    else:
+        (k,), (v,) = (_gathered(node, [x], axis, size) for x in (k, v))
     mask = _causal_rows(node, q, k, axis, size) if is_causal else None
     return emit(node, md.attention.default, q, k, v, mask, False, scale, enable_gqa)
+
+
+def _gathered(node: Node, parts: list[Node], axis: str, size: int) -> list[Node]:
+    """[B, h, S/P, D] each -> [B, h, S, D] each, by one gather."""
+    by_token = [permute(node, x, [0, 2, 1, 3]) for x in parts]
+    received = emit(node, md.all_gather.default, joined(node, by_token, 2), 0, axis, size)
+    return whole_sequence(node, received, value_of(received).shape[0] // size, [value_of(x).shape[1] for x in parts])
 
 
 def _causal_rows(node: Node, q: Node, k: Node, axis: str, size: int) -> Node:

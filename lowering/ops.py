@@ -11,9 +11,12 @@ its shapes depend on and holds no process group.  Semantics, for the ``size`` ra
     reduce(x, op, dst)                       rank dst: x of all ranks, reduced; undefined elsewhere
     gather(x, dim, dst)                      rank dst: x of all ranks, concatenated on dim; undefined elsewhere
     scatter(x, dim, src)                     rank i: chunk i, on dim, of x of rank src
+    permute_tensor(x, shift)                 rank i: x of rank i - shift, counted round the group
     shard(x, dim)                            rank i: chunk i, on dim, of its own x; no communication
     attention(q, k, v, ...)                  scaled_dot_product_attention as one node
     context_attention(q, k, v, ...)          the same, q, k and v each holding this rank's part of the sequence
+    ring_attention(q, k, v, coordinate, step, ...)   attention over the block that a ring has in this step, and its
+                                             log-sum-exp; no communication
 
 Each has a shape rule and an eager rule over ``torch.distributed`` here, and one for all ranks at once in
 :mod:`torchtrt_md.simulate`.
@@ -33,6 +36,7 @@ from torch import Tensor
 from torch.distributed.device_mesh import DeviceMesh
 
 from torchtrt_md.errors import CollectiveError, MeshError
+from torchtrt_md.lowering.attention_math import ring_attention_block
 
 NAMESPACE = "torchtrt_md"
 REDUCE_OPS = ("sum", "avg", "max", "min", "product")
@@ -205,6 +209,22 @@ def _(x: Tensor, dim: int, src: int, axis: str, size: int) -> Tensor:
     return _resized(x, dims={dim: chunk_size(x.shape[dim], size, f"scatter on dim {dim}")})
 
 
+@torch.library.custom_op(f"{NAMESPACE}::permute_tensor", mutates_args=())
+def permute_tensor(x: Tensor, shift: int, axis: str, size: int) -> Tensor:
+    """PyTorch's functional collective of this name, for a rotation; as there, an all-to-all of uneven parts."""
+    group = _group(axis, size)
+    mine = dist.get_rank(group)
+    sent, received = [0] * size, [0] * size
+    sent[(mine + shift) % size] = received[(mine - shift) % size] = x.numel()
+    out = _wait(_c10d.all_to_all_single(x.reshape(-1), received, sent, group.group_name))
+    return out.view(x.shape)
+
+
+@permute_tensor.register_fake
+def _(x: Tensor, shift: int, axis: str, size: int) -> Tensor:
+    return torch.empty_like(x, memory_format=torch.contiguous_format)
+
+
 @torch.library.custom_op(f"{NAMESPACE}::shard", mutates_args=())
 def shard(x: Tensor, dim: int, axis: str, size: int) -> Tensor:
     mine = dist.get_rank(_group(axis, size))
@@ -271,6 +291,40 @@ def _(
     return _attended(q, k, v)
 
 
+@torch.library.custom_op(f"{NAMESPACE}::ring_attention", mutates_args=())
+def ring_attention(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    coordinate: Tensor | None,
+    step: int,
+    is_causal: bool,
+    scale: float | None,
+    enable_gqa: bool,
+    size: int,
+) -> tuple[Tensor, Tensor]:
+    """:func:`~torchtrt_md.lowering.attention_math.ring_attention_block`; ``coordinate`` is int32 [1], and for causal
+    attention only."""
+    mine = 0 if coordinate is None else int(coordinate.item())
+    return ring_attention_block(q, k, v, mine, step, is_causal, scale, enable_gqa, size)
+
+
+@ring_attention.register_fake
+def _(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    coordinate: Tensor | None,
+    step: int,
+    is_causal: bool,
+    scale: float | None,
+    enable_gqa: bool,
+    size: int,
+) -> tuple[Tensor, Tensor]:
+    out = _attended(q, k, v)
+    return out, out.new_empty(out.shape[:-1], dtype=torch.promote_types(q.dtype, torch.float32))
+
+
 def causal_rows(q: Tensor, whole_k: Tensor, index: int) -> Tensor:
     """The rows of the causal mask, True where attended, for the ``index``-th part of the queries."""
     rows = torch.arange(q.shape[-2], device=q.device) + index * q.shape[-2]
@@ -288,6 +342,7 @@ COLLECTIVES = frozenset(
         _ops.reduce.default,
         _ops.gather.default,
         _ops.scatter.default,
+        _ops.permute_tensor.default,
     }
 )
 

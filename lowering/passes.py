@@ -7,13 +7,29 @@ returns how many rewrites it made.  Its docstring shows the graph before and aft
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TypeAlias
 
 from torch.fx import GraphModule
 
 from torchtrt_md.mesh import Mesh
+
+
+@dataclass(frozen=True)
+class Exchange:
+    """How one attention over a split sequence gets what it lacks.
+
+    Attributes:
+        strategy: ``ulysses``, ``allgather_kv`` or ``ring``.
+        head_groups: ulysses in this many groups of heads, so that one group is exchanged while another is attended to.
+        values_first: ulysses with an exchange for the values alone, in front of that of queries and keys, so that it
+            overlaps with what is still done to those (norm, rotary).
+    """
+
+    strategy: str
+    head_groups: int = 1
+    values_first: bool = False
 
 
 @dataclass(frozen=True)
@@ -24,22 +40,32 @@ class PassContext:
         mesh: the mesh that the axes of the IR name.
         strategies: context-parallel axis -> strategy.
         groups: process-local group name in the captured graph -> mesh axis.
+        placement: where attention will run, ``engine`` or ``split``.
+        exchanges: what was chosen for attentions of some shapes, by
+            :func:`torchtrt_md.lowering.choose_strategy.attention_key`; it goes before ``strategies``.
     """
 
     mesh: Mesh
     strategies: Mapping[str, str]
     groups: Mapping[str, str]
+    placement: str = "engine"
+    exchanges: Mapping[str, Exchange] = field(default_factory=dict)
 
 
 Pass: TypeAlias = Callable[[GraphModule, PassContext], int]
 
 
 def run_passes(
-    passes: Mapping[str, Pass], graph: GraphModule, context: PassContext, dump: Path | None = None
+    passes: Mapping[str, Pass],
+    graph: GraphModule,
+    context: PassContext,
+    dump: Path | None = None,
+    last: str | None = None,
 ) -> dict[str, int]:
     """Run passes in order; pass name -> number of rewrites.
 
     ``dump`` is a folder that gets ``NN_name.before.txt`` and ``.after.txt`` for each pass that rewrote something.
+    ``last`` is the pass to stop after.
     """
     counts: dict[str, int] = {}
     for number, (name, run) in enumerate(passes.items()):
@@ -53,6 +79,8 @@ def run_passes(
                 dump.mkdir(parents=True, exist_ok=True)
                 (dump / f"{number:02}_{name}.before.txt").write_text(before)
                 (dump / f"{number:02}_{name}.after.txt").write_text(readable(graph))
+        if name == last:
+            break
     return counts
 
 

@@ -15,8 +15,8 @@ from torchtrt_md.program import value_of
 class ScheduledCollective:
     """One collective of one rank.
 
-    ``elements`` is the number of elements of the rank's operand; ``bytes_sent`` what a rank sends to
-    others by the ring or pairwise algorithm, the most of any rank.
+    ``elements`` is the number of elements of the rank's operand, or of keys and values of a ``ring_attention`` that
+    is one op; ``bytes_sent`` what a rank sends to others by the ring or pairwise algorithm, the most of any rank.
     """
 
     op: str
@@ -38,6 +38,8 @@ class ScheduledCollective:
             "broadcast": operand,
             "reduce": operand,
             "gather": operand,
+            "permute_tensor": operand,
+            "ring_attention": operand * others,
         }[self.op]
 
 
@@ -50,4 +52,9 @@ def schedule(graph: GraphModule) -> list[ScheduledCollective]:
             operand = value_of(args["x"])
             op = str(node.target._schema.name).split("::")[1]
             found.append(ScheduledCollective(op, args["axis"], args["size"], operand.dtype, operand.numel()))
+        elif node.target is torch.ops.torchtrt_md.context_attention.default:  # lowered, it is a ring in the engine
+            args = bound_args(node)
+            k, v = value_of(args["k"]), value_of(args["v"])
+            elements = k.numel() + v.numel()
+            found.append(ScheduledCollective("ring_attention", args["axis"], args["size"], k.dtype, elements))
     return found

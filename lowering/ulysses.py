@@ -1,83 +1,169 @@
 """Context attention by exchanging heads for sequence (DeepSpeed Ulysses, https://arxiv.org/abs/2309.14509).
 
     before    y = context_attention(q, k, v, ..., "ulysses", axis, P)      # q [B, H, S/P, D], k, v [B, Hkv, S/P, D]
-    after     x = cat of q, k, v, each viewed [B, P, heads/P, S/P, D], on the third dim
-              x = all_to_all(x, heads -> sequence)                         # [B, (H + 2 Hkv)/P, S, D]
-              y = attention(q', k', v', ...)                               # q' [B, H/P, S, D], k', v' [B, Hkv/P, S, D]
-              y = all_to_all(y, sequence -> heads)                         # [B, H, S/P, D]
+    after     x = cat of q, k, v, each seen as [P, B, S/P, heads/P, D], on heads
+              x = all_to_all(x, 0, 0)                                      # from rank r its S/P tokens of my heads
+              q', k', v' = slices of x seen as [B, (H + 2 Hkv)/P, S, D]
+              y = attention(q', k', v', ...)                               # [B, H/P, S, D]
+              y = all_to_all(y seen as [P, B, S/P, H/P, D], 0, 0)
+              y = y in the form [B, H, S/P, D]
 
-One packed exchange there and one back.  Sent by each rank, of N tokens and width d = H D in b bytes, with
-f = Hkv / H: (2 + 2f) (N d b / P) (P - 1) / P.
+One packed exchange there and one back, on dim 0.  Tokens stand before heads in what is exchanged, which is how models
+make queries, keys and values, and how attention kernels of PyTorch write their result: with a batch of one nothing is
+copied between the exchanges and attention.  What is copied is what is sent (the cat) and what came back.  Sent by each
+rank, of N tokens and width d = H D in b bytes, with f = Hkv / H: (2 + 2f) (N d b / P) (P - 1) / P.
+
+In the split placement an :class:`~torchtrt_md.lowering.passes.Exchange` may ask for more exchanges that send the same
+bytes, so that a runtime which starts collectives in the order of the graph overlaps them with something:
+
+    values_first      v is exchanged by itself, right behind the node that makes it
+    head_groups=g     a rank's heads in g parts: all exchanges there, then attention and the way back of each part
 """
 
 from __future__ import annotations
+
+import math
+from collections.abc import Mapping
 
 import torch
 from torch.fx import GraphModule, Node
 
 from torchtrt_md.errors import ShardingError
+from torchtrt_md.lowering.choose_strategy import attention_key
+from torchtrt_md.lowering.layout import joined, whole_sequence
 from torchtrt_md.lowering.ops import bound_args
-from torchtrt_md.lowering.passes import PassContext
-from torchtrt_md.lowering.rewrite import emit, substitute, view
+from torchtrt_md.lowering.passes import Exchange, PassContext
+from torchtrt_md.lowering.rewrite import emit, permute, substitute
 from torchtrt_md.program import value_of
 from torchtrt_md.source import source_line
 
 aten, md = torch.ops.aten, torch.ops.torchtrt_md
+_BY_RANK = [1, 0, 3, 2, 4]  # [B, P, heads/P, S/P, D] <-> [P, B, S/P, heads/P, D]
 
 
 def run(graph: GraphModule, context: PassContext) -> int:
+    """Number of attentions that were rewritten.
+
+    Raises:
+        ShardingError: heads do not divide by the ranks, or a rank's heads by the groups that were asked for.
+    """
     count = 0
     for node in list(graph.graph.find_nodes(op="call_function", target=md.context_attention.default)):
-        args = bound_args(node)
-        if args["strategy"] == "ulysses":
-            substitute(node, _expand(node, **args))
+        if bound_args(node)["strategy"] == "ulysses":
+            substitute(node, _Expansion(node, _how(node, context)).attended())
             count += 1
     return count
 
 
-def _expand(
-    node: Node,
-    q: Node,
-    k: Node,
-    v: Node,
-    is_causal: bool,
-    scale: float | None,
-    enable_gqa: bool,
-    strategy: str,
-    axis: str,
-    size: int,
-) -> Node:
-    _check_heads(node, q, k, axis, size)
-    parts = [q, k, v]
-    batch = value_of(q).shape[0]
-    if len({(n, s, d) for n, _, s, d in (value_of(x).shape for x in parts)}) == 1:
-        by_rank = [view(node, x, [batch, size, value_of(x).shape[1] // size, *value_of(x).shape[2:]]) for x in parts]
-        packed = emit(node, aten.cat.default, by_rank, 2)
-        flat = view(node, packed, [batch, _heads(packed), *value_of(packed).shape[3:]])
-        exchanged = emit(node, md.all_to_all.default, flat, 1, 2, axis, size)
-        q, k, v = _slices(node, exchanged, [value_of(x).shape[1] // size for x in parts])
-    else:  # values of another width, or keys of another length or batch than queries, do not fit one tensor
-        q, k, v = (emit(node, md.all_to_all.default, x, 1, 2, axis, size) for x in parts)
-    local = emit(node, md.attention.default, q, k, v, None, is_causal, scale, enable_gqa)
-    return emit(node, md.all_to_all.default, local, 2, 1, axis, size)
+def _how(node: Node, context: PassContext) -> Exchange:
+    """In an engine nothing overlaps, so what is chosen for the split placement does not hold there."""
+    plain = Exchange("ulysses")
+    return context.exchanges.get(attention_key(node), plain) if context.placement == "split" else plain
 
 
-def _heads(packed: Node) -> int:
-    _, ranks, heads, *_ = value_of(packed).shape
-    return int(ranks * heads)
+class _Expansion:
+    """What one attention becomes."""
+
+    def __init__(self, node: Node, how: Exchange) -> None:
+        self.node, self.how, self.args = node, how, bound_args(node)
+        self.axis, self.size = self.args["axis"], self.args["size"]
+        self.operands: dict[str, Node] = {name: self.args[name] for name in ("q", "k", "v")}
+        _check_heads(node, self.operands, self.axis, self.size)
+        _check_groups(node, self.operands, self.size, how.head_groups)
+        # of each operand, those of a group that stay on a rank
+        self.heads = {n: value_of(x).shape[1] // self.size // how.head_groups for n, x in self.operands.items()}
+
+    def attended(self) -> Node:
+        groups = self._exchange_there()
+        rest = (None, self.args["is_causal"], self.args["scale"], self.args["enable_gqa"])
+        returned = []
+        for group in groups:
+            local = emit(self.node, md.attention.default, group["q"], group["k"], group["v"], *rest)
+            returned.append(self._exchange_back(local))
+        by_rank = [permute(self.node, x, _BY_RANK) for x in returned]  # [B, P, heads/P, S/P, D]
+        return emit(self.node, aten.view.default, joined(self.node, by_rank, 2), list(value_of(self.node).shape))
+
+    def _exchange_there(self) -> list[dict[str, Node]]:
+        """For each group of heads q, k and v of the whole sequence, [B, h, S, D]."""
+        groups = range(self.how.head_groups)
+        values = self._values_first() if self.how.values_first else []
+        packs = _packs({name: x for name, x in self.operands.items() if name != "v" or not values})
+        packed = [self._packed(names) for names in packs]
+        received = [[self._all_to_all(x) for x in of_group] for of_group in zip(*packed, strict=True)]
+        found = []
+        for group in groups:
+            operands = {"v": values[group]} if values else {}
+            for names, x in zip(packs, received[group], strict=True):
+                operands.update(zip(names, self._whole_sequence(x, [self.heads[n] for n in names]), strict=True))
+            found.append(operands)
+        return found
+
+    def _values_first(self) -> list[Node]:
+        """The values [B, h, S, D] of each group, by one exchange as early as it can be."""
+        v, last = self.operands["v"], self.node.prev
+        received = self._all_to_all(joined(self.node, [self._by_rank(v)], 3))
+        _move_behind(v, last, self.node)
+        return self._whole_sequence(received, [self.heads["v"]] * self.how.head_groups)
+
+    def _packed(self, names: list[str]) -> list[Node]:
+        """These operands as one contiguous tensor [P, B, S/P, n, D] for each group, by one copy for all groups."""
+        operands, groups = [self.operands[name] for name in names], self.how.head_groups
+        if groups == 1:
+            return [joined(self.node, [self._by_rank(x) for x in operands], 3)]
+        packed = joined(self.node, [self._by_group(x) for x in operands], 4)
+        return [emit(self.node, aten.select.int, packed, 0, group) for group in range(groups)]
+
+    def _by_rank(self, x: Node) -> Node:
+        """[B, heads, S/P, D] seen as [P, B, S/P, heads/P, D]: by the rank that gets it."""
+        batch, heads, tokens, width = value_of(x).shape
+        split = emit(self.node, aten.view.default, x, [batch, self.size, heads // self.size, tokens, width])
+        return permute(self.node, split, _BY_RANK)
+
+    def _by_group(self, x: Node) -> Node:
+        """[B, heads, S/P, D] seen as [groups, P, B, S/P, h, D]: by group, then by the rank that gets it."""
+        batch, heads, tokens, width = value_of(x).shape
+        groups = self.how.head_groups
+        shape = [batch, self.size, groups, heads // self.size // groups, tokens, width]
+        return permute(self.node, emit(self.node, aten.view.default, x, shape), [2, 1, 0, 4, 3, 5])
+
+    def _exchange_back(self, local: Node) -> Node:
+        """[B, h, S, D] -> [P, B, S/P, h, D]: of rank r the heads that it attended to.
+
+        However attention lays out its result, it can be seen by parts of the sequence.
+        """
+        batch, heads, tokens, width = value_of(local).shape
+        split = emit(self.node, aten.view.default, local, [batch, heads, self.size, tokens // self.size, width])
+        return self._all_to_all(permute(self.node, split, [2, 0, 3, 1, 4]))
+
+    def _whole_sequence(self, received: Node, heads: list[int]) -> list[Node]:
+        return whole_sequence(self.node, received, value_of(received).shape[1], heads)
+
+    def _all_to_all(self, x: Node) -> Node:
+        return emit(self.node, md.all_to_all.default, x, 0, 0, self.axis, self.size)
 
 
-def _slices(node: Node, x: Node, heads: list[int]) -> list[Node]:
-    slices, start = [], 0
-    for count in heads:
-        slices.append(emit(node, aten.slice.Tensor, x, 1, start, start + count))
-        start += count
-    return slices
+def _packs(operands: Mapping[str, Node]) -> list[list[str]]:
+    """The operands that fit one tensor: those of one batch, length and width."""
+    packs: dict[tuple[int, ...], list[str]] = {}
+    for name, x in operands.items():
+        batch, _, tokens, width = value_of(x).shape
+        packs.setdefault((batch, tokens, width), []).append(name)
+    return list(packs.values())
 
 
-def _check_heads(node: Node, q: Node, k: Node, axis: str, size: int) -> None:
-    for what, x in (("heads", q), ("key/value heads", k)):
-        heads = value_of(x).shape[1]
+def _move_behind(node: Node, last: Node, end: Node) -> None:
+    """Move the nodes between ``last`` and ``end`` to right behind ``node``, or the placeholders if it is one."""
+    while node.next.op == "placeholder":
+        node = node.next
+    while node is not last and last.next is not end:  # they may be there already
+        moved = last.next
+        node.append(moved)
+        node = moved
+
+
+def _check_heads(node: Node, operands: Mapping[str, Node], axis: str, size: int) -> None:
+    for what, name in (("heads", "q"), ("key/value heads", "k")):
+        heads = value_of(operands[name]).shape[1]
         if heads % size:
             raise ShardingError(
                 f"ulysses exchanges heads, and the {heads} {what} of attention {node.name!r} do not divide by the"
@@ -85,3 +171,14 @@ def _check_heads(node: Node, q: Node, k: Node, axis: str, size: int) -> None:
                 fix=f'use strategy="allgather_kv", or an axis whose size divides {heads}',
                 at=source_line(node),
             )
+
+
+def _check_groups(node: Node, operands: Mapping[str, Node], size: int, groups: int) -> None:
+    heads, kv_heads = (value_of(operands[name]).shape[1] // size for name in ("q", "k"))
+    if groups < 1 or heads % groups or kv_heads % groups:
+        raise ShardingError(
+            f"the {heads} heads and {kv_heads} key/value heads of attention {node.name!r} that each of {size} ranks"
+            f" gets cannot be exchanged in {groups} equal groups",
+            fix=f"use a number of head_groups that divides {math.gcd(heads, kv_heads)}",
+            at=source_line(node),
+        )

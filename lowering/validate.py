@@ -1,9 +1,12 @@
-"""The last look: nothing is left that the build stage would have to guess at.  Rewrites nothing."""
+"""The last look: nothing is left that the build stage would have to guess at.  Rewrites nothing.
+
+``context_attention`` may stay with the strategy ``ring`` in the engine placement, where the engine communicates.
+"""
 
 from __future__ import annotations
 
 import torch
-from torch.fx import GraphModule
+from torch.fx import GraphModule, Node
 
 from torchtrt_md.errors import CollectiveError
 from torchtrt_md.lowering.functional_collectives import NAMESPACES
@@ -17,7 +20,7 @@ _HIGH_LEVEL = (md.shard.default, md.context_attention.default)
 
 def run(graph: GraphModule, context: PassContext) -> int:
     for node in graph.graph.nodes:
-        if is_collective(node):
+        if is_collective(node) or _is_ring(node, context):
             args = bound_args(node)
             size = context.mesh.axes.get(args["axis"], "none")
             if size != args["size"]:
@@ -36,3 +39,10 @@ def run(graph: GraphModule, context: PassContext) -> int:
                 at=source_line(node),
             )
     return 0
+
+
+def _is_ring(node: Node, context: PassContext) -> bool:
+    """Is it an attention that the engine does as a ring?"""
+    if node.target is not md.context_attention.default:
+        return False
+    return context.placement == "engine" and bound_args(node)["strategy"] == "ring"

@@ -47,6 +47,12 @@ def total(x: Tensor, op: str = "sum", axis: str = "cp") -> Tensor:
     return reduced
 
 
+def ring(x: Tensor, k: Tensor | None = None, is_causal: bool = False) -> Tensor:
+    q, k = x[None, None], (x if k is None else k)[None, None]
+    attended: Tensor = md.context_attention(q, k, k, is_causal, None, False, "ring", "cp", 2)
+    return attended
+
+
 X = torch.ones(2, 4)
 
 
@@ -75,6 +81,14 @@ def test_different_collectives() -> None:
         (lambda x: md.broadcast(x, 0, "cp", 2), lambda x: md.broadcast(x, 1, "cp", 2), ["src=0", "src=1"]),
         (lambda x: md.reduce(x, "sum", 0, "cp", 2), lambda x: md.reduce(x, "sum", 1, "cp", 2), ["dst=0", "dst=1"]),
         (lambda x: gather(total(x)), lambda x: total(gather(x)), ["all_reduce", "all_gather"]),
+        (
+            lambda x: md.permute_tensor(x, 1, "cp", 2),
+            lambda x: md.permute_tensor(x, -1, "cp", 2),
+            ["shift=1", "shift=-1"],
+        ),
+        (lambda x: ring(x), lambda x: ring(x, k=x[:1]), ["[1, 1, 2, 4]", "[1, 1, 1, 4]"]),
+        (lambda x: ring(x), lambda x: ring(x, is_causal=True), ["is_causal=False", "is_causal=True"]),
+        (lambda x: ring(x), lambda x: total(x), ["context_attention", "all_reduce"]),
     ],
 )
 def test_the_same_collective_on_other_terms(
@@ -154,6 +168,27 @@ def test_groups_of_a_mesh(axes: dict[str, int]) -> None:
     strides = {"cp": 3 if list(axes)[-1] == "tp" else 1, "tp": 1 if list(axes)[-1] == "tp" else 2}
     first = graphs.run_ranks(graph, mesh, xs)[0][0].tolist()
     assert first == [[c * strides["cp"] + t * strides["tp"] for t in range(3)] for c in range(2)]
+
+
+@pytest.mark.parametrize("shift", [-1, 0, 1, 2, 3])
+@pytest.mark.parametrize("axes", [{"cp": 3, "tp": 2}, {"tp": 2, "cp": 3}])
+def test_a_rotation_of_a_group(axes: dict[str, int], shift: int) -> None:
+    mesh = Mesh(**axes)
+    xs = [torch.tensor([rank]) for rank in range(mesh.size)]
+    graph = graphs.trace(lambda x: md.permute_tensor(x, shift, "cp", 3), xs[0])
+    for rank, (result,) in enumerate(graphs.run_ranks(graph, mesh, xs)):
+        assert result.item() == mesh.ranks("cp", rank)[(mesh.coordinate(rank, "cp") - shift) % 3]
+
+
+@pytest.mark.parametrize("is_causal", [False, True])
+@pytest.mark.parametrize("axes", [{"cp": 3, "tp": 2}, {"tp": 2, "cp": 3}])
+def test_attention_that_an_engine_does_as_a_ring(axes: dict[str, int], is_causal: bool) -> None:
+    """Of all ranks at once, in plain order."""
+    mesh = Mesh(**axes)
+    q, k, v = (graphs.per_rank(mesh, 2, heads, 3, 4, seed=seed) for seed, heads in enumerate((4, 2, 2)))
+    graph = graphs.trace(lambda *x: md.context_attention(*x, is_causal, None, True, "ring", "cp", 3), q[0], k[0], v[0])
+    expected = graphs.attended(mesh, "cp", q, k, v, is_causal)
+    graphs.assert_same(graphs.run_ranks(graph, mesh, q, k, v), expected, exact=False)
 
 
 def test_each_rank_gets_its_own_result() -> None:

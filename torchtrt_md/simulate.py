@@ -18,10 +18,12 @@ from torch.fx import GraphModule, Node
 from torch.fx.node import map_arg
 
 from torchtrt_md.errors import RankMismatchError
-from torchtrt_md.lowering.ops import bound_args, is_collective
+from torchtrt_md.lowering.ops import bound_args, causal_rows, is_collective
 from torchtrt_md.mesh import Mesh
-from torchtrt_md.program import Coordinate, ShardedProgram, Value, Weight, Weights
+from torchtrt_md.program import Coordinate, ShardedProgram, Value, Weight, Weights, dtype_name
 from torchtrt_md.source import source_line
+
+md = torch.ops.torchtrt_md
 
 
 @dataclass(frozen=True)
@@ -49,20 +51,23 @@ class Request:
     args: Mapping[str, Any]
 
     @property
-    def operand(self) -> Tensor:
-        x = self.args["x"]
-        assert isinstance(x, Tensor)
-        return x
+    def operands(self) -> dict[str, Tensor]:
+        return {name: value for name, value in self.args.items() if isinstance(value, Tensor)}
+
+    @property
+    def rest(self) -> dict[str, Any]:
+        """The arguments that are not tensors."""
+        return {name: value for name, value in self.args.items() if not isinstance(value, Tensor)}
 
     def signature(self) -> tuple[Any, ...]:
-        rest = tuple((name, value) for name, value in self.args.items() if name != "x")
-        return (str(self.node.target), rest, tuple(self.operand.shape), self.operand.dtype)
+        operands = tuple((name, tuple(x.shape), x.dtype) for name, x in self.operands.items())
+        return (str(self.node.target), operands, tuple(self.rest.items()))
 
     def __str__(self) -> str:
         at = source_line(self.node)
-        rest = ", ".join(f"{name}={value}" for name, value in self.args.items() if name != "x")
-        operand = f"{str(self.operand.dtype).removeprefix('torch.')}{list(self.operand.shape)}"
-        return f"{self.node.name} = {self.node.target}({operand}, {rest})" + (f" at {at}" if at else "")
+        operands = [f"{dtype_name(x.dtype)}{list(x.shape)}" for x in self.operands.values()]
+        arguments = ", ".join([*operands, *(f"{name}={value}" for name, value in self.rest.items())])
+        return f"{self.node.name} = {self.node.target}({arguments})" + (f" at {at}" if at else "")
 
 
 Rank: TypeAlias = Generator[Request, Tensor, tuple[Tensor, ...]]
@@ -138,7 +143,7 @@ def _run(graph: GraphModule, feed: Callable[[str], Tensor], precision: Precision
             continue
         if node.op == "get_attr":
             env[node] = precision.of(getattr(graph, str(node.target)).detach())
-        elif is_collective(node):
+        elif is_collective(node) or node.target is md.context_attention.default:
             args = map_arg(bound_args(node), value)
             env[node] = yield Request(node, args)
         elif node.op == "output":
@@ -191,12 +196,12 @@ def _ready_group(mesh: Mesh, waiting: Mapping[int, Request], done: Mapping[int, 
 
 
 def _compute(requests: Sequence[Request]) -> list[Tensor]:
-    args = dict(requests[0].args)
-    operands = [request.operand for request in requests]
-    for name in ("x", "axis", "size"):
-        args.pop(name)
-    name = str(requests[0].node.target).split(".")[1]
-    return [result.clone(memory_format=torch.contiguous_format) for result in _RULES[name](operands, **args)]
+    operands = [[request.operands[name] for request in requests] for name in requests[0].operands]
+    rest = requests[0].rest
+    for name in ("axis", "size"):
+        rest.pop(name)
+    rule = _RULES[str(requests[0].node.target).split(".")[1]]
+    return [result.clone(memory_format=torch.contiguous_format) for result in rule(*operands, **rest)]
 
 
 _REDUCTIONS: dict[str, Callable[[Tensor, Tensor], Tensor]] = {
@@ -225,6 +230,20 @@ def _all_to_all(xs: list[Tensor], split_dim: int, concat_dim: int) -> list[Tenso
     return [torch.cat([part[rank] for part in parts], concat_dim) for rank in range(len(xs))]
 
 
+def _context_attention(
+    qs: list[Tensor],
+    ks: list[Tensor],
+    vs: list[Tensor],
+    is_causal: bool,
+    scale: float | None,
+    enable_gqa: bool,
+    strategy: str,
+) -> list[Tensor]:
+    k, v = torch.cat(ks, 2), torch.cat(vs, 2)
+    masks = [causal_rows(q, k, rank) if is_causal else None for rank, q in enumerate(qs)]
+    return [md.attention(q, k, v, mask, False, scale, enable_gqa) for q, mask in zip(qs, masks, strict=True)]
+
+
 # Each rule takes the operands of the group's ranks, in order, and returns their results.
 _RULES: dict[str, Callable[..., Sequence[Tensor]]] = {
     "all_reduce": lambda xs, op: [_reduced(xs, op)] * len(xs),
@@ -235,4 +254,6 @@ _RULES: dict[str, Callable[..., Sequence[Tensor]]] = {
     "reduce": lambda xs, op, dst: _only(dst, _reduced(xs, op), len(xs)),
     "gather": lambda xs, dim, dst: _only(dst, torch.cat(xs, dim), len(xs)),
     "scatter": lambda xs, dim, src: xs[src].chunk(len(xs), dim),
+    "permute_tensor": lambda xs, shift: [xs[(rank - shift) % len(xs)] for rank in range(len(xs))],
+    "context_attention": _context_attention,
 }

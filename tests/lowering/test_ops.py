@@ -67,6 +67,7 @@ def _moves() -> Iterator[Case]:
     yield from (Case("broadcast", (src,)) for src in (0, 1))
     yield from (Case("scatter", (1, src)) for src in (0, 1))
     yield from (Case("gather", (1, dst)) for dst in (0, 1))
+    yield from (Case("permute_tensor", (shift,)) for shift in (-1, 0, 1, 2, 3))
 
 
 def _cases() -> list[Case]:
@@ -78,6 +79,7 @@ def _cases() -> list[Case]:
         ("all_to_all", (2, 0)),
         ("all_to_all", (1, 1)),
         ("broadcast", (1,)),
+        ("permute_tensor", (1,)),
         ("all_reduce", ("max",)),
         ("reduce_scatter", ("min", 2)),
         ("reduce", ("sum", 1)),
@@ -98,6 +100,7 @@ def _cases() -> list[Case]:
         Case("all_gather", (dim,), shape) for shape in ((0, 3), (3, 0), (1,), (3, 1, 1)) for dim in range(len(shape))
     ]
     cases += [Case("all_to_all", (0, 1), (2, 0)), Case("all_reduce", ("sum",), (0,))]
+    cases += [Case("permute_tensor", (1,), shape) for shape in ((0, 3), (1,), (5,))]
     return list(dict.fromkeys(cases))
 
 
@@ -152,6 +155,37 @@ ATTENTIONS = [
 ]
 
 
+@dataclass(frozen=True)
+class Ring:
+    """One step of a ring of two, on q [2, 4, 6, 8], k [2, kv_heads, 6, 8] and v [2, kv_heads, 6, v_width]."""
+
+    step: int
+    is_causal: bool
+    kv_heads: int = 2
+    v_width: int = 8
+    dtype: torch.dtype = torch.float32
+
+    def operands(self) -> list[list[Tensor]]:
+        shapes = [(4, 8), (self.kv_heads, 8), (self.kv_heads, self.v_width)]
+        return [
+            graphs.per_rank(MESH, 2, heads, 6, width, dtype=self.dtype, seed=seed)
+            for seed, (heads, width) in enumerate(shapes)
+        ]
+
+    def call(self, q: Tensor, k: Tensor, v: Tensor, coordinate: Tensor) -> list[Tensor]:
+        given = coordinate if self.is_causal else None
+        return list(md.ring_attention(q, k, v, given, self.step, self.is_causal, 0.2, self.kv_heads != 4, 2))
+
+
+RINGS = [
+    Ring(step, is_causal, kv_heads, v_width, dtype)
+    for step in (0, 1)
+    for is_causal in (False, True)
+    for kv_heads, v_width in ((4, 8), (2, 6))
+    for dtype in (torch.float64, torch.float32, torch.bfloat16)
+]
+
+
 def rank_process(rank: int, folder: str) -> None:
     """Everything that is run on a real process group, into a file."""
     torch.set_num_threads(1)
@@ -164,6 +198,10 @@ def rank_process(rank: int, folder: str) -> None:
         for attention in ATTENTIONS:
             q, k, v = (x[rank] for x in attention.operands(MESH))
             results[str(attention)] = attention.call(q, k, v, "ulysses", 2)
+        coordinate = torch.tensor([rank], dtype=torch.int32)
+        for ring in RINGS:
+            q, k, v = (x[rank] for x in ring.operands())
+            results[str(ring)] = ring.call(q, k, v, coordinate)
         x = torch.arange(24.0).view(4, 6) + 100 * rank
         for name, call in FUNCTIONAL.items():
             results[name] = wait(call(x, device_mesh.get_group("cp")))
@@ -244,6 +282,28 @@ def test_context_attention_is_dense_attention(attention: Attention, eager: list[
     q, k, v = attention.operands(MESH)
     expected = graphs.attended(MESH, "cp", q, k, v, attention.is_causal)
     graphs.assert_same([(eager[rank][str(attention)],) for rank in range(2)], expected, exact=False)
+
+
+@pytest.mark.parametrize("attention", ATTENTIONS, ids=str)
+def test_context_attention_of_all_ranks_at_once(attention: Attention, eager: list[dict[str, Any]]) -> None:
+    """As it stays for an engine that does the ring itself."""
+    xs = attention.operands(MESH)
+    graph = graphs.trace(lambda q, k, v: attention.call(q, k, v, "ring", 2), *(x[0] for x in xs))
+    simulated = graphs.run_ranks(graph, MESH, *xs)
+    graphs.assert_same(simulated, [(eager[rank][str(attention)],) for rank in range(2)], exact=False)
+
+
+@pytest.mark.parametrize("case", RINGS, ids=str)
+def test_three_rules_of_a_step_of_a_ring(case: Ring, eager: list[dict[str, Any]]) -> None:
+    xs, coordinates = case.operands(), [torch.tensor([rank], dtype=torch.int32) for rank in range(2)]
+    graph = graphs.trace(case.call, *(x[0] for x in xs), coordinates[0])
+    (node,) = graph.graph.find_nodes(op="call_function", target=md.ring_attention.default)
+    claimed = node.meta["val"]
+    for rank, results in enumerate(graphs.run_ranks(graph, MESH, *xs, coordinates)):
+        for claim, result, real in zip(claimed, results, eager[rank][str(case)], strict=True):
+            assert (claim.dtype, claim.shape) == (result.dtype, result.shape)
+            assert [t.is_contiguous() for t in (claim, real, result)] == [True] * 3
+            torch.testing.assert_close(result, real, rtol=0, atol=0)
 
 
 EXPANSION = ("ulysses", "allgather_kv", "merge_exchanged", "cancel_exchanged", "leading_dim", "rank_input", "validate")

@@ -8,7 +8,8 @@ import torch
 from torch import Tensor
 from torch.fx import GraphModule
 
-from torchtrt_md.lowering import allgather_kv, leading_dim, ulysses
+from torchtrt_md.lowering import allgather_kv, leading_dim, ring, ulysses
+from torchtrt_md.lowering.passes import PassContext, run_passes
 from torchtrt_md.lowering.schedule import ScheduledCollective, schedule
 from torchtrt_md.mesh import Mesh
 
@@ -28,6 +29,7 @@ def every_op(x: Tensor) -> list[Tensor]:
         md.gather(x.to(torch.int8), 0, 0, "cp", 3),
         md.all_gather(x, 0, "cp", 3),
         md.all_reduce(x, "sum", "cp", 3),
+        md.permute_tensor(x.half(), 1, "cp", 3),
     ]
 
 
@@ -46,6 +48,7 @@ def test_the_collectives_in_order() -> None:
         ("gather", "cp", 3, torch.int8, 24, 24),
         ("all_gather", "cp", 3, torch.float32, 24, 2 * 24 * 4),
         ("all_reduce", "cp", 3, torch.float32, 24, 2 * 2 * 24 * 4 // 3),
+        ("permute_tensor", "cp", 3, torch.float16, 24, 24 * 2),
     ]
 
 
@@ -96,3 +99,22 @@ def test_the_formula_of_allgather_kv(size: int, heads: int, kv_heads: int, dtype
     assert sum(c.bytes_sent for c in schedule(graph)) == pytest.approx(formula, rel=1e-12)
     graphs.rewrite(leading_dim.run, graph, Mesh(cp=size))
     assert sum(c.bytes_sent for c in schedule(graph)) == pytest.approx(formula, rel=1e-12)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("size", [2, 3, 8])
+@pytest.mark.parametrize(("heads", "kv_heads"), [(3, 3), (8, 2), (8, 1)])
+def test_the_formula_of_a_ring(size: int, heads: int, kv_heads: int, dtype: torch.dtype) -> None:
+    """2 f N d b (P - 1) / P, as one op of the engine or block by block."""
+    graph = attention_of("ring", size, heads, kv_heads, dtype)
+    f = kv_heads / heads
+    n, d, b = BATCH * TOKENS, heads * WIDTH, dtype.itemsize
+    formula = pytest.approx(2 * f * n * d * b * (size - 1) / size, rel=1e-12)
+    (one,) = schedule(graph)
+    elements = 2 * BATCH * kv_heads * TOKENS // size * WIDTH
+    assert (one.op, one.axis, one.size, one.dtype, one.elements) == ("ring_attention", "cp", size, dtype, elements)
+    assert one.bytes_sent == formula
+    run_passes({"ring": ring.run}, graph, PassContext(Mesh(cp=size), {}, {}, "split"))
+    blocks = schedule(graph)
+    assert [c.op for c in blocks] == ["permute_tensor"] * (size - 1)
+    assert sum(c.bytes_sent for c in blocks) == formula

@@ -11,6 +11,7 @@ from torch import Tensor
 
 from torchtrt_md.errors import CollectiveError
 from torchtrt_md.lowering import validate
+from torchtrt_md.lowering.passes import PassContext
 from torchtrt_md.mesh import Mesh
 
 MESH = Mesh(cp=2, tp=2)
@@ -45,10 +46,14 @@ def shard(x: Tensor) -> Tensor:
     return mine
 
 
-def context_attention(x: Tensor) -> Tensor:
+def context_attention(x: Tensor, strategy: str = "ulysses", size: int = 2) -> Tensor:
     q = x.view(1, 2, 2, 4)
-    attended: Tensor = md.context_attention(q, q, q, False, None, False, "ring", "cp", 2)
+    attended: Tensor = md.context_attention(q, q, q, False, None, False, strategy, "cp", size)
     return attended
+
+
+def ring_over_another_size(x: Tensor) -> Tensor:
+    return context_attention(x, "ring", 4)
 
 
 def functional(x: Tensor) -> Tensor:
@@ -62,6 +67,7 @@ def functional(x: Tensor) -> Tensor:
         (over_another_size, "over 4 ranks of axis 'cp', which has 2 in Mesh(cp=2, tp=2)"),
         (over_no_axis, "over 2 ranks of axis 'ep', which has none in Mesh(cp=2, tp=2)"),
         (shard, "is still torchtrt_md.shard"),
+        (ring_over_another_size, "over 4 ranks of axis 'cp', which has 2 in Mesh(cp=2, tp=2)"),
         (context_attention, "is still torchtrt_md.context_attention"),
         (functional, "is still _c10d_functional."),
     ],
@@ -77,3 +83,10 @@ def test_refused(call: Callable[[Tensor], Tensor], part: str) -> None:
     assert part in raised.value.problem
     assert raised.value.at.startswith(f"{__file__}:")
     assert raised.value.at.endswith(" in forward: return call(x * 2)")
+
+
+def test_a_ring_may_stay_in_the_engine_only() -> None:
+    graph = graphs.trace(lambda x: context_attention(x, "ring"), torch.randn(4, 4))
+    assert validate.run(graph, PassContext(MESH, {}, {}, "engine")) == 0
+    with pytest.raises(CollectiveError, match=r"is still torchtrt_md\.context_attention"):
+        validate.run(graph, PassContext(MESH, {}, {}, "split"))

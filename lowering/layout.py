@@ -1,0 +1,66 @@
+"""How tensors lie in front of and behind the exchanges of attention: what copies is explicit, all else is a view.
+
+``aten.reshape`` may be either, which a reader of the graph cannot tell.  Here views are ``aten.view``, and a copy is
+``aten.cat`` or ``aten.clone``.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+
+import torch
+from torch.fx import Node
+
+from torchtrt_md.lowering.rewrite import emit, permute
+from torchtrt_md.program import value_of
+
+aten = torch.ops.aten
+
+
+def copied(before: Node, x: Node) -> Node:
+    """``x`` contiguous, as a tensor of its own."""
+    return emit(before, aten.clone.default, x, memory_format=torch.contiguous_format)
+
+
+def joined(before: Node, parts: Sequence[Node], dim: int) -> Node:
+    """One contiguous tensor of the parts, by one copy."""
+    return emit(before, aten.cat.default, list(parts), dim) if len(parts) > 1 else copied(before, parts[0])
+
+
+def viewed(before: Node, x: Node, shape: list[int]) -> Node:
+    """``x`` seen in this shape; no node where it has it already."""
+    return x if list(value_of(x).shape) == shape else emit(before, aten.view.default, x, shape)
+
+
+def whole_sequence(before: Node, received: Node, batch: int, heads: Sequence[int]) -> list[Node]:
+    """What all ranks sent, as operands of attention.
+
+    Args:
+        before: where nodes are inserted.
+        received: [P, B, S/P, n, D] or [P B, S/P, n, D], contiguous: of each rank its part of the sequence.
+        batch: B.
+        heads: how many of the n heads each operand has, in order.
+
+    Returns:
+        For each a view [B, h, S, D] of one tensor.  With a batch of one that is ``received`` itself; otherwise a
+        copy, since the ranks' parts of an entry of the batch do not lie in a row.
+    """
+    *leading, tokens, total, width = value_of(received).shape
+    ranks = math.prod(leading) // batch
+    if batch > 1:
+        by_rank = viewed(before, received, [ranks, batch, tokens, total, width])
+        received = copied(before, permute(before, by_rank, [1, 0, 2, 3, 4]))
+    whole = viewed(before, received, [batch, ranks * tokens, total, width])
+    return slices(before, permute(before, whole, [0, 2, 1, 3]), 1, heads)
+
+
+def slices(before: Node, x: Node, dim: int, sizes: Sequence[int]) -> list[Node]:
+    """``x`` cut on ``dim``; no node where one slice is all of it."""
+    if len(sizes) == 1:
+        return [x]
+    found, start = [], 0
+    for size in sizes:
+        found.append(emit(before, aten.slice.Tensor, x, dim, start, start + size))
+        start += size
+    return found
