@@ -1,19 +1,22 @@
-"""A manifest of two ranks and the bundle of it, for the tests of bundles and of the runtime."""
+"""Manifests of two ranks and bundles of them, for the tests of bundles and of the runtime."""
 
 from __future__ import annotations
 
 from pathlib import Path
 
 import msgspec
+import torch
 
-from torchtrt_md.bundle.manifest import Binding, Collective, Manifest, Segment, Tensor, Versions
+from torchtrt_md.bundle.manifest import SCHEMA, Binding, Collective, Decision, Manifest, Segment, Tensor, Versions
+from torchtrt_md.bundle.weights import save_weights
 from torchtrt_md.bundle.write import write_bundle
 
 
 def manifest(**changes: object) -> Manifest:
     """x [4, 8] is split on dim 0 over ``cp``; two segments on each rank; ``return_dict=False`` is built in."""
     first = Segment(
-        engine="first",
+        runs="engine",
+        file="first",
         axis="cp",
         inputs=[
             Binding("x", "input:x", "float32", [2, 8]),
@@ -23,26 +26,95 @@ def manifest(**changes: object) -> Manifest:
         collectives=[Collective("all_gather", "cp", 2, "float16", 16, 32)],
     )
     second = Segment(
-        engine="second",
+        runs="engine",
+        file="second",
         axis=None,
         inputs=[Binding("h", "value:h", "float16", [4, 8]), Binding("m", "input:mask.0", "bool", [4])],
         outputs=[Binding("y", "output:output0", "float32", [4, 8])],
         collectives=[],
     )
     whole = Manifest(
-        schema=1,
+        schema=SCHEMA,
         mesh={"cp": 2},
         inputs=[Tensor("x", "float32", [4, 8], [(0, "cp")]), Tensor("mask.0", "bool", [4])],
         outputs=[Tensor("output0", "float32", [4, 8])],
         constants={"return_dict": False, "mask.1": None},
         positional=["x", "mask"],
         result={"tuple": [{"output": 0}]},
+        placement="engine",
         ranks=[[first, second], [first, second]],
+        weights=[None, None],
         target="portable",
         versions=installed(),
         files={},
     )
     return msgspec.structs.replace(whole, **changes)
+
+
+def split_manifest(**changes: object) -> Manifest:
+    """x [4, 8] goes through an engine, a graph that gathers it, and one for Inductor; each rank has a weight."""
+    engine = Segment(
+        runs="engine",
+        file="engine",
+        axis=None,
+        inputs=[
+            Binding("x", "input:x", "float32", [2, 8]),
+            Binding("w", "weight:up", "float32", [8, 16], transposed=True),
+        ],
+        outputs=[Binding("h", "value:h", "float32", [2, 16])],
+        collectives=[],
+        name="block 0",
+    )
+    eager = Segment(
+        runs="eager",
+        file="gather",
+        axis=None,
+        inputs=[Binding("h", "value:h", "float32", [2, 16])],
+        outputs=[Binding("whole", "output:output0", "float32", [4, 16])],
+        collectives=[Collective("all_gather", "cp", 2, "float32", 32, 128)],
+    )
+    inductor = Segment(
+        runs="inductor",
+        file="last",
+        axis=None,
+        inputs=[
+            Binding("whole", "output:output0", "float32", [4, 16]),
+            Binding("w", "weight:up", "float32", [16, 8]),
+        ],
+        outputs=[Binding("y", "output:output1", "float32", [4, 8])],
+        collectives=[],
+    )
+    split = {
+        "inputs": [Tensor("x", "float32", [4, 8], [(0, "cp")])],
+        "outputs": [Tensor("output0", "float32", [4, 16]), Tensor("output1", "float32", [4, 8])],
+        "constants": {},
+        "positional": ["x"],
+        "result": {"tuple": [{"output": 0}, {"output": 1}]},
+        "placement": "split",
+        "ranks": [[engine, eager, inductor], [engine, eager, inductor]],
+        "weights": ["weights 0", "weights 1"],
+        "decisions": [Decision("block 0", "engine", "faster", {"engine": 0.5, "inductor": 0.75})],
+        "tuned_on": "NVIDIA H200",
+    }
+    return msgspec.structs.replace(manifest(), **split | changes)
+
+
+def split_files(folder: Path) -> dict[str, Path]:
+    """The files of :func:`split_manifest`; nothing looks inside, other than at the weights, equal on both ranks."""
+    folder.mkdir(parents=True, exist_ok=True)
+    files = {key: folder / key for key in ("engine", "gather", "last", "weights 0", "weights 1")}
+    for key, path in files.items():
+        if key.startswith("weights"):
+            save_weights({"up": torch.arange(128.0).view(16, 8), "unused": torch.zeros(3)}, path)
+        else:
+            path.write_bytes(f"the {key} file".encode())
+    return files
+
+
+def split_bundle(folder: Path, **changes: object) -> Path:
+    """The bundle of :func:`split_manifest` on disk."""
+    write_bundle(folder, split_manifest(**changes), split_files(folder.parent / f"{folder.name}-built"))
+    return folder
 
 
 def installed() -> Versions:

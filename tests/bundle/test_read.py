@@ -9,10 +9,12 @@ from typing import Any
 
 import msgspec
 import pytest
+import torch
 
 from bundle import bundle_samples
-from torchtrt_md.bundle import check_files, check_versions, manifest_digest, read_manifest
+from torchtrt_md.bundle import check_files, check_versions, manifest_digest, rank_files, read_manifest, write_bundle
 from torchtrt_md.bundle.manifest import Versions
+from torchtrt_md.bundle.weights import save_weights
 from torchtrt_md.errors import BundleError
 
 
@@ -42,7 +44,13 @@ def test_not_a_manifest(folder: Path, text: str) -> None:
 
 def test_a_newer_schema_is_refused_by_its_number_whatever_else_it_holds(folder: Path) -> None:
     (folder / "manifest.json").write_text('{"schema": 7, "meshes": []}')
-    with pytest.raises(BundleError, match="schema 7 and this version of torchtrt_md reads schema 1"):
+    with pytest.raises(BundleError, match="schema 7 and this version of torchtrt_md reads schema 2"):
+        read_manifest(folder)
+
+
+def test_a_bundle_of_schema_1_must_be_exported_again(folder: Path) -> None:
+    edit(folder, lambda c: c.update(schema=1))
+    with pytest.raises(BundleError, match=r"has schema 1 and this version.* reads schema 2\n.*or export it again"):
         read_manifest(folder)
 
 
@@ -59,9 +67,9 @@ def test_an_unknown_field_is_refused(folder: Path) -> None:
 
 
 EDITS: dict[str, Callable[[Any], object]] = {
-    "engines for 1 ranks and Mesh": lambda c: c["ranks"].pop(),
+    "segments for 1 ranks and Mesh": lambda c: c["ranks"].pop(),
     "the manifest's mesh {'cp': 0} is not one": lambda c: c.update(mesh={"cp": 0}),
-    "which is not among the manifest's files": lambda c: c["ranks"][0][0].update(engine="engines/other.engine"),
+    "which is not among the manifest's files": lambda c: c["ranks"][0][0].update(file="engines/other.engine"),
     "'../../etc/passwd', which is not inside the bundle": lambda c: c["files"].update({"../../etc/passwd": ""}),
     "'/etc/passwd', which is not inside the bundle": lambda c: c["files"].update({"/etc/passwd": ""}),
     "'engines/../../x', which is not inside the bundle": lambda c: c["files"].update({"engines/../../x": ""}),
@@ -104,9 +112,82 @@ def test_a_manifest_that_contradicts_itself(folder: Path, message: str) -> None:
     assert message in str(raised.value)
 
 
+SPLIT_EDITS: dict[str, Callable[[Any], object]] = {
+    "Invalid enum value 'python'": lambda c: c["ranks"][0][0].update(runs="python"),
+    "placement is 'middle', which is none of engine, split": lambda c: c.update(placement="middle"),
+    "runs as eager and has a communicator of axis 'cp'": lambda c: c["ranks"][0][1].update(axis="cp"),
+    "runs as inductor and has a communicator of axis 'cp'": lambda c: c["ranks"][0][2].update(axis="cp"),
+    "segment 1 of rank 0 runs as inductor and has a all_gather on axis 'cp'": lambda c: c["ranks"][0][1].update(
+        runs="inductor"
+    ),
+    "has a all_gather over 2 ranks of axis 'tp' of": lambda c: c["ranks"][0][1]["collectives"][0].update(axis="tp"),
+    "has a all_gather over 4 ranks of axis 'cp' of": lambda c: c["ranks"][0][1]["collectives"][0].update(ranks=4),
+    "the manifest has weights for 1 ranks": lambda c: c["weights"].pop(),
+    "segment 0 of rank 1 reads 'weight:up', and rank 1 has no file of weights": lambda c: c.update(
+        weights=[c["weights"][0], None]
+    ),
+    "the weights of rank 1 are in 'weights/other', which is not among": lambda c: c["weights"].__setitem__(
+        1, "weights/other"
+    ),
+    "takes 'weight:up' of shape [8, 4, 4] transposed": lambda c: c["ranks"][0][0]["inputs"][1].update(shape=[8, 4, 4]),
+    "takes 'input:x' of shape [2, 8] transposed": lambda c: c["ranks"][0][0]["inputs"][0].update(transposed=True),
+    "takes 'value:h' of shape [2, 16] transposed": lambda c: c["ranks"][0][0]["outputs"][0].update(transposed=True),
+    "binds 'weight:up' as float32 [8, 16], and it is float32 [16, 8]": lambda c: c["ranks"][0][2]["inputs"][1].update(
+        transposed=True, shape=[16, 8]
+    ),
+    "binds 'weight:up' as float16 [16, 8], and it is float32 [16, 8]": lambda c: c["ranks"][0][2]["inputs"][1].update(
+        dtype="float16"
+    ),
+    "writes 'weight:up', which is no output": lambda c: c["ranks"][0][0]["outputs"][0].update(source="weight:up"),
+    "reads 'output:output1', which nothing before it makes": lambda c: c["ranks"][0][2]["inputs"][0].update(
+        source="output:output1", shape=[4, 8]
+    ),
+    "binds a tensor of its graph twice": lambda c: c["ranks"][0][2]["inputs"][0].update(name="w"),
+}
+
+
+@pytest.mark.parametrize("message", SPLIT_EDITS)
+def test_a_manifest_of_parts_that_contradicts_itself(tmp_path: Path, message: str) -> None:
+    folder = bundle_samples.split_bundle(tmp_path / "model")
+    edit(folder, SPLIT_EDITS[message])
+    with pytest.raises(BundleError) as raised:
+        read_manifest(folder)
+    assert message in str(raised.value)
+
+
+def test_what_a_graph_returns_may_be_named_alike(tmp_path: Path) -> None:
+    """A graph is bound by order; returning its input as it came is one name on both sides."""
+    folder = bundle_samples.split_bundle(tmp_path / "model")
+    edit(folder, lambda c: c["ranks"][0][2]["outputs"][0].update(name="whole"))
+    assert read_manifest(folder).ranks[0][2].outputs[0].name == "whole"
+
+
+@pytest.mark.parametrize("damaged", ["segment", "weights"])
+def test_the_files_of_a_rank_are_its_segments_and_its_weights(tmp_path: Path, damaged: str) -> None:
+    files = bundle_samples.split_files(tmp_path / "built")
+    save_weights({"up": torch.ones(16, 8)}, files["weights 1"])
+    manifest = write_bundle(tmp_path / "out", bundle_samples.split_manifest(), files)
+    name = manifest.ranks[0][1].file if damaged == "segment" else manifest.weights[0]
+    assert name is not None
+    assert len(rank_files(manifest, 0)) == 4
+    (tmp_path / "out" / name).write_bytes(b"?")
+    with pytest.raises(BundleError, match=f"{name} is damaged"):
+        check_files(tmp_path / "out", manifest, rank_files(manifest, 0))
+    if damaged == "weights":
+        check_files(tmp_path / "out", manifest, rank_files(manifest, 1))
+
+
+def test_a_bundle_without_engines_runs_under_any_tensorrt() -> None:
+    manifest = msgspec.structs.replace(bundle_samples.split_manifest(), versions=Versions("0.1.0", "2.14.0", "", ""))
+    with pytest.raises(BundleError, match="the bundle was built with"):
+        check_versions(manifest)
+    graphs = [[msgspec.structs.replace(s, runs="eager") for s in segments] for segments in manifest.ranks]
+    check_versions(msgspec.structs.replace(manifest, ranks=graphs))
+
+
 def test_a_changed_byte_is_found_and_named(folder: Path) -> None:
     manifest = read_manifest(folder)
-    first, second = (segment.engine for segment in manifest.ranks[0])
+    first, second = (segment.file for segment in manifest.ranks[0])
     content = bytearray((folder / second).read_bytes())
     content[500] ^= 1
     (folder / second).write_bytes(content)
@@ -120,7 +201,7 @@ def test_a_changed_byte_is_found_and_named(folder: Path) -> None:
 
 def test_a_missing_file_is_named(folder: Path) -> None:
     manifest = read_manifest(folder)
-    engine = manifest.ranks[0][0].engine
+    engine = manifest.ranks[0][0].file
     (folder / engine).unlink()
     with pytest.raises(BundleError, match=f"{engine} cannot be read: No such file"):
         check_files(folder, manifest)

@@ -6,9 +6,12 @@ from pathlib import Path
 
 import msgspec
 import pytest
+import torch
 
 from bundle import bundle_samples
 from torchtrt_md.bundle import check_files, read_manifest, write_bundle
+from torchtrt_md.bundle.manifest import Decision
+from torchtrt_md.bundle.weights import save_weights
 from torchtrt_md.errors import BundleError
 
 
@@ -21,7 +24,7 @@ def test_what_is_written_is_what_is_read(tmp_path: Path) -> None:
     check_files(tmp_path / "out", written)
     path = f"engines/{digest}.engine"
     assert written.files[path] == digest
-    assert [segments[0].engine for segments in written.ranks] == [path, path]
+    assert [segments[0].file for segments in written.ranks] == [path, path]
     assert not any(path.exists() for path in files.values()), "engines are moved, not copied"
 
 
@@ -36,7 +39,7 @@ def test_engine_memory_is_not_copied(tmp_path: Path) -> None:
     files = bundle_samples.engine_files(tmp_path / "built")
     inode = files["first"].stat().st_ino
     written = write_bundle(tmp_path / "out", bundle_samples.manifest(), files)
-    assert (tmp_path / "out" / written.ranks[0][0].engine).stat().st_ino == inode
+    assert (tmp_path / "out" / written.ranks[0][0].file).stat().st_ino == inode
 
 
 def test_a_bundle_is_replaced_whole(tmp_path: Path) -> None:
@@ -51,7 +54,7 @@ def test_a_bundle_is_replaced_whole(tmp_path: Path) -> None:
 
 def test_engines_of_the_replaced_bundle_can_be_used_again(tmp_path: Path) -> None:
     out = bundle_samples.bundle(tmp_path / "out")
-    first, second = (segment.engine for segment in read_manifest(out).ranks[0])
+    first, second = (segment.file for segment in read_manifest(out).ranks[0])
     written = write_bundle(out, bundle_samples.manifest(), {"first": out / first, "second": out / second})
     check_files(out, written)
 
@@ -130,10 +133,10 @@ def test_across_file_systems_the_engine_is_copied(tmp_path: Path, monkeypatch: p
     assert not any(path.exists() for path in files.values())
 
 
-def test_engines_must_be_those_of_the_segments(tmp_path: Path) -> None:
+def test_files_must_be_those_of_the_segments(tmp_path: Path) -> None:
     files = bundle_samples.engine_files(tmp_path / "built")
     files["third"] = files.pop("second")
-    with pytest.raises(BundleError, match=r"no file for \['second'\], no segment for \['third'\]"):
+    with pytest.raises(BundleError, match=r"no file for \['second'\], no use for \['third'\]"):
         write_bundle(tmp_path / "out", bundle_samples.manifest(), files)
     assert not (tmp_path / "out").exists()
 
@@ -147,6 +150,52 @@ def test_a_missing_engine_file(tmp_path: Path) -> None:
 def test_a_manifest_that_contradicts_itself_is_not_written(tmp_path: Path) -> None:
     files = bundle_samples.engine_files(tmp_path / "built")
     wrong = msgspec.structs.replace(bundle_samples.manifest(), mesh={"cp": 4})
-    with pytest.raises(BundleError, match="engines for 2 ranks"):
+    with pytest.raises(BundleError, match="segments for 2 ranks"):
         write_bundle(tmp_path / "out", wrong, files)
     assert not (tmp_path / "out").exists()
+
+
+def test_each_kind_of_file_has_its_folder(tmp_path: Path) -> None:
+    files = bundle_samples.split_files(tmp_path / "built")
+    content = {key: path.read_bytes() for key, path in files.items()}
+    written = write_bundle(tmp_path / "out", bundle_samples.split_manifest(), files)
+
+    assert read_manifest(tmp_path / "out") == written
+    check_files(tmp_path / "out", written)
+    names = {key: hashlib.sha256(data).hexdigest() for key, data in content.items()}
+    engine, *graphs = (segment.file for segment in written.ranks[1])
+    assert engine == f"engines/{names['engine']}.engine"
+    assert graphs == [f"graphs/{names[key]}.json" for key in ("gather", "last")]
+    assert written.weights == [f"weights/{names['weights 0']}.safetensors"] * 2
+    assert len(written.files) == 4, "ranks of equal weights share a file"
+    for key, data in content.items():
+        (path,) = (tmp_path / "out").rglob(f"{names[key]}.*")
+        assert path.read_bytes() == data
+    assert not any(path.exists() for path in files.values())
+
+
+def test_ranks_of_other_weights_have_files_of_their_own(tmp_path: Path) -> None:
+    files = bundle_samples.split_files(tmp_path / "built")
+    save_weights({"up": torch.ones(16, 8)}, files["weights 1"])
+    first, second = write_bundle(tmp_path / "out", bundle_samples.split_manifest(), files).weights
+    assert first != second
+
+
+@pytest.mark.parametrize("changes", [{"weights": ["engine", "weights 1"]}, {"weights": ["gather", "weights 1"]}])
+def test_a_file_is_one_thing(tmp_path: Path, changes: dict[str, object]) -> None:
+    files = bundle_samples.split_files(tmp_path / "built")
+    with pytest.raises(BundleError, match=r"is used as two things: .*safetensors"):
+        write_bundle(tmp_path / "out", bundle_samples.split_manifest(**changes), files)
+
+
+def test_weights_without_a_file(tmp_path: Path) -> None:
+    files = bundle_samples.split_files(tmp_path / "built")
+    del files["weights 1"]
+    with pytest.raises(BundleError, match=r"no file for \['weights 1'\]"):
+        write_bundle(tmp_path / "out", bundle_samples.split_manifest(), files)
+
+
+def test_a_time_that_json_lacks_is_refused(tmp_path: Path) -> None:
+    decisions = [Decision("block 0", "engine", "the other failed", {"inductor": float("inf")})]
+    with pytest.raises(BundleError, match="the time of 'inductor' for 'block 0' is inf"):
+        bundle_samples.split_bundle(tmp_path / "out", decisions=decisions)

@@ -1,12 +1,14 @@
-"""The bundle: a folder of engines and the ``manifest.json`` that says how to run them.
+"""The bundle: a folder of engines, graphs and weights, and the ``manifest.json`` that says how to run them.
 
-write       engine files + manifest -> a folder, all of it or nothing
+write       files + manifest -> a folder, all of it or nothing
 read        a folder -> a manifest that is whole, and files that are what it says
 structure   what makes a manifest consistent; both of the above ask it
+graph       graphs of ops that run in PyTorch <-> JSON
+weights     a rank's weights <-> safetensors
 """
 
 from torchtrt_md.bundle.manifest import Manifest
-from torchtrt_md.bundle.read import check_files, check_versions, manifest_digest, read_manifest
+from torchtrt_md.bundle.read import check_files, check_versions, manifest_digest, rank_files, read_manifest
 from torchtrt_md.bundle.write import check_destination, write_bundle
 
 __all__ = [
@@ -15,6 +17,7 @@ __all__ = [
     "check_files",
     "check_versions",
     "manifest_digest",
+    "rank_files",
     "read_manifest",
     "write_bundle",
 ]

@@ -63,11 +63,18 @@ def manifest_digest(folder: Path | str) -> str:
     return hashlib.sha256(_manifest_bytes(folder)).hexdigest()
 
 
+def rank_files(manifest: Manifest, rank: int) -> list[str]:
+    """The files of the bundle that a rank needs: what its segments run, and its weights."""
+    weights = manifest.weights[rank]
+    files = [segment.file for segment in manifest.ranks[rank]]
+    return list(dict.fromkeys(files if weights is None else [*files, weights]))
+
+
 def check_files(folder: Path | str, manifest: Manifest, only: Iterable[str] | None = None) -> None:
     """Compare files of the bundle with their sha256 in the manifest.
 
     Args:
-        only: paths within the bundle (a rank needs its own engines only); None checks every file.
+        only: paths within the bundle, :func:`rank_files` for those of one rank; None checks every file.
 
     Raises:
         BundleError: a file that is missing or changed, with the expected and the found hash.
@@ -93,10 +100,14 @@ def check_files(folder: Path | str, manifest: Manifest, only: Iterable[str] | No
 def check_versions(manifest: Manifest) -> None:
     """Refuse a bundle that the installed TensorRT cannot run: a plan runs only under the version that built it.
 
+    A bundle of graphs alone needs no TensorRT.
+
     Raises:
         BundleError: with the flavour and version of both, and what to install.
         BuildError: no TensorRT is installed.
     """
+    if not any(segment.runs == "engine" for segments in manifest.ranks for segment in segments):
+        return
     from torchtrt_md.build.flavour import flavour  # imports TensorRT: not before a bundle is really loaded
 
     here, built = flavour(), manifest.versions

@@ -1,18 +1,21 @@
 """What makes a manifest consistent, asked both when a bundle is written and when it is read.
 
 A runner trusts a checked manifest: each wire has one producer that runs before its consumers, each shape
-follows from the mesh, and an engine's collectives are all on the axis of the communicator it will get.
+follows from the mesh, an engine's collectives are all on the axis of the communicator it will get, and a rank whose
+segments take weights has a file of them.
 """
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping, Sequence
 from pathlib import PurePosixPath
-from typing import Any
+from typing import Any, get_args
 
 from torchtrt_md.bundle.manifest import Binding, Manifest, Segment, Tensor
 from torchtrt_md.errors import BundleError, MeshError
 from torchtrt_md.mesh import Mesh
+from torchtrt_md.parallel import Placement
 
 _REBUILD = "export the bundle again; do not edit manifest.json by hand"
 
@@ -53,13 +56,18 @@ def check_structure(manifest: Manifest) -> None:
         BundleError: naming the two parts that disagree.
     """
     mesh = mesh_of(manifest)
-    if len(manifest.ranks) != mesh.size:
+    for what, number in (("segments", len(manifest.ranks)), ("weights", len(manifest.weights))):
+        if number != mesh.size:
+            raise BundleError(f"the manifest has {what} for {number} ranks and {mesh} has {mesh.size}", fix=_REBUILD)
+    if manifest.placement not in get_args(Placement):
         raise BundleError(
-            f"the manifest has engines for {len(manifest.ranks)} ranks and {mesh} has {mesh.size}", fix=_REBUILD
+            f"the manifest's placement is {manifest.placement!r}, which is none of {', '.join(get_args(Placement))}",
+            fix=_REBUILD,
         )
     for path in manifest.files:
         check_path(path)
     _check_names(manifest)
+    _check_times(manifest)
     for rank, segments in enumerate(manifest.ranks):
         _check_rank(manifest, mesh, rank, segments)
     _check_result(manifest.result, len(manifest.outputs))
@@ -87,17 +95,39 @@ def _check_names(manifest: Manifest) -> None:
             raise BundleError(f"the manifest has more than one {kind} {twice[0]!r}", fix=_REBUILD)
 
 
+def _check_times(manifest: Manifest) -> None:
+    """JSON has no infinity: written as one, a time would be read as null."""
+    for decision in manifest.decisions:
+        for candidate, time in decision.times_ms.items():
+            if not math.isfinite(time):
+                raise BundleError(
+                    f"the time of {candidate!r} for {decision.what!r} is {time}",
+                    fix="leave out of times_ms what could not be timed, and say so in why",
+                )
+
+
 def _check_rank(manifest: Manifest, mesh: Mesh, rank: int, segments: Sequence[Segment]) -> None:
     expected: dict[str, tuple[str, tuple[int, ...]]] = {f"coordinate:{axis}": ("int32", (1,)) for axis in mesh.names}
     expected |= {f"input:{t.name}": (t.dtype, local_shape(t, mesh)) for t in manifest.inputs}
     outputs = {f"output:{t.name}": (t.dtype, local_shape(t, mesh)) for t in manifest.outputs}
+    weights = manifest.weights[rank]
+    if weights is not None and weights not in manifest.files:
+        raise BundleError(
+            f"the weights of rank {rank} are in {weights!r}, which is not among the manifest's files", fix=_REBUILD
+        )
     live = set(expected)
     expected |= outputs
     for index, segment in enumerate(segments):
         where = f"segment {index} of rank {rank}"
         _check_segment(manifest, mesh, segment, where)
         for binding in segment.inputs:
-            if binding.source not in live:
+            if binding.weight is not None:
+                if weights is None:
+                    raise BundleError(
+                        f"{where} reads {binding.source!r}, and rank {rank} has no file of weights", fix=_REBUILD
+                    )
+                expected.setdefault(binding.source, (binding.dtype, tuple(binding.source_shape)))
+            elif binding.source not in live:
                 raise BundleError(f"{where} reads {binding.source!r}, which nothing before it makes", fix=_REBUILD)
             _check_binding(binding, expected, where)
         for binding in segment.outputs:
@@ -116,27 +146,52 @@ def _check_rank(manifest: Manifest, mesh: Mesh, rank: int, segments: Sequence[Se
 
 
 def _check_segment(manifest: Manifest, mesh: Mesh, segment: Segment, where: str) -> None:
-    if segment.engine not in manifest.files:
-        raise BundleError(f"{where} runs {segment.engine!r}, which is not among the manifest's files", fix=_REBUILD)
+    if segment.file not in manifest.files:
+        raise BundleError(f"{where} runs {segment.file!r}, which is not among the manifest's files", fix=_REBUILD)
+    _check_communication(mesh, segment, where)
+    # An engine finds all its tensors by name, a graph its inputs only; what it returns has an order.
+    names = [b.name for b in (*segment.inputs, *(segment.outputs if segment.runs == "engine" else ()))]
+    if len(set(names)) != len(names):
+        raise BundleError(f"{where} binds a tensor of its {_noun(segment)} twice: {names}", fix=_REBUILD)
+    for binding in (*segment.inputs, *segment.outputs):
+        if binding.transposed and (binding.weight is None or len(binding.shape) != 2):
+            raise BundleError(
+                f"{where} takes {binding.source!r} of shape {binding.shape} transposed, and only weights of two dims"
+                " can be",
+                fix=_REBUILD,
+            )
+
+
+def _check_communication(mesh: Mesh, segment: Segment, where: str) -> None:
+    if segment.axis is not None and segment.runs != "engine":
+        raise BundleError(
+            f"{where} runs as {segment.runs} and has a communicator of axis {segment.axis!r}, which only an engine has",
+            fix=_REBUILD,
+        )
     if segment.axis is not None and segment.axis not in mesh.axes:
         raise BundleError(f"{where} communicates on axis {segment.axis!r}, which {mesh} lacks", fix=_REBUILD)
     for c in segment.collectives:
-        if c.axis != segment.axis or c.ranks != mesh.axis_size(c.axis):
+        if segment.runs == "inductor":
+            raise BundleError(f"{where} runs as inductor and has a {c.op} on axis {c.axis!r}", fix=_REBUILD)
+        if segment.runs == "engine" and c.axis != segment.axis:
             raise BundleError(
-                f"{where} has a {c.op} over {c.ranks} ranks of axis {c.axis!r}, and its communicator is that of"
-                f" axis {segment.axis!r} of {mesh}",
+                f"{where} has a {c.op} on axis {c.axis!r}, and its communicator is that of axis {segment.axis!r}",
                 fix=_REBUILD,
             )
-    names = [b.name for b in (*segment.inputs, *segment.outputs)]
-    if len(set(names)) != len(names):
-        raise BundleError(f"{where} binds a tensor of its engine twice: {names}", fix=_REBUILD)
+        if c.axis not in mesh.axes or c.ranks != mesh.axis_size(c.axis):
+            raise BundleError(f"{where} has a {c.op} over {c.ranks} ranks of axis {c.axis!r} of {mesh}", fix=_REBUILD)
+
+
+def _noun(segment: Segment) -> str:
+    return "engine" if segment.runs == "engine" else "graph"
 
 
 def _check_binding(binding: Binding, expected: Mapping[str, tuple[str, tuple[int, ...]]], where: str) -> None:
     dtype, shape = expected[binding.source]
-    if (binding.dtype, tuple(binding.shape)) != (dtype, shape):
+    found = binding.source_shape
+    if (binding.dtype, tuple(found)) != (dtype, shape):
         raise BundleError(
-            f"{where} binds {binding.source!r} as {binding.dtype} {binding.shape}, and it is {dtype} {list(shape)}",
+            f"{where} binds {binding.source!r} as {binding.dtype} {found}, and it is {dtype} {list(shape)}",
             fix=_REBUILD,
         )
 

@@ -1,4 +1,4 @@
-"""Write a bundle: all of it or nothing, without ever holding an engine in memory."""
+"""Write a bundle: all of it or nothing, without ever holding a file in memory."""
 
 from __future__ import annotations
 
@@ -11,48 +11,53 @@ from pathlib import Path
 
 import msgspec
 
-from torchtrt_md.bundle.manifest import Manifest
+from torchtrt_md.bundle.manifest import Manifest, Segment
 from torchtrt_md.bundle.read import MANIFEST
 from torchtrt_md.bundle.structure import check_structure
 from torchtrt_md.errors import BundleError
 
+_WEIGHTS = "weights/{}.safetensors"
 
-def write_bundle(folder: Path | str, manifest: Manifest, engines: Mapping[str, Path]) -> Manifest:
-    """Make ``folder`` the bundle of these engines, whose files are moved into it.
 
-    The bundle is put together beside ``folder`` and renamed into place, its manifest written last; the engine
-    files leave their old place only then.  A crash at any point leaves no half bundle and loses no engine.
+def write_bundle(folder: Path | str, manifest: Manifest, files: Mapping[str, Path]) -> Manifest:
+    """Make ``folder`` the bundle of these files, which are moved into it.
+
+    The bundle is put together beside ``folder`` and renamed into place, its manifest written last; the files leave
+    their old place only then.  A crash at any point leaves no half bundle and loses no file.
 
     Args:
         folder: where; an existing bundle or empty folder is replaced.
-        manifest: ``Segment.engine`` is a key of ``engines`` here, and ``files`` is ignored.
-        engines: key -> engine file.  Equal files become one.
+        manifest: ``Segment.file`` and the ``weights`` are keys of ``files`` here, and its own ``files`` is ignored.
+        files: key -> file: an engine, a graph as JSON, or weights as safetensors.  Equal files become one.
 
     Returns:
-        The manifest as written: ``Segment.engine`` is a path in the bundle, and ``files`` has its sha256.
+        The manifest as written: ``Segment.file`` and ``weights`` are paths in the bundle, named after the file's
+        hash, and ``files`` has its sha256.
 
     Raises:
-        BundleError: a folder that is something else, an engine that is missing or unused, or a manifest that
-            contradicts itself.
+        BundleError: a folder that is something else, a file that is missing or unused or used as two things, or a
+            manifest that contradicts itself.
     """
     folder = Path(folder).resolve()  # a rename onto a link would replace the link, not the folder behind it
     check_destination(folder)
-    digests = {key: _digest(path) for key, path in engines.items()}
-    written = _finished(manifest, digests)
+    forms = _forms(manifest, files)
+    digests = {key: _digest(path) for key, path in files.items()}
+    names = {key: forms[key].format(digest) for key, digest in digests.items()}
+    written = _finished(manifest, names, {names[key]: digest for key, digest in digests.items()})
     check_structure(written)
 
     folder.parent.mkdir(parents=True, exist_ok=True)
     unfinished = folder.parent / f".{folder.name}.{uuid.uuid4().hex[:8]}.unfinished"
     try:
-        (unfinished / "engines").mkdir(parents=True)
-        for key, path in engines.items():
-            _link_or_copy(path, unfinished / _name(digests[key]))
+        unfinished.mkdir()
+        for key, path in files.items():
+            _link_or_copy(path, unfinished / names[key])
         text = msgspec.json.format(msgspec.json.encode(written), indent=2)
         (unfinished / MANIFEST).write_bytes(text + b"\n")
         _put_in_place(unfinished, folder)
     finally:
         shutil.rmtree(unfinished, ignore_errors=True)
-    for path in engines.values():
+    for path in files.values():
         if not path.resolve().is_relative_to(folder):  # one of the replaced bundle may be one of this again
             path.unlink(missing_ok=True)
     return written
@@ -76,24 +81,37 @@ def check_destination(folder: Path | str) -> None:
         )
 
 
-def _finished(manifest: Manifest, digests: Mapping[str, str]) -> Manifest:
-    used = {segment.engine for segments in manifest.ranks for segment in segments}
-    if used != set(digests):
-        lacking, unused = sorted(used - set(digests)), sorted(set(digests) - used)
+def _form(segment: Segment) -> str:
+    return "engines/{}.engine" if segment.runs == "engine" else "graphs/{}.json"
+
+
+def _forms(manifest: Manifest, files: Mapping[str, Path]) -> dict[str, str]:
+    """Key of ``files`` -> where a file of its kind lies in a bundle, with ``{}`` for its hash."""
+    uses = [(segment.file, _form(segment)) for segments in manifest.ranks for segment in segments]
+    uses += [(key, _WEIGHTS) for key in manifest.weights if key is not None]
+    forms = dict(uses)
+    for key, form in uses:
+        if forms[key] != form:
+            raise BundleError(
+                f"the file {key!r} is used as two things: {form.format('*')} and {forms[key].format('*')}",
+                fix="give each engine, graph and file of weights a key of its own",
+            )
+    if set(forms) != set(files):
+        lacking, unused = sorted(set(forms) - set(files)), sorted(set(files) - set(forms))
         raise BundleError(
-            f"the segments and the engine files do not match: no file for {lacking}, no segment for {unused}",
-            fix="pass write_bundle exactly the engines that the segments name",
+            f"the manifest and the files do not match: no file for {lacking}, no use for {unused}",
+            fix="pass write_bundle exactly the files that the segments and weights name",
         )
+    return forms
+
+
+def _finished(manifest: Manifest, names: Mapping[str, str], files: dict[str, str]) -> Manifest:
     ranks = [
-        [msgspec.structs.replace(segment, engine=_name(digests[segment.engine])) for segment in segments]
+        [msgspec.structs.replace(segment, file=names[segment.file]) for segment in segments]
         for segments in manifest.ranks
     ]
-    files = {_name(digest): digest for digest in digests.values()}
-    return msgspec.structs.replace(manifest, ranks=ranks, files=files)
-
-
-def _name(digest: str) -> str:
-    return f"engines/{digest}.engine"
+    weights = [None if key is None else names[key] for key in manifest.weights]
+    return msgspec.structs.replace(manifest, ranks=ranks, weights=weights, files=files)
 
 
 def _digest(path: Path) -> str:
@@ -101,15 +119,14 @@ def _digest(path: Path) -> str:
         with path.open("rb") as file:
             return hashlib.file_digest(file, "sha256").hexdigest()
     except OSError as error:
-        raise BundleError(
-            f"the engine file {path} cannot be read: {error.strerror or error}", fix="build the engine again"
-        ) from error
+        raise BundleError(f"the file {path} cannot be read: {error.strerror or error}", fix="export again") from error
 
 
 def _link_or_copy(source: Path, target: Path) -> None:
     """A second name for the same bytes, so that the first survives a crash; a copy only across file systems."""
     if target.exists():
         return
+    target.parent.mkdir(exist_ok=True)
     try:
         os.link(source.resolve(), target)
     except OSError:
