@@ -30,6 +30,10 @@ class MeshError(MDError, ValueError):
     """A mesh of impossible sizes, an axis that it lacks, or a mesh that does not fit the launch."""
 
 
+class OptionError(MDError, ValueError):
+    """An option that does not exist, or a value that it cannot have."""
+
+
 class PlanError(MDError, ValueError):
     """A parallel plan that does not fit the model."""
 
@@ -56,6 +60,18 @@ class VerificationError(MDError):
 
 class BuildError(MDError):
     """TensorRT cannot build the engine."""
+
+
+class ConversionError(BuildError):
+    """One op cannot be converted.
+
+    Args:
+        node: its name in the lowered graph.
+    """
+
+    def __init__(self, problem: str, *, fix: str = "", at: str = "", node: str = "") -> None:
+        super().__init__(problem, fix=fix, at=at)
+        self.node = node
 
 
 class TargetError(BuildError, ValueError):

@@ -1,9 +1,11 @@
 from __future__ import annotations
 
+from types import ModuleType
+
 import pytest
 import torch
 
-from torchtrt_md.build.flavour import CURRENT, PORTABLE, boundary_dtypes, flavour, trt_dtype
+from torchtrt_md.build.flavour import CURRENT, PORTABLE, Flavour, boundary_dtypes, flavour, trt_dtype
 from torchtrt_md.errors import TargetError
 
 
@@ -32,3 +34,42 @@ def test_boundary_dtypes_are_those_of_tensorrt() -> None:
     assert torch.float64 not in supported
     assert torch.int16 not in supported
     assert all(hasattr(f.trt.DataType, trt_dtype(f, dtype)) for dtype in supported)
+
+
+@pytest.mark.parametrize(
+    ("target", "refusal"),
+    [
+        ("sm120", None),
+        ("sm121", None),
+        ("sm100", None),
+        ("sm90", "compute capability 9.0, and it takes 10.0"),
+        ("sm80", "compute capability 8.0"),
+        ("sm75", "compute capability 7.5"),
+        (PORTABLE, "does not say"),
+        ("sm", "does not say"),
+    ],
+)
+def test_ring_attention_is_for_compute_capability_10_and_later(target: str, refusal: str | None) -> None:
+    f = flavour()
+    found = f.ring_refusal(target)
+    assert f.rings(target) == (refusal is None)
+    if refusal is None:
+        assert found is None
+        f.check_ring(target)
+    else:
+        assert found is not None
+        assert refusal in found
+        with pytest.raises(TargetError, match="ring attention inside an engine") as error:
+            f.check_ring(target)
+        assert 'placement="split"' in error.value.fix
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="this machine has a GPU to build for")
+def test_the_current_gpu_must_be_there_to_be_known() -> None:
+    assert not flavour().rings(CURRENT)
+
+
+def test_a_tensorrt_without_it_has_no_ring_attention() -> None:
+    """Versions before 10.16 have an IAttention without ranks; the module here stands for one."""
+    older = Flavour("TensorRT", "10.14", ModuleType("tensorrt"))
+    assert older.ring_refusal("sm120") == "TensorRT 10.14 has no attention over several ranks"

@@ -12,7 +12,6 @@ from __future__ import annotations
 
 import ctypes
 import gc
-import math
 import time
 from collections.abc import Callable, Sequence
 from itertools import zip_longest
@@ -22,12 +21,12 @@ from typing import Any
 import torch
 from torch.fx import GraphModule, Node
 
-from torchtrt_md.build import converters, probes
-from torchtrt_md.build.decompose import bind_weights, decompose, first_line
+from torchtrt_md.build import converters, layers, probes
+from torchtrt_md.build.decompose import bind_weights, decompose, first_line, origin
 from torchtrt_md.build.engine import Binding, Engine
 from torchtrt_md.build.flavour import Flavour, boundary_dtypes, flavour, trt_dtype
 from torchtrt_md.build.torch_trt import load, without_gpu
-from torchtrt_md.errors import BuildError
+from torchtrt_md.errors import BuildError, ConversionError
 from torchtrt_md.lowering import lower
 from torchtrt_md.lowering.schedule import ScheduledCollective, schedule
 from torchtrt_md.program import Coordinate, ShardedProgram, Weight, outputs_of, placeholders, value_of
@@ -51,7 +50,7 @@ def build_program(
     folder.mkdir(parents=True, exist_ok=True)
     engines = []
     for graph, members in program.distinct():
-        classes = [c for c in _equal_ranks(program, members) if wanted.intersection(c)]
+        classes = [c for c in equal_ranks(program, members) if wanted.intersection(c)]
         decomposed = decompose(graph) if classes else graph
         if classes:
             _check_converters(decomposed)
@@ -92,7 +91,7 @@ def _check_dtypes(program: ShardedProgram) -> None:
                 )
 
 
-def _equal_ranks(program: ShardedProgram, members: Sequence[int]) -> list[tuple[int, ...]]:
+def equal_ranks(program: ShardedProgram, members: Sequence[int]) -> list[tuple[int, ...]]:
     """The ranks among ``members`` grouped by equal weights: by their coordinates on axes that split a weight."""
     axes = sorted({s.axis for w in program.sources.values() if isinstance(w, Weight) for s in w.shardings})
     classes: dict[tuple[int, ...], list[int]] = {}
@@ -110,7 +109,6 @@ def _build(
     axis: str | None,
     target: str,
 ) -> Engine:
-    start = time.perf_counter()
     weights = {
         name: program.weights.local(source, program.mesh, ranks[0])
         for name, source in program.sources.items()
@@ -118,7 +116,36 @@ def _build(
     }
     collectives = schedule(graph)
     inputs, outputs = _bindings(program, graph)
-    interpreter = _convert(bind_weights(decomposed, weights), inputs, outputs)
+    bound = bind_weights(decomposed, weights)
+    count, seconds = build_graph(bound, inputs, outputs, collectives, file, target, what=_named(ranks))
+    return Engine(ranks, file, axis, tuple(inputs), tuple(outputs), tuple(collectives), target, count, seconds)
+
+
+def build_graph(
+    graph: GraphModule,
+    inputs: Sequence[Binding],
+    outputs: Sequence[Binding],
+    collectives: Sequence[ScheduledCollective],
+    file: Path,
+    target: str,
+    *,
+    what: str,
+) -> tuple[int, float]:
+    """Build one decomposed graph into an engine file; the number of its layers, and the seconds it took.
+
+    Args:
+        graph: its placeholders are ``inputs`` and it returns ``outputs``, in order.
+        collectives: those of the program that was verified; the network must have the same.
+        what: whose engine this is, for messages.
+
+    Raises:
+        BuildError: TensorRT cannot build it.
+    """
+    start = time.perf_counter()
+    if any(c.op == layers.RING for c in collectives):
+        flavour().check_ring(target)
+    with converters.converting_for(target):
+        interpreter = _convert(graph, inputs, outputs)
     network = interpreter.ctx.net
     _check_bindings(network, inputs, outputs)
     _check_collectives(network, collectives)
@@ -127,20 +154,10 @@ def _build(
     f.set_target(config, target)
     if not _write_plan(f, interpreter.builder, network, config, file):
         raise BuildError(
-            f"{f.name} {f.version} could not build the engine of {_named(ranks)} for target {target!r}",
+            f"{f.name} {f.version} could not build the engine of {what} for target {target!r}",
             fix="its log above says why; lower(program, dump=...) writes the graph that was converted",
         )
-    return Engine(
-        ranks=ranks,
-        file=file,
-        axis=axis,
-        inputs=tuple(inputs),
-        outputs=tuple(outputs),
-        collectives=tuple(collectives),
-        target=target,
-        layers=network.num_layers,
-        seconds=time.perf_counter() - start,
-    )
+    return network.num_layers, time.perf_counter() - start
 
 
 def _write_plan(f: Flavour, builder: Any, network: Any, config: Any, file: Path) -> bool:
@@ -163,26 +180,33 @@ def _bindings(program: ShardedProgram, graph: GraphModule) -> tuple[list[Binding
         source = program.sources[node.name]
         if isinstance(source, Weight):
             continue
-        name = f"coordinate_{source.axis}" if isinstance(source, Coordinate) else source.name
-        inputs.append(Binding(name, tuple(value_of(node).shape), value_of(node).dtype, source))
+        if isinstance(source, Coordinate):
+            name, wire = f"coordinate_{source.axis}", f"coordinate:{source.axis}"
+        else:
+            name, wire = source.name, f"input:{source.name}"
+        inputs.append(Binding(name, tuple(value_of(node).shape), value_of(node).dtype, wire))
     outputs = [
-        Binding(value.name, tuple(value_of(node).shape), value_of(node).dtype, value)
+        Binding(value.name, tuple(value_of(node).shape), value_of(node).dtype, f"output:{value.name}")
         for value, node in zip(program.outputs, outputs_of(graph), strict=True)
     ]
     return inputs, outputs
 
 
 def _check_converters(graph: GraphModule) -> None:
+    for node in without_converter(graph):
+        raise BuildError(
+            f"Torch-TensorRT has no converter for {node.target} (node {node.name!r})",
+            fix="register one with torch_tensorrt.dynamo.conversion.dynamo_tensorrt_converter, or compute it"
+            " outside the model",
+            at=source_line(node),
+        )
+
+
+def without_converter(decomposed: GraphModule) -> list[Node]:
+    """The nodes of a decomposed graph that Torch-TensorRT cannot convert."""
     names = load()
     names.CONVERTERS.set_compilation_settings(_settings())
-    for node in graph.graph.nodes:
-        if node.op == "call_function" and names.CONVERTERS.get(node) is None:
-            raise BuildError(
-                f"Torch-TensorRT has no converter for {node.target} (node {node.name!r})",
-                fix="register one with torch_tensorrt.dynamo.conversion.dynamo_tensorrt_converter, or compute it"
-                " outside the model",
-                at=source_line(node),
-            )
+    return [n for n in decomposed.graph.nodes if n.op == "call_function" and names.CONVERTERS.get(n) is None]
 
 
 def _settings() -> Any:
@@ -207,14 +231,16 @@ def _convert(graph: GraphModule, inputs: Sequence[Binding], outputs: Sequence[Bi
                 output_binding_names=[b.name for b in outputs],
             )
             interpreter._construct_trt_network_def()
-    except BuildError:
-        raise
+    except BuildError as error:
+        node = getattr(interpreter, "_cur_node", None)
+        raise ConversionError(error.problem, fix=error.fix, at=error.at, node=origin(node) if node else "") from error
     except Exception as error:  # converters raise anything; the user's line is what helps
-        node: Node | None = getattr(interpreter, "_cur_node", None)
-        raise BuildError(
+        node = getattr(interpreter, "_cur_node", None)
+        raise ConversionError(
             f"converting {node.target if node else 'the graph'} failed: {type(error).__name__}: {first_line(error)}",
             fix="see lower(program, dump=...) for the graph",
             at=source_line(node) if node else "",
+            node=origin(node) if node else "",
         ) from error
     return interpreter
 
@@ -245,27 +271,18 @@ def _described(name: str, dtype: str, shape: Sequence[int]) -> str:
 
 def _check_collectives(network: Any, expected: Sequence[ScheduledCollective]) -> None:
     """The network must communicate as the program that was verified does, in the same order."""
-    found = [
-        network.get_layer(i) for i in range(network.num_layers) if network.get_layer(i).type.name == "DIST_COLLECTIVE"
-    ]
+    found = layers.communications(flavour(), network)
     if len(found) != len(expected):
         raise BuildError(
             f"the network has {len(found)} collectives and the verified program {len(expected)}",
             fix="report this model: a pass of Torch-TensorRT removed or repeated one",
         )
-    for index, (layer, collective) in enumerate(zip(found, expected, strict=True)):
-        have = (
-            layer.metadata,
-            layer.num_ranks,
-            layer.get_input(0).dtype.name,
-            math.prod(layer.get_input(0).shape),
-            math.prod(layer.get_output(0).shape),
-        )
+    for index, (have, collective) in enumerate(zip(found, expected, strict=True)):
         forms = _forms(collective)
         if have not in forms:
             raise BuildError(
-                f"collective {index} of the network is (op, ranks, dtype, elements in, elements out) {have}, and that"
-                f" of the verified program {forms[0]}",
+                f"collective {index} of the network is (op, ranks, dtype, elements in, elements out) {tuple(have)}, and"
+                f" that of the verified program {forms[0]}",
                 fix="report this model: a pass of Torch-TensorRT changed or reordered one",
             )
 

@@ -6,7 +6,9 @@ They take the place of its own collective converters, which know the group of al
 from __future__ import annotations
 
 import functools
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from contextvars import ContextVar
 from typing import Any
 
 import torch
@@ -14,12 +16,24 @@ from torch.fx import Node
 
 import torchtrt_md.lowering.ops  # noqa: F401  defines torch.ops.torchtrt_md
 from torchtrt_md.build import layers, probes
-from torchtrt_md.build.flavour import flavour
+from torchtrt_md.build.flavour import PORTABLE, flavour
 from torchtrt_md.build.torch_trt import load
-from torchtrt_md.errors import BuildError
+from torchtrt_md.errors import BuildError, TargetError
 from torchtrt_md.source import source_line
 
 md = torch.ops.torchtrt_md
+# Torch-TensorRT's settings have no target like ours, and a converter gets nothing else.
+_target: ContextVar[str] = ContextVar("target", default=PORTABLE)
+
+
+@contextmanager
+def converting_for(target: str) -> Iterator[None]:
+    """Convert for this target; without it for a portable one, which has no ring attention."""
+    token = _target.set(target)
+    try:
+        yield
+    finally:
+        _target.reset(token)
 
 
 @functools.cache
@@ -69,7 +83,7 @@ def _reaches_attention(node: Node) -> bool:
     pending, seen = [node], {node}
     while pending:
         for user in pending.pop().users:
-            if user.target is md.attention.default:
+            if user.target in (md.attention.default, md.context_attention.default):
                 return True
             if user not in seen:
                 seen.add(user)
@@ -79,12 +93,7 @@ def _reaches_attention(node: Node) -> bool:
 
 def _attention(ctx: Any, target: Any, args: tuple[Any, ...], kwargs: dict[str, Any], name: str) -> Any:
     q, k, v, mask, is_causal, scale, _ = args  # heads are grouped wherever their numbers differ
-    q, k, v = (_operand(ctx, x, f"{name}_{role}") for x, role in ((q, "q"), (k, "k"), (v, "v")))
-    factor = layers.default_scale(q.shape[-1]) if scale is None else scale
-    # Rounded to 16 bits a scale would be off by up to 2 ** -9 of itself, everywhere alike: another temperature.
-    factors = torch.full((1, 1, 1, 1), factor, dtype=_TORCH_DTYPES[q.dtype.name])
-    if factors.item() != factor:
-        factors = torch.full((1, 1, 1, 1), factor, dtype=torch.float32)
+    q, k, v = _queries_keys_values(ctx, (q, k, v), name)
     if mask is not None:
         mask = _operand(ctx, mask, f"{name}_mask")
         rank = len(mask.shape)
@@ -92,15 +101,69 @@ def _attention(ctx: Any, target: Any, args: tuple[Any, ...], kwargs: dict[str, A
             shuffle = ctx.net.add_shuffle(mask)
             shuffle.reshape_dims = (*(1,) * (4 - rank), *mask.shape)
             mask = shuffle.get_output(0)
-    scales = _operand(ctx, factors, f"{name}_scale")
-    try:
+    scales = _scales(ctx, q, scale, name)
+    with _at(ctx.current_node, name):
         return layers.add_attention(flavour(), ctx.net, q, k, v, mask, is_causal, scales)
-    except BuildError as error:  # the layer knows the shapes, the node the user's line
-        raise BuildError(f"{name}: {error.problem}", fix=error.fix, at=source_line(ctx.current_node)) from error
+
+
+def _context_attention(ctx: Any, target: Any, args: tuple[Any, ...], kwargs: dict[str, Any], name: str) -> Any:
+    q, k, v, is_causal, scale, _, strategy, _, size = args
+    assert strategy == "ring", f"{name} is by {strategy}; lowering rewrites all strategies but ring"
+    with _at(ctx.current_node, name):
+        flavour().check_ring(_target.get())
+        q, k, v = _queries_keys_values(ctx, (q, k, v), name)
+        _check_ring_operands(q, k, v, is_causal)
+        return layers.add_attention(flavour(), ctx.net, q, k, v, None, False, _scales(ctx, q, scale, name), ranks=size)
+
+
+def _check_ring_operands(q: Any, k: Any, v: Any, is_causal: bool) -> None:
+    """Refuse what TensorRT's attention over several ranks is not documented for."""
+    split = 'use placement="split", where PyTorch does the ring'
+    dtype = q.dtype.name
+    if dtype not in ("HALF", "BF16"):
+        raise BuildError(f"ring attention inside an engine is for float16 and bfloat16, not {dtype}", fix=split)
+    if is_causal:
+        raise BuildError(
+            "ring attention inside an engine cannot be causal: TensorRT's causal mask knows nothing of ranks",
+            fix=split,
+        )
+    (batch, _, _, width), kv = tuple(q.shape), tuple(k.shape)
+    if kv != tuple(v.shape) or (kv[0], kv[3]) != (batch, width):
+        raise BuildError(
+            f"ring attention inside an engine takes keys and values of one shape, of the queries' batch and width, not"
+            f" q {tuple(q.shape)}, k {kv} and v {tuple(v.shape)}",
+            fix=split,
+        )
+
+
+def _queries_keys_values(ctx: Any, operands: tuple[Any, Any, Any], name: str) -> tuple[Any, Any, Any]:
+    q, k, v = (_operand(ctx, x, f"{name}_{role}") for x, role in zip(operands, "qkv", strict=True))
+    return q, k, v
+
+
+def _scales(ctx: Any, q: Any, scale: float | None, name: str) -> Any:
+    """The scale as a constant, in q's dtype where it is exact there."""
+    factor = layers.default_scale(q.shape[-1]) if scale is None else scale
+    # Rounded to 16 bits a scale would be off by up to 2 ** -9 of itself, everywhere alike: another temperature.
+    factors = torch.full((1, 1, 1, 1), factor, dtype=_TORCH_DTYPES[q.dtype.name])
+    if factors.item() != factor:
+        factors = torch.full((1, 1, 1, 1), factor, dtype=torch.float32)
+    return _operand(ctx, factors, f"{name}_scale")
+
+
+@contextmanager
+def _at(node: Node, name: str) -> Iterator[None]:
+    """Name the node and the user's line in errors of what knows only shapes and targets."""
+    try:
+        yield
+    except BuildError as error:
+        kind = TargetError if isinstance(error, TargetError) else BuildError
+        raise kind(f"{name}: {error.problem}", fix=error.fix, at=source_line(node)) from error
 
 
 _TORCH_DTYPES = {"BF16": torch.bfloat16, "HALF": torch.float16, "FLOAT": torch.float32}
 _CONVERTERS: dict[Any, Callable[..., Any]] = {
     **{getattr(md, op).default: _collective(op) for op in layers.OPERATIONS},
     md.attention.default: _attention,
+    md.context_attention.default: _context_attention,
 }

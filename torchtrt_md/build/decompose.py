@@ -77,6 +77,12 @@ def decompose(graph: GraphModule) -> GraphModule:
     return decomposed
 
 
+def origin(node: Node) -> str:
+    """The name of the node, in the graph that was decomposed, that this one came from."""
+    history = node.meta.get("from_node") or ()
+    return str(history[0].name) if history else node.name
+
+
 def bind_weights(graph: GraphModule, weights: Mapping[str, Tensor]) -> GraphModule:
     """A copy of the graph in which these placeholders are constants.  The tensors are not copied."""
     bound = GraphModule(dict(graph.named_buffers()), copy_graph(graph))

@@ -8,17 +8,21 @@ from pathlib import Path
 import torch
 
 from torchtrt_md.lowering.schedule import ScheduledCollective
-from torchtrt_md.program import Coordinate, Value
 
 
 @dataclass(frozen=True)
 class Binding:
-    """An input or output of an engine: its name there, its local shape and dtype, and what it is."""
+    """An input or output of an engine: its name there, its local shape and dtype, and what it is.
+
+    ``source`` is as in the manifest: ``input:NAME``, ``coordinate:AXIS``, ``output:NAME``, ``value:NAME`` between two
+    parts, or ``weight:NAME``, which the engine takes ``transposed`` where that is set.
+    """
 
     name: str
     shape: tuple[int, ...]
     dtype: torch.dtype
-    source: Value | Coordinate
+    source: str
+    transposed: bool = False
 
 
 @dataclass(frozen=True)

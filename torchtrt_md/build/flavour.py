@@ -65,6 +65,52 @@ class Flavour:
                 else "build on a machine with the GPU, or install TensorRT-RTX: pip install torchtrt_md[rtx]",
             )
 
+    def rings(self, target: str) -> bool:
+        """May attention go around a ring of ranks inside an engine for this target?"""
+        return self.ring_refusal(target) is None
+
+    def ring_refusal(self, target: str) -> str | None:
+        """Why attention may not go around a ring inside an engine for this target; None where it may.
+
+        TensorRT documents it for compute capability 10.0 and later.  Below that it builds, runs and gives wrong
+        values (measured on 9.0), so what is not known to be later is refused.
+        """
+        if not hasattr(self.trt, "IAttention") or not hasattr(self.trt.IAttention, "num_ranks"):
+            return f"{self.name} {self.version} has no attention over several ranks"
+        capability = _capability(target)
+        if capability is None:
+            return f"target {target!r} does not say that the GPU has compute capability 10.0 or later"
+        if capability < _RING_CAPABILITY:
+            return (
+                f"target {target!r} is compute capability {capability[0]}.{capability[1]}, and it takes 10.0 or later"
+            )
+        return None
+
+    def check_ring(self, target: str) -> None:
+        """Refuse to build ring attention for this target.
+
+        Raises:
+            TargetError: see :meth:`ring_refusal`.
+        """
+        refusal = self.ring_refusal(target)
+        if refusal is not None:
+            raise TargetError(
+                f"ring attention inside an engine cannot be built: {refusal}",
+                fix='use placement="split", where PyTorch does the ring, or another strategy',
+            )
+
+
+# The first that TensorRT documents attention over several ranks for.
+_RING_CAPABILITY = (10, 0)
+
+
+def _capability(target: str) -> tuple[int, int] | None:
+    """The compute capability of a target, None where it is not one alone."""
+    if target == CURRENT:
+        return torch.cuda.get_device_capability() if torch.cuda.is_available() else None
+    digits = target.removeprefix("sm")
+    return (int(digits[:-1]), int(digits[-1])) if digits != target and digits.isdigit() and len(digits) > 1 else None
+
 
 # What TensorRT has at the boundary of an engine, and Torch-TensorRT passes as it is.
 _DTYPES = {

@@ -1,13 +1,13 @@
 """The collective IR as TensorRT layers.
 
 Collective layers act on dim 0, in equal chunks, over ranks 0 .. size - 1 of the engine's communicator,
-which at run time is the one of the mesh axis.
+which at run time is the one of the mesh axis.  An attention with ``num_ranks`` communicates over the same one.
 """
 
 from __future__ import annotations
 
 import math
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 
@@ -25,6 +25,8 @@ OPERATIONS = {
     "gather": "GATHER",
     "scatter": "SCATTER",
 }
+# An attention that communicates, as the collective schedule names it.
+RING = "ring_attention"
 _REDUCE_OPS = {"sum": "SUM", "product": "PROD", "max": "MAX", "min": "MIN", "avg": "AVG"}
 NO_ROOT = -1
 
@@ -54,7 +56,16 @@ def add_all_gather_by_exchange(flavour: Flavour, network: Any, x: Any, size: int
 
 
 def add_attention(
-    flavour: Flavour, network: Any, q: Any, k: Any, v: Any, mask: Any | None, is_causal: bool, scale: Any
+    flavour: Flavour,
+    network: Any,
+    q: Any,
+    k: Any,
+    v: Any,
+    mask: Any | None,
+    is_causal: bool,
+    scale: Any,
+    *,
+    ranks: int = 1,
 ) -> Any:
     """Add an IAttention on q [B, H, Sq, D], k [B, G, Sk, D] and v [B, G, Sk, E]; returns [B, H, Sq, E].
 
@@ -62,6 +73,10 @@ def add_attention(
     dtype once.  A batch of 1 serves all, as do single heads of q, k or v.  The layer itself does not scale, and has
     one shape for k and v, so of unequal widths the narrower is filled with zeros: they add nothing to q.k, and those
     of v are cut off again.  Without a fused kernel for the shape it may be decomposed.
+
+    With ``ranks`` > 1 it is TensorRT's multi-device attention: k and v are this rank's parts of the sequence, and the
+    queries attend to those of all ranks, which pass around in a ring (https://arxiv.org/abs/2310.01889).  Ask
+    :meth:`Flavour.check_ring` first, and :mod:`torchtrt_md.runtime.selftest` where it runs.
 
     Raises:
         BuildError: TensorRT does not take these shapes.
@@ -88,7 +103,10 @@ def add_attention(
         layer = network.add_attention(scaled, k, v, trt.AttentionNormalizationOp.SOFTMAX, is_causal)
     out = None
     if layer is not None:
-        layer.decomposable = True
+        layer.decomposable = ranks == 1  # the parts of a decomposed one are not known to communicate
+        if ranks > 1:
+            layer.metadata = RING
+            layer.num_ranks = ranks  # before get_output, as for collectives
         if mask is not None:
             layer.mask = mask
         out = layer.get_output(0)
@@ -101,6 +119,43 @@ def add_attention(
     if out_width < width:
         out = network.add_slice(out, (0,) * 4, (batch, heads, tokens, out_width), (1,) * 4).get_output(0)
     return out
+
+
+class Communication(NamedTuple):
+    """What one layer of a network communicates; elements of its operands and of what they become."""
+
+    op: str
+    ranks: int
+    dtype: str
+    elements_in: int
+    elements_out: int
+
+
+def communications(flavour: Flavour, network: Any) -> list[Communication]:
+    """What a network communicates, in the order of its layers: collectives, and attentions over several ranks.
+
+    The operands of such an attention are keys and values together: a rank sends as much as it receives.
+    """
+    found = []
+    for layer in (network.get_layer(i) for i in range(network.num_layers)):
+        if layer.type.name == "DIST_COLLECTIVE":
+            x, out = layer.get_input(0), layer.get_output(0)
+            found.append(
+                Communication(layer.metadata, layer.num_ranks, x.dtype.name, math.prod(x.shape), math.prod(out.shape))
+            )
+        elif layer.type.name == "ATTENTION_OUTPUT":
+            attention = attention_of(flavour, layer)
+            if attention.num_ranks > 1:
+                k, v = attention.get_input(1), attention.get_input(2)
+                elements = math.prod(k.shape) + math.prod(v.shape)
+                found.append(Communication(RING, attention.num_ranks, k.dtype.name, elements, elements))
+    return found
+
+
+def attention_of(flavour: Flavour, layer: Any) -> Any:
+    """The IAttention that an ATTENTION_INPUT or ATTENTION_OUTPUT layer is a boundary of."""
+    layer.__class__ = flavour.trt.IAttentionBoundaryLayer  # TensorRT's own way to a layer's class from get_layer
+    return layer.attention
 
 
 def _shape(x: Any) -> tuple[int, ...] | None:

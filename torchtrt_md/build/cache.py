@@ -1,0 +1,267 @@
+"""The engine cache on disk: an engine is built once for what it computes, on what, and by which TensorRT.
+
+A key says all that an engine depends on, and nothing that it does not: nodes have numbers instead of names, so that
+equal blocks of a model share an engine, and weights that are inputs of an engine are not in it.  An entry's file name
+holds its key and its sha256, so that it comes into being by one rename and ranks may store the same one at once.
+"""
+
+from __future__ import annotations
+
+import errno
+import functools
+import hashlib
+import json
+import os
+import shutil
+import time
+import uuid
+from collections.abc import Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.fx import GraphModule, Node
+
+import torchtrt_md
+from torchtrt_md.build.flavour import CURRENT, Flavour
+from torchtrt_md.errors import BuildError
+from torchtrt_md.program import dtype_name, placeholders
+
+FOLDER = "TORCHTRT_MD_CACHE"
+MAX_BYTES = 20 * 10**9
+_RECENT_SECONDS = 600.0
+_THREADS = 8  # hashing lets go of Python's lock; more than these wait for memory
+_ENGINE, _UNFINISHED = ".engine", ".unfinished"
+
+
+def engine_key(
+    graph: GraphModule,
+    *,
+    weights: Mapping[str, Tensor] | None,
+    axis: str | None,
+    size: int,
+    rank_class: Sequence[tuple[str, int]],
+    target: str,
+    flavour: Flavour,
+    names: Sequence[str] = (),
+) -> str:
+    """The key of an engine, in hexadecimal.
+
+    Args:
+        graph: what will be converted.
+        weights: placeholder -> the tensor that will be built in for it; None where all weights are inputs.
+            They are read whole each time: neither a tensor's address nor its version counter, which
+            ``parameter.data.copy_`` leaves alone, tells that the values are still the same.
+        axis: the mesh axis of the engine's communicator, of ``size`` ranks; None where it needs none.
+        rank_class: (axis, coordinate) of each axis that tells this engine's ranks from others.
+        target: what to build for.
+        flavour: what builds.
+        names: what the engine's inputs and outputs are called, unless that is by position.
+
+    Raises:
+        BuildError: the graph holds what has no canonical form.
+    """
+    weights = weights or {}
+    held = [(index, node.name) for index, node in enumerate(placeholders(graph)) if node.name in weights]
+    assert len(held) == len(weights), f"no placeholders for {weights.keys() - {name for _, name in held}}"
+    parts = {
+        "graph": hashlib.sha256(graph_text(graph).encode()).hexdigest(),
+        "weights": [(index, mark) for (index, _), mark in zip(held, _fingerprints(weights, held), strict=True)],
+        "communicator": (axis, size),
+        "rank class": list(rank_class),
+        "flavour": (flavour.name, flavour.version),
+        "target": (target, _gpu(flavour, target)),
+        "versions": (torchtrt_md.__version__, torch.__version__, _converters()),
+        "names": list(names),
+    }
+    return hashlib.sha256(json.dumps(parts).encode()).hexdigest()
+
+
+def graph_text(graph: GraphModule) -> str:
+    """The graph in a form in which equal graphs are equal: a line for each node, numbered, with its dtypes and shapes.
+
+    Raises:
+        BuildError: an argument of a kind that graphs of aten ops do not have.
+    """
+    numbers = {node: f"%{index}" for index, node in enumerate(graph.graph.nodes)}
+    return "\n".join(_line(graph, node, numbers) for node in numbers)
+
+
+def _line(graph: GraphModule, node: Node, numbers: Mapping[Node, str]) -> str:
+    text = functools.partial(_text, numbers=numbers, at=node)
+    what = str(node.target) if node.op == "call_function" else node.op
+    if node.op == "placeholder":
+        arguments = ""
+    elif node.op == "get_attr":
+        assert isinstance(node.target, str)
+        arguments = _constant(functools.reduce(getattr, node.target.split("."), graph), node)
+    else:
+        named = [f"{name}={text(value)}" for name, value in sorted(node.kwargs.items())]
+        arguments = ", ".join([*map(text, node.args), *named])
+    return f"{numbers[node]} = {what}({arguments}) -> {_value(node.meta.get('val'))}"
+
+
+def _text(argument: Any, numbers: Mapping[Node, str], at: Node) -> str:
+    text = functools.partial(_text, numbers=numbers, at=at)
+    if isinstance(argument, Node):
+        return numbers[argument]
+    if isinstance(argument, (list, tuple)):
+        return f"[{', '.join(map(text, argument))}]"
+    if isinstance(argument, slice):
+        return f"slice{text((argument.start, argument.stop, argument.step))}"
+    if argument is None or isinstance(
+        argument, (bool, int, float, complex, str, torch.dtype, torch.device, torch.layout, torch.memory_format)
+    ):
+        return repr(argument)
+    raise BuildError(
+        f"node {at.name!r} has an argument of {type(argument).__name__}, which has no canonical form",
+        fix="report this model",
+    )
+
+
+def _constant(value: Any, at: Node) -> str:
+    if isinstance(value, Tensor):
+        return _fingerprint(value)
+    if isinstance(value, GraphModule):
+        return f"{{{graph_text(value)}}}"
+    raise BuildError(f"node {at.name!r} reads a {type(value).__name__}, and not a tensor", fix="report this model")
+
+
+def _value(value: Any) -> str:
+    """The dtypes, shapes and strides of what a node gives; strides decide between some decompositions."""
+    if isinstance(value, Tensor):
+        return f"{dtype_name(value.dtype)}{list(value.shape)}{list(value.stride())}"
+    if isinstance(value, (list, tuple)):
+        return f"[{', '.join(map(_value, value))}]"
+    return repr(value) if isinstance(value, (bool, int, float)) else "-"
+
+
+def _fingerprints(weights: Mapping[str, Tensor], held: Sequence[tuple[int, str]]) -> list[str]:
+    with ThreadPoolExecutor(_THREADS) as pool:
+        return list(pool.map(lambda entry: _fingerprint(weights[entry[1]]), held))
+
+
+def _fingerprint(tensor: Tensor) -> str:
+    """The dtype, shape and the sha256 of the bytes of a tensor on any device."""
+    with torch.no_grad():
+        flat = tensor.detach().cpu().contiguous().reshape(-1)
+        flat = torch.view_as_real(flat.resolve_conj()).reshape(-1) if flat.is_complex() else flat
+        digest = hashlib.sha256(flat.view(torch.uint8).numpy().data).hexdigest()
+    return f"{dtype_name(tensor.dtype)}{list(tensor.shape)}{digest}"
+
+
+def _gpu(flavour: Flavour, target: str) -> str:
+    """The GPU in this machine where it is what is built for."""
+    if (target != CURRENT and flavour.name == "TensorRT-RTX") or not torch.cuda.is_available():
+        return ""
+    return f"{torch.cuda.get_device_name()} {torch.cuda.get_device_capability()}"
+
+
+@functools.cache
+def _converters() -> str:
+    """What converts, by its source: between releases the version stays while converters change."""
+    files = sorted(Path(__file__).parent.glob("*.py"))
+    return hashlib.sha256(b"".join(file.read_bytes() for file in files)).hexdigest()
+
+
+class EngineCache:
+    """Engines by key in a folder, which any number of processes may use at once.
+
+    Args:
+        folder: where; by default ``$TORCHTRT_MD_CACHE``, else ``~/.cache/torchtrt_md/engines``.
+        max_bytes: what :meth:`store` trims the folder to.
+
+    Attributes:
+        hits, misses: how often :meth:`find` found an engine, and did not.
+    """
+
+    def __init__(self, folder: Path | None = None, max_bytes: int = MAX_BYTES) -> None:
+        default = os.environ.get(FOLDER) or Path.home() / ".cache" / "torchtrt_md" / "engines"
+        self.folder, self.max_bytes = Path(default if folder is None else folder), max_bytes
+        self.hits = self.misses = 0
+
+    def find(self, key: str) -> Path | None:
+        """The engine's file, whole, or None.  A damaged one is deleted.
+
+        It is safe from :meth:`trim` for the next 10 minutes; open it within that time.
+        """
+        for path in sorted(self.folder.glob(f"{key}.*{_ENGINE}")):  # in one order, so that all ranks take the same
+            try:
+                os.utime(path)  # its last use; before it is read, so that it stays
+                if _digest(path) == path.name.split(".")[1]:
+                    self.hits += 1
+                    return path
+                path.unlink(missing_ok=True)
+            except FileNotFoundError:  # another process trimmed it
+                continue
+        self.misses += 1
+        return None
+
+    def store(self, key: str, file: Path) -> Path:
+        """Move an engine's file into the cache; its path there.
+
+        Raises:
+            BuildError: the folder cannot be written.
+        """
+        place = self.folder / f"{key}.{_digest(file)}{_ENGINE}"
+        try:
+            self.folder.mkdir(parents=True, exist_ok=True)
+            _move(file, place)
+            os.utime(place)  # a moved file keeps the time of its build
+        except OSError as error:
+            raise BuildError(
+                f"the engine cache {self.folder} cannot be written: {error.strerror or error}",
+                fix=f"make room there, or set {FOLDER} to a folder that can be written",
+            ) from error
+        self.trim(self.max_bytes)
+        return place
+
+    def trim(self, max_bytes: int) -> None:
+        """Delete engines, the least recently used first, until the rest are ``max_bytes`` or less.
+
+        What was used in the last 10 minutes stays, for another rank may be about to load it.
+        """
+        now = time.time()
+        entries = sorted((used, size, path) for path in self._files() for used, size in _use(path))
+        total = sum(size for _, size, _ in entries)
+        for used, size, path in entries:
+            if now - used < _RECENT_SECONDS:
+                return
+            if total > max_bytes or path.suffix == _UNFINISHED:  # of a process that was killed
+                path.unlink(missing_ok=True)
+                total -= size
+
+    def _files(self) -> list[Path]:
+        return [path for path in self.folder.glob("*.*") if path.suffix in (_ENGINE, _UNFINISHED)]
+
+
+def _use(path: Path) -> list[tuple[float, int]]:
+    """When a file was last used, and its size; nothing where another process has deleted it."""
+    try:
+        status = path.stat()
+    except FileNotFoundError:
+        return []
+    return [(status.st_mtime, status.st_size)]
+
+
+def _digest(path: Path) -> str:
+    with path.open("rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
+
+
+def _move(file: Path, place: Path) -> None:
+    """Rename, also across file systems: the file appears at its place whole, or not at all."""
+    try:
+        file.replace(place)
+    except OSError as error:
+        if error.errno != errno.EXDEV:
+            raise
+        unfinished = place.with_name(f"{uuid.uuid4().hex}{_UNFINISHED}")
+        try:
+            shutil.copyfile(file, unfinished)
+            unfinished.replace(place)
+        finally:
+            unfinished.unlink(missing_ok=True)
+        file.unlink()
