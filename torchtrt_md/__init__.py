@@ -20,6 +20,7 @@ from torchtrt_md.parallel import Split as Split
 from torchtrt_md.parallel import TensorParallel as TensorParallel
 
 if TYPE_CHECKING:
+    from torchtrt_md.compiler import compile as compile
     from torchtrt_md.exporter import export as export
     from torchtrt_md.lowering import lower as lower
     from torchtrt_md.runtime import load as load
@@ -28,7 +29,13 @@ if TYPE_CHECKING:
 __version__ = "0.1.0"
 
 # These stages import DTensor or TensorRT, so they are imported when they are first used.
-_HOMES = {"lower": "lowering", "verify": "verification", "export": "exporter", "load": "runtime"}
+_HOMES = {
+    "compile": "compiler",
+    "lower": "lowering",
+    "verify": "verification",
+    "export": "exporter",
+    "load": "runtime",
+}
 
 
 def __getattr__(name: str) -> Any:

@@ -6,7 +6,7 @@ import dataclasses
 import sys
 from collections import Counter
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated
+from typing import TYPE_CHECKING, Annotated, Literal, get_args
 
 import typer
 from rich.console import Console
@@ -35,7 +35,10 @@ def export(
     file: Annotated[Path, typer.Argument(help="Python file whose model() returns (model, args, kwargs)")],
     mesh: Annotated[str, typer.Option(help="axes and their sizes: cp=4 (context) or tp=4 (tensor parallel)")],
     out: Annotated[Path, typer.Option("--out", "-o", help="the bundle, a folder")],
-    strategy: Annotated[str, typer.Option(help="context parallel attention: ulysses, allgather_kv")] = "",
+    strategy: Annotated[
+        str, typer.Option(help="context parallel attention: ulysses, allgather_kv, ring or auto")
+    ] = "",
+    placement: Annotated[str, typer.Option(help="where attention runs: engine, split or auto")] = "auto",
     target: Annotated[
         str, typer.Option(help="GPU to build for: sm80, sm86, sm89, sm120, portable, current")
     ] = "portable",
@@ -71,6 +74,7 @@ def export(
             out=out,
             target=target,
             check=verify,
+            placement=_placement(placement),
             dump=dump,
             progress=progress,
         )
@@ -98,6 +102,13 @@ def _write_report(exported: Exported, path: Path) -> None:
     path.write_bytes(msgspec.json.format(msgspec.json.encode(content), indent=2) + b"\n")
 
 
+def _placement(given: str) -> Literal["auto", "engine", "split"]:
+    for known in get_args(Literal["auto", "engine", "split"]):
+        if given == known:
+            return known  # type: ignore[no-any-return]
+    raise PlanError(f"there is no placement {given!r}", fix="use engine, split or auto")
+
+
 def _parallel(mesh: Mesh, own: list[Parallel] | None, strategy: str) -> list[Parallel]:
     if own is None:
         own = []
@@ -123,18 +134,15 @@ def _parallel(mesh: Mesh, own: list[Parallel] | None, strategy: str) -> list[Par
 
 
 def _print_collectives(exported: Exported) -> None:
-    from torchtrt_md.program import dtype_name
-
     table = Table("op", "axis", "dtype", title="Collectives of one step, per rank", title_justify="left")
     for name in ("bytes sent each", "how many", "bytes sent"):
         table.add_column(name, justify="right")
-    counts = Counter(exported.engines[0].collectives)
+    counts = Counter(c for segment in exported.manifest.ranks[0] for c in segment.collectives)
     total = 0
     for c, count in counts.items():
         sent = c.bytes_sent * count
         total += sent
-        dtype = dtype_name(c.dtype)
-        table.add_row(c.op, f"{c.axis} ({c.size})", dtype, f"{c.bytes_sent:,}", str(count), f"{sent:,}")
+        table.add_row(c.op, f"{c.axis} ({c.ranks})", c.dtype, f"{c.bytes_sent:,}", str(count), f"{sent:,}")
     table.add_section()
     table.add_row("", "", "", "", str(sum(counts.values())), f"{total:,}")
     console.print(table)
@@ -157,12 +165,13 @@ def _print_errors(exported: Exported) -> None:
 
 
 def _print_files(exported: Exported) -> None:
+    from torchtrt_md.bundle import rank_files
+
+    for kept in exported.kept:
+        console.print(f"[yellow]In PyTorch:[/] {kept.count} x {kept.op}: {kept.reason}" + (f", at {kept.at}" * bool(kept.at)))
     for path in sorted(p for p in exported.folder.rglob("*") if p.is_file()):
-        ranks = [
-            rank
-            for rank, segments in enumerate(exported.manifest.ranks)
-            if any(segment.engine == path.relative_to(exported.folder).as_posix() for segment in segments)
-        ]
+        name = path.relative_to(exported.folder).as_posix()
+        ranks = [rank for rank in range(len(exported.manifest.ranks)) if name in rank_files(exported.manifest, rank)]
         what = f"ranks {', '.join(map(str, ranks))}" if len(ranks) > 1 else f"rank {ranks[0]}" if ranks else ""
         console.print(f"  {path}  {path.stat().st_size:,} bytes  {what}")
     ranks_ = exported.program.mesh.size

@@ -2,30 +2,35 @@
 
 from __future__ import annotations
 
+import hashlib
 import tempfile
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
-import torch
 from torch import nn
-from torch.utils import _pytree as pytree
 
-import torchtrt_md
 from torchtrt_md.build import build
-from torchtrt_md.build.engine import Binding, Engine
+from torchtrt_md.build.builder import equal_ranks
+from torchtrt_md.build.cache import EngineCache
+from torchtrt_md.build.engine import Engine
 from torchtrt_md.build.flavour import flavour
+from torchtrt_md.build.parts import BuiltPart, build_parts, engine_boundary, unconvertible
 from torchtrt_md.bundle import check_destination, manifest, write_bundle
+from torchtrt_md.bundle.from_program import engine_segment, manifest_of, part_segment
+from torchtrt_md.bundle.graph import graph_to_json
+from torchtrt_md.bundle.weights import save_weights
 from torchtrt_md.capture import capture
-from torchtrt_md.errors import BundleError
+from torchtrt_md.choices import Choices, chosen_runs
 from torchtrt_md.lowering import lower
-from torchtrt_md.lowering.schedule import ScheduledCollective
 from torchtrt_md.mesh import Mesh
 from torchtrt_md.parallel import Parallel
-from torchtrt_md.program import Coordinate, Output, ShardedProgram, Value, dtype_name
+from torchtrt_md.place import Kept, place
+from torchtrt_md.place.choose import choose_placement
+from torchtrt_md.program import ShardedProgram, Weight
 from torchtrt_md.verification import Report, verify
 
 Progress = Callable[[str, str, float | None], None]
@@ -39,9 +44,10 @@ class Exported:
         folder: the bundle.
         program: the lowered program that the engines were built from.
         report: what verification measured; None where it was not asked for.
-        engines: one for each class of equal ranks; their files are in the bundle now.
+        engines: one for each class of equal ranks, where the whole program is one; their files are in the bundle now.
         manifest: the bundle's.
         seconds: stage -> how long it took.
+        kept: what stays in PyTorch although the placement would not put it there.
     """
 
     folder: Path
@@ -50,6 +56,7 @@ class Exported:
     engines: list[Engine]
     manifest: manifest.Manifest
     seconds: dict[str, float] = field(default_factory=dict)
+    kept: tuple[Kept, ...] = ()
 
 
 def export(
@@ -62,6 +69,8 @@ def export(
     out: str | Path,
     target: str = "portable",
     check: bool = True,
+    placement: Literal["auto", "engine", "split"] = "auto",
+    choices: Choices | None = None,
     dense: nn.Module | None = None,
     dump: Path | None = None,
     progress: Progress = lambda stage, detail, seconds: None,
@@ -74,6 +83,9 @@ def export(
         target: as for :func:`torchtrt_md.build`.
         check: prove the program against the dense model before anything is built.  It needs the dense model,
             and memory for its weights in fp64.
+        placement: where attention runs: in the engine, or in PyTorch between engines (``"split"``); ``"auto"`` takes
+            the engine, unless a strategy needs the other.
+        choices: what ``md.compile(..., tune=True)`` found: its ``runner.choices``.  It goes before ``placement``.
         dense: the dense model, where ``model`` is one that ``parallelize_module`` has sharded already: it has the
             weights of all ranks, and is what the program is compared with.
         dump: a folder for the graphs before and after each lowering pass.
@@ -105,8 +117,10 @@ def export(
         weights = None if dense is None else {**dict(dense.named_parameters()), **dict(dense.named_buffers())}
         captured = capture(model, args, kwargs, mesh=mesh, parallel=parallel, weights=weights)
         say(f"{_nodes(captured)} nodes, {_graphs(captured)} for {mesh.size} ranks")
+    if choices is None:
+        choices = _choices(placement, captured)
     with stage("lower") as say:
-        program = lower(captured, dump=dump)
+        program = lower(captured, placement=choices.placement, exchanges=choices.exchanges, dump=dump)
         say(", ".join(f"{name} {count}" for name, count in program.counts.items() if count) or "nothing to rewrite")
     report = None
     if check:
@@ -116,99 +130,103 @@ def export(
             say(f"error {report.error:.2e}, the dense model's own {report.dense_error:.2e}")
     with tempfile.TemporaryDirectory(dir=_existing_parent(out), prefix=".torchtrt_md-") as folder:
         with stage("build") as say:
-            engines = build(program, folder, target=target, progress=say)
-            made = f"{_count(len(engines), 'engine')}, {_megabytes(engines)} MB"
-            say(f"{made}, {flavour().name} {flavour().version}, {target}")
+            made = _build(program, choices, Path(folder), target, say)
+            say(f"{made.told}, {flavour().name} {flavour().version}, {target}")
         with stage("bundle") as say:
-            files = {engine.file.name: engine.file for engine in engines}
-            written = write_bundle(out, manifest_of(program, engines, target), files)
-            say(f"{_count(len(written.files) + 1, 'file')} in {out}")
-    return Exported(out, program, report, engines, written, seconds)
-
-
-def manifest_of(program: ShardedProgram, engines: Sequence[Engine], target: str) -> manifest.Manifest:
-    """The manifest of these engines, with the files' names in place of paths."""
-    by_rank = {rank: engine for engine in engines for rank in engine.ranks}
-    return manifest.Manifest(
-        schema=manifest.SCHEMA,
-        mesh=dict(program.mesh.axes),
-        inputs=[_tensor(value) for value in program.inputs],
-        outputs=[_tensor(value) for value in program.outputs],
-        constants={name: _scalar(value) for name, value in program.constants.items()},
-        positional=list(program.positional),
-        result=_result(program),
-        ranks=[[_segment(by_rank[rank])] for rank in range(program.mesh.size)],
-        target=target,
-        versions=manifest.Versions(
-            torchtrt_md=torchtrt_md.__version__,
-            torch=str(torch.__version__),
-            flavour=flavour().name,
-            tensorrt=flavour().version,
-        ),
-        files={},
-    )
-
-
-def _segment(engine: Engine) -> manifest.Segment:
-    return manifest.Segment(
-        engine=engine.file.name,
-        axis=engine.axis,
-        inputs=[_binding(b, "input") for b in engine.inputs],
-        outputs=[_binding(b, "output") for b in engine.outputs],
-        collectives=[_collective(c) for c in engine.collectives],
-    )
-
-
-def _binding(binding: Binding, kind: str) -> manifest.Binding:
-    source = binding.source
-    name = f"coordinate:{source.axis}" if isinstance(source, Coordinate) else f"{kind}:{source.name}"
-    return manifest.Binding(binding.name, name, dtype_name(binding.dtype), list(binding.shape))
-
-
-def _collective(c: ScheduledCollective) -> manifest.Collective:
-    return manifest.Collective(c.op, c.axis, c.size, dtype_name(c.dtype), c.elements, c.bytes_sent)
-
-
-def _tensor(value: Value) -> manifest.Tensor:
-    return manifest.Tensor(
-        value.name, dtype_name(value.dtype), list(value.shape), [(s.dim, s.axis) for s in value.sharding]
-    )
-
-
-def _scalar(value: object) -> bool | int | float | str | None:
-    assert value is None or isinstance(value, (bool, int, float, str))
-    return value
-
-
-def _result(program: ShardedProgram) -> dict[str, Any]:
-    """How the outputs nest in what the model returns; a model output of its own class becomes a dict."""
-    leaves = [{"output": leaf.index} if isinstance(leaf, Output) else {"constant": leaf} for leaf in program.out_leaves]
-    nested = pytree.tree_unflatten([_Leaf(leaf) for leaf in leaves], program.out_spec)
-    return _nested(nested)
-
-
-class _Leaf:
-    def __init__(self, value: dict[str, Any]) -> None:
-        self.value = value
-
-
-def _nested(node: Any) -> dict[str, Any]:
-    if isinstance(node, _Leaf):
-        constant = node.value.get("constant")
-        if not isinstance(constant, (type(None), bool, int, float, str)):
-            raise BundleError(
-                f"the model returns a {type(constant).__name__}, which a bundle cannot hold",
-                fix="return tensors and plain values only",
+            described = manifest_of(
+                program,
+                made.ranks,
+                placement=choices.placement,
+                target=target,
+                weights=made.weights,
+                decisions=choices.decisions,
+                tuned_on=choices.tuned_on,
             )
-        return node.value
-    if isinstance(node, Mapping):
-        return {"dict": {str(key): _nested(value) for key, value in node.items()}}
-    if isinstance(node, (tuple, list)):
-        return {"list" if isinstance(node, list) else "tuple": [_nested(value) for value in node]}
-    raise BundleError(
-        f"the model returns a {type(node).__name__}, whose parts a bundle cannot name",
-        fix="return a tensor, tuple, list or dict (return_dict=False in diffusers)",
+            written = write_bundle(out, described, made.files)
+            say(f"{_count(len(written.files) + 1, 'file')} in {out}")
+    return Exported(out, program, report, made.engines, written, seconds, made.kept)
+
+
+def _choices(placement: str, captured: ShardedProgram) -> Choices:
+    chosen, why = choose_placement(
+        placement,
+        strategies=set(captured.strategies.values()),
+        compute="tensorrt",
+        flavour=flavour().name,
+        capability=None,
     )
+    return Choices(chosen, decisions=(manifest.Decision("placement", chosen, why),))
+
+
+@dataclass
+class _Made:
+    """What was built: for each rank its segments and its weights, and the files that they name."""
+
+    ranks: list[list[manifest.Segment]]
+    files: dict[str, Path]
+    told: str
+    weights: list[str | None] | None = None
+    engines: list[Engine] = field(default_factory=list)
+    kept: tuple[Kept, ...] = ()
+
+
+def _build(program: ShardedProgram, choices: Choices, folder: Path, target: str, say: Callable[[str], None]) -> _Made:
+    """One engine for each class of ranks, weights and all, where the whole program is one; else its parts."""
+    if choices.placement == "engine" and not choices.runs and place(program, "engine").is_one_engine:
+        engines = build(program, folder, target=target, progress=say)
+        by_rank = {rank: engine for engine in engines for rank in engine.ranks}
+        return _Made(
+            ranks=[[engine_segment(by_rank[rank])] for rank in range(program.mesh.size)],
+            files={engine.file.name: engine.file for engine in engines},
+            told=f"{_count(len(engines), 'engine')}, {sum(e.file.stat().st_size for e in engines) // 10**6} MB",
+            engines=engines,
+        )
+    return _build_parts(program, choices, folder, target, say)
+
+
+def _build_parts(
+    program: ShardedProgram, choices: Choices, folder: Path, target: str, say: Callable[[str], None]
+) -> _Made:
+    keep: dict[str, str] = {}
+    for graph, _ in program.distinct() if choices.compute == "engine" else ():
+        keep.update(unconvertible(graph))
+    boundary = engine_boundary() if choices.compute == "engine" else None
+    placed = chosen_runs(
+        place(program, choices.placement, compute=choices.compute, keep=keep, boundary=boundary), choices
+    )
+    cache = EngineCache(folder / "engines")  # so that equal parts of different ranks are built once
+    ranks: list[list[manifest.Segment]] = [[] for _ in range(program.mesh.size)]
+    weights: list[str | None] = [None] * program.mesh.size
+    files: dict[str, Path] = {}
+    for parts, members in placed.distinct():
+        segments = []
+        for part in build_parts(parts, folder, target, cache=cache, progress=say):
+            file = part.engine or _graph_file(part, folder)
+            files[file.name] = file
+            segments.append(part_segment(part, file.name))
+        names = list(dict.fromkeys(name for part in parts for name in part.weights))
+        sources = {s.name: s for s in program.sources.values() if isinstance(s, Weight)}
+        for equal in equal_ranks(program, members):
+            for rank in equal:
+                ranks[rank] = segments
+            if names:
+                file = folder / f"weights{equal[0]}.safetensors"
+                held = {name: program.weights.local(sources[name], program.mesh, equal[0]) for name in names}
+                save_weights(held, file)
+                files[file.name] = file
+                for rank in equal:
+                    weights[rank] = file.name
+    engines = {s.file for segments in ranks for s in segments if s.runs == "engine"}
+    told = f"{len(ranks[0])} parts a rank, {_count(len(engines), 'different engine')}"
+    return _Made(ranks, files, told, weights, kept=placed.kept)
+
+
+def _graph_file(part: BuiltPart, folder: Path) -> Path:
+    assert part.graph is not None
+    data = graph_to_json(part.graph)
+    file = folder / f"{hashlib.sha256(data).hexdigest()}.json"
+    file.write_bytes(data)
+    return file
 
 
 def _existing_parent(path: Path) -> Path:
@@ -227,7 +245,3 @@ def _graphs(program: ShardedProgram) -> str:
 
 def _count(number: int, what: str) -> str:
     return f"{number} {what}" + ("s" if number != 1 else "")
-
-
-def _megabytes(engines: Sequence[Engine]) -> int:
-    return sum(engine.file.stat().st_size for engine in engines) // 10**6

@@ -8,8 +8,10 @@ from typing import Any, Literal, TypeAlias, get_args
 
 from torchtrt_md.errors import PlanError
 
-Strategy: TypeAlias = Literal["ulysses", "allgather_kv"]
+Strategy: TypeAlias = Literal["ulysses", "allgather_kv", "ring", "auto"]
 STRATEGIES: tuple[str, ...] = get_args(Strategy)
+# Where attention and its collectives run: in the engine, or in PyTorch between engines.
+Placement: TypeAlias = Literal["engine", "split"]
 
 
 @dataclass(frozen=True)
@@ -40,7 +42,9 @@ class ContextParallel:
         axis: the mesh axis.
         strategy: what attention does about it.  ``"ulysses"`` exchanges heads for sequence (all-to-all;
             heads must divide by the axis; https://arxiv.org/abs/2309.14509), ``"allgather_kv"`` gathers
-            keys and values.
+            keys and values, ``"ring"`` passes them from rank to rank while attending to those in hand
+            (https://arxiv.org/abs/2310.01889), ``"auto"`` takes for each attention what sends the fewest bytes
+            among those that its shapes allow.
         plan: module name -> which arguments or results are split, or where the result is gathered, in the
             shape of diffusers' ``_cp_plan`` (whose own classes are accepted as well).  ``""`` is the model
             itself, ``*`` stands for any one part of a name.  ``None`` takes the model's own ``_cp_plan``.

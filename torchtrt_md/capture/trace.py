@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import traceback
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -50,13 +50,13 @@ def trace(shadow: nn.Module, arguments: Arguments, weights: Sequence[LocalWeight
         CaptureError: the model does what cannot be one graph, with the user's source line.
     """
     mode = FakeTensorMode(allow_non_fake_inputs=True)
-    fake_weights = [_fake(mode, w) for w in weights]
+    fake_weights = [fake(mode, w) for w in weights]
     fake_inputs = [mode.from_tensor(t.detach()) for t in arguments.tensors.values()]
     structure: list[pytree.TreeSpec] = []
     leaves: list[object] = []
 
     def call(*flat: Tensor) -> tuple[Tensor, ...]:
-        named = {w.weight.name: _as_placed(w.tensor, t) for w, t in zip(weights, flat, strict=False)}
+        named = {w.weight.name: as_placed(w.tensor, t) for w, t in zip(weights, flat, strict=False)}
         args, kwargs = arguments.call_with(dict(zip(arguments.tensors, flat[len(weights) :], strict=True)))
         with WholeAttention(), torch.no_grad():
             result = torch.func.functional_call(shadow, named, args, kwargs)
@@ -68,22 +68,7 @@ def trace(shadow: nn.Module, arguments: Arguments, weights: Sequence[LocalWeight
         leaves.extend(Output(next(indices)) if isinstance(t, Tensor) else t for t in flat_result)
         return tuple(tensors)
 
-    try:
-        graph = make_fx(call, tracing_mode="fake", _allow_non_fake_inputs=True, record_stack_traces=True)(
-            *fake_weights, *fake_inputs
-        )
-    except MDError:
-        raise
-    except Exception as error:  # whatever the model's code raised, the user's line is what helps
-        reason = next(iter(str(error).strip().splitlines()), "")
-        raise CaptureError(
-            f"{type(shadow).__name__} could not be traced: {type(error).__name__}: {reason}",
-            fix="make the model's forward depend on shapes only, not on the values of tensors;"
-            " under a plan, local shapes must fit it too",
-            at=_user_line(error),
-        ) from error
-    graph = functional(graph, [*fake_weights, *fake_inputs])
-    _check(graph)
+    graph = recorded(call, [*fake_weights, *fake_inputs], type(shadow).__name__)
     sources: dict[str, Source] = {}
     values = [Value(name, tuple(t.shape), t.dtype) for name, t in arguments.tensors.items()]
     in_order: list[Source] = [*(w.weight for w in weights), *values]
@@ -94,13 +79,49 @@ def trace(shadow: nn.Module, arguments: Arguments, weights: Sequence[LocalWeight
     return Trace(graph, sources, outputs, structure[0], tuple(leaves))
 
 
-def _fake(mode: FakeTensorMode, w: LocalWeight) -> Tensor:
+def recorded(
+    call: Callable[..., tuple[object, ...]],
+    inputs: Sequence[Tensor],
+    what: str,
+    line: Callable[[BaseException], str] | None = None,
+) -> GraphModule:
+    """What ``call`` does with fake tensors, as a flat, functional graph.
+
+    Args:
+        call: takes ``inputs``, and returns a tuple of tensors and plain values.
+        inputs: fake tensors.
+        what: the name of what is traced, for messages.
+        line: the user's source line of an error that ``call`` raised; by default that of its innermost frame.
+
+    Raises:
+        CaptureError: it does what cannot be one graph.
+    """
+    try:
+        graph = make_fx(call, tracing_mode="fake", _allow_non_fake_inputs=True, record_stack_traces=True)(*inputs)
+    except MDError:
+        raise
+    except Exception as error:  # whatever the model's code raised, the user's line is what helps
+        reason = next(iter(str(error).strip().splitlines()), "")
+        raise CaptureError(
+            f"{what} could not be traced: {type(error).__name__}: {reason}",
+            fix="make the model's forward depend on shapes only, not on the values of tensors;"
+            " under a plan, local shapes must fit it too",
+            at=(line or _user_line)(error),
+        ) from error
+    graph = functional(graph, inputs)
+    _check(graph)
+    return graph
+
+
+def fake(mode: FakeTensorMode, w: LocalWeight) -> Tensor:
+    """The local part of a weight, without memory."""
     local = w.tensor.to_local() if isinstance(w.tensor, DTensor) else w.tensor.detach()
     with mode:
         return torch.empty_strided(local.shape, local.stride(), dtype=local.dtype, device=w.device)
 
 
-def _as_placed(shadow: Tensor, local: Tensor) -> Tensor:
+def as_placed(shadow: Tensor, local: Tensor) -> Tensor:
+    """``local`` as the DTensor that ``shadow`` is, or as it is."""
     if not isinstance(shadow, DTensor):
         return local
     return DTensor.from_local(

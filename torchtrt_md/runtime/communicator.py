@@ -4,10 +4,12 @@ from __future__ import annotations
 
 import ctypes
 from collections.abc import Iterable
+from contextlib import nullcontext
 from typing import Any
 
 import torch
 import torch.distributed as dist
+from torch.distributed.device_mesh import DeviceMesh
 
 from torchtrt_md.errors import CommunicatorError
 from torchtrt_md.mesh import Mesh
@@ -34,18 +36,33 @@ def connect(mesh: Mesh, axes: Iterable[str], device: torch.device, watchdog: Wat
         return {}
     groups = {}
     try:
-        with torch.cuda.device(device), watchdog.waiting(f"the NCCL communicators of {mesh}"):
-            device_mesh = mesh.to_device_mesh()
+        on_gpu = torch.cuda.device(device) if device.type == "cuda" else nullcontext()
+        with on_gpu, watchdog.waiting(f"the NCCL communicators of {mesh}"):
+            device_mesh = _device_mesh(mesh, device.type)
             for axis in axes:
                 groups[axis] = device_mesh.get_group(axis)
                 dist.all_reduce(torch.zeros(1, device=device), group=groups[axis])
-            torch.cuda.synchronize(device)
+            if device.type == "cuda":
+                torch.cuda.synchronize(device)
     except RuntimeError as error:
         raise CommunicatorError(
             f"there is no NCCL communicator for axes {axes} of {mesh}: {error}",
             fix='call torch.distributed.init_process_group("nccl") with one GPU per rank; NCCL_DEBUG=INFO says more',
         ) from error
     return groups
+
+
+_meshes: dict[tuple[Mesh, str], tuple[dist.ProcessGroup, DeviceMesh]] = {}
+
+
+def _device_mesh(mesh: Mesh, device_type: str) -> DeviceMesh:
+    """One DeviceMesh for each mesh of a launch: a program at several shapes needs no new communicators."""
+    launch = dist.group.WORLD
+    assert launch is not None
+    held = _meshes.get((mesh, device_type))
+    if held is None or held[0] is not launch:
+        held = _meshes[mesh, device_type] = (launch, mesh.to_device_mesh(device_type))
+    return held[1]
 
 
 def bind(context: Any, group: dist.ProcessGroup, device: torch.device, *, engine: str, axis: str) -> object:

@@ -4,26 +4,47 @@ from __future__ import annotations
 
 import functools
 import socket
+from collections.abc import Callable
 from pathlib import Path
-from typing import get_args
+from typing import Any, get_args
 
 import torch
 import torch.distributed as dist
+from torch import Tensor
 
 from torchtrt_md.bundle.manifest import Manifest, Segment
-from torchtrt_md.bundle.read import check_files, check_versions, manifest_digest, read_manifest
+from torchtrt_md.build.cache import graph_text
+from torchtrt_md.bundle.graph import check_bindings, graph_from_json
+from torchtrt_md.bundle.read import check_files, check_versions, manifest_digest, rank_files, read_manifest
 from torchtrt_md.bundle.structure import mesh_of
+from torchtrt_md.bundle.weights import rank_weights
 from torchtrt_md.errors import LaunchError
-from torchtrt_md.mesh import Mesh
 from torchtrt_md.runtime import communicator, private
 from torchtrt_md.runtime.agree import Agreement, grouped
-from torchtrt_md.runtime.engine import Engine, deserialize
-from torchtrt_md.runtime.runner import Check, Runner
-from torchtrt_md.runtime.watchdog import Watchdog, describe
+from torchtrt_md.runtime.assemble import (
+    Loaded,
+    assemble,
+    axes_of,
+    bind_engines,
+    make_engines,
+    test_rings,
+    waits_for,
+)
+from torchtrt_md.runtime.engine import deserialize
+from torchtrt_md.runtime.graphs import Budget
+from torchtrt_md.runtime.runner import MAX_GRAPHS, Check, Runner
+from torchtrt_md.runtime.watchdog import Watchdog
 
 
 def load(
-    folder: Path | str, *, device: torch.device | None = None, timeout: float = 300.0, check: Check = "always"
+    folder: Path | str,
+    *,
+    device: torch.device | None = None,
+    timeout: float = 300.0,
+    check: Check = "always",
+    cuda_graph: bool = False,
+    max_graphs: int = MAX_GRAPHS,
+    overlap: bool = True,
 ) -> Runner:
     """Load this rank's engines of a bundle.  Collective: every rank of the launch calls it.
 
@@ -35,6 +56,9 @@ def load(
         device: this rank's GPU; the current one by default.
         timeout: seconds that any wait on another rank may take, while loading and running.
         check: how often the ranks vote on their inputs, see :class:`Runner`.
+        cuda_graph: capture a call, engines, attention and NCCL, in a CUDA graph and replay it.
+        max_graphs: how many graphs are captured, one for each signature of inputs.
+        overlap: run the collectives that are not in engines on a stream of their own.
 
     Raises:
         MDError: on every rank, naming the ranks that failed: BundleError (damaged, or built with another
@@ -57,16 +81,37 @@ def load(
                 "the NCCL communicators", lambda: communicator.connect(mesh, _axes(manifest), gpu, guard)
             )
         )
-        engines = agreement.together("loading the engines", lambda: _engines(folder, manifest, segments, gpu))
-        agreement.together("binding the communicators", lambda: _bind(engines, groups, gpu))
+        loaded, keep = agreement.together(
+            "loading the engines", lambda: _loaded(folder, manifest, segments, gpu)
+        )
+        engines = agreement.together("making the engines' contexts", lambda: make_engines(loaded, gpu, keep))
+        agreement.together("binding the communicators", lambda: bind_engines(engines, groups, gpu))
+        test_rings(
+            segments, agreement=agreement, groups=groups, device=gpu, watchdog=guard, target=manifest.target
+        )
+        executor = agreement.together(
+            "assembling the program",
+            lambda: assemble(
+                loaded,
+                engines,
+                mesh=mesh,
+                rank=agreement.rank,
+                groups=groups,
+                device=gpu,
+                weights=rank_weights(folder, manifest, agreement.rank, gpu),
+                outputs=[f"output:{t.name}" for t in manifest.outputs],
+                overlap=overlap,
+            ),
+        )
         return Runner(
             manifest,
-            engines,
-            [_description(e, mesh, agreement.rank) for e in engines],
-            device=gpu,
+            executor,
+            waits_for(segments, mesh, agreement.rank),
             agreement=agreement,
             watchdog=watchdog,
             check=check,
+            cuda_graph=cuda_graph,
+            budget=Budget(max_graphs),
         )
     except BaseException:
         if watchdog is not None:
@@ -86,7 +131,7 @@ def read_together(folder: Path, agreement: Agreement) -> Manifest:
         manifest = read_manifest(folder)
         mesh_of(manifest).check_launch(agreement.size)
         check_versions(manifest)
-        check_files(folder, manifest, (segment.engine for segment in manifest.ranks[agreement.rank]))
+        check_files(folder, manifest, rank_files(manifest, agreement.rank))
         return manifest, manifest_digest(folder)
 
     manifest, digest = agreement.together("reading the bundle", read)  # its path may differ between hosts
@@ -97,6 +142,13 @@ def read_together(folder: Path, agreement: Agreement) -> Manifest:
             fix="copy the same bundle to every host",
         )
     return manifest
+
+
+def find_device(agreement: Agreement, compute: str) -> torch.device:
+    """This rank's GPU, or where nothing is to run in TensorRT and there is none, the CPU."""
+    if compute == "inductor" and not torch.cuda.is_available():
+        return torch.device("cpu")
+    return _device_together(None, agreement)
 
 
 def _device_together(device: torch.device | None, agreement: Agreement) -> torch.device:
@@ -127,34 +179,39 @@ def _device_together(device: torch.device | None, agreement: Agreement) -> torch
 
 def _axes(manifest: Manifest) -> list[str]:
     """The axes that some rank communicates on, in mesh order: every rank makes their communicators."""
-    used = {segment.axis for segments in manifest.ranks for segment in segments}
-    return [axis for axis in manifest.mesh if axis in used]
+    return axes_of([segment for segments in manifest.ranks for segment in segments], mesh_of(manifest))
 
 
-def _engines(folder: Path, manifest: Manifest, segments: list[Segment], device: torch.device) -> list[Engine]:
+def deserializer(target: str, device: torch.device) -> tuple[Callable[[Path], Any], object]:
+    """What loads engine files onto this GPU, each once, and what must live as long as they do."""
     from torchtrt_md.build.flavour import flavour
 
     trt = flavour().trt
     with torch.cuda.device(device):
         logger = trt.Logger(trt.Logger.WARNING)
         runtime = trt.Runtime(logger)
-        capability = ".".join(map(str, torch.cuda.get_device_capability(device)))
-        built_for = f"{manifest.target} (this GPU: {torch.cuda.get_device_name(device)}, {capability})"
-        loaded = functools.cache(lambda path: deserialize(runtime, folder / path, built_for))
-        return [
-            Engine(segment, loaded(segment.engine), f"segment {index} ({segment.engine})", (runtime, logger))
-            for index, segment in enumerate(segments)
-        ]
+    capability = ".".join(map(str, torch.cuda.get_device_capability(device)))
+    built_for = f"{target} (this GPU: {torch.cuda.get_device_name(device)}, {capability})"
+
+    @functools.cache
+    def load_file(path: Path) -> Any:
+        with torch.cuda.device(device):
+            return deserialize(runtime, path, built_for)
+
+    return load_file, (runtime, logger)
 
 
-def _bind(engines: list[Engine], groups: dict[str, dist.ProcessGroup], device: torch.device) -> None:
-    for engine in engines:
-        axis = engine.segment.axis
-        if axis is not None:
-            engine.communicator = communicator.bind(engine.context, groups[axis], device, engine=engine.name, axis=axis)
-
-
-def _description(engine: Engine, mesh: Mesh, rank: int) -> str:
-    axis = engine.segment.axis
-    ranks = () if axis is None else mesh.ranks(axis, rank)
-    return describe(engine.name, axis, ranks, engine.segment.collectives)
+def _loaded(
+    folder: Path, manifest: Manifest, segments: list[Segment], device: torch.device
+) -> tuple[list[Loaded], object]:
+    """This rank's segments with their engines and graphs."""
+    load_engine, keep = deserializer(manifest.target, device)
+    loaded = []
+    for segment in segments:
+        if segment.runs == "engine":
+            loaded.append(Loaded(segment, load_engine(folder / segment.file)))
+        else:
+            graph = graph_from_json((folder / segment.file).read_bytes(), segment.file)
+            check_bindings(graph, segment, segment.file)
+            loaded.append(Loaded(segment, graph, graph_text(graph)))
+    return loaded, keep

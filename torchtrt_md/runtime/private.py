@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterable
-from contextlib import suppress
+from contextlib import AbstractContextManager, suppress
 from typing import Any
 
 import torch
@@ -40,3 +40,12 @@ def abort(groups: Iterable[dist.ProcessGroup], device: torch.device) -> None:
     for group in groups:
         with suppress(Exception):  # the process ends right after, whatever state the group is in
             nccl_backend(group, device).abort()
+
+
+def outside_of_compilation() -> AbstractContextManager[Any]:
+    """Compile with Inductor as if nothing else was being compiled.
+
+    A Dynamo backend is called inside Dynamo's tracing context, whose fake tensors and parameters are those of the
+    whole model; Inductor would take them for those of the part that it is given.
+    """
+    return torch._guards.tracing(None)

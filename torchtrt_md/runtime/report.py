@@ -93,7 +93,7 @@ class Report(msgspec.Struct, frozen=True):
 
 def rank_report(runner: Runner, folder: Path, errors: dict[str, float], timing: Timing | None) -> RankReport:
     """This rank's part."""
-    engines = {segment.engine for segment in runner.manifest.ranks[runner.rank]}
+    engines = {s.file for s in runner.manifest.ranks[runner.rank] if s.runs == "engine"}
     return RankReport(
         rank=runner.rank,
         host=socket.gethostname(),

@@ -12,27 +12,13 @@ from torch.distributed.tensor import DTensor
 from torchtrt_md.bundle import manifest as m
 from torchtrt_md.bundle.structure import local_shape, mesh_of
 from torchtrt_md.capture.arguments import Scalar, comparable, named_leaves
-from torchtrt_md.errors import BundleError, InputError, VerificationError
+from torchtrt_md.errors import InputError, VerificationError
 from torchtrt_md.mesh import Mesh
 from torchtrt_md.program import Sharding, part
+from torchtrt_md.runtime.steps import dtype_of
 
 # TensorRT reads its bindings with vector loads; PyTorch allocates at multiples of this, views may start anywhere.
 ALIGNMENT = 256
-
-
-def dtype_of(name: str) -> torch.dtype:
-    """PyTorch's dtype of that name, as the manifest writes it: ``"bfloat16"``.
-
-    Raises:
-        BundleError: this PyTorch has no such dtype.
-    """
-    dtype = getattr(torch, name, None)
-    if not isinstance(dtype, torch.dtype):
-        raise BundleError(
-            f"the bundle has tensors of dtype {name!r}, which PyTorch {torch.__version__} lacks",
-            fix="install the PyTorch that built it (versions.torch in its manifest.json)",
-        )
-    return dtype
 
 
 class Signature:

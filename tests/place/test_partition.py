@@ -1,0 +1,219 @@
+"""Cutting a program changes its order, not what it computes."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from typing import Any
+
+import models
+import pytest
+import torch
+from joined import joined
+from torch import nn
+
+import torchtrt_md as md
+from torchtrt_md.errors import BuildError
+from torchtrt_md.lowering.ops import COLLECTIVES, is_collective
+from torchtrt_md.lowering.passes import Exchange
+from torchtrt_md.lowering.schedule import schedule
+from torchtrt_md.place import PlacedProgram, place
+from torchtrt_md.place.partition import ATTENTION
+from torchtrt_md.program import ShardedProgram, placeholders, value_of
+from torchtrt_md.simulate import Precision, simulate
+
+PLAN = {"": {"x": md.Split(1)}, "out": md.Gather(1)}
+
+
+def flux(strategy: str, **options: Any) -> ShardedProgram:
+    model, args, kwargs = models.flux(torch.float32)
+    program = md.capture(model, args, kwargs, mesh=md.Mesh(cp=2), parallel=md.ContextParallel("cp", strategy))  # type: ignore[arg-type]
+    return md.lower(program, placement="split", **options)
+
+
+def random_inputs(program: ShardedProgram) -> dict[str, torch.Tensor]:
+    generator = torch.Generator().manual_seed(3)
+    return {
+        v.name: torch.randn(v.shape, generator=generator).to(v.dtype)
+        if v.dtype.is_floating_point
+        else torch.randint(0, 7, v.shape, generator=generator).to(v.dtype)
+        for v in program.inputs
+    }
+
+
+def assert_computes_the_same(placed: PlacedProgram) -> None:
+    program, inputs = placed.program, random_inputs(placed.program)
+    wide = Precision(torch.float32, torch.float64)
+    expected, found = simulate(program, inputs, precision=wide), simulate(joined(placed), inputs, precision=wide)
+    for rank, (want, have) in enumerate(zip(expected, found, strict=True)):
+        for a, b in zip(want, have, strict=True):
+            torch.testing.assert_close(b, a, rtol=0, atol=1e-12, msg=f"rank {rank}")
+
+
+@pytest.mark.parametrize("strategy", ["ulysses", "allgather_kv", "ring"])
+def test_flux_in_parts_computes_the_same(strategy: str) -> None:
+    placed = place(flux(strategy), "split")
+    assert_computes_the_same(placed)
+    for part in placed.parts[0]:
+        special = [n for n in part.graph.graph.nodes if n.target in ATTENTION or is_collective(n)]
+        assert bool(special) == (part.runs == "eager"), part.name
+
+
+def test_llama_in_parts_computes_the_same() -> None:
+    model, args, kwargs = models.llama(torch.float32)
+    program = md.capture(model, args, kwargs, mesh=md.Mesh(tp=2), parallel=md.TensorParallel("tp"))
+    assert_computes_the_same(place(md.lower(program, placement="split"), "split"))
+
+
+@pytest.mark.parametrize("exchange", [Exchange("ulysses", 2), Exchange("ulysses", 1, True), Exchange("ulysses", 2, True)])
+def test_the_ways_of_exchange(exchange: Exchange) -> None:
+    model, args, kwargs = models.attention(torch.float32, kv_heads=4)
+    parallel = md.ContextParallel("cp", "ulysses", PLAN)
+    captured = md.capture(model, args, kwargs, mesh=md.Mesh(cp=2), parallel=parallel)
+    (key,) = md_keys(captured)
+    program = md.lower(captured, placement="split", exchanges={key: exchange})
+    assert_computes_the_same(place(program, "split"))
+
+
+def md_keys(program: ShardedProgram) -> tuple[str, ...]:
+    from torchtrt_md.lowering import attention_keys
+
+    return attention_keys(program)
+
+
+def test_the_order_of_collectives_stays() -> None:
+    placed = place(flux("ulysses"), "split")
+    in_parts = [c for part in placed.parts[0] for c in schedule(part.graph)]
+    assert in_parts == schedule(placed.program.graphs[0])
+
+
+def test_what_passes_between_parts_is_contiguous_and_one_tensor() -> None:
+    for part in place(flux("ulysses"), "split").parts[0]:
+        (output,) = part.graph.graph.find_nodes(op="output")
+        values = [*placeholders(part.graph), *(output.args[0] if part.runs != "eager" else ())]
+        assert all(value_of(node).is_contiguous() for node in values)
+
+
+def test_no_view_is_passed_and_attention_is_passed_as_it_is_written() -> None:
+    placed = place(flux("allgather_kv"), "split")
+    returned = [
+        node
+        for part in placed.parts[0]
+        if part.runs == "eager"
+        for node in part.graph.graph.find_nodes(op="output")[0].args[0]
+    ]
+    no_copy = torch.ops.aten.contiguous.default  # where it lies as it is passed
+    assert {node.target for node in returned[:-1]} <= {no_copy, *COLLECTIVES}  # the last is the model's own result
+    shapes = [list(value_of(node).shape) for node in returned if node.target is no_copy][:3]
+    assert shapes == [[1, 24, 4, 16]] * 3  # [B, S, H, D]
+
+
+class TwoBranches(nn.Module):
+    """A product that needs attention's result and one that does not, as in FLUX's single blocks."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.qkv, self.up, self.out = nn.Linear(16, 48), nn.Linear(16, 64), nn.Linear(80, 16)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        q, k, v = self.qkv(x).unflatten(-1, (3, 4, 4)).permute(2, 0, 3, 1, 4)
+        y = nn.functional.scaled_dot_product_attention(q, k, v).transpose(1, 2).flatten(2)
+        return self.out(torch.cat([y, torch.nn.functional.gelu(self.up(x))], -1))
+
+
+def test_what_does_not_need_an_exchange_runs_beside_it() -> None:
+    parallel = md.ContextParallel("cp", "ulysses", PLAN)
+    program = md.capture(TwoBranches().eval(), (torch.randn(1, 8, 16),), mesh=md.Mesh(cp=2), parallel=parallel)
+    placed = place(md.lower(program, placement="split"), "split")
+    assert_computes_the_same(placed)
+    kinds = [part.runs for part in placed.parts[0]]
+    assert kinds == ["engine", "eager", "engine", "engine", "eager"]
+    beside = placed.parts[0][2]
+    assert any("weight:up" in source for source in beside.inputs)
+    assert not any(source in placed.parts[0][1].outputs for source in beside.inputs)
+
+
+def test_values_are_exchanged_before_queries_and_keys_are_made() -> None:
+    parallel = md.ContextParallel("cp", "ulysses", PLAN)
+    model = models.attention(torch.float32, kv_heads=4)
+    captured = md.capture(model[0], model[1], model[2], mesh=md.Mesh(cp=2), parallel=parallel)
+    (key,) = md_keys(captured)
+    program = md.lower(captured, placement="split", exchanges={key: Exchange("ulysses", values_first=True)})
+    kinds = [part.runs for part in place(program, "split").parts[0]]
+    assert kinds[:4] == ["engine", "eager", "engine", "eager"]
+
+
+def test_engine_placement_is_one_engine() -> None:
+    model, args, kwargs = models.flux(torch.float32)
+    program = md.capture(model, args, kwargs, mesh=md.Mesh(cp=2), parallel=md.ContextParallel("cp", "ulysses"))
+    placed = place(md.lower(program), "engine")
+    assert placed.is_one_engine
+    assert_computes_the_same(placed)
+
+
+def test_a_second_axis_communicates_between_engines() -> None:
+    model, args, kwargs = models.llama(torch.float32)
+    program = md.capture(model, args, kwargs, mesh=md.Mesh(dp=2, tp=2), parallel=md.TensorParallel("tp"))
+    lowered = md.lower(program)
+    graph = lowered.graphs[0]
+    first = next(n for n in graph.graph.nodes if is_collective(n))
+    first.args = tuple("dp" if a == "tp" else a for a in first.args)  # as a program over two axes has it
+    lowered = replace(lowered, graphs=(graph,) * 4)
+    placed = place(lowered, "engine")
+    kinds = [part.runs for part in placed.parts[0]]
+    assert "eager" in kinds
+    for part in placed.parts[0]:
+        axes = {c.axis for c in schedule(part.graph)}
+        assert len(axes) <= 1
+    assert "communicator" in placed.kept[0].reason
+
+
+def test_what_cannot_be_converted_stays_in_pytorch_and_is_told() -> None:
+    program = flux("ulysses")
+    node = next(n for n in program.graphs[0].graph.nodes if n.target is torch.ops.aten.silu.default)
+    placed = place(program, "split", keep={node.name: "for a test"})
+    assert [(k.op, k.reason, k.count) for k in placed.kept] == [("aten.silu.default", "for a test", 1)]
+    assert placed.kept[0].at
+    assert_computes_the_same(placed)
+    with pytest.raises(BuildError, match="silu.*for a test"):
+        place(program, "split", keep={node.name: "for a test"}, fullgraph=True)
+
+
+class Doubles(nn.Module):
+    """A double that lives on both sides of an attention."""
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        wide = x.double().cumsum(-1)
+        y = nn.functional.scaled_dot_product_attention(wide.float(), x, x)
+        return (y.double() * wide).float()
+
+
+def test_a_dtype_that_engines_cannot_pass_stays_in_pytorch() -> None:
+    program = md.lower(
+        md.capture(Doubles(), (torch.randn(1, 2, 8, 4),), mesh=md.Mesh(cp=1), parallel=()), placement="split"
+    )
+    placed = place(program, "split", boundary=(torch.float32,))
+    for part in placed.parts[0]:
+        if part.runs == "engine":
+            assert all(value_of(n).dtype == torch.float32 for n in placeholders(part.graph))
+    assert any("float64" in k.reason for k in placed.kept)
+    assert_computes_the_same(placed)
+
+
+class Returns(nn.Module):
+    """An input, a weight, one value twice and a view of another."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.w = nn.Parameter(torch.randn(3))
+
+    def forward(self, x: torch.Tensor) -> tuple[torch.Tensor, ...]:
+        y = x * 2
+        z = y.flatten()
+        return x, self.w, y, y, z
+
+
+def test_what_is_returned_as_it_came_or_twice() -> None:
+    program = md.lower(md.capture(Returns().eval(), (torch.randn(2, 3),), mesh=md.Mesh(cp=1)), placement="split")
+    placed = place(program, "split")
+    assert [name for part in placed.parts[0] for name in part.outputs if name.startswith("output:")] != []
+    assert_computes_the_same(placed)

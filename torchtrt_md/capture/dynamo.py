@@ -1,0 +1,306 @@
+"""Capture what Dynamo recorded: a graph of ``torch.compile`` -> the program of this rank.
+
+Dynamo's graph is at the level of PyTorch's functions and holds DTensors.  It is traced once more, as a model is, to
+flat aten ops over local shapes: in the process group of the launch, for this rank only, since each rank compiles its own.
+
+    placeholder of Dynamo's graph                      in the program
+    parameter or registered buffer, DTensor or not     Weight, of which this process holds its own part
+    any other tensor                                   Value, named after the user's argument
+    number that Dynamo made symbolic                   the value it has now, guarded: another value compiles anew
+    DeviceMesh, process group                          itself; the traced graph has group names in its place
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Iterator, Sequence
+from dataclasses import dataclass
+from typing import Any, Literal
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+from torch.distributed.device_mesh import DeviceMesh
+from torch.distributed.tensor import DTensor
+from torch.fx import GraphModule, Interpreter, Node
+from torch.fx.traceback import preserve_node_meta
+from torch.utils import _pytree as pytree
+
+from torchtrt_md.capture import tensor_parallel
+from torchtrt_md.capture.arguments import Scalar
+from torchtrt_md.capture.attention import WholeAttention
+from torchtrt_md.capture.dynamo_private import group_ranks, is_weight, root_mesh, source_path
+from torchtrt_md.capture.torch_private import FakeTensorMode
+from torchtrt_md.capture.trace import LocalWeight, as_placed, fake, recorded
+from torchtrt_md.errors import CaptureError, CollectiveError
+from torchtrt_md.lowering.ops import COLLECTIVES, bound_args
+from torchtrt_md.mesh import Mesh
+from torchtrt_md.program import Output, ShardedProgram, Source, Value, Weight, Weights, placeholders
+from torchtrt_md.source import source_line
+
+# Parts of a source's path that say how a module keeps what it has, and not where.
+_STORAGE = ("self", "fn", "_modules", "_parameters", "_buffers")
+
+
+@dataclass(frozen=True)
+class GraphInput:
+    """An input of a Dynamo graph.
+
+    Attributes:
+        name: of a weight its name in the model, of an argument the user's: ``x``, ``args.0``, ``mask``.
+        kind: what the program has for it: a weight, a value, or a constant that is built in.
+        example: what Dynamo has it called with now: the user's own tensor, a number, or a mesh.
+    """
+
+    name: str
+    kind: Literal["weight", "value", "constant"]
+    example: Any
+
+
+def graph_inputs(gm: GraphModule, example_inputs: Sequence[Any]) -> list[GraphInput]:
+    """What the placeholders stand for, in order.
+
+    Symbolic numbers and sizes are taken at the value that they have now, which Dynamo guards from here on.
+
+    Raises:
+        CaptureError: a DTensor among the user's own arguments, or a number that is the value of a tensor.
+    """
+    numbers = {node for node in gm.graph.nodes if specialized(node) is not None}
+    inputs: list[GraphInput] = []
+    names: set[str] = set()
+    for index, (node, example) in enumerate(zip(placeholders(gm), example_inputs, strict=True)):
+        path = source_path(node)
+        number = specialized(node)
+        # Dynamo passes a float that has changed as a tensor, of which the graph takes the number.
+        if not isinstance(example, Tensor) or number is not None or (node.users and numbers.issuperset(node.users)):
+            name, kind, example = f"arg{index}", "constant", example if number is None else number
+        elif is_weight(node):
+            name, kind = ".".join(part for part in path if part not in _STORAGE) or f"weight{index}", "weight"
+        else:
+            name, kind = ".".join(path[path[:1] == ("kwargs",) :]) or f"arg{index}", "value"
+            if isinstance(example, DTensor):
+                raise CaptureError(
+                    f"the input {name!r} is a DTensor",
+                    fix="pass its local tensor (to_local()) or the whole (full_tensor()), and let the model place it",
+                )
+        while name in names:
+            name = f"{name}_"
+        names.add(name)
+        inputs.append(GraphInput(name, kind, example))  # type: ignore[arg-type]
+    return inputs
+
+
+def specialized(node: Node) -> int | float | bool | None:
+    """The value of a symbolic number, which Dynamo guards from here on; None where the node is no number.
+
+    The sizes of a tensor are specialized with it.  By PyTorch's rules a backend may do so while it compiles.
+
+    Raises:
+        CaptureError: a number that only the values of tensors say.
+    """
+    value = node.meta.get("example_value")
+    for symbol, plain in ((torch.SymInt, int), (torch.SymFloat, float), (torch.SymBool, bool)):
+        if isinstance(value, symbol):
+            try:
+                return plain(value)
+            except Exception as error:  # PyTorch has several for a number that is not known before the graph runs
+                raise CaptureError(
+                    f"node {node.name!r} is a number that depends on the values of tensors",
+                    fix="make what is compiled depend on shapes only, or compute the number outside and pass it in",
+                    at=source_line(node),
+                ) from error
+    if node.op == "placeholder" and isinstance(value, Tensor):
+        for size in (*value.shape, *value.stride()):
+            int(size)
+    return None
+
+
+class Specialized(Interpreter):
+    """Runs a Dynamo graph, eagerly or traced, with its symbolic numbers as they are now."""
+
+    def __init__(self, gm: GraphModule) -> None:
+        super().__init__(gm)
+        self.extra_traceback = False  # it would rewrite the messages of our own errors
+        self.node: Node | None = None
+
+    def run_node(self, n: Node) -> Any:
+        self.node = n
+        number = specialized(n)
+        if number is None or n.op == "placeholder":
+            result = super().run_node(n)
+        return result if number is None else number
+
+
+def capture_graph(
+    gm: GraphModule, example_inputs: Sequence[Any], *, mesh: Mesh | DeviceMesh | None = None
+) -> ShardedProgram:
+    """This rank's program of a graph that Dynamo recorded.
+
+    All entries of ``graphs`` are this rank's graph, and ``weights`` has this rank's parts only: the program is for the
+    process that captured it.  The outputs nest as the graph returns them, in one flat list.
+
+    Args:
+        gm: the graph, as a backend of ``torch.compile`` gets it.
+        example_inputs: what comes with it.
+        mesh: the mesh of the launch; None takes that of the DTensors, else one axis over all ranks.
+
+    Raises:
+        CaptureError: the graph does what cannot be one flat graph, or takes or returns a DTensor.
+        CollectiveError: a collective over ranks that are not an axis of the mesh.
+        MeshError: a mesh that does not fit the launch.
+        PlanError: a weight that is not evenly split over the mesh.
+    """
+    inputs = graph_inputs(gm, example_inputs)
+    launch = launch_mesh(inputs, mesh)
+    rank = dist.get_rank() if dist.is_initialized() else 0
+    weights = [
+        LocalWeight(
+            Weight(i.name, tuple(i.example.shape), i.example.dtype, _shardings(i, launch)), i.example, i.example.device
+        )
+        for i in inputs
+        if i.kind == "weight"
+    ]
+    values = [Value(i.name, tuple(i.example.shape), i.example.dtype) for i in inputs if i.kind == "value"]
+    graph, leaves = _trace(gm, inputs, weights)
+    in_order: list[Source] = [*(w.weight for w in weights), *values]
+    outputs = [node.meta["val"] for node in _returned(graph)]
+    prefix = "output" if not any(v.name.startswith("output") for v in values) else "graph_output"
+    return ShardedProgram(
+        mesh=launch,
+        graphs=(graph,) * launch.size,
+        sources={node.name: source for node, source in zip(placeholders(graph), in_order, strict=True)},
+        outputs=tuple(Value(f"{prefix}{i}", tuple(t.shape), t.dtype) for i, t in enumerate(outputs)),
+        weights=Weights({}, {w.weight.name: _local(w.tensor) for w in weights}, rank),
+        constants={},
+        strategies={},
+        groups=_groups(graph, launch, rank),
+        out_spec=pytree.tree_structure(list(range(len(leaves)))),
+        out_leaves=leaves,
+        positional=tuple(v.name for v in values),
+    )
+
+
+def launch_mesh(inputs: Iterable[GraphInput], mesh: Mesh | DeviceMesh | None) -> Mesh:
+    """The mesh that was given, else that of the graph's DTensors, else one axis over all ranks of the launch.
+
+    Raises:
+        MeshError: it does not fit the launch, or has no names.
+    """
+    size = dist.get_world_size() if dist.is_initialized() else 1
+    if mesh is None:
+        mesh = next(_device_meshes(inputs), None) or Mesh(world=size)
+    if isinstance(mesh, DeviceMesh):
+        mesh = Mesh.from_device_mesh(root_mesh(mesh))
+    mesh.check_launch(size)
+    return mesh
+
+
+def _device_meshes(inputs: Iterable[GraphInput]) -> Iterator[DeviceMesh]:
+    for i in inputs:
+        if isinstance(i.example, DTensor):
+            yield i.example.device_mesh
+        elif isinstance(i.example, DeviceMesh):
+            yield i.example
+
+
+def _shardings(weight: GraphInput, mesh: Mesh) -> Any:
+    return tensor_parallel.shardings(weight.name, weight.example, mesh) if isinstance(weight.example, DTensor) else ()
+
+
+def _local(tensor: Tensor) -> Tensor:
+    tensor = tensor.detach()
+    return tensor.to_local() if isinstance(tensor, DTensor) else tensor
+
+
+def _trace(
+    gm: GraphModule, inputs: Sequence[GraphInput], weights: Sequence[LocalWeight]
+) -> tuple[GraphModule, tuple[object, ...]]:
+    """The flat graph, weights first, and the leaves of what it returns."""
+    if next(gm.parameters(), None) is not None:
+        raise CaptureError(
+            "Dynamo kept parameters inside its graph",
+            fix="leave torch._dynamo.config.inline_inbuilt_nn_modules as it is: True",
+        )
+    mode = FakeTensorMode(allow_non_fake_inputs=True)
+    named = {w.weight.name: w for w in weights}
+    tensors = [i for i in inputs if i.kind != "constant"]
+    tensors.sort(key=lambda i: i.kind == "value")  # stable: weights, then values
+    flat = [
+        fake(mode, named[i.name]) if i.kind == "weight" else mode.from_tensor(i.example.detach(), static_shapes=True)
+        for i in tensors
+    ]
+    run = Specialized(gm)
+    leaves: list[object] = []
+
+    def call(*given: Tensor) -> tuple[Tensor, ...]:
+        by_name = {i.name: t for i, t in zip(tensors, given, strict=True)}
+        args = [
+            i.example
+            if i.kind == "constant"
+            else as_placed(i.example, by_name[i.name])
+            if i.kind == "weight"
+            else by_name[i.name]
+            for i in inputs
+        ]
+        with WholeAttention(), torch.no_grad(), preserve_node_meta():
+            result = run.run(*args)
+        found = [leaf for leaf in result if isinstance(leaf, Tensor)]
+        indices = iter(range(len(found)))
+        leaves.extend(Output(next(indices)) if isinstance(leaf, Tensor) else leaf for leaf in result)
+        _check_leaves(result)
+        return tuple(found)
+
+    graph = recorded(call, flat, "the graph", lambda _: source_line(run.node) if run.node is not None else "")
+    return graph, tuple(leaves)
+
+
+def _check_leaves(leaves: Iterable[object]) -> None:
+    for index, leaf in enumerate(leaves):
+        if isinstance(leaf, DTensor):
+            raise CaptureError(
+                f"output {index} of the graph is a DTensor",
+                fix="return its local tensor (to_local()) or the whole (full_tensor()) from what is compiled",
+            )
+        if not isinstance(leaf, (Tensor, *Scalar)):
+            raise CaptureError(
+                f"output {index} of the graph is a {type(leaf).__name__}, neither a tensor nor a plain value",
+                fix="return tensors from what is compiled, and keep the rest outside",
+            )
+
+
+def _returned(graph: GraphModule) -> Sequence[Node]:
+    (output,) = graph.graph.find_nodes(op="output")
+    returned = output.args[0]
+    assert isinstance(returned, (tuple, list))
+    return [node for node in returned if isinstance(node, Node)]
+
+
+def _groups(graph: GraphModule, mesh: Mesh, rank: int) -> dict[str, str]:
+    """Group name -> the axis of the mesh that has the same ranks in the same order."""
+    axes = {mesh.ranks(axis, rank): axis for axis in mesh.names}
+    groups: dict[str, str] = {}
+    for node in graph.graph.nodes:
+        name = _group_name(node)
+        if name is None or name in groups:
+            continue
+        ranks = tuple(group_ranks(name))
+        if ranks not in axes:
+            raise CollectiveError(
+                f"{node.target} in node {node.name!r} is over the ranks {list(ranks)}, which are not an axis of {mesh}:"
+                f" from rank {rank} these are " + ", ".join(f"{axis} {list(of)}" for of, axis in axes.items()),
+                fix="communicate over groups of a DeviceMesh (device_mesh.get_group(axis)), and pass it as the option"
+                " 'mesh'",
+                at=source_line(node),
+            )
+        groups[name] = axes[ranks]
+    return groups
+
+
+def _group_name(node: Node) -> str | None:
+    if not isinstance(node.target, torch._ops.OpOverload) or node.target in COLLECTIVES:
+        return None
+    if not any(argument.name == "group_name" for argument in node.target._schema.arguments):
+        return None
+    group: Any = bound_args(node)["group_name"]
+    return str(getattr(group, "group_name", group))
+
+

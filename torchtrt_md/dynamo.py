@@ -1,0 +1,407 @@
+"""The backend of ``torch.compile(model, backend="torchtrt_md", options={...})``, found by its entry point.
+
+    the model                                                     captured by
+    holds DTensors, or calls functional collectives               capture.dynamo: this rank's graph, from Dynamo's own
+    dense, with the options ``mesh`` and ``parallel``             md.capture: the plan needs modules, which Dynamo's
+                                                                  graph has no more; it says what goes in and out
+
+Each graph is compiled for the shapes at hand.  Other shapes compile anew: a symbolic size is guarded at its value.
+It is for inference: a graph whose result would need gradients is refused.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from contextlib import closing
+from dataclasses import dataclass
+from typing import Any, Protocol, TypeVar
+
+import torch
+import torch.distributed as dist
+from torch import Tensor, nn
+from torch.distributed.device_mesh import DeviceMesh
+from torch.distributed.tensor import DTensor
+from torch.fx import GraphModule, Interpreter
+from torch.utils import _pytree as pytree
+
+from torchtrt_md.capture import capture
+from torchtrt_md.capture.arguments import Arguments
+from torchtrt_md.capture.dynamo import GraphInput, Specialized, capture_graph, graph_inputs, launch_mesh
+from torchtrt_md.capture.dynamo_private import (
+    Call,
+    call_in_progress,
+    graph_break,
+    local_tensor,
+    outside_dynamo,
+    passed_on,
+    root_mesh,
+)
+from torchtrt_md.errors import CaptureError, InputError, MDError, OptionError, PlanError, VerificationError
+from torchtrt_md.lowering import lower
+from torchtrt_md.lowering.ops import use_device_mesh
+from torchtrt_md.options import Options
+from torchtrt_md.program import Coordinate, Output, ShardedProgram, Value, Weight, outputs_of, placeholders
+
+T = TypeVar("T")
+Verify = Callable[[ShardedProgram], None]
+# Two runs of the same ops in the same dtype: what differs is the order of sums.
+_TOLERANCE = 1e-5
+_ROUNDINGS = 4
+
+
+class Runs(Protocol):
+    """A compiled program."""
+
+    def run(self, inputs: Mapping[str, Tensor]) -> Mapping[str, Tensor]:
+        """Input name -> tensor, to output name -> tensor."""
+
+
+class Build(Protocol):
+    """What makes a program run, as :func:`torchtrt_md.compiler.compile_program`.
+
+    ``verify`` is called on every rank with the lowered program, before anything is built; it may communicate.
+    """
+
+    def __call__(self, program: ShardedProgram, options: Options, *, verify: Verify | None) -> Runs: ...
+
+
+@dataclass(frozen=True)
+class _Captured:
+    """A program and how a Dynamo graph's flat inputs and outputs are its own.
+
+    Attributes:
+        program: captured, not lowered.
+        feeds: name of the program's input -> index among the graph's.
+        unused: the program's inputs that the graph has not, with what to pass for them.
+        results: for each output of the graph the name of the program's, or the constant that it is.
+        verify: proves the lowered program; None where nothing is at hand to compare with.
+    """
+
+    program: ShardedProgram
+    feeds: Mapping[str, int]
+    unused: Mapping[str, Tensor]
+    results: tuple[Output | object, ...]
+    verify: Verify | None
+
+
+def backend(
+    gm: GraphModule, example_inputs: Sequence[Any], *, options: Mapping[str, Any] | None = None, **other: Any
+) -> Callable[..., list[Any]]:
+    """Compile a graph of Dynamo's.
+
+    Args:
+        gm: the graph.
+        example_inputs: its inputs, parameters and buffers of the model among them.
+        options: see :class:`torchtrt_md.options.Options`.
+        other: what else ``torch.compile`` passes on, such as ``mode``; there is none that this backend takes.
+
+    Raises:
+        MDError: the graph cannot be compiled; every rank raises the same.
+    """
+    from torchtrt_md.compiler import compile_program  # it loads TensorRT
+
+    return compile_graph(gm, example_inputs, build=compile_program, options=options, **other)
+
+
+def compile_graph(
+    gm: GraphModule,
+    example_inputs: Sequence[Any],
+    *,
+    build: Build,
+    options: Mapping[str, Any] | None = None,
+    **other: Any,
+) -> Callable[..., list[Any]]:
+    """:func:`backend`, with what builds the program given."""
+    try:
+        if other:
+            raise OptionError(
+                f"the backend torchtrt_md takes no {', '.join(other)}", fix="pass options={...} to torch.compile"
+            )
+        with outside_dynamo(), torch.no_grad():
+            return _compiled(gm, example_inputs, Options.of(options or {}), build)
+    except MDError as error:
+        raise passed_on(error) from error.__cause__
+
+
+def _compiled(
+    gm: GraphModule, example_inputs: Sequence[Any], options: Options, build: Build
+) -> Callable[..., list[Any]]:
+    if not any(isinstance(node.meta.get("example_value"), Tensor) for node in outputs_of(gm)):
+        return lambda *flat: list(gm(*flat))  # numbers only
+
+    def captured() -> tuple[list[GraphInput], _Captured]:
+        _refuse_gradients(gm)
+        inputs = graph_inputs(gm, example_inputs)
+        return inputs, (_of_model if options.parallels else _of_graph)(gm, inputs, options)
+
+    inputs, found = together("the capture of a graph", options.timeout, captured)
+    runner = build(found.program, options, verify=found.verify if options.check else None)
+    return _callable(inputs, found, runner)
+
+
+def together(about: str, timeout: float, step: Callable[[], T]) -> T:
+    """Do a step on all ranks of the launch, and raise on all where one fails."""
+    if not dist.is_initialized() or dist.get_world_size() == 1:
+        return step()
+    from torchtrt_md.runtime.agree import Agreement
+
+    with closing(Agreement(timeout)) as agreement:
+        return agreement.together(about, step)
+
+
+def _refuse_gradients(gm: GraphModule) -> None:
+    for node in outputs_of(gm):
+        value = node.meta.get("example_value")
+        if isinstance(value, Tensor) and value.requires_grad:
+            raise CaptureError(
+                "the model was called with gradients on, and engines compute none",
+                fix="call it under torch.no_grad() or torch.inference_mode(), or model.requires_grad_(False)",
+            )
+
+
+def _callable(inputs: Sequence[GraphInput], captured: _Captured, runner: Runs) -> Callable[..., list[Any]]:
+    """What Dynamo calls in place of the graph, with the graph's inputs."""
+    fed = set(captured.feeds.values())
+    values = [(i, each.name, each.example.shape, each.example.dtype) for i, each in enumerate(inputs) if i in fed]
+    fixed = [
+        (i, each.name, _state(each.example))
+        for i, each in enumerate(inputs)
+        if i not in fed and each.kind != "constant"
+    ]
+    numbers = [(i, each.name, each.example) for i, each in enumerate(inputs) if isinstance(each.example, (int, float))]
+    names = [value.name for value in captured.program.outputs]
+
+    def run(*flat: Any) -> list[Any]:
+        for index, name, shape, dtype in values:
+            if flat[index].shape != shape or flat[index].dtype != dtype:
+                raise _changed(name, f"{dtype} {list(shape)}", f"{flat[index].dtype} {list(flat[index].shape)}")
+        for index, name, number in numbers:
+            if flat[index] != number:
+                raise _changed(name, number, flat[index])
+        for index, name, state in fixed:
+            if _state(flat[index]) != state:
+                raise InputError(
+                    f"{name!r} was changed or replaced after the model was compiled, and engines hold what it was",
+                    fix="call torch.compiler.reset(), so that the next call compiles with the new values",
+                )
+        out = runner.run({**captured.unused, **{name: flat[index] for name, index in captured.feeds.items()}})
+        return [out[names[leaf.index]] if isinstance(leaf, Output) else leaf for leaf in captured.results]
+
+    return run
+
+
+def _state(tensor: Tensor) -> tuple[int, int, int]:
+    """Where a tensor's values are and how often they were written in place, through a DTensor or its local part."""
+    local = local_tensor(tensor)
+    return local.data_ptr(), _version(tensor), _version(local)
+
+
+def _version(tensor: Tensor) -> int:
+    return 0 if tensor.is_inference() else tensor._version
+
+
+def _changed(name: str, was: object, now: object) -> InputError:
+    return InputError(
+        f"the input {name!r} is {now}, and the graph was compiled for {was}",
+        fix="leave Dynamo's guards on: they compile anew for it",
+    )
+
+
+# --- a graph that communicates by itself ---
+
+
+def _of_graph(gm: GraphModule, inputs: Sequence[GraphInput], options: Options) -> _Captured:
+    program = capture_graph(gm, [i.example for i in inputs], mesh=options.mesh)
+    feeds = {each.name: i for i, each in enumerate(inputs) if each.kind == "value"}
+    verify = None if not program.outputs else lambda lowered: _compare(lowered, gm, inputs, options.mesh)
+    return _Captured(program, feeds, {}, program.out_leaves, verify)
+
+
+def _compare(program: ShardedProgram, gm: GraphModule, inputs: Sequence[GraphInput], mesh: Any) -> None:
+    """Run the program and the graph that it came from, both in PyTorch, over the ranks of the launch.
+
+    Raises:
+        VerificationError: their outputs differ by more than rounding.
+    """
+    program = lower(program)
+    expected = [t for t in Specialized(gm).run(*(i.example for i in inputs)) if isinstance(t, Tensor)]
+    produced = run_rank(program, {i.name: i.example for i in inputs if i.kind == "value"}, _groups_of(inputs, mesh))
+    for value, ours, theirs in zip(program.outputs, produced, expected, strict=True):
+        if not _close(ours, theirs):
+            raise VerificationError(
+                f"{value.name} of the lowered graph is not what the graph returns, by more than rounding",
+                fix="report it, with the model",
+            )
+
+
+def _groups_of(inputs: Sequence[GraphInput], mesh: Any) -> DeviceMesh | None:
+    """The mesh that the user made, whose groups exist; None where there is none."""
+    of = [mesh, *(i.example for i in inputs)]
+    own = next((m.device_mesh if isinstance(m, DTensor) else m for m in of if isinstance(m, (DTensor, DeviceMesh))), None)
+    return None if own is None else root_mesh(own)
+
+
+def run_rank(program: ShardedProgram, inputs: Mapping[str, Tensor], device_mesh: DeviceMesh | None) -> list[Tensor]:
+    """This rank's lowered graph in PyTorch, over the process group of the launch."""
+    rank = dist.get_rank() if dist.is_initialized() else 0
+    graph = program.graphs[rank]
+    device = next((t.device for t in (*inputs.values(), *program.weights.shards.values())), torch.device("cpu"))
+    flat: list[Tensor] = []
+    for node in placeholders(graph):
+        source = program.sources[node.name]
+        if isinstance(source, Weight):
+            flat.append(program.weights.local(source, program.mesh, rank))
+        elif isinstance(source, Coordinate):
+            flat.append(torch.tensor([program.mesh.coordinate(rank, source.axis)], dtype=torch.int32, device=device))
+        else:
+            flat.append(inputs[source.name])
+    if device_mesh is None and not dist.is_initialized():
+        return list(Interpreter(graph).run(*flat))
+    with use_device_mesh(device_mesh or program.mesh.to_device_mesh(device.type)):
+        return list(Interpreter(graph).run(*flat))
+
+
+# --- a dense model with a plan ---
+
+
+def _of_model(gm: GraphModule, inputs: Sequence[GraphInput], options: Options) -> _Captured:
+    call = call_in_progress()
+    if call is None:
+        raise PlanError(
+            "the option 'parallel' names modules, and what was compiled is a function",
+            fix="pass the nn.Module itself to torch.compile, or use torchtrt_md.compile",
+        )
+    name = type(call.module).__name__
+    broken = graph_break(gm)
+    if broken is not None:
+        raise CaptureError(
+            f"{name} is not one graph, as the option 'parallel' needs: Dynamo broke it off: {broken}",
+            fix="mend what broke it (torch.compile(fullgraph=True) shows the line), or use torchtrt_md.compile",
+        )
+    if options.mesh is None and not any(isinstance(i.example, DTensor) for i in inputs):
+        raise OptionError("the option 'parallel' needs the option 'mesh'", fix='options={"mesh": Mesh(cp=2), ...}')
+    mesh = launch_mesh(inputs, options.mesh)
+    program = capture(call.module, call.args, call.kwargs, mesh=mesh, parallel=options.parallels)
+    arguments = Arguments.of(call.module, call.args, call.kwargs).tensors
+    feeds = _feeds(arguments, inputs)
+    unused = _unused(program, arguments, inputs, call.module)
+    results = _results(gm, inputs, call, program, options.check)
+    dense = not program.weights.shards
+    return _Captured(program, feeds, unused, results, (lambda lowered: _verify(lowered, call)) if dense else None)
+
+
+def _verify(program: ShardedProgram, call: Call) -> None:
+    """Against the dense model, once for all ranks: every rank has the graphs of all."""
+    from torchtrt_md.verification import verify
+
+    if not dist.is_initialized() or dist.get_rank() == 0:
+        with torch.compiler.set_stance("force_eager"):
+            verify(program, call.module, call.args, call.kwargs)
+
+
+def _feeds(arguments: Mapping[str, Tensor], inputs: Sequence[GraphInput]) -> dict[str, int]:
+    """Argument -> index of the graph's input that is the same tensor."""
+    index = {id(each.example): i for i, each in enumerate(inputs)}
+    return {name: index[id(t)] for name, t in arguments.items() if id(t) in index}
+
+
+def _unused(
+    program: ShardedProgram, arguments: Mapping[str, Tensor], inputs: Sequence[GraphInput], model: nn.Module
+) -> dict[str, Tensor]:
+    """Something to pass for the arguments that Dynamo left out, since nothing depends on them.
+
+    Raises:
+        CaptureError: the model uses an argument or a weight that the graph does not have: it is a part of the model.
+    """
+    had = {id(each.example) for each in inputs}
+    own = {**arguments, **dict(model.named_buffers(remove_duplicate=False))}
+    own.update(model.named_parameters(remove_duplicate=False))
+    for graph, _ in program.distinct():
+        for node in placeholders(graph):
+            source = program.sources[node.name]
+            if node.users and isinstance(source, (Value, Weight)) and id(own[source.name]) not in had:
+                raise CaptureError(
+                    f"{type(model).__name__} uses {source.name!r}, which the graph of torch.compile does not have: it"
+                    " is a part of the model",
+                    fix="find what divides the model (torch.compile(fullgraph=True) shows the line), or use"
+                    " torchtrt_md.compile",
+                )
+    return {
+        name: torch.zeros_like(t, memory_format=torch.contiguous_format)
+        for name, t in arguments.items()
+        if id(t) not in had
+    }
+
+
+def _results(
+    gm: GraphModule, inputs: Sequence[GraphInput], call: Call, program: ShardedProgram, check: bool
+) -> tuple[object, ...]:
+    """For each output of Dynamo's graph the output of the program that it is.
+
+    By shape and dtype.  By values too, where those leave a choice or a proof is wanted: the graph and the model are
+    both run.  It also shows that the graph is the whole model.
+
+    Raises:
+        CaptureError: an output of the graph is none of the model's, or might be either of two.
+    """
+    (returned,) = gm.graph.find_nodes(op="output")
+    theirs = [_example(leaf) for leaf in returned.args[0]]
+    results, certain = _matched(theirs, program.outputs, program, _alike)
+    if certain and not check:
+        return results
+    theirs = list(Specialized(gm).run(*(i.example for i in inputs)))
+    with torch.compiler.set_stance("force_eager"):
+        ours = [t for t in pytree.tree_leaves(call.module(*call.args, **call.kwargs)) if isinstance(t, Tensor)]
+    results, certain = _matched(theirs, ours, program, _close)
+    if not certain:
+        raise CaptureError(
+            f"two outputs of {type(call.module).__name__} have the same shape and values, so that those of the graph"
+            " of torch.compile cannot be told apart",
+            fix="use torchtrt_md.compile",
+        )
+    return results
+
+
+def _example(leaf: Any) -> Any:
+    return leaf.meta["example_value"] if isinstance(leaf, torch.fx.Node) else leaf
+
+
+def _matched(
+    theirs: Sequence[Any], ours: Sequence[Any], program: ShardedProgram, same: Callable[[Any, Any], bool]
+) -> tuple[tuple[object, ...], bool]:
+    """For each of ``theirs`` the first of ``ours`` that is the same, and whether all others that are too equal it."""
+    nodes = list(outputs_of(program.graphs[0]))
+    certain = True
+    results: list[object] = []
+    for number, leaf in enumerate(theirs):
+        if not isinstance(leaf, Tensor):
+            results.append(leaf)
+            continue
+        found = [i for i, own in enumerate(ours) if _alike(leaf, program.outputs[i]) and same(leaf, own)]
+        if not found:
+            raise CaptureError(
+                f"output {number} of the graph of torch.compile, {leaf.dtype} {list(leaf.shape)}, is none of the"
+                " model's under the plan, "
+                + ", ".join(f"{value.dtype} {list(value.shape)}" for value in program.outputs),
+                fix="gather what the plan left split, or use torchtrt_md.compile",
+            )
+        certain = certain and len({nodes[i] for i in found}) == 1
+        results.append(Output(found[0]))
+    return tuple(results), certain
+
+
+def _alike(a: Any, b: Any) -> bool:
+    return tuple(a.shape) == tuple(b.shape) and a.dtype == b.dtype
+
+
+def _close(a: Tensor, b: Tensor) -> bool:
+    """Equal but for the order of sums; what is not finite is equal in place and kind."""
+    if not a.is_floating_point():
+        return torch.equal(a, b)
+    limit = max(_TOLERANCE, _ROUNDINGS * torch.finfo(a.dtype).eps)
+    a, b = a.double(), b.double()
+    finite = a.isfinite()
+    if not torch.equal(finite, b.isfinite()) or not torch.equal(a[~finite].nan_to_num(), b[~finite].nan_to_num()):
+        return False
+    difference, size = (torch.linalg.vector_norm(t[finite]) for t in (a - b, b))
+    return bool(difference <= limit * size)

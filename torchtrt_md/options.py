@@ -1,0 +1,137 @@
+"""What can be asked of a compilation: one set of options for ``md.compile`` and for ``torch.compile``."""
+
+from __future__ import annotations
+
+import difflib
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, fields
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, Literal, Self
+
+from torchtrt_md.errors import OptionError
+from torchtrt_md.mesh import Mesh
+from torchtrt_md.parallel import ContextParallel, Parallel, TensorParallel
+
+if TYPE_CHECKING:
+    from torch.distributed.device_mesh import DeviceMesh
+
+    from torchtrt_md.lowering.passes import Exchange
+
+# Options of a few values.  The first is the default.
+CHOICES: Mapping[str, tuple[object, ...]] = {
+    "placement": ("auto", "engine", "split"),
+    "compute": ("tensorrt", "inductor"),
+    "tune": (False, True, "tensorrt"),
+    "cuda_graph": (False, True),
+    "check": (True, False),
+    "fullgraph": (False, True),
+    "overlap": (True, False),
+    "transpose_weights": (True, False),
+    "report": (True, False),
+}
+
+
+@dataclass(frozen=True)
+class Options:
+    """How a model is compiled.
+
+    Attributes:
+        mesh: the mesh of the launch.  A model that holds DTensors brings its own.
+        parallel: what is parallel, where the model is dense; one or several.
+        placement: where attention and its collectives run: in the engine, in PyTorch between engines (``"split"``),
+            or where the hardware suggests (``"auto"``).
+        compute: what runs all that is not attention or a collective.
+        tune: time the candidates on the GPUs and keep the fastest; ``"tensorrt"`` restricts them to TensorRT.
+        cuda_graph: capture each step in a CUDA graph and replay it.
+        max_graphs: how many CUDA graphs, one for each signature of the inputs, are kept.
+        target: the GPU that engines are built for, as for :func:`torchtrt_md.build`.
+        check: compare with the dense model where it is at hand.
+        fullgraph: what cannot be converted is an error, and does not stay in PyTorch.
+        cache: the folder of built engines; ``None`` takes the user's own.
+        timeout: seconds that a rank waits for the others.
+        overlap: run collectives on a stream of their own beside what does not need them.
+        transpose_weights: store weights as TensorRT's products read them fastest.
+        exchange: how every attention gets what it lacks, in place of what would be chosen.
+        report: print what was compiled, on rank 0.
+
+    Raises:
+        OptionError: a value that an option cannot have.
+    """
+
+    mesh: Mesh | DeviceMesh | None = None
+    parallel: Sequence[Parallel] | Parallel = ()
+    placement: Literal["auto", "engine", "split"] = "auto"
+    compute: Literal["tensorrt", "inductor"] = "tensorrt"
+    tune: bool | Literal["tensorrt"] = False
+    cuda_graph: bool = False
+    max_graphs: int = 8
+    target: str = "portable"
+    check: bool = True
+    fullgraph: bool = False
+    cache: str | Path | None = None
+    timeout: float = 300.0
+    overlap: bool = True
+    transpose_weights: bool = True
+    exchange: Exchange | None = None
+    report: bool = True
+
+    def __post_init__(self) -> None:
+        single = isinstance(self.parallel, (ContextParallel, TensorParallel))
+        parallel = (self.parallel,) if single or not isinstance(self.parallel, Sequence) else tuple(self.parallel)
+        object.__setattr__(self, "parallel", parallel)
+        for name, choices in CHOICES.items():
+            value = getattr(self, name)
+            # 1 == True, but is not what these options take.
+            if not any(type(value) is type(choice) and value == choice for choice in choices):
+                raise _refused(name, value, " or ".join(map(repr, choices)))
+        self._check_types()
+
+    @classmethod
+    def of(cls, options: Mapping[str, Any]) -> Self:
+        """The options that a mapping names, others being what they are by default.
+
+        Raises:
+            OptionError: an unknown option, or a value that it cannot have.
+        """
+        known = [field.name for field in fields(cls)]
+        for name in options:
+            if name not in known:
+                close = difflib.get_close_matches(str(name), known, n=1)
+                raise OptionError(
+                    f"there is no option {name!r}; the options are {', '.join(known)}",
+                    fix=f"did you mean {close[0]!r}?" if close else "leave it out",
+                )
+        return cls(**options)
+
+    @property
+    def parallels(self) -> tuple[Parallel, ...]:
+        """``parallel``, as what it always is once the options are made: a tuple."""
+        assert isinstance(self.parallel, tuple)
+        return self.parallel
+
+    def _check_types(self) -> None:
+        from torch.distributed.device_mesh import DeviceMesh
+
+        from torchtrt_md.lowering.passes import Exchange
+
+        whole = isinstance(self.max_graphs, int) and not isinstance(self.max_graphs, bool)
+        number = isinstance(self.timeout, (int, float)) and not isinstance(self.timeout, bool)
+        for name, fine, allowed in (
+            ("mesh", self.mesh is None or isinstance(self.mesh, (Mesh, DeviceMesh)), "a Mesh or a DeviceMesh"),
+            (
+                "parallel",
+                all(isinstance(p, (ContextParallel, TensorParallel)) for p in self.parallels),
+                "a ContextParallel, a TensorParallel, or a list of them",
+            ),
+            ("max_graphs", whole and self.max_graphs >= 1, "a whole number of at least 1"),
+            ("target", isinstance(self.target, str), '"portable", "current" or a GPU such as "sm90"'),
+            ("cache", self.cache is None or isinstance(self.cache, (str, Path)), "a folder"),
+            ("timeout", number and self.timeout > 0, "seconds, more than 0"),
+            ("exchange", self.exchange is None or isinstance(self.exchange, Exchange), "a lowering.passes.Exchange"),
+        ):
+            if not fine:
+                raise _refused(name, getattr(self, name), allowed)
+
+
+def _refused(name: str, value: object, allowed: str) -> OptionError:
+    return OptionError(f"the option {name!r} cannot be {value!r}", fix=f"pass {allowed}")

@@ -1,0 +1,134 @@
+"""Place: a lowered program -> the same program cut into parts, each of which runs as one.
+
+The parts of a placement:
+
+    engine    one engine, attention and collectives in it; what an engine cannot hold runs in PyTorch between engines
+    split     engines, and between them attention and its collectives in PyTorch
+"""
+
+from __future__ import annotations
+
+from collections.abc import Collection, Mapping
+
+import torch
+from torch.fx import GraphModule, Node
+
+from torchtrt_md.errors import BuildError
+from torchtrt_md.lowering.ops import bound_args, is_collective
+from torchtrt_md.parallel import Placement
+from torchtrt_md.place.parts import Kept, Part, PlacedProgram, Runs
+from torchtrt_md.place.partition import ATTENTION, partition
+from torchtrt_md.program import ShardedProgram, dtype_name, placeholders, value_of
+from torchtrt_md.source import source_line
+
+_ROUNDS = 20
+
+
+def place(
+    program: ShardedProgram,
+    placement: Placement,
+    *,
+    compute: Runs = "engine",
+    keep: Mapping[str, str] | None = None,
+    boundary: Collection[torch.dtype] | None = None,
+    fullgraph: bool = False,
+    rank: int | None = None,
+) -> PlacedProgram:
+    """Cut the graphs of a lowered program into parts.
+
+    Args:
+        program: what :func:`torchtrt_md.lower` returned for this placement.
+        placement: where attention runs.
+        compute: what everything else runs as: ``engine`` or ``inductor``.
+        keep: node of the lowered graphs -> why no engine can hold it; such nodes stay in PyTorch.
+        boundary: the dtypes that an engine can take and give; None where any can be.
+        fullgraph: that an op must stay in PyTorch is an error.
+        rank: cut this rank's graph only; other ranks that have another one get no parts.
+
+    Raises:
+        BuildError: ``fullgraph``, and an op that no engine can hold.
+    """
+    keep = keep or {}
+    done: dict[int, tuple[Part, ...]] = {}
+    kept: dict[tuple[str, str], Kept] = {}
+    for graph, ranks in program.distinct():
+        if rank is not None and rank not in ranks:
+            done[id(graph)] = ()
+            continue
+        stays = _stays(graph, placement, keep)
+        parts = _cut(program, graph, placement, compute, stays, boundary)
+        for name, reason in stays.items():
+            node = next(n for n in graph.graph.nodes if n.name == name)
+            if fullgraph:
+                raise BuildError(
+                    f"{node.target} (node {name!r}) would stay in PyTorch: {reason}",
+                    fix="leave out fullgraph, so that it runs in PyTorch between engines",
+                    at=source_line(node),
+                )
+            key = (str(node.target), reason)
+            before = kept.get(key)
+            kept[key] = Kept(*key, count=before.count + 1 if before else 1, at=source_line(node))
+        done[id(graph)] = parts
+    return PlacedProgram(program, placement, tuple(done[id(g)] for g in program.graphs), tuple(kept.values()))
+
+
+def _stays(graph: GraphModule, placement: Placement, keep: Mapping[str, str]) -> dict[str, str]:
+    """Node -> why it stays in PyTorch, of what the placement itself would not put there."""
+    stays = {}
+    axes: dict[str, None] = {}
+    for node in graph.graph.nodes:
+        if node.op == "call_function" and node.name in keep and not is_collective(node):
+            stays[node.name] = keep[node.name]
+        elif placement == "engine" and is_collective(node):
+            axes.setdefault(bound_args(node)["axis"])
+            if bound_args(node)["axis"] != next(iter(axes)):
+                stays[node.name] = f"an engine has one communicator, and that is axis {next(iter(axes))!r}'s"
+    return stays
+
+
+def _cut(
+    program: ShardedProgram,
+    graph: GraphModule,
+    placement: Placement,
+    compute: Runs,
+    stays: dict[str, str],
+    boundary: Collection[torch.dtype] | None,
+) -> tuple[Part, ...]:
+    def is_eager(node: Node) -> bool:
+        split = placement == "split" and (node.target in ATTENTION or is_collective(node))
+        return split or node.name in stays
+
+    for _ in range(_ROUNDS):  # each keeps what makes or takes a dtype that no engine can pass on
+        parts = partition(program, graph, is_eager=is_eager, compute=compute)
+        found = {} if boundary is None else _outside(graph, parts, boundary)
+        if not found:
+            return parts
+        stays.update(found)
+    raise BuildError(
+        "the program passes tensors that engines cannot take or give, and cutting it further did not help",
+        fix="cast them inside the model",
+    )
+
+
+def _outside(graph: GraphModule, parts: tuple[Part, ...], boundary: Collection[torch.dtype]) -> dict[str, str]:
+    """The nodes that make or take what an engine cannot pass."""
+    nodes = {node.name: node for node in graph.graph.nodes}
+    found = {}
+    for part in parts:
+        if part.runs != "engine":
+            continue
+        for placeholder in placeholders(part.graph):
+            dtype = value_of(placeholder).dtype
+            if dtype not in boundary:
+                for user in placeholder.users:
+                    if user.name in nodes and user.op == "call_function":
+                        found[user.name] = f"it takes {dtype_name(dtype)}, which an engine cannot be given"
+        (output,) = part.graph.graph.find_nodes(op="output")
+        for value in output.args[0]:
+            dtype = value_of(value).dtype
+            if dtype not in boundary and value.name in nodes and value.op == "call_function":
+                found[value.name] = f"it gives {dtype_name(dtype)}, which an engine cannot return"
+    return found
+
+
+__all__ = ["Kept", "Part", "PlacedProgram", "Runs", "place"]

@@ -1,0 +1,306 @@
+"""Cut a lowered graph into parts.
+
+Each node is *compute*, which runs in an engine or in an Inductor kernel, or *eager*, which runs op by op in PyTorch:
+collectives and attention where the placement is ``split``, and what cannot be converted.  The graph is put in a new
+order, part after part:
+
+    for each eager op, in the graph's order:
+        a compute part of all that the op needs and that was not computed yet
+        the op itself, together with the eager ops next to it
+
+Compute is put off until something needs it, and the eager ops stay in their order: it is the same on all ranks.  So a
+collective is enqueued as early as its operand allows, and what does not need its result comes behind it, which is what
+lets the two overlap.  Where a compute part would wait for a collective although a matrix product in it need not, the
+part is cut in two.
+
+Views belong to nobody: they are repeated in each part that reads through them, so that what passes between parts are
+whole, contiguous tensors.  What attention returns passes as [B, S, H, D], which is how its kernels write it.
+"""
+
+from __future__ import annotations
+
+import operator
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.fx import Graph, GraphModule, Node
+
+from torchtrt_md.lowering.ops import is_collective
+from torchtrt_md.lowering.rewrite import emit, permute
+from torchtrt_md.place.parts import Part, Runs
+from torchtrt_md.program import Coordinate, ShardedProgram, Source, Weight, outputs_of, placeholders, value_of
+
+aten, md = torch.ops.aten, torch.ops.torchtrt_md
+ATTENTION = (md.attention.default, md.ring_attention.default)
+_VIEWS = {
+    aten.view.default,
+    aten._unsafe_view.default,
+    aten.reshape.default,
+    aten.permute.default,
+    aten.transpose.int,
+    aten.t.default,
+    aten.slice.Tensor,
+    aten.select.int,
+    aten.unsqueeze.default,
+    aten.squeeze.default,
+    aten.squeeze.dim,
+    aten.squeeze.dims,
+    aten.expand.default,
+}
+_RESHAPES = {aten.view.default, aten._unsafe_view.default, aten.reshape.default}
+_PRODUCTS = {aten.mm.default, aten.addmm.default, aten.bmm.default, aten.baddbmm.default, aten.convolution.default}
+_BSHD = [0, 2, 1, 3]
+_PASSES = "passes"  # in a view's meta: it is a value of its own, which parts pass on or return
+
+
+def partition(
+    program: ShardedProgram, graph: GraphModule, *, is_eager: Callable[[Node], bool], compute: Runs
+) -> tuple[Part, ...]:
+    """The parts of one graph of a lowered program, in order.
+
+    Args:
+        graph: one of the program's graphs; it is left as it was.
+        is_eager: which ops run op by op in PyTorch; views need not be told.
+        compute: what the compute parts run as.
+    """
+    graph = _copy(graph)
+    _pass_attention_as_written(graph, is_eager)
+    for node in outputs_of(graph):
+        node.meta[_PASSES] = True
+    return _Cut(program, graph, is_eager, compute).parts()
+
+
+def _copy(graph: GraphModule) -> GraphModule:
+    new = Graph()
+    output = new.graph_copy(graph.graph, {})
+    new.output(output)
+    return GraphModule(graph, new)
+
+
+def _pass_attention_as_written(graph: GraphModule, is_eager: Callable[[Node], bool]) -> None:
+    """y = attention(...) -> y' = y as [B, S, H, D], which is no copy; readers get y' seen as [B, H, S, D]."""
+    for node in list(graph.graph.nodes):
+        if node.target is not md.attention.default or not is_eager(node) or value_of(node).ndim != 4:
+            continue
+        behind = node.next
+        passed = emit(behind, aten.permute.default, node, _BSHD)
+        seen = permute(behind, passed, _BSHD)
+        node.replace_all_uses_with(seen, delete_user_cb=lambda user: user is not passed)
+        passed.meta[_PASSES] = True
+
+
+def is_view(node: Node) -> bool:
+    """Does this node only look at its operand, so that any part may repeat it?"""
+    return node.target in _VIEWS and _PASSES not in node.meta
+
+
+class _Cut:
+    """The walk over one graph."""
+
+    def __init__(
+        self, program: ShardedProgram, graph: GraphModule, is_eager: Callable[[Node], bool], compute: Runs
+    ) -> None:
+        self.program, self.graph, self.compute = program, graph, compute
+        self.order = {node: index for index, node in enumerate(graph.graph.nodes)}
+        self.eager = {n for n in self.order if n.op == "call_function" and not is_view(n) and is_eager(n)}
+        for node in self.order:  # what picks one of several results, or looks at one, goes where that is made
+            follows = node.target is operator.getitem or (node.target in _VIEWS and not is_view(node))
+            if follows and base_of(node.all_input_nodes[0]) in self.eager:
+                self.eager.add(node)
+        self.sources = {node: _source_name(program.sources[node.name]) for node in placeholders(graph)}
+        self.returned = outputs_of(graph)
+        self.done: set[Node] = set()
+        self.pending: set[Node] = set()  # collectives whose results nothing was enqueued behind yet
+        self.groups: list[tuple[Runs, list[Node]]] = []
+
+    def parts(self) -> tuple[Part, ...]:
+        for node in self.order:
+            if node in self.eager and node not in self.done:
+                self._compute(self._needs(node.all_input_nodes))
+                self._add_eager(node)
+        self._compute(self._needs(self.returned))
+        if not self.groups:  # nothing is computed: inputs are returned
+            self._group(self.compute, [])
+        return self._wired()
+
+    def _needs(self, nodes: Iterable[Node]) -> list[Node]:
+        """The compute that these depend on and that is not done, in the graph's order."""
+        found: set[Node] = set()
+        stack = list(nodes)
+        while stack:
+            node = stack.pop()
+            if node in found or node in self.done or node.op in ("placeholder", "get_attr"):
+                continue
+            if not is_view(node):
+                found.add(node)
+            stack.extend(node.all_input_nodes)
+        return sorted(found, key=self.order.__getitem__)
+
+    def _compute(self, nodes: Sequence[Node]) -> None:
+        if not nodes:
+            return
+        waiting = self._behind_pending(nodes)
+        free = [n for n in nodes if n not in waiting]
+        if waiting and any(n.target in _PRODUCTS for n in free):
+            self._group(self.compute, free)
+            nodes = [n for n in nodes if n in waiting]
+        if waiting:
+            self.pending.clear()
+        self._group(self.compute, nodes)
+
+    def _behind_pending(self, nodes: Sequence[Node]) -> set[Node]:
+        waiting: set[Node] = set()
+        for node in nodes:
+            if any(base in self.pending or base in waiting for base in map(base_of, node.all_input_nodes)):
+                waiting.add(node)
+        return waiting
+
+    def _add_eager(self, node: Node) -> None:
+        if any(base_of(x) in self.pending for x in node.all_input_nodes) and not is_collective(node):
+            self.pending.clear()
+        if is_collective(node):
+            self.pending.add(node)
+        if not self.groups or self.groups[-1][0] != "eager":
+            self.groups.append(("eager", []))
+        self._add(self.groups[-1][1], [node])
+
+    def _group(self, runs: Runs, nodes: Sequence[Node]) -> None:
+        self.groups.append((runs, []))
+        self._add(self.groups[-1][1], nodes)
+
+    def _add(self, group: list[Node], nodes: Sequence[Node]) -> None:
+        """Put nodes in a part, and with them what picks one of their several results: parts pass single tensors."""
+        picks = [user for node in nodes for user in node.users if user.target is operator.getitem]
+        group += sorted({*nodes, *picks} - self.done, key=self.order.__getitem__)
+        self.done.update(group)
+
+    def _wired(self) -> tuple[Part, ...]:
+        home = {node: index for index, (_, nodes) in enumerate(self.groups) for node in nodes}
+        read = self._read_elsewhere(home)
+        names: dict[Node, str] = {}
+        for node, value in zip(self.returned, self.program.outputs, strict=True):
+            names.setdefault(node, f"output:{value.name}")
+        last = len(self.groups) - 1
+        parts = []
+        for index, (runs, nodes) in enumerate(self.groups):
+            outputs = [(n, names.get(n, f"value:{n.name}")) for n in nodes if n in read or n in names]
+            for node, value in zip(self.returned, self.program.outputs, strict=True):
+                name = f"output:{value.name}"
+                here = home.get(node, last) == index
+                if here and (node, name) not in outputs:  # returned twice, or nobody's: an input, a weight
+                    outputs.append((node, name))
+            parts.append(self._part(index, runs, nodes, outputs, names))
+        return tuple(parts)
+
+    def _read_elsewhere(self, home: Mapping[Node, int]) -> set[Node]:
+        """The values that another part reads, directly or through views."""
+        read = set()
+        for node, index in home.items():
+            for base in map(base_of, node.all_input_nodes):
+                if base in home and home[base] != index:
+                    read.add(base)
+        return read
+
+    def _part(
+        self,
+        index: int,
+        runs: Runs,
+        nodes: Sequence[Node],
+        outputs: Sequence[tuple[Node, str]],
+        names: Mapping[Node, str],
+    ) -> Part:
+        """A graph of these nodes, with a placeholder for each value of another part."""
+        mine, graph = set(nodes), Graph()
+        env: dict[Node, Node] = {}
+        inputs: dict[Node, str] = {}
+        for node in _reading_order([*nodes, *(n for n, _ in outputs)], mine):
+            inputs[node] = self.sources.get(node) or names.get(node, f"value:{node.name}")
+            env[node] = graph.placeholder(f"read{len(env)}")  # no node of a traced graph has such a name
+            env[node].meta = _contiguous_meta(node)
+
+        def copied(node: Node) -> Node:
+            if node not in env:
+                for operand in node.all_input_nodes:
+                    copied(operand)
+                env[node] = graph.node_copy(node, env.__getitem__)
+                if node.target in _RESHAPES:
+                    # what it looks at may lie otherwise now; only what surely is a view waits for nothing
+                    env[node].target = aten.view.default if _is_surely_view(node) else aten.reshape.default
+            return env[node]
+
+        for node in nodes:
+            copied(node)
+        graph.output(tuple(_contiguous(graph, copied(n), runs) for n, _ in outputs))
+        module = GraphModule(self.graph, graph)
+        return Part(runs, module, tuple(inputs.values()), tuple(name for _, name in outputs), f"part {index}")
+
+
+def base_of(node: Node) -> Node:
+    """What a chain of views looks at."""
+    while is_view(node):
+        node = node.all_input_nodes[0]
+    return node
+
+
+def _is_surely_view(node: Node) -> bool:
+    """Is this reshape no copy, however what it looks at lies: contiguous, or as attention may write it?"""
+    base = base_of(node.all_input_nodes[0])
+    chain: list[Node] = []
+    while node is not base:
+        chain.append(node)
+        node = node.all_input_nodes[0]
+    shape = list(value_of(base).shape)
+    layouts = [torch.empty(shape, device="meta")]
+    if base.target in ATTENTION and len(shape) == 4:
+        layouts.append(torch.empty([shape[d] for d in _BSHD], device="meta").permute(_BSHD))
+    for seen in layouts:
+        for step in reversed(chain):
+            target = aten.view.default if step.target in _RESHAPES else step.target
+            try:
+                seen = target(seen, *step.args[1:], **step.kwargs)
+            except RuntimeError:  # it would have to be copied
+                return False
+    return True
+
+
+def _reading_order(nodes: Iterable[Node], mine: set[Node]) -> list[Node]:
+    """What these nodes read of others, in the order of reading: equal parts then have equal signatures."""
+    found: dict[Node, None] = {}
+    for node in nodes:
+        operands = node.all_input_nodes if node in mine else [node]
+        for base in map(base_of, operands):
+            if base not in mine and base.op != "get_attr":
+                found.setdefault(base)
+    return list(found)
+
+
+def _source_name(source: Source) -> str:
+    if isinstance(source, Coordinate):
+        return f"coordinate:{source.axis}"
+    return f"{'weight' if isinstance(source, Weight) else 'input'}:{source.name}"
+
+
+def _contiguous_meta(node: Node) -> dict[str, Any]:
+    return {"val": _contiguous_like(value_of(node)), "stack_trace": node.meta.get("stack_trace")}
+
+
+def _contiguous_like(value: Tensor) -> Tensor:
+    with value.fake_mode:  # type: ignore[attr-defined]
+        return torch.empty(value.shape, dtype=value.dtype, device=value.device)
+
+
+def _contiguous(graph: Graph, node: Node, runs: Runs) -> Node:
+    """What a part returns, as it passes: contiguous."""
+    value = value_of(node)
+    if value.is_contiguous():
+        return node
+    if runs == "eager":  # where it lies so already, as attention's result does, this is no copy
+        new = graph.call_function(aten.contiguous.default, (node,))
+    else:
+        new = graph.call_function(aten.clone.default, (node,), {"memory_format": torch.contiguous_format})
+    new.meta = {"val": _contiguous_like(value)}
+    if "stack_trace" in node.meta:
+        new.meta["stack_trace"] = node.meta["stack_trace"]
+    return new

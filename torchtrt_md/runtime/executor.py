@@ -1,0 +1,123 @@
+"""``Executor``: a rank's steps on two streams, in memory that is made once."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+
+import torch
+from torch import Tensor
+
+from torchtrt_md.runtime.plan import plan
+from torchtrt_md.runtime.steps import Step, Values
+
+# What PyTorch's allocator aligns to, and more than TensorRT asks of its bindings.
+_ALIGNMENT = 512
+
+
+class Executor:
+    """Enqueues all steps of a call.  One call at a time: its memory is shared between calls.
+
+    Args:
+        steps: in order.
+        fixed: what is the same in every call: weights and coordinates, by the names that steps read.
+        outputs: what a call returns, by the names that steps write.
+        device: where it runs.  On the CPU everything is done at once, in order.
+        overlap: run collectives on a stream of their own.
+    """
+
+    def __init__(
+        self,
+        steps: Sequence[Step],
+        *,
+        fixed: Mapping[str, Tensor],
+        outputs: Sequence[str],
+        device: torch.device,
+        overlap: bool = True,
+    ) -> None:
+        self.steps, self.outputs, self.device = list(steps), tuple(outputs), device
+        self.plan = plan(self.steps, self.outputs)
+        self._side: torch.cuda.Stream | None = None
+        if overlap and device.type == "cuda" and any(step.communicates for step in steps):
+            # of high priority: its kernels are few and short, and the main stream will wait for them
+            self._side = torch.cuda.Stream(device, priority=-1)  # type: ignore[no-untyped-call]
+        memory = [torch.empty(size + _ALIGNMENT, dtype=torch.uint8, device=device) for size in self.plan.blocks]
+        self._fixed: Values = dict(fixed)
+        for step in self.steps:
+            for slot in step.slots:
+                if slot.name in self.plan.block_of:
+                    block = memory[self.plan.block_of[slot.name]]
+                    size = slot.dtype.itemsize
+                    for extent in slot.shape:
+                        size *= extent
+                    self._fixed[slot.name] = block[:size].view(slot.dtype).view(slot.shape)
+
+    def close(self) -> None:
+        """Let go of the engines and of all memory."""
+        self.steps.clear()
+        self._fixed.clear()
+
+    @property
+    def memory(self) -> int:
+        """Bytes that are kept for what passes between steps."""
+        return sum(self.plan.blocks)
+
+    def run(self, inputs: Mapping[str, Tensor]) -> dict[str, Tensor]:
+        """Enqueue a call on the current stream, which is not the default one.
+
+        Args:
+            inputs: by name, ``input:NAME``; contiguous and aligned.
+
+        Returns:
+            The outputs by name, ``output:NAME``.
+        """
+        values = {**self._fixed, **inputs}
+        if self._side is None:
+            self._run_in_order(values)
+        else:
+            self._run_on_two_streams(values, self._side)
+        return {name: values[name] for name in self.outputs}
+
+    def _run_in_order(self, values: Values) -> None:
+        for step, moment in zip(self.steps, self.plan.moments, strict=True):
+            self._run(step, values)
+            for value in moment.releases:
+                values.pop(value, None)
+
+    def _run_on_two_streams(self, values: Values, side: torch.cuda.Stream) -> None:
+        main = torch.cuda.current_stream(self.device)
+        reached = {-1: _record(main)}
+        ended: dict[int, torch.cuda.Event] = {}
+        last = None
+        for index, (step, moment) in enumerate(zip(self.steps, self.plan.moments, strict=True)):
+            if step.communicates:
+                side.wait_event(reached[moment.after])
+                self._provide(step, values)
+                with torch.cuda.stream(side):
+                    step.run(values)
+                last = ended[index] = _record(side)
+            else:
+                if moment.joins is not None:
+                    main.wait_event(ended[moment.joins])
+                self._run(step, values)
+            if index in self.plan.marks:
+                reached[index] = _record(main)
+            for value in moment.releases:
+                values.pop(value, None)
+        if last is not None:
+            main.wait_event(last)
+
+    def _run(self, step: Step, values: Values) -> None:
+        self._provide(step, values)
+        step.run(values)
+
+    def _provide(self, step: Step, values: Values) -> None:
+        """Memory for what the step writes and the call returns; all else has its own already."""
+        for slot in step.slots:
+            if slot.name not in values:
+                values[slot.name] = torch.empty(slot.shape, dtype=slot.dtype, device=self.device)
+
+
+def _record(stream: torch.cuda.Stream) -> torch.cuda.Event:
+    event: torch.cuda.Event = torch.cuda.Event()  # type: ignore[no-untyped-call]
+    event.record(stream)
+    return event

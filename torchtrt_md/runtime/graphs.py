@@ -1,0 +1,92 @@
+"""CUDA graphs of whole calls: engines, attention and NCCL, captured once for each signature and replayed."""
+
+from __future__ import annotations
+
+import warnings
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+Call = Callable[[Mapping[str, Tensor]], dict[str, Tensor]]
+Key = tuple[tuple[str, torch.dtype, torch.Size], ...]
+
+
+@dataclass
+class Budget:
+    """How many graphs may still be captured; programs of one model at several shapes share one."""
+
+    left: int
+
+
+@dataclass
+class Captured:
+    """A graph, and the memory that it reads and writes."""
+
+    graph: torch.cuda.CUDAGraph
+    inputs: dict[str, Tensor]
+    outputs: dict[str, Tensor]
+
+    def replay(self, inputs: Mapping[str, Tensor]) -> None:
+        """Put these inputs where the graph reads, unless they are there already, and replay it on the current stream."""
+        for name, held in self.inputs.items():
+            if held.data_ptr() != inputs[name].data_ptr():
+                held.copy_(inputs[name])
+        self.graph.replay()
+
+
+class Graphs:
+    """Runs calls, replaying a CUDA graph where there is one of their signature.
+
+    The first call of a signature is run as it is, which also warms everything up, and then captured.  Where that fails
+    there is one warning that names the cause, and calls are run without graphs from then on.  Ranks need not agree:
+    a replay enqueues the same collectives as a run.
+
+    Args:
+        run: enqueues a call on the current stream.
+        budget: of graphs; beyond it new signatures are run without, after one warning.
+        device: this rank's GPU.
+    """
+
+    def __init__(self, run: Call, budget: Budget, device: torch.device) -> None:
+        self._run, self._budget, self._device = run, budget, device
+        self.captured: dict[Key, Captured | None] = {}
+
+    def __call__(self, inputs: Mapping[str, Tensor]) -> dict[str, Tensor]:
+        """The outputs, in memory of the caller's own."""
+        key = tuple((name, t.dtype, t.shape) for name, t in sorted(inputs.items()))
+        captured = self.captured.get(key)
+        if captured is not None:
+            captured.replay(inputs)
+            return {name: out.clone() for name, out in captured.outputs.items()}
+        outputs = self._run(inputs)
+        if key not in self.captured:
+            self.captured[key] = self._capture(inputs)
+        return outputs
+
+    def _capture(self, inputs: Mapping[str, Tensor]) -> Captured | None:
+        if self._budget.left <= 0:
+            warnings.warn(
+                "no more CUDA graphs are captured: as many as max_graphs allows are there; calls of new shapes run"
+                " without one",
+                stacklevel=2,
+            )
+            return None
+        self._budget.left -= 1
+        held = {name: tensor.clone() for name, tensor in inputs.items()}
+        graph = torch.cuda.CUDAGraph()
+        stream = torch.cuda.current_stream(self._device)
+        try:
+            # The watchdogs, ours and PyTorch's, ask events from threads of their own, which must not count.
+            with torch.cuda.graph(graph, stream=stream, capture_error_mode="thread_local"):
+                outputs = self._run(held)
+        except Exception as error:  # CUDA, NCCL, TensorRT and PyTorch each raise their own
+            reason = next(iter(str(error).strip().splitlines()), "")
+            warnings.warn(
+                f"the CUDA graph could not be captured, and calls run without one: {type(error).__name__}: {reason}",
+                stacklevel=2,
+            )
+            torch.cuda.synchronize(self._device)
+            return None
+        return Captured(graph, held, outputs)

@@ -1,0 +1,36 @@
+"""Parts that Inductor compiles."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+
+import torch
+from torch import Tensor
+from torch.fx import GraphModule
+
+from torchtrt_md.runtime import private
+from torchtrt_md.runtime.steps import to_device
+
+
+def compile_graph(graph: GraphModule, examples: Sequence[Tensor], device: torch.device) -> Callable[..., Sequence[Tensor]]:
+    """The graph as a function of tensors like these, compiled now.
+
+    Inductor keeps what it compiled on disk, so equal graphs of later runs take seconds less.
+    """
+    module = GraphModule(graph, _copied(graph))
+    to_device(module, device)
+    with private.outside_of_compilation(), torch.no_grad():
+        compiled = torch._inductor.compile(module, list(examples))
+
+    def call(*tensors: Tensor) -> Sequence[Tensor]:
+        results: Sequence[Tensor] = compiled(*tensors)
+        return results
+
+    return call
+
+
+def _copied(graph: GraphModule) -> torch.fx.Graph:
+    new = torch.fx.Graph()
+    output = new.graph_copy(graph.graph, {})
+    new.output(output)
+    return new

@@ -1,0 +1,196 @@
+"""When each step may run and where its results lie: decided once, before the first call.
+
+Two streams.  The main one has the engines, kernels and attention, in order; the side one the collectives, in order.
+A collective waits for the main stream up to the step that made its operand, and for whoever last used the memory of
+its result.  A step of the main stream that reads a collective's result waits for that collective.  So whatever lies
+between a collective and the first step that reads it runs beside it.
+
+What engines and collectives write lies in memory that is made once and used again as soon as nothing can still be
+reading it.  What PyTorch's ops return is PyTorch's own, and is held until the same moment.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+
+from torchtrt_md.runtime.steps import Slot, Step
+
+
+@dataclass
+class Moment:
+    """What surrounds one step.
+
+    Attributes:
+        after: of a collective: the step of the main stream that it waits for; -1 for the start of the call.
+        joins: of a step of the main stream: the last collective whose end it waits for; None where there is none.
+        releases: values that nothing reads any more once this step is enqueued.
+    """
+
+    after: int = -1
+    joins: int | None = None
+    releases: list[str] = field(default_factory=list)
+
+
+@dataclass
+class Plan:
+    """The moments of all steps, and for each slot the block of memory that it lies in.
+
+    ``blocks`` are sizes in bytes.
+    """
+
+    moments: list[Moment]
+    block_of: dict[str, int]
+    blocks: list[int]
+    marks: frozenset[int]  # the steps of the main stream that a collective waits for
+
+
+def plan(steps: Sequence[Step], keep: Sequence[str]) -> Plan:
+    """Args:
+    steps: in the order in which they are enqueued.
+    keep: the values that the call returns; they get memory of their own in each call.
+    """
+    bases = _bases(steps)
+    moments = [Moment() for _ in steps]
+    made_by = {value: index for index, step in enumerate(steps) for value in _made(step)}
+    _join(steps, moments, bases, made_by)
+    free_at = _free_at(steps, moments, bases, set(keep))
+    block_of, blocks = _blocks(steps, moments, bases, free_at, made_by)
+    for value, index in free_at.items():
+        if index < len(steps):
+            moments[index].releases.append(value)
+    marks = frozenset(m.after for m, s in zip(moments, steps, strict=True) if s.communicates)
+    return Plan(moments, block_of, blocks, marks)
+
+
+def _made(step: Step) -> tuple[str, ...]:
+    return (*step.writes, *(slot.name for slot in step.slots))
+
+
+def _bases(steps: Sequence[Step]) -> dict[str, tuple[str, ...]]:
+    """Value -> the values whose memory it may be looking at."""
+    bases: dict[str, tuple[str, ...]] = {}
+    for step in steps:
+        seen = tuple(dict.fromkeys(base for value in step.reads for base in bases.get(value, (value,))))
+        for value in _made(step):
+            bases[value] = (value, *seen) if step.aliases else (value,)
+    return bases
+
+
+def _join(
+    steps: Sequence[Step],
+    moments: Sequence[Moment],
+    bases: Mapping[str, tuple[str, ...]],
+    made_by: Mapping[str, int],
+) -> None:
+    """Let steps of the main stream wait for the collectives that they read, and collectives for what made theirs."""
+    joined = -1
+    for index, step in enumerate(steps):
+        makers = [made_by[b] for value in step.reads for b in bases.get(value, (value,)) if b in made_by]
+        if step.communicates:
+            moments[index].after = max((m for m in makers if not steps[m].communicates), default=-1)
+        elif not step.looks:
+            awaited = max((m for m in makers if steps[m].communicates), default=-1)
+            if awaited > joined:  # the side stream is in order: who waited for one has waited for those before it
+                moments[index].joins = joined = awaited
+
+
+def _free_at(
+    steps: Sequence[Step], moments: Sequence[Moment], bases: Mapping[str, tuple[str, ...]], keep: set[str]
+) -> dict[str, int]:
+    """Value -> the step from which on its memory may be used again, or the value let go of.
+
+    Its last reader on the main stream, or where a collective read it (or wrote it, unread) the step that waits for
+    that collective or for a later one.
+    """
+    joins = [(index, m.joins) for index, m in enumerate(moments) if m.joins is not None]
+    kept = {base for value in keep for base in bases.get(value, (value,))}
+
+    def passed(index: int) -> int:
+        if not steps[index].communicates:
+            return index
+        return next((at for at, collective in joins if collective >= index), len(steps))
+
+    free: dict[str, int] = {}
+    for index, step in enumerate(steps):
+        for value in _made(step):
+            free[value] = passed(index)
+        for value in step.reads:
+            for base in bases.get(value, (value,)):
+                if base in free:
+                    free[base] = max(free[base], passed(index))
+    return {value: index for value, index in free.items() if value not in kept and value not in keep}
+
+
+def _blocks(
+    steps: Sequence[Step],
+    moments: Sequence[Moment],
+    bases: Mapping[str, tuple[str, ...]],
+    free_at: Mapping[str, int],
+    made_by: Mapping[str, int],
+) -> tuple[dict[str, int], list[int]]:
+    """Give each slot a block: one that is free again, the smallest that is large enough, or a new one."""
+    blocks: list[int] = []
+    block_of: dict[str, int] = {}
+    available: list[tuple[int, int]] = []  # (block, the step that freed it)
+    freed: dict[int, list[str]] = {}
+    for value, index in free_at.items():
+        freed.setdefault(index, []).append(value)
+    slots = {slot.name for step in steps for slot in step.slots}
+    for index, step in enumerate(steps):
+        for slot in step.slots:
+            if slot.name not in free_at:
+                continue
+            shared = _operand_block(step, bases, free_at, block_of, made_by, steps, index)
+            if shared is not None:
+                block_of[slot.name] = shared
+                continue
+            size = _bytes(slot)
+            fitting = [(blocks[b], b, at) for b, at in available if blocks[b] >= size]
+            if fitting:
+                _, block, at = min(fitting)
+                available.remove((block, at))
+                if step.communicates:
+                    moments[index].after = max(moments[index].after, at)
+            else:
+                block = len(blocks)
+                blocks.append(size)
+            block_of[slot.name] = block
+        for value in freed.get(index, ()):
+            if value in slots and value in block_of and not _lives_on(value, block_of, free_at, index):
+                entry = (block_of[value], index)
+                if entry not in available:  # two values of one block may end together
+                    available.append(entry)
+    return block_of, blocks
+
+
+def _operand_block(
+    step: Step,
+    bases: Mapping[str, tuple[str, ...]],
+    free_at: Mapping[str, int],
+    block_of: Mapping[str, int],
+    made_by: Mapping[str, int],
+    steps: Sequence[Step],
+    index: int,
+) -> int | None:
+    """The operand's block, where the result may take its place: nothing else reads the operand."""
+    if not step.in_place:
+        return None
+    (operand,) = step.reads
+    if operand not in block_of or bases.get(operand, (operand,)) != (operand,):
+        return None
+    readers = [i for i, s in enumerate(steps) if any(operand in bases.get(r, (r,)) for r in s.reads)]
+    return block_of[operand] if readers == [index] else None
+
+
+def _lives_on(value: str, block_of: Mapping[str, int], free_at: Mapping[str, int], index: int) -> bool:
+    """Is the block of this value, which is free now, that of another which is not?"""
+    return any(
+        other != value and block == block_of[value] and free_at.get(other, index + 1) > index
+        for other, block in block_of.items()
+    )
+
+
+def _bytes(slot: Slot) -> int:
+    return max(1, math.prod(slot.shape)) * slot.dtype.itemsize

@@ -1,0 +1,238 @@
+"""A rank's program as steps: what is enqueued one after the other, and what each reads and writes.
+
+Engines and Inductor kernels are a step each.  A part that runs in PyTorch is taken apart into its ops, so that each of
+its collectives can run on a stream of its own.
+"""
+
+from __future__ import annotations
+
+import operator
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+import torch.distributed as dist
+import torch.nn.functional as F
+from torch import Tensor
+from torch.fx import GraphModule, Node
+from torch.fx.node import map_arg
+
+from torchtrt_md.bundle.manifest import Binding, Segment
+from torchtrt_md.errors import BundleError
+from torchtrt_md.lowering.attention_math import ring_attention_block
+from torchtrt_md.lowering.ops import is_collective
+from torchtrt_md.place.partition import is_view
+from torchtrt_md.program import outputs_of, placeholders
+from torchtrt_md.runtime import collective
+from torchtrt_md.runtime.engine import Engine
+
+aten, md = torch.ops.aten, torch.ops.torchtrt_md
+Values = dict[str, Any]
+
+
+@dataclass(frozen=True)
+class Slot:
+    """A tensor that the executor makes for a step to write: its name, shape and dtype."""
+
+    name: str
+    shape: tuple[int, ...]
+    dtype: torch.dtype
+
+
+@dataclass
+class Step:
+    """One thing that is enqueued.
+
+    Attributes:
+        name: for messages.
+        reads: the values that it reads.
+        writes: the values that it makes itself, or looks at.
+        slots: the values that it writes into memory that the executor gives it.
+        run: enqueue it on the current stream: reads ``values`` and its slots there, and adds ``writes`` to it.
+        communicates: it is a collective, and may run on a stream of its own.
+        looks: it only looks at what it reads: nothing is enqueued.
+        aliases: its result may be the memory of what it reads.
+        in_place: the slot may be the memory of the only value that it reads.
+    """
+
+    name: str
+    reads: tuple[str, ...]
+    run: Callable[[Values], None]
+    writes: tuple[str, ...] = ()
+    slots: tuple[Slot, ...] = ()
+    communicates: bool = False
+    looks: bool = False
+    aliases: bool = False
+    in_place: bool = False
+
+
+def engine_step(segment: Segment, engine: Engine) -> Step:
+    """An engine: it reads and writes tensors of PyTorch in place."""
+    keys = {b.source: source_key(b) for b in segment.inputs} | {b.source: b.source for b in segment.outputs}
+    bound: tuple[int, ...] = ()
+
+    def run(values: Values) -> None:
+        nonlocal bound
+        tensors = {source: values[key] for source, key in keys.items()}
+        addresses = tuple(tensor.data_ptr() for tensor in tensors.values())
+        if addresses != bound:  # most lie where they always do
+            engine.bind(tensors)
+            bound = addresses
+        engine.launch(torch.cuda.current_stream().cuda_stream)
+
+    return Step(
+        name=engine.name,
+        reads=tuple(source_key(b) for b in segment.inputs),
+        slots=tuple(Slot(b.source, tuple(b.shape), dtype_of(b.dtype)) for b in segment.outputs),
+        run=run,
+    )
+
+
+def source_key(binding: Binding) -> str:
+    """The value that a binding reads.  A weight that is taken transposed is another tensor than the weight."""
+    return f"{binding.source} transposed" if binding.transposed else binding.source
+
+
+def call_step(segment: Segment, function: Callable[..., Sequence[Tensor]]) -> Step:
+    """A compiled function: it makes its results itself."""
+    reads, writes = tuple(b.source for b in segment.inputs), tuple(b.source for b in segment.outputs)
+
+    def run(values: Values) -> None:
+        results = function(*(values[r] for r in reads))
+        # Inductor may lay out a result as it likes; what passes between steps is contiguous.
+        values.update(zip(writes, (x.contiguous() for x in results), strict=True))
+
+    return Step(name=segment.name, reads=reads, writes=writes, run=run)
+
+
+def eager_steps(
+    segment: Segment,
+    graph: GraphModule,
+    *,
+    groups: Mapping[str, dist.ProcessGroup],
+    coordinates: Mapping[str, int],
+    device: torch.device,
+    index: int = 0,
+) -> list[Step]:
+    """The ops of a part that runs in PyTorch, in order.
+
+    Args:
+        groups: axis -> this rank's group along it.
+        coordinates: where this rank stands along each axis; ops that need to know are told on the host.
+        device: this rank's.
+        index: of the segment; values that no other segment reads are named after it.
+    """
+    to_device(graph, device)
+    names: dict[Node, str] = {}
+    for node, binding in zip(placeholders(graph), segment.inputs, strict=True):
+        names[node] = binding.source
+    returned = outputs_of(graph)
+    for node, binding in zip(returned, segment.outputs, strict=True):
+        names.setdefault(node, binding.source)
+    for node in graph.graph.nodes:
+        names.setdefault(node, f"local:{index}/{node.name}")
+    steps = [
+        _step(node, names, graph, groups, coordinates)
+        for node in graph.graph.nodes
+        if node.op in ("call_function", "get_attr")
+    ]
+    for node, binding in zip(returned, segment.outputs, strict=True):
+        if names[node] != binding.source:  # returned twice, or as it came
+            steps.append(_copy(names[node], binding.source))
+    return steps
+
+
+def _step(
+    node: Node,
+    names: Mapping[Node, str],
+    graph: GraphModule,
+    groups: Mapping[str, dist.ProcessGroup],
+    coordinates: Mapping[str, int],
+) -> Step:
+    reads = tuple(names[x] for x in node.all_input_nodes)
+    name = names[node]
+    if node.op == "get_attr":
+        constant = getattr(graph, str(node.target))
+        return Step(name, (), lambda values: values.update({name: constant}), (name,), looks=True, aliases=True)
+    if is_collective(node):
+        slot = Slot(name, tuple(node.meta["val"].shape), node.meta["val"].dtype)
+        go = collective.runner_of(node, groups)
+
+        def communicate(values: Values) -> None:
+            go(values[name], values[reads[0]].contiguous())
+
+        return Step(
+            name,
+            reads,
+            communicate,
+            slots=(slot,),
+            communicates=True,
+            in_place=collective.is_in_place(node),
+        )
+    if node.target is md.ring_attention.default:
+        return _ring_step(node, names, reads, coordinates)
+    function = _attention if node.target is md.attention.default else node.target
+    assert callable(function)
+
+    def call(values: Values) -> None:
+        args, kwargs = map_arg((node.args, node.kwargs), lambda x: values[names[x]])
+        values[name] = function(*args, **kwargs)
+
+    may_copy = node.target in (aten.reshape.default, aten.contiguous.default)
+    looks = not may_copy and (is_view(node) or node.target is operator.getitem)
+    return Step(name, reads, call, (name,), looks=looks, aliases=looks or may_copy)
+
+
+def _attention(
+    q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, is_causal: bool, scale: float | None, enable_gqa: bool
+) -> Tensor:
+    """PyTorch's kernel, on tensors as they lie; the IR's own op would make its result contiguous."""
+    return F.scaled_dot_product_attention(q, k, v, mask, 0.0, is_causal, scale=scale, enable_gqa=enable_gqa)
+
+
+def _ring_step(
+    node: Node, names: Mapping[Node, str], reads: tuple[str, ...], coordinates: Mapping[str, int]
+) -> Step:
+    q, k, v, coordinate, *rest = node.args
+    name = names[node]
+    # On the host the rank is known, so nothing waits for the GPU to tell it.
+    mine = 0 if coordinate is None else coordinates[names[coordinate].removeprefix("coordinate:")]  # type: ignore[index]
+
+    def call(values: Values) -> None:
+        values[name] = ring_attention_block(*(values[names[x]] for x in (q, k, v)), mine, *rest)  # type: ignore[index]
+
+    return Step(name, tuple(r for r in reads if not r.startswith("coordinate:")), call, (name,))
+
+
+def _copy(source: str, target: str) -> Step:
+    return Step(target, (source,), lambda values: values.update({target: values[source].clone()}), (target,))
+
+
+def to_device(graph: GraphModule, device: torch.device) -> None:
+    """Let a graph that was captured elsewhere make its own tensors on this device, and hold its constants there."""
+    for node in graph.graph.nodes:
+        if node.op == "call_function" and "device" in node.kwargs:
+            node.kwargs = {**node.kwargs, "device": device}
+    for name, constant in list(graph.named_buffers()):
+        setattr(graph, name, constant.to(device))
+    for node in graph.graph.find_nodes(op="get_attr"):
+        held = getattr(graph, str(node.target))
+        if isinstance(held, Tensor) and held.device != device:
+            setattr(graph, str(node.target), held.detach().to(device))
+    graph.recompile()
+
+
+def dtype_of(name: str) -> torch.dtype:
+    """PyTorch's dtype of that name, as the manifest writes it: ``"bfloat16"``.
+
+    Raises:
+        BundleError: this PyTorch has no such dtype.
+    """
+    dtype = getattr(torch, name, None)
+    if not isinstance(dtype, torch.dtype):
+        raise BundleError(
+            f"the bundle has tensors of dtype {name!r}, which PyTorch {torch.__version__} lacks",
+            fix="install the PyTorch that built it (versions.torch in its manifest.json)",
+        )
+    return dtype

@@ -1,0 +1,226 @@
+"""Choose by timing on the GPUs: how attentions exchange, and what each segment runs as.
+
+    1. each different compute segment alone, in TensorRT and compiled by Inductor      -> the faster
+    2. each different attention: every way of exchange, in a whole step                 -> the fastest
+    3. whole steps: the mixture of 1, TensorRT alone, Inductor alone, one engine        -> the fastest
+
+Every time is a median over CUDA graph replays, and the largest of any rank; so all ranks decide alike, and the tuned
+program is at least as fast, as measured here, as the best of TensorRT alone and Inductor alone.
+"""
+
+from __future__ import annotations
+
+import gc
+from collections.abc import Callable, Mapping
+from dataclasses import replace
+from statistics import median
+from typing import TYPE_CHECKING
+
+import torch
+from torch import Tensor
+
+from torchtrt_md.build.flavour import flavour
+from torchtrt_md.build.parts import BuiltPart
+from torchtrt_md.bundle.from_program import part_segment
+from torchtrt_md.bundle.manifest import Decision
+from torchtrt_md.choices import Choices
+from torchtrt_md.errors import LaunchError, MDError
+from torchtrt_md.lowering import attention_keys
+from torchtrt_md.lowering.passes import Exchange
+from torchtrt_md.place import Runs
+from torchtrt_md.runtime.executor import Executor
+from torchtrt_md.runtime.graphs import Budget, Graphs
+from torchtrt_md.runtime.steps import dtype_of
+
+if TYPE_CHECKING:
+    from torchtrt_md.compiler import Built, Session
+
+WARM_UP, REPEATS = 3, 20
+_STEP = "a whole step"
+
+
+def candidates(strategy: str) -> dict[str, Exchange]:
+    """The ways of exchange that are tried, by name.
+
+    Args:
+        strategy: the axis's: ``auto`` tries all.
+    """
+    found = {
+        "ulysses": Exchange("ulysses"),
+        "ulysses, values first": Exchange("ulysses", values_first=True),
+        "ulysses, 2 groups of heads": Exchange("ulysses", head_groups=2),
+        "ulysses, 2 groups of heads, values first": Exchange("ulysses", head_groups=2, values_first=True),
+        "allgather_kv": Exchange("allgather_kv"),
+        "ring": Exchange("ring"),
+    }
+    return {name: e for name, e in found.items() if strategy in ("auto", e.strategy)}
+
+
+def tune(session: Session, plan: Choices) -> Choices:
+    """The fastest plan that is found.  Collective.
+
+    Raises:
+        LaunchError: there is no GPU to time on.
+    """
+    if session.device.type != "cuda":
+        raise LaunchError("tune=True times candidates on GPUs, and there is none", fix="leave out tune")
+    mixed = session.options.tune is True
+    timer = _Timer(session)
+    split = replace(plan, placement="split", compute="engine", decisions=())
+    decisions: list[Decision] = []
+    if mixed:
+        split, decided = _segments(session, split)
+        decisions += decided
+    split, decided = _exchanges(session, split, timer)
+    decisions += decided
+    if split.exchanges and mixed:  # another way of exchange is another cut
+        split, decisions_again = _segments(session, split)
+        decisions = [d for d in decisions if not d.what.startswith("segment")] + decisions_again
+    steps: dict[str, Choices] = {"TensorRT, attention in PyTorch": replace(split, runs={})}
+    if session.options.placement != "split":
+        steps["TensorRT, one engine"] = replace(split, placement="engine", exchanges={}, runs={})
+    if mixed:
+        steps["TensorRT and Inductor, as timed"] = split
+        steps["Inductor, attention in PyTorch"] = replace(split, compute="inductor", runs={})
+    if session.options.placement == "engine":
+        steps = {name: p for name, p in steps.items() if p.placement == "engine"}
+    times = {name: timer.step(candidate) for name, candidate in steps.items()}
+    possible = {name: ms for name, ms in times.items() if ms is not None}
+    if not possible:
+        return plan
+    best = min(possible, key=lambda name: possible[name])
+    decisions.append(Decision(_STEP, best, "the fastest", possible))
+    return replace(
+        steps[best], decisions=tuple(decisions), tuned_on=torch.cuda.get_device_name(session.device)
+    )
+
+
+def _exchanges(session: Session, plan: Choices, timer: _Timer) -> tuple[Choices, list[Decision]]:
+    """The fastest way of exchange of each attention in turn, the others being as they are."""
+    decisions = []
+    if session.options.exchange is not None or session.options.placement == "engine":
+        return plan, []
+    for key in attention_keys(session.program):
+        axis = key.rsplit(" ", 1)[1].split("=")[0]
+        times = {}
+        tried = {
+            name: replace(plan, exchanges={**plan.exchanges, key: exchange})
+            for name, exchange in candidates(session.program.strategies[axis]).items()
+        }
+        for name, candidate in tried.items():
+            ms = timer.step(candidate)
+            if ms is not None:
+                times[name] = ms
+        if times:
+            best = min(times, key=lambda name: times[name])
+            plan = tried[best]
+            decisions.append(Decision(f"attention {key}", best, "the fastest whole step", times))
+    return plan, decisions
+
+
+def _segments(session: Session, plan: Choices) -> tuple[Choices, list[Decision]]:
+    """The faster of TensorRT and Inductor for each different compute segment."""
+    in_trt = session.built(replace(plan, runs={}, compute="engine"))
+    in_inductor = session.built(replace(plan, runs={}, compute="inductor"))
+    texts = _texts(in_trt, in_inductor)
+    if texts is None:  # an op that no engine can hold cuts the two differently
+        return plan, []
+    runs: dict[str, Runs] = {}
+    decisions = []
+    for number, (text, (engine_part, inductor_part, count)) in enumerate(texts.items()):
+        times = {
+            "TensorRT": _segment_ms(session, in_trt, engine_part),
+            "Inductor": _segment_ms(session, in_inductor, inductor_part),
+        }
+        faster = min(times, key=lambda name: times[name])
+        runs[text] = "inductor" if faster == "Inductor" else "engine"
+        why = "the faster" + (f": {flavour().name} is slower at it on this GPU" if faster == "Inductor" else "")
+        decisions.append(Decision(f"segment {number} ({count} of them)", faster, why, times))
+    return replace(plan, runs=runs), decisions
+
+
+def _texts(in_trt: Built, in_inductor: Built) -> dict[str, tuple[BuiltPart, BuiltPart, int]] | None:
+    """Text of the graph of a compute part -> the part as an engine, as Inductor has it, and how many are equal."""
+    if len(in_trt.parts) != len(in_inductor.parts):
+        return None
+    found: dict[str, tuple[BuiltPart, BuiltPart, int]] = {}
+    for a, b in zip(in_trt.parts, in_inductor.parts, strict=True):
+        if (a.runs == "eager") != (b.runs == "eager"):
+            return None
+        if a.runs == "engine":
+            before = found.get(b.text)
+            found[b.text] = (a, b, before[2] + 1 if before else 1)
+    return found
+
+
+def _segment_ms(session: Session, built: Built, part: BuiltPart) -> float:
+    """The median of one segment alone; its inputs are random."""
+    segment = part_segment(part, "")
+    outputs = [b.source for b in segment.outputs]
+    executor = session.executor(built, [part], outputs=outputs)
+    inputs = {
+        b.source: _random(b.shape, dtype_of(b.dtype), session.device)
+        for b in segment.inputs
+        if not b.source.startswith(("weight:", "coordinate:"))
+    }
+    return _agreed(session, lambda: _median_ms(executor, inputs, session.device))
+
+
+class _Timer:
+    """Times whole steps, each plan once."""
+
+    def __init__(self, session: Session) -> None:
+        self.session = session
+        generator = torch.Generator(device=session.device).manual_seed(0)
+        self.inputs = {
+            f"input:{value.name}": _random(value.shape, value.dtype, session.device, generator)
+            for value in session.program.inputs
+        }
+
+    def step(self, plan: Choices) -> float | None:
+        """Milliseconds; None where this plan cannot be built, on any rank."""
+        session = self.session
+        try:
+            executor = session.executor(session.built(plan))
+        except MDError:  # the same on every rank
+            return None
+        ms = _agreed(session, lambda: _median_ms(executor, self.inputs, session.device))
+        executor.close()
+        gc.collect()
+        torch.cuda.empty_cache()
+        return ms
+
+
+def _agreed(session: Session, measure: Callable[[], float]) -> float:
+    """The largest of all ranks' times; the ranks begin together."""
+    mine = session.agreement.together("timing a candidate", measure)
+    return max(session.agreement.gather(mine, "the candidate's times"))
+
+
+def _median_ms(executor: Executor, inputs: Mapping[str, Tensor], device: torch.device) -> float:
+    stream: torch.cuda.Stream = torch.cuda.Stream(device)  # type: ignore[no-untyped-call]
+    stream.wait_stream(torch.cuda.current_stream(device))
+    with torch.cuda.device(device), torch.cuda.stream(stream), torch.no_grad():
+        run = Graphs(executor.run, Budget(1), device)
+        for _ in range(WARM_UP):
+            run(inputs)
+        stream.synchronize()
+        events = [[torch.cuda.Event(enable_timing=True) for _ in range(2)] for _ in range(REPEATS)]  # type: ignore[no-untyped-call]
+        for begin, end in events:
+            begin.record(stream)
+            run(inputs)
+            end.record(stream)
+        stream.synchronize()
+    return float(median(begin.elapsed_time(end) for begin, end in events))
+
+
+def _random(
+    shape: tuple[int, ...] | list[int],
+    dtype: torch.dtype,
+    device: torch.device,
+    generator: torch.Generator | None = None,
+) -> Tensor:
+    """Equal on all ranks where the generators are; of whole numbers 0, which any table can be asked for."""
+    if dtype.is_floating_point:
+        return torch.randn(tuple(shape), generator=generator, device=device).to(dtype)
+    return torch.zeros(tuple(shape), dtype=dtype, device=device)
