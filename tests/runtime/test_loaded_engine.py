@@ -10,12 +10,12 @@ from torchtrt_md.build.flavour import flavour
 from torchtrt_md.bundle.manifest import Binding, Segment
 from torchtrt_md.errors import BundleError, LaunchError
 from torchtrt_md.runtime import communicator
-from torchtrt_md.runtime.engine import DTYPES, Io, check_io, deserialize
-from torchtrt_md.runtime.runner import last_uses
-from torchtrt_md.runtime.signature import dtype_of
+from torchtrt_md.runtime.engine import DTYPES, Io, check_io, check_scratch, deserialize
+from torchtrt_md.runtime.steps import dtype_of
 
 SEGMENT = Segment(
-    engine="e",
+    runs="engine",
+    file="e",
     axis=None,
     inputs=[Binding("x", "input:x", "float16", [2, 8])],
     outputs=[Binding("y", "output:y", "float16", [2, 8])],
@@ -58,6 +58,27 @@ def test_what_is_no_engine_is_refused_by_name(tmp_path: Path) -> None:
         deserialize(trt.Runtime(trt.Logger(trt.Logger.INTERNAL_ERROR)), path, "sm80")
 
 
+def test_scratch_that_is_too_small_is_refused_with_both_sizes() -> None:
+    check_scratch(2**20, 2**20, "segment 0")
+    check_scratch(1, 0, "segment 0")
+    with pytest.raises(LaunchError, match=r"segment 0 was given 1\.0 MiB for its activations, which need 1\.5 MiB"):
+        check_scratch(2**20, 2**20 + 2**19, "segment 0")
+
+
+def test_tensorrt_has_what_contexts_are_made_with() -> None:
+    trt = flavour().trt
+    used = {
+        "ICudaEngine": ["create_execution_context", "create_runtime_config", "device_memory_size_v2"],
+        "IRuntimeConfig": ["set_execution_context_allocation_strategy"],
+        "IExecutionContext": ["set_device_memory", "set_tensor_address", "execute_async_v3", "set_communicator"],
+        "ExecutionContextAllocationStrategy": ["USER_MANAGED"],
+    }
+    if flavour().name == "TensorRT-RTX":  # TensorRT compiles nothing at run time
+        used["IRuntimeConfig"] += ["create_runtime_cache", "set_runtime_cache"]
+    for kind, names in used.items():
+        assert set(names) <= set(dir(getattr(trt, kind))), kind
+
+
 def test_the_capsule_is_what_tensorrt_asks_for() -> None:
     capsule = communicator._new_capsule(0x1234, communicator._NAME, None)
     pointer = ctypes.PYFUNCTYPE(ctypes.c_void_p, ctypes.py_object, ctypes.c_char_p)(
@@ -65,16 +86,3 @@ def test_the_capsule_is_what_tensorrt_asks_for() -> None:
     )
     assert "ncclComm_t" in repr(capsule)
     assert pointer(capsule, b"ncclComm_t") == 0x1234
-
-
-def test_a_value_is_dropped_after_the_last_engine_that_reads_it() -> None:
-    def segment(reads: list[str], writes: list[str]) -> Segment:
-        inputs, outputs = ([Binding(s, s, "int32", [1]) for s in sources] for sources in (reads, writes))
-        return Segment("e", None, inputs, outputs, [])
-
-    segments = [
-        segment(["input:x"], ["value:a", "value:unused"]),
-        segment(["value:a", "input:x"], ["value:b", "output:y"]),
-        segment(["value:a", "value:b"], ["output:z"]),
-    ]
-    assert last_uses(segments) == [["value:unused"], [], ["value:a", "value:b"]]

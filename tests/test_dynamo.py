@@ -1,0 +1,395 @@
+"""The backend of torch.compile, its programs run in PyTorch over two real ranks in place of engines."""
+
+from __future__ import annotations
+
+import tomllib
+from collections.abc import Callable, Iterator, Mapping
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import models
+import pytest
+import torch
+import torch._dynamo
+import torch.distributed._functional_collectives as funcol
+from torch import Tensor, nn
+from torch.distributed.device_mesh import init_device_mesh
+from torch.distributed.tensor.parallel import ColwiseParallel, RowwiseParallel, parallelize_module
+
+from runtime.rank_processes import Ranks
+from torchtrt_md import ContextParallel, Gather, Mesh, MDError, Split, TensorParallel
+from torchtrt_md.dynamo import Verify, compile_graph, run_rank, together
+from torchtrt_md.errors import CaptureError, InputError, OptionError, VerificationError
+from torchtrt_md.lowering import lower
+from torchtrt_md.options import Options
+from torchtrt_md.program import ShardedProgram
+
+TP_PLAN = {"up": ColwiseParallel(), "down": RowwiseParallel()}
+
+
+@pytest.fixture(scope="module")
+def ranks(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Ranks]:
+    started = Ranks(tmp_path_factory.mktemp("ranks") / "store")
+    yield started
+    started.close()
+
+
+class InPyTorch:
+    """Lowers, verifies and runs programs, all in PyTorch; ``programs`` are those that it was given, lowered."""
+
+    def __init__(self, change: Callable[[ShardedProgram], None] = lambda program: None) -> None:
+        self.programs: list[ShardedProgram] = []
+        self.verified = 0
+        self.change = change
+
+    def __call__(self, program: ShardedProgram, options: Options, *, verify: Verify | None) -> Any:
+        lowered = lower(program)
+        self.change(lowered)
+        if verify is not None:
+            together("the proof", options.timeout, partial(verify, lowered))
+            self.verified += 1
+        self.programs.append(lowered)
+        self.lowered = lowered
+        return _Runs(lowered)
+
+
+class _Runs:
+    def __init__(self, program: ShardedProgram) -> None:
+        self.program = program
+
+    def run(self, inputs: Mapping[str, Tensor]) -> dict[str, Tensor]:
+        assert set(inputs) == {value.name for value in self.program.inputs}
+        names = [value.name for value in self.program.outputs]
+        return dict(zip(names, run_rank(self.program, inputs, None), strict=True))
+
+
+def compiled(model: Any, build: InPyTorch, **options: Any) -> Any:
+    torch.compiler.reset()
+    return torch.compile(model, backend=partial(compile_graph, build=build), options=options)
+
+
+def error(ours: Tensor, dense: Tensor) -> float:
+    return float((ours - dense).norm() / dense.norm())
+
+
+def message_of(call: Callable[[], Any]) -> str:
+    try:
+        call()
+    except MDError as raised:
+        return f"{type(raised).__name__}: {raised}"
+    return ""
+
+
+# --- models that communicate by themselves ---
+
+
+def sharded_model(rank: int) -> tuple[list[float], int, list[str]]:
+    model, (x,), _ = models.mlp()
+    dense, _, _ = models.mlp()
+    mesh = init_device_mesh("cpu", (2,), mesh_dim_names=("tp",))
+    build = InPyTorch()
+    call = compiled(parallelize_module(model, mesh, TP_PLAN), build)
+    with torch.no_grad():
+        errors = [error(call(t), dense(t)) for t in (x, x + 1, x[:, :4], x[:, :6], x)]
+        states = [message_of(lambda: call(x))]
+        model.up.weight.mul_(2)
+        states.append(message_of(lambda: call(x)))
+        torch.compiler.reset()
+        dense.up.weight.mul_(2)
+        errors.append(error(call(x), dense(x)))
+    return errors, build.verified, states
+
+
+def test_a_parallelized_model_and_its_weights(ranks: Ranks) -> None:
+    for outcome in ranks(sharded_model):
+        assert not outcome.error, outcome.message
+        errors, verified, (fine, changed) = outcome.value
+        assert max(errors) < 1e-5
+        assert verified == 4, "three shapes, and once more after the reset"
+        assert fine == ""
+        assert changed.startswith("InputError: 'up.weight' was changed or replaced after the model was compiled")
+
+
+def wrong_lowering(rank: int) -> str:
+    def change(program: ShardedProgram) -> None:
+        (node,) = program.graphs[0].graph.find_nodes(
+            op="call_function", target=torch.ops.torchtrt_md.all_reduce.default
+        )
+        node.replace_all_uses_with(node.args[0])
+        program.graphs[0].recompile()
+
+    call = compiled(lambda x: funcol.all_reduce(x, "sum", torch.distributed.group.WORLD) + 1, InPyTorch(change))
+    with torch.no_grad():
+        return message_of(lambda: call(torch.ones(4)))
+
+
+def test_the_lowered_graph_is_compared_with_dynamos(ranks: Ranks) -> None:
+    for outcome in ranks(wrong_lowering):
+        assert outcome.value.startswith("VerificationError: output0 of the lowered graph is not what the graph returns")
+
+
+def one_rank_fails(rank: int) -> str:
+    def function(x: Tensor) -> Tensor:
+        if rank:
+            x.add_(1)
+        return x * 2
+
+    call = compiled(function, InPyTorch(), timeout=20.0)
+    with torch.no_grad():
+        return message_of(lambda: call(torch.ones(4)))
+
+
+def test_a_capture_that_fails_on_one_rank_fails_on_all(ranks: Ranks) -> None:
+    for outcome in ranks(one_rank_fails):
+        assert outcome.value.startswith("CaptureError: rank 1: the model writes to an input"), outcome
+
+
+# --- dense models with a plan ---
+
+
+class Attentions(nn.Module):
+    """Several results of one shape, an argument that is not used, one that nests, and a plain one."""
+
+    _cp_plan: Mapping[str, Any] = {
+        "": {"x": Split(1)},
+        "out": Gather(1),
+        "first": Gather(1),
+    }
+
+    def __init__(self) -> None:
+        super().__init__()
+        torch.manual_seed(0)
+        self.first = nn.Linear(32, 32)
+        self.attention = models.SelfAttention()
+        self.out = nn.Linear(32, 32)
+
+    def forward(self, x: Tensor, ignored: Tensor | None = None, *, scales: Any, shift: float = 0.0) -> dict[str, Any]:
+        first = self.first(x)
+        last = self.out(self.attention(x * scales["s"]) + shift)
+        return {"last": last, "first": first, "again": first, "shift": shift, "none": None}
+
+
+def with_plan(rank: int, check: bool) -> tuple[list[float], list[list[str]], int]:
+    model = Attentions().eval()
+    x, scales = torch.randn(2, 16, 32, generator=torch.Generator().manual_seed(0)), {"s": torch.tensor([2.0])}
+    build = InPyTorch()
+    call = compiled(model, build, mesh=Mesh(cp=2), parallel=ContextParallel("cp"), check=check)
+    errors = []
+    with torch.no_grad():
+        for shift in (0.5, 0.25, 0.125):
+            ours = call(x, torch.ones(3), scales=scales, shift=shift)
+            dense = model(x, torch.ones(3), scales=scales, shift=shift)
+            assert ours["shift"] == shift
+            assert ours["none"] is None
+            errors += [error(ours[name], dense[name]) for name in ("last", "first", "again")]
+    collectives = [str(n.target) for n in build.programs[0].graphs[0].graph.nodes if "all_to_all" in str(n.target)]
+    return errors, [[v.name for v in program.inputs] for program in build.programs], len(collectives)
+
+
+@pytest.mark.parametrize("check", [True, False])
+def test_a_dense_model_with_a_plan(ranks: Ranks, check: bool) -> None:
+    for outcome in ranks(with_plan, check):
+        assert not outcome.error, outcome.message
+        errors, inputs, exchanges = outcome.value
+        assert max(errors) < 1e-5
+        assert inputs == [["x", "ignored", "scales.s"]] * 3
+        assert exchanges == 2
+
+
+def tensor_parallel_plan(rank: int) -> list[float]:
+    model, args, kwargs = models.llama()
+    parallel = TensorParallel("tp")
+    call = compiled(model, InPyTorch(), mesh=Mesh(tp=2), parallel=parallel)
+    with torch.no_grad():
+        return [error(call(ids, **kwargs).logits, model(ids, **kwargs).logits) for ids in (args[0], args[0][:, :8])]
+
+
+def test_a_dense_model_with_tensor_parallelism(ranks: Ranks) -> None:
+    for outcome in ranks(tensor_parallel_plan):
+        assert not outcome.error, outcome.message
+        assert max(outcome.value) < 1e-5
+
+
+class Twice(nn.Module):
+    """A model of which a module gives a result of the shape of the model's own."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.a, self.b = models.MLP(), nn.Linear(32, 32)
+
+    def forward(self, x: Tensor, case: str) -> Any:
+        if case == "break":
+            y = self.a(x)
+            torch._dynamo.graph_break()
+            return self.b(y)
+        if case == "outside":  # the frame of self.a is compiled, that of the model is not
+            return self.b(skipped(self.a, x))
+        if case == "twins":
+            y = self.a(x)
+            return y, y + 0.0
+        return self.b(self.a(x))
+
+
+@torch._dynamo.disable(recursive=False)
+def skipped(module: nn.Module, x: Tensor) -> Any:
+    return module(x)
+
+
+def refused(rank: int, case: str) -> str:
+    model = Twice().eval()
+    x = torch.randn(2, 8, 32)
+    plan = {"": {"x": Split(1)}, "b": Gather(1), "a": Gather(1)} if case == "twins" else {"": {"x": Split(1)}}
+    options: dict[str, Any] = {"mesh": Mesh(cp=2), "parallel": ContextParallel("cp", plan=plan)}
+    if case == "mesh":
+        del options["mesh"]
+    target: Any = (lambda x, case: model(x, case)) if case == "function" else model
+    call = compiled(target, InPyTorch(), **options)
+    with torch.no_grad():
+        return message_of(lambda: call(x, case))
+
+
+@pytest.mark.parametrize(
+    ("case", "problem", "fix"),
+    [
+        ("function", "PlanError: every rank: the option 'parallel' names modules, and what was compiled is a function", "nn.Module itself"),
+        ("mesh", "OptionError: every rank: the option 'parallel' needs the option 'mesh'", "Mesh(cp=2)"),
+        ("break", "CaptureError: every rank: Twice is not one graph", "torchtrt_md.compile"),
+        ("split", "CaptureError: every rank: output 0 of the graph of torch.compile, torch.float32 [2, 8, 32], is none of", "gather what the plan left split"),
+        ("outside", "CaptureError: every rank: Twice uses 'b.weight', which the graph of torch.compile does not have", "torchtrt_md.compile"),
+        ("twins", "CaptureError: every rank: two outputs of Twice have the same shape and values", "torchtrt_md.compile"),
+    ],
+)  # fmt: skip
+def test_dense_models_that_are_refused(ranks: Ranks, case: str, problem: str, fix: str) -> None:
+    for outcome in ranks(refused, case):
+        assert outcome.value.startswith(problem), outcome
+        assert fix in outcome.value
+
+
+class Doubled(nn.Module):
+    """A model that does something after its only module, of which the frame of that module knows nothing."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.a = models.MLP()
+
+    def forward(self, x: Tensor) -> Any:
+        return skipped(self.a, x) * 2
+
+
+def part_of_the_model(rank: int) -> str:
+    plan = {"": {"x": Split(1)}, "a": Gather(1)}
+    call = compiled(Doubled().eval(), InPyTorch(), mesh=Mesh(cp=2), parallel=ContextParallel("cp", plan=plan))
+    with torch.no_grad():
+        return message_of(lambda: call(torch.randn(2, 8, 32)))
+
+
+def test_a_part_with_all_weights_is_not_taken_for_the_model(ranks: Ranks) -> None:
+    for outcome in ranks(part_of_the_model):
+        assert outcome.value.startswith("CaptureError: every rank: output 0 of the graph of torch.compile"), outcome
+
+
+# --- one process ---
+
+
+def test_an_unknown_option_is_our_own_error() -> None:
+    call = compiled(nn.Linear(2, 2), InPyTorch(), placment="split")
+    with torch.no_grad(), pytest.raises(OptionError, match="there is no option 'placment'; the options are mesh") as got:
+        call(torch.ones(2))
+    assert "did you mean 'placement'?" in got.value.fix
+    assert got.traceback[-1].name != "compile_graph" or len(got.traceback) < 12, "Dynamo's frames are cut off"
+
+
+def test_a_mode_is_refused() -> None:
+    torch.compiler.reset()
+    call = torch.compile(nn.Linear(2, 2), backend=partial(compile_graph, build=InPyTorch(), options={}), mode="x")
+    with torch.no_grad(), pytest.raises(OptionError, match="takes no mode"):
+        call(torch.ones(2))
+
+
+def test_gradients_are_refused_where_they_would_be_lost() -> None:
+    model, (x,), _ = models.mlp()
+    call = compiled(model, InPyTorch())
+    with pytest.raises(CaptureError, match="called with gradients on") as got:
+        call(x)
+    assert "torch.no_grad()" in got.value.fix
+    with torch.inference_mode():
+        assert error(call(x), model(x)) < 1e-5
+    model.requires_grad_(False)
+    assert error(call(x), model(x)) < 1e-5
+
+
+@pytest.mark.parametrize("change", ["written", "replaced", "moved"])
+def test_a_weight_that_changed_is_refused(change: str) -> None:
+    model, (x,), _ = models.mlp()
+    call = compiled(model, InPyTorch())
+    with torch.no_grad():
+        call(x)
+        if change == "written":
+            model.load_state_dict(models.MLP().state_dict())
+        elif change == "replaced":
+            model.load_state_dict(models.MLP().state_dict(), assign=True)
+        else:
+            model.up.weight.data = model.up.weight.data.clone()
+        with pytest.raises(InputError, match="was changed or replaced after the model was compiled"):
+            call(x)
+
+
+def test_what_is_no_parameter_is_an_input() -> None:
+    class Model(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.state = torch.ones(2)
+
+        def forward(self, x: Tensor) -> Tensor:
+            return x + self.state
+
+    model = Model()
+    build = InPyTorch()
+    call = compiled(model, build)
+    with torch.no_grad():
+        for number in range(3):
+            model.state = torch.full((2,), float(number))
+            assert torch.equal(call(torch.zeros(2)), model.state)
+    assert len(build.programs) == 1
+
+
+def test_a_graph_of_numbers_is_left_to_pytorch() -> None:
+    build = InPyTorch()
+    call = compiled(lambda x: x.shape[0] * 2, build)
+    for size in (2, 3, 4):
+        assert call(torch.ones(size)) == size * 2
+    assert not build.programs
+
+
+def test_graph_breaks_make_several_programs() -> None:
+    def function(x: Tensor) -> Tensor:
+        y = x.sin()
+        torch._dynamo.graph_break()
+        return y + 1
+
+    build = InPyTorch()
+    call = compiled(function, build)
+    with torch.no_grad():
+        assert torch.equal(call(torch.ones(3)), torch.ones(3).sin() + 1)
+    assert len(build.programs) == 2
+
+
+def test_a_wrong_program_is_found_before_it_is_built() -> None:
+    def change(program: ShardedProgram) -> None:
+        (node,) = program.graphs[0].graph.find_nodes(op="call_function", target=torch.ops.aten.sin.default)
+        node.target = torch.ops.aten.cos.default
+        program.graphs[0].recompile()
+
+    with torch.no_grad(), pytest.raises(VerificationError, match="output0 of the lowered graph"):
+        compiled(lambda x: x.sin(), InPyTorch(change))(torch.ones(3))
+    with torch.no_grad():
+        unchecked = compiled(lambda x: x.sin(), InPyTorch(change), check=False)(torch.ones(3))
+    assert torch.equal(unchecked, torch.ones(3).cos())
+
+
+def test_the_entry_point() -> None:
+    project = tomllib.loads((Path(__file__).parents[1] / "pyproject.toml").read_text())
+    entry = project["project"]["entry-points"]["torch_dynamo_backends"]
+    assert entry == {"torchtrt_md": "torchtrt_md.dynamo:backend"}
+    assert "torchtrt_md" in torch._dynamo.list_backends(exclude_tags=())
