@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
 
-from torchtrt_md.build.cache import graph_text
+from torchtrt_md.build.cache import graph_digest
 from torchtrt_md.bundle.manifest import Decision
 from torchtrt_md.lowering.passes import Exchange
 from torchtrt_md.parallel import Placement
@@ -21,7 +21,8 @@ class Choices:
         compute: what compute parts run as: ``engine`` or ``inductor``.
         exchanges: how attentions get what they lack, by
             :func:`torchtrt_md.lowering.choose_strategy.attention_key`; others follow the axis's strategy.
-        runs: what compute parts of some graphs run as, by the graph's text; others as ``compute`` says.
+        runs: what compute parts of some graphs run as, by the graph's digest; others as ``compute`` says.
+        transport: what does the exchanges between engines: ``nccl`` or the ``copy`` engines.
         decisions: why, in words, and the times that decided.
         tuned_on: the GPU that they were timed on, "" where nothing was timed.
     """
@@ -30,6 +31,7 @@ class Choices:
     compute: Runs = "engine"
     exchanges: Mapping[str, Exchange] = field(default_factory=dict)
     runs: Mapping[str, Runs] = field(default_factory=dict)
+    transport: str = "nccl"
     decisions: tuple[Decision, ...] = ()
     tuned_on: str = ""
 
@@ -40,7 +42,7 @@ def chosen_runs(placed: PlacedProgram, choices: Choices) -> PlacedProgram:
         return placed
     chosen = {
         id(parts): tuple(
-            p if p.runs == "eager" else replace(p, runs=choices.runs.get(graph_text(p.graph), p.runs)) for p in parts
+            p if p.runs == "eager" else replace(p, runs=choices.runs.get(graph_digest(p.graph), p.runs)) for p in parts
         )
         for parts, _ in placed.distinct()
     }

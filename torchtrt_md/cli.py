@@ -35,9 +35,7 @@ def export(
     file: Annotated[Path, typer.Argument(help="Python file whose model() returns (model, args, kwargs)")],
     mesh: Annotated[str, typer.Option(help="axes and their sizes: cp=4 (context) or tp=4 (tensor parallel)")],
     out: Annotated[Path, typer.Option("--out", "-o", help="the bundle, a folder")],
-    strategy: Annotated[
-        str, typer.Option(help="context parallel attention: ulysses, allgather_kv, ring or auto")
-    ] = "",
+    strategy: Annotated[str, typer.Option(help="context parallel attention: ulysses, allgather_kv, ring or auto")] = "",
     placement: Annotated[str, typer.Option(help="where attention runs: engine, split or auto")] = "auto",
     target: Annotated[
         str, typer.Option(help="GPU to build for: sm80, sm86, sm89, sm120, portable, current")
@@ -168,7 +166,8 @@ def _print_files(exported: Exported) -> None:
     from torchtrt_md.bundle import rank_files
 
     for kept in exported.kept:
-        console.print(f"[yellow]In PyTorch:[/] {kept.count} x {kept.op}: {kept.reason}" + (f", at {kept.at}" * bool(kept.at)))
+        where = f", at {kept.at}" if kept.at else ""
+        console.print(f"[yellow]In PyTorch:[/] {kept.count} x {kept.op}: {kept.reason}{where}")
     for path in sorted(p for p in exported.folder.rglob("*") if p.is_file()):
         name = path.relative_to(exported.folder).as_posix()
         ranks = [rank for rank in range(len(exported.manifest.ranks)) if name in rank_files(exported.manifest, rank)]

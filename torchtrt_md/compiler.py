@@ -5,7 +5,7 @@ from __future__ import annotations
 import hashlib
 import tempfile
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -21,7 +21,7 @@ from torchtrt_md.bundle.from_program import manifest_of, part_segment
 from torchtrt_md.bundle.manifest import Decision
 from torchtrt_md.capture import capture
 from torchtrt_md.choices import Choices, chosen_runs
-from torchtrt_md.errors import BuildError, ConversionError, LaunchError, RankMismatchError
+from torchtrt_md.errors import BuildError, ConversionError, InputError, LaunchError, RankMismatchError
 from torchtrt_md.lowering import attention_keys, lower
 from torchtrt_md.lowering.passes import Exchange
 from torchtrt_md.lowering.schedule import schedule
@@ -43,7 +43,7 @@ _ATTEMPTS = 50  # ops that turn out not to convert, one after another
 Verify = Callable[[ShardedProgram], object]
 
 
-def compile(  # noqa: A001  as torch.compile
+def compile(
     model: nn.Module, args: Sequence[Any] = (), kwargs: Mapping[str, Any] | None = None, **options: Any
 ) -> Runner:
     """Compile a model in a launched process group, ahead of time.  Collective: every rank calls it.
@@ -115,9 +115,7 @@ def compile_program(
         guard = watchdog
         axes = [axis for axis in program.mesh.names if program.mesh.axis_size(axis) > 1]
         groups.update(
-            agreement.together(
-                "the communicators", lambda: communicator.connect(program.mesh, axes, device, guard)
-            )
+            agreement.together("the communicators", lambda: communicator.connect(program.mesh, axes, device, guard))
         )
         session = Session(program, options, agreement, device, groups, verify, watchdog)
         choices = session.tuned() if options.tune else session.default()
@@ -139,8 +137,25 @@ class Built:
 
     placed: PlacedProgram
     parts: list[BuiltPart]
+    transport: str
     hits: int
     misses: int
+
+
+class WeightGuard:
+    """Tells when a weight was written to in place, of which engines may hold a copy laid out for them."""
+
+    def __init__(self, weights: Mapping[str, Tensor]) -> None:
+        self._versions = [(name, w, w._version) for name, w in weights.items() if not w.is_inference()]
+
+    def check(self) -> None:
+        """Raises InputError: a weight was changed.  What is written through ``.data`` is not seen."""
+        for name, weight, version in self._versions:
+            if weight._version != version:
+                raise InputError(
+                    f"the weight {name!r} was changed after the model was compiled, and engines may hold what it was",
+                    fix="compile the model again",
+                )
 
 
 class Session:
@@ -161,11 +176,13 @@ class Session:
         self.rank = agreement.rank
         folder = None if options.cache is None else Path(options.cache)
         self.cache = EngineCache(folder)
-        self.weights = {
-            s.name: program.weights.local(s, program.mesh, self.rank).to(device)
+        held = {
+            s.name: program.weights.local(s, program.mesh, self.rank)
             for s in program.sources.values()
             if isinstance(s, Weight)
         }
+        self.weights = {name: weight.to(device) for name, weight in held.items()}
+        self.guard = WeightGuard(held)
 
     def default(self) -> Choices:
         """What is chosen without timing anything."""
@@ -176,12 +193,15 @@ class Session:
             compute=self.options.compute,
             flavour=flavour().name,
             capability=capability,
+            rings=flavour().rings(self.options.target),
         )
         compute: Runs = "engine" if self.options.compute == "tensorrt" else "inductor"
         exchanges: dict[str, Exchange] = {}
         if self.options.exchange is not None:
-            exchanges = {key: self.options.exchange for key in attention_keys(self.program)}
-        return Choices(placement, compute, exchanges, {}, (Decision("placement", placement, why),))
+            exchanges = dict.fromkeys(attention_keys(self.program), self.options.exchange)
+        return Choices(
+            placement, compute, exchanges, {}, self.options.transport, (Decision("placement", placement, why),)
+        )
 
     def tuned(self) -> Choices:
         """What is fastest on these GPUs."""
@@ -199,17 +219,16 @@ class Session:
         if checked and self.options.check and self.verify is not None:
             check = self.verify
             self.agreement.together("the comparison with the model", lambda: check(lowered))
+
+        def build() -> Built | None:
+            return self._build(lowered, plan, Path(folder))
+
         with tempfile.TemporaryDirectory(prefix="torchtrt_md-") as folder:
             # Ranks that share a cache find there what the first of their host has built.
             local = self.rank % max(1, torch.cuda.device_count()) if self.device.type == "cuda" else self.rank
-            built: Built | None = None
-            for turn in (local == 0, local != 0):
-                made = self.agreement.together(
-                    "building", lambda mine=turn: self._build(lowered, plan, Path(folder)) if mine else None
-                )
-                built = made or built
-        assert built is not None
-        return built
+            turns = [build if mine else _nothing for mine in (local == 0, local != 0)]
+            made = [self.agreement.together("building", turn) for turn in turns]
+        return next(filter(None, made))
 
     def _build(self, lowered: ShardedProgram, plan: Choices, folder: Path) -> Built:
         keep: dict[str, str] = {}
@@ -218,6 +237,7 @@ class Session:
             keep.update(unconvertible(lowered.graphs[self.rank]))
             boundary = engine_boundary()
         hits, misses = self.cache.hits, self.cache.misses
+        last = ""
         for _ in range(_ATTEMPTS):
             placed = self._placed(lowered, plan, keep, boundary)
             try:
@@ -231,17 +251,15 @@ class Session:
             except ConversionError as error:
                 if self.options.fullgraph or not error.node or error.node in keep:
                     raise
-                keep[error.node] = error.problem
+                last = keep[error.node] = error.problem
                 continue
-            return Built(placed, parts, self.cache.hits - hits, self.cache.misses - misses)
+            return Built(placed, parts, plan.transport, self.cache.hits - hits, self.cache.misses - misses)
         raise BuildError(
-            f"more than {_ATTEMPTS} ops turned out not to convert, the last being {error.node!r}: {error.problem}",
+            f"more than {_ATTEMPTS} ops turned out not to convert; of the last: {last}",
             fix="use compute='inductor'",
         )
 
-    def _placed(
-        self, lowered: ShardedProgram, plan: Choices, keep: Mapping[str, str], boundary: Any
-    ) -> PlacedProgram:
+    def _placed(self, lowered: ShardedProgram, plan: Choices, keep: Mapping[str, str], boundary: Any) -> PlacedProgram:
         placed = place(
             lowered,
             plan.placement,
@@ -292,6 +310,7 @@ class Session:
                 weights=self.weights,
                 outputs=outputs or [f"output:{value.name}" for value in built.placed.program.outputs],
                 overlap=self.options.overlap,
+                transport=built.transport,
             ),
         )
 
@@ -317,6 +336,7 @@ class Session:
                 ranks,
                 placement=built.placed.placement,
                 target=self.options.target,
+                transport=choices.transport,
                 decisions=choices.decisions,
                 tuned_on=choices.tuned_on,
             ),
@@ -324,13 +344,19 @@ class Session:
             waits_for(segments, lowered.mesh, self.rank),
             agreement=self.agreement,
             watchdog=self.watchdog,
-            check="always",
+            check=self.options.votes,
             cuda_graph=self.options.cuda_graph,
+            static_outputs=self.options.static_outputs,
             budget=budget or Budget(self.options.max_graphs),
             nest=lambda outputs: _nested(lowered, outputs),
+            guard=self.guard.check,
             summary=summary,
             choices=choices,
         )
+
+
+def _nothing() -> None:
+    """What a rank does while others build."""
 
 
 def _nested(program: ShardedProgram, outputs: Mapping[str, Tensor]) -> Any:
@@ -359,5 +385,3 @@ def summary_of(name: str, built: Built, choices: Choices) -> str:
         where = f", at {kept.at}" if kept.at else ""
         lines.append(f"  in PyTorch: {kept.count} x {kept.op}: {kept.reason}{where}")
     return "\n".join(lines)
-
-

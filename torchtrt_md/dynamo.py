@@ -11,10 +11,11 @@ It is for inference: a graph whose result would need gradients is refused.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
-from contextlib import closing
+import weakref
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
-from typing import Any, Protocol, TypeVar
+from typing import TYPE_CHECKING, Any, Protocol
 
 import torch
 import torch.distributed as dist
@@ -37,12 +38,13 @@ from torchtrt_md.capture.dynamo_private import (
     root_mesh,
 )
 from torchtrt_md.errors import CaptureError, InputError, MDError, OptionError, PlanError, VerificationError
-from torchtrt_md.lowering import lower
 from torchtrt_md.lowering.ops import use_device_mesh
 from torchtrt_md.options import Options
 from torchtrt_md.program import Coordinate, Output, ShardedProgram, Value, Weight, outputs_of, placeholders
 
-T = TypeVar("T")
+if TYPE_CHECKING:
+    from torchtrt_md.runtime.graphs import Budget
+
 Verify = Callable[[ShardedProgram], None]
 # Two runs of the same ops in the same dtype: what differs is the order of sums.
 _TOLERANCE = 1e-5
@@ -52,17 +54,29 @@ _ROUNDINGS = 4
 class Runs(Protocol):
     """A compiled program."""
 
-    def run(self, inputs: Mapping[str, Tensor]) -> Mapping[str, Tensor]:
+    def run(self, inputs: Mapping[str, Tensor], /) -> Mapping[str, Tensor]:
         """Input name -> tensor, to output name -> tensor."""
+
+    def close(self) -> None:
+        """Let go of memory and threads."""
 
 
 class Build(Protocol):
-    """What makes a program run, as :func:`torchtrt_md.compiler.compile_program`.
+    """What makes a program run: :func:`torchtrt_md.compiler.compile_program`, whose docstring says the rest.
 
-    ``verify`` is called on every rank with the lowered program, before anything is built; it may communicate.
+    ``captured`` and ``verify`` communicate: every rank calls them, and what one raises is raised by all.
     """
 
-    def __call__(self, program: ShardedProgram, options: Options, *, verify: Verify | None) -> Runs: ...
+    def __call__(
+        self,
+        captured: Callable[[], ShardedProgram],
+        options: Options,
+        /,
+        *,
+        verify: Verify,
+        name: str,
+        budget: Budget | None,
+    ) -> Runs: ...
 
 
 @dataclass(frozen=True)
@@ -70,24 +84,26 @@ class _Captured:
     """A program and how a Dynamo graph's flat inputs and outputs are its own.
 
     Attributes:
+        inputs: the graph's.
         program: captured, not lowered.
         feeds: name of the program's input -> index among the graph's.
         unused: the program's inputs that the graph has not, with what to pass for them.
-        results: for each output of the graph the name of the program's, or the constant that it is.
-        verify: proves the lowered program; None where nothing is at hand to compare with.
+        results: for each output of the graph the program's, or the constant that it is.
+        verify: proves the lowered program.
     """
 
+    inputs: Sequence[GraphInput]
     program: ShardedProgram
     feeds: Mapping[str, int]
     unused: Mapping[str, Tensor]
     results: tuple[Output | object, ...]
-    verify: Verify | None
+    verify: Verify
 
 
 def backend(
     gm: GraphModule, example_inputs: Sequence[Any], *, options: Mapping[str, Any] | None = None, **other: Any
 ) -> Callable[..., list[Any]]:
-    """Compile a graph of Dynamo's.
+    """Compile a graph of Dynamo's.  Collective: every rank of the launch compiles the same.
 
     Args:
         gm: the graph.
@@ -117,36 +133,81 @@ def compile_graph(
             raise OptionError(
                 f"the backend torchtrt_md takes no {', '.join(other)}", fix="pass options={...} to torch.compile"
             )
+        chosen = Options.of(options or {})
         with outside_dynamo(), torch.no_grad():
-            return _compiled(gm, example_inputs, Options.of(options or {}), build)
+            return _compiled(gm, example_inputs, chosen, build, _budget(options, chosen))
     except MDError as error:
         raise passed_on(error) from error.__cause__
 
 
+# torch.compile's options -> what its graphs share.  They are told apart as objects, and held so that they stay it.
+_budgets: list[tuple[Mapping[str, Any], Budget]] = []
+
+
+def _budget(options: Mapping[str, Any] | None, chosen: Options) -> Budget | None:
+    """Of CUDA graphs, for all graphs and shapes of one ``torch.compile``, which passes on one mapping."""
+    if options is None or not chosen.cuda_graph:
+        return None
+    found = next((budget for of, budget in _budgets if of is options), None)
+    if found is None:
+        from torchtrt_md.runtime.graphs import Budget
+
+        found = Budget(chosen.max_graphs)
+        _budgets.append((options, found))
+    return found
+
+
 def _compiled(
-    gm: GraphModule, example_inputs: Sequence[Any], options: Options, build: Build
+    gm: GraphModule, example_inputs: Sequence[Any], options: Options, build: Build, budget: Budget | None
 ) -> Callable[..., list[Any]]:
     if not any(isinstance(node.meta.get("example_value"), Tensor) for node in outputs_of(gm)):
         return lambda *flat: list(gm(*flat))  # numbers only
+    autocast = Autocast()
+    found: list[_Captured] = []
 
-    def captured() -> tuple[list[GraphInput], _Captured]:
-        _refuse_gradients(gm)
-        inputs = graph_inputs(gm, example_inputs)
-        return inputs, (_of_model if options.parallels else _of_graph)(gm, inputs, options)
+    def captured() -> ShardedProgram:
+        with autocast.as_it_was():
+            _refuse_gradients(gm)
+            inputs = graph_inputs(gm, example_inputs)
+            found.append((_of_model if options.parallels else _of_graph)(gm, inputs, options, autocast))
+        return found[0].program
 
-    inputs, found = together("the capture of a graph", options.timeout, captured)
-    runner = build(found.program, options, verify=found.verify if options.check else None)
-    return _callable(inputs, found, runner)
+    call = call_in_progress()
+    with autocast.off():
+        runner = build(
+            captured,
+            options,
+            verify=lambda lowered: found[0].verify(lowered),
+            name="a function" if call is None else type(call.module).__name__,
+            budget=budget,
+        )
+    return _callable(found[0], runner, autocast)
 
 
-def together(about: str, timeout: float, step: Callable[[], T]) -> T:
-    """Do a step on all ranks of the launch, and raise on all where one fails."""
-    if not dist.is_initialized() or dist.get_world_size() == 1:
-        return step()
-    from torchtrt_md.runtime.agree import Agreement
+class Autocast:
+    """The autocast that is on around the call that is compiled.  Captured, it is ops of the graph, and so off when run.
 
-    with closing(Agreement(timeout)) as agreement:
-        return agreement.together(about, step)
+    Dynamo guards it: where it is another, another graph is compiled.
+    """
+
+    def __init__(self) -> None:
+        self.on = [
+            (kind, torch.get_autocast_dtype(kind)) for kind in ("cpu", "cuda") if torch.is_autocast_enabled(kind)
+        ]
+
+    @contextmanager
+    def as_it_was(self) -> Iterator[None]:
+        with ExitStack() as stack:
+            for kind, dtype in self.on:
+                stack.enter_context(torch.autocast(kind, dtype))
+            yield
+
+    @contextmanager
+    def off(self) -> Iterator[None]:
+        with ExitStack() as stack:
+            for kind, _ in self.on:
+                stack.enter_context(torch.autocast(kind, enabled=False))
+            yield
 
 
 def _refuse_gradients(gm: GraphModule) -> None:
@@ -159,16 +220,18 @@ def _refuse_gradients(gm: GraphModule) -> None:
             )
 
 
-def _callable(inputs: Sequence[GraphInput], captured: _Captured, runner: Runs) -> Callable[..., list[Any]]:
+def _callable(captured: _Captured, runner: Runs, autocast: Autocast) -> Callable[..., list[Any]]:
     """What Dynamo calls in place of the graph, with the graph's inputs."""
-    fed = set(captured.feeds.values())
-    values = [(i, each.name, each.example.shape, each.example.dtype) for i, each in enumerate(inputs) if i in fed]
+    inputs, feeds, unused, results = list(enumerate(captured.inputs)), captured.feeds, captured.unused, captured.results
+    fed = set(feeds.values())
+    values = [(i, each.name, each.example.shape, each.example.dtype) for i, each in inputs if i in fed]
+    # Held, so that no other tensor can come to lie in its place.
     fixed = [
-        (i, each.name, _state(each.example))
-        for i, each in enumerate(inputs)
+        (i, each.name, _state(each.example), local_tensor(each.example).detach())
+        for i, each in inputs
         if i not in fed and each.kind != "constant"
     ]
-    numbers = [(i, each.name, each.example) for i, each in enumerate(inputs) if isinstance(each.example, (int, float))]
+    numbers = [(i, each.name, each.example) for i, each in inputs if isinstance(each.example, (int, float))]
     names = [value.name for value in captured.program.outputs]
 
     def run(*flat: Any) -> list[Any]:
@@ -178,15 +241,22 @@ def _callable(inputs: Sequence[GraphInput], captured: _Captured, runner: Runs) -
         for index, name, number in numbers:
             if flat[index] != number:
                 raise _changed(name, number, flat[index])
-        for index, name, state in fixed:
+        for index, name, state, _ in fixed:
             if _state(flat[index]) != state:
                 raise InputError(
                     f"{name!r} was changed or replaced after the model was compiled, and engines hold what it was",
                     fix="call torch.compiler.reset(), so that the next call compiles with the new values",
                 )
-        out = runner.run({**captured.unused, **{name: flat[index] for name, index in captured.feeds.items()}})
-        return [out[names[leaf.index]] if isinstance(leaf, Output) else leaf for leaf in captured.results]
+        given = {**unused, **{name: flat[index] for name, index in feeds.items()}}
+        if autocast.on:
+            with autocast.off():
+                out = runner.run(given)
+        else:
+            out = runner.run(given)
+        return [out[names[leaf.index]] if isinstance(leaf, Output) else leaf for leaf in results]
 
+    # With torch.compiler.reset() Dynamo lets go of the function; the end of the process closes runners by itself.
+    weakref.finalize(run, runner.close).atexit = False
     return run
 
 
@@ -210,24 +280,38 @@ def _changed(name: str, was: object, now: object) -> InputError:
 # --- a graph that communicates by itself ---
 
 
-def _of_graph(gm: GraphModule, inputs: Sequence[GraphInput], options: Options) -> _Captured:
+def _of_graph(gm: GraphModule, inputs: Sequence[GraphInput], options: Options, autocast: Autocast) -> _Captured:
     program = capture_graph(gm, [i.example for i in inputs], mesh=options.mesh)
     feeds = {each.name: i for i, each in enumerate(inputs) if each.kind == "value"}
-    verify = None if not program.outputs else lambda lowered: _compare(lowered, gm, inputs, options.mesh)
-    return _Captured(program, feeds, {}, program.out_leaves, verify)
+
+    def verify(lowered: ShardedProgram) -> None:
+        with autocast.as_it_was():
+            expected = [t for t in _run_graph(gm, inputs) if isinstance(t, Tensor)]
+        _compare(lowered, expected, inputs, _groups_of(inputs, options.mesh))
+
+    return _Captured(inputs, program, feeds, {}, program.out_leaves, verify)
 
 
-def _compare(program: ShardedProgram, gm: GraphModule, inputs: Sequence[GraphInput], mesh: Any) -> None:
-    """Run the program and the graph that it came from, both in PyTorch, over the ranks of the launch.
+def _run_graph(gm: GraphModule, inputs: Sequence[GraphInput]) -> list[Any]:
+    """What Dynamo's graph gives in PyTorch, over the ranks of the launch where it communicates."""
+    return list(Specialized(gm).run(*(i.example for i in inputs)))
+
+
+def _compare(
+    program: ShardedProgram,
+    expected: Sequence[Tensor],
+    inputs: Sequence[GraphInput],
+    device_mesh: DeviceMesh | None,
+) -> None:
+    """Run the lowered program in PyTorch too, over the ranks of the launch.
 
     Raises:
-        VerificationError: their outputs differ by more than rounding.
+        VerificationError: the outputs differ by more than rounding.
     """
-    program = lower(program)
-    expected = [t for t in Specialized(gm).run(*(i.example for i in inputs)) if isinstance(t, Tensor)]
-    produced = run_rank(program, {i.name: i.example for i in inputs if i.kind == "value"}, _groups_of(inputs, mesh))
+    limit = _limit(program)
+    produced = run_rank(program, {i.name: i.example for i in inputs if i.kind == "value"}, device_mesh)
     for value, ours, theirs in zip(program.outputs, produced, expected, strict=True):
-        if not _close(ours, theirs):
+        if not _close(ours, theirs, limit):
             raise VerificationError(
                 f"{value.name} of the lowered graph is not what the graph returns, by more than rounding",
                 fix="report it, with the model",
@@ -237,7 +321,9 @@ def _compare(program: ShardedProgram, gm: GraphModule, inputs: Sequence[GraphInp
 def _groups_of(inputs: Sequence[GraphInput], mesh: Any) -> DeviceMesh | None:
     """The mesh that the user made, whose groups exist; None where there is none."""
     of = [mesh, *(i.example for i in inputs)]
-    own = next((m.device_mesh if isinstance(m, DTensor) else m for m in of if isinstance(m, (DTensor, DeviceMesh))), None)
+    own = next(
+        (m.device_mesh if isinstance(m, DTensor) else m for m in of if isinstance(m, (DTensor, DeviceMesh))), None
+    )
     return None if own is None else root_mesh(own)
 
 
@@ -264,7 +350,7 @@ def run_rank(program: ShardedProgram, inputs: Mapping[str, Tensor], device_mesh:
 # --- a dense model with a plan ---
 
 
-def _of_model(gm: GraphModule, inputs: Sequence[GraphInput], options: Options) -> _Captured:
+def _of_model(gm: GraphModule, inputs: Sequence[GraphInput], options: Options, autocast: Autocast) -> _Captured:
     call = call_in_progress()
     if call is None:
         raise PlanError(
@@ -280,21 +366,26 @@ def _of_model(gm: GraphModule, inputs: Sequence[GraphInput], options: Options) -
         )
     if options.mesh is None and not any(isinstance(i.example, DTensor) for i in inputs):
         raise OptionError("the option 'parallel' needs the option 'mesh'", fix='options={"mesh": Mesh(cp=2), ...}')
+    if autocast.on and options.check:
+        raise CaptureError(
+            f"{name} was called under autocast, where a program cannot be compared with the dense model",
+            fix="cast the model itself, as in model.to(torch.bfloat16), or pass check=False",
+        )
     mesh = launch_mesh(inputs, options.mesh)
     program = capture(call.module, call.args, call.kwargs, mesh=mesh, parallel=options.parallels)
     arguments = Arguments.of(call.module, call.args, call.kwargs).tensors
     feeds = _feeds(arguments, inputs)
     unused = _unused(program, arguments, inputs, call.module)
     results = _results(gm, inputs, call, program, options.check)
-    dense = not program.weights.shards
-    return _Captured(program, feeds, unused, results, (lambda lowered: _verify(lowered, call)) if dense else None)
+    return _Captured(inputs, program, feeds, unused, results, lambda lowered: _verify(lowered, call))
 
 
 def _verify(program: ShardedProgram, call: Call) -> None:
-    """Against the dense model, once for all ranks: every rank has the graphs of all."""
+    """Against the dense model, where this process has it; on one rank, since each has the graphs of all."""
     from torchtrt_md.verification import verify
 
-    if not dist.is_initialized() or dist.get_rank() == 0:
+    first = not dist.is_initialized() or dist.get_rank() == 0
+    if first and not program.weights.shards:
         with torch.compiler.set_stance("force_eager"):
             verify(program, call.module, call.args, call.kwargs)
 
@@ -349,10 +440,11 @@ def _results(
     results, certain = _matched(theirs, program.outputs, program, _alike)
     if certain and not check:
         return results
-    theirs = list(Specialized(gm).run(*(i.example for i in inputs)))
+    limit = _limit(program)
+    theirs = _run_graph(gm, inputs)
     with torch.compiler.set_stance("force_eager"):
         ours = [t for t in pytree.tree_leaves(call.module(*call.args, **call.kwargs)) if isinstance(t, Tensor)]
-    results, certain = _matched(theirs, ours, program, _close)
+    results, certain = _matched(theirs, ours, program, lambda a, b: _close(a, b, limit))
     if not certain:
         raise CaptureError(
             f"two outputs of {type(call.module).__name__} have the same shape and values, so that those of the graph"
@@ -394,11 +486,17 @@ def _alike(a: Any, b: Any) -> bool:
     return tuple(a.shape) == tuple(b.shape) and a.dtype == b.dtype
 
 
-def _close(a: Tensor, b: Tensor) -> bool:
-    """Equal but for the order of sums; what is not finite is equal in place and kind."""
+def _limit(program: ShardedProgram) -> float:
+    """How far two runs of the same ops may be apart, relative, which differ in the order of sums only."""
+    values = [node.meta.get("val") for node in program.graphs[0].graph.nodes]
+    dtypes = {v.dtype for v in values if isinstance(v, Tensor) and v.is_floating_point()}
+    return max([_TOLERANCE, *(_ROUNDINGS * torch.finfo(dtype).eps for dtype in dtypes)])
+
+
+def _close(a: Tensor, b: Tensor, limit: float) -> bool:
+    """Equal up to ``limit``; what is not finite is equal in place and kind."""
     if not a.is_floating_point():
         return torch.equal(a, b)
-    limit = max(_TOLERANCE, _ROUNDINGS * torch.finfo(a.dtype).eps)
     a, b = a.double(), b.double()
     finite = a.isfinite()
     if not torch.equal(finite, b.isfinite()) or not torch.equal(a[~finite].nan_to_num(), b[~finite].nan_to_num()):

@@ -139,6 +139,7 @@ def export(
                 placement=choices.placement,
                 target=target,
                 weights=made.weights,
+                transport=choices.transport,
                 decisions=choices.decisions,
                 tuned_on=choices.tuned_on,
             )
@@ -154,6 +155,7 @@ def _choices(placement: str, captured: ShardedProgram) -> Choices:
         compute="tensorrt",
         flavour=flavour().name,
         capability=None,
+        rings=False,
     )
     return Choices(chosen, decisions=(manifest.Decision("placement", chosen, why),))
 

@@ -25,7 +25,10 @@ CHOICES: Mapping[str, tuple[object, ...]] = {
     "cuda_graph": (False, True),
     "check": (True, False),
     "fullgraph": (False, True),
+    "static_outputs": (False, True),
+    "votes": ("always", "first"),
     "overlap": (True, False),
+    "transport": ("nccl", "copy"),
     "transpose_weights": (True, False),
     "report": (True, False),
 }
@@ -43,13 +46,18 @@ class Options:
         compute: what runs all that is not attention or a collective.
         tune: time the candidates on the GPUs and keep the fastest; ``"tensorrt"`` restricts them to TensorRT.
         cuda_graph: capture each step in a CUDA graph and replay it.
+        static_outputs: return what a CUDA graph writes, which the next call overwrites, and not a copy of it.
         max_graphs: how many CUDA graphs, one for each signature of the inputs, are kept.
         target: the GPU that engines are built for, as for :func:`torchtrt_md.build`.
         check: compare with the dense model where it is at hand.
         fullgraph: what cannot be converted is an error, and does not stay in PyTorch.
         cache: the folder of built engines; ``None`` takes the user's own.
+        votes: whether the ranks vote on the inputs of each call, or of the first only; see
+            :class:`torchtrt_md.runtime.runner.Runner`.
         timeout: seconds that a rank waits for the others.
         overlap: run collectives on a stream of their own beside what does not need them.
+        transport: what does the exchanges between engines: NCCL's kernels, or the GPUs' copy engines, which leave the
+            multiprocessors to what runs beside them (GPUs of one host only).
         transpose_weights: store weights as TensorRT's products read them fastest.
         exchange: how every attention gets what it lacks, in place of what would be chosen.
         report: print what was compiled, on rank 0.
@@ -64,13 +72,16 @@ class Options:
     compute: Literal["tensorrt", "inductor"] = "tensorrt"
     tune: bool | Literal["tensorrt"] = False
     cuda_graph: bool = False
+    static_outputs: bool = False
     max_graphs: int = 8
     target: str = "portable"
     check: bool = True
     fullgraph: bool = False
     cache: str | Path | None = None
+    votes: Literal["always", "first"] = "always"
     timeout: float = 300.0
     overlap: bool = True
+    transport: Literal["nccl", "copy"] = "nccl"
     transpose_weights: bool = True
     exchange: Exchange | None = None
     report: bool = True

@@ -28,7 +28,8 @@ from torchtrt_md.runtime.compare import Reference, dense_reference, limit, relat
 from torchtrt_md.runtime.loading import load
 from torchtrt_md.runtime.report import RankReport, Timing, rank_report, report
 from torchtrt_md.runtime.runner import Runner
-from torchtrt_md.runtime.signature import Signature, chunk, dtype_of
+from torchtrt_md.runtime.signature import Signature, chunk
+from torchtrt_md.runtime.tensors import dtype_of
 
 WARM_UP = 5
 _SHUTDOWN_SECONDS = 30.0

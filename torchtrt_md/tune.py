@@ -1,8 +1,9 @@
 """Choose by timing on the GPUs: how attentions exchange, and what each segment runs as.
 
-    1. each different compute segment alone, in TensorRT and compiled by Inductor      -> the faster
+    1. each different compute segment alone, in TensorRT and compiled by Inductor: which of them 2 is timed with
     2. each different attention: every way of exchange, in a whole step                 -> the fastest
-    3. whole steps: the mixture of 1, TensorRT alone, Inductor alone, one engine        -> the fastest
+    3. each different compute segment between these, as in 1                            -> the faster
+    4. whole steps: the mixture of 3, TensorRT alone, Inductor alone, one engine        -> the fastest
 
 Every time is a median over CUDA graph replays, and the largest of any rank; so all ranks decide alike, and the tuned
 program is at least as fast, as measured here, as the best of TensorRT alone and Inductor alone.
@@ -11,14 +12,19 @@ program is at least as fast, as measured here, as the best of TensorRT alone and
 from __future__ import annotations
 
 import gc
+import hashlib
+import os
 from collections.abc import Callable, Mapping
 from dataclasses import replace
 from statistics import median
 from typing import TYPE_CHECKING
 
+import msgspec
 import torch
 from torch import Tensor
 
+import torchtrt_md
+from torchtrt_md.build.cache import graph_digest
 from torchtrt_md.build.flavour import flavour
 from torchtrt_md.build.parts import BuiltPart
 from torchtrt_md.bundle.from_program import part_segment
@@ -30,13 +36,15 @@ from torchtrt_md.lowering.passes import Exchange
 from torchtrt_md.place import Runs
 from torchtrt_md.runtime.executor import Executor
 from torchtrt_md.runtime.graphs import Budget, Graphs
-from torchtrt_md.runtime.steps import dtype_of
+from torchtrt_md.runtime.tensors import dtype_of
 
 if TYPE_CHECKING:
     from torchtrt_md.compiler import Built, Session
 
 WARM_UP, REPEATS = 3, 20
 _STEP = "a whole step"
+_TENSORRT, _INDUCTOR = "TensorRT", "Inductor"
+_TRANSPORTS = {"nccl": "NCCL", "copy": "copy engines"}
 
 
 def candidates(strategy: str) -> dict[str, Exchange]:
@@ -57,25 +65,55 @@ def candidates(strategy: str) -> dict[str, Exchange]:
 
 
 def tune(session: Session, plan: Choices) -> Choices:
-    """The fastest plan that is found.  Collective.
+    """The fastest choices that are found, or were found for this program on these GPUs before.  Collective.
 
     Raises:
         LaunchError: there is no GPU to time on.
     """
     if session.device.type != "cuda":
         raise LaunchError("tune=True times candidates on GPUs, and there is none", fix="leave out tune")
+    file = session.cache.folder / "choices" / f"{_key(session, plan)}.json"
+    # What rank 0 has counts for all: they must not choose differently.
+    held = session.agreement.gather(file.read_bytes() if file.exists() else b"", "choices made before")[0]
+    if held:
+        return msgspec.json.decode(held, type=Choices)
+    tuned = _timed(session, plan)
+    if session.rank == 0:
+        file.parent.mkdir(parents=True, exist_ok=True)
+        unfinished = file.with_suffix(f".{os.getpid()}")
+        unfinished.write_bytes(msgspec.json.encode(tuned))
+        unfinished.replace(file)
+    return tuned
+
+
+def _key(session: Session, plan: Choices) -> str:
+    """All that the choices depend on, in hexadecimal."""
+    options = session.options
+    parts = (
+        graph_digest(session.lowered(replace(plan, placement="split")).graphs[session.rank]),
+        sorted(session.program.strategies.items()),
+        list(session.program.mesh.axes.items()),
+        torch.cuda.get_device_name(session.device),
+        (flavour().name, flavour().version, str(torch.__version__), torchtrt_md.__version__),
+        (options.tune, options.placement, options.target, str(options.exchange), options.transpose_weights),
+    )
+    return hashlib.sha256(repr(parts).encode()).hexdigest()
+
+
+def _timed(session: Session, plan: Choices) -> Choices:
     mixed = session.options.tune is True
     timer = _Timer(session)
     split = replace(plan, placement="split", compute="engine", decisions=())
-    decisions: list[Decision] = []
+    if mixed:  # so that exchanges are compared around segments that run as they will
+        _, decisions = _segments(session, split)
+        total = {name: sum(d.times_ms[name] for d in decisions) for name in (_TENSORRT, _INDUCTOR)}
+        if total[_INDUCTOR] < total[_TENSORRT]:
+            split = replace(split, compute="inductor")
+    split, decisions = _exchanges(session, split, timer)
+    split = replace(split, compute="engine")
     if mixed:
         split, decided = _segments(session, split)
         decisions += decided
-    split, decided = _exchanges(session, split, timer)
-    decisions += decided
-    if split.exchanges and mixed:  # another way of exchange is another cut
-        split, decisions_again = _segments(session, split)
-        decisions = [d for d in decisions if not d.what.startswith("segment")] + decisions_again
     steps: dict[str, Choices] = {"TensorRT, attention in PyTorch": replace(split, runs={})}
     if session.options.placement != "split":
         steps["TensorRT, one engine"] = replace(split, placement="engine", exchanges={}, runs={})
@@ -90,9 +128,7 @@ def tune(session: Session, plan: Choices) -> Choices:
         return plan
     best = min(possible, key=lambda name: possible[name])
     decisions.append(Decision(_STEP, best, "the fastest", possible))
-    return replace(
-        steps[best], decisions=tuple(decisions), tuned_on=torch.cuda.get_device_name(session.device)
-    )
+    return replace(steps[best], decisions=tuple(decisions), tuned_on=torch.cuda.get_device_name(session.device))
 
 
 def _exchanges(session: Session, plan: Choices, timer: _Timer) -> tuple[Choices, list[Decision]]:
@@ -104,8 +140,11 @@ def _exchanges(session: Session, plan: Choices, timer: _Timer) -> tuple[Choices,
         axis = key.rsplit(" ", 1)[1].split("=")[0]
         times = {}
         tried = {
-            name: replace(plan, exchanges={**plan.exchanges, key: exchange})
+            f"{name} by {_TRANSPORTS[transport]}": replace(
+                plan, exchanges={**plan.exchanges, key: exchange}, transport=transport
+            )
             for name, exchange in candidates(session.program.strategies[axis]).items()
+            for transport in ("nccl", "copy")
         }
         for name, candidate in tried.items():
             ms = timer.step(candidate)
@@ -129,12 +168,12 @@ def _segments(session: Session, plan: Choices) -> tuple[Choices, list[Decision]]
     decisions = []
     for number, (text, (engine_part, inductor_part, count)) in enumerate(texts.items()):
         times = {
-            "TensorRT": _segment_ms(session, in_trt, engine_part),
-            "Inductor": _segment_ms(session, in_inductor, inductor_part),
+            _TENSORRT: _segment_ms(session, in_trt, engine_part),
+            _INDUCTOR: _segment_ms(session, in_inductor, inductor_part),
         }
         faster = min(times, key=lambda name: times[name])
-        runs[text] = "inductor" if faster == "Inductor" else "engine"
-        why = "the faster" + (f": {flavour().name} is slower at it on this GPU" if faster == "Inductor" else "")
+        runs[text] = "inductor" if faster == _INDUCTOR else "engine"
+        why = "the faster" + (f": {flavour().name} is slower at it on this GPU" if faster == _INDUCTOR else "")
         decisions.append(Decision(f"segment {number} ({count} of them)", faster, why, times))
     return replace(plan, runs=runs), decisions
 

@@ -93,7 +93,9 @@ class Decoder(nn.Module):
             y = norm(x)
             q = to_q(y).unflatten(-1, (self.heads, -1)).transpose(1, 2)
             k, v = to_kv(y).unflatten(-1, (2 * self.kv_heads, -1)).transpose(1, 2).chunk(2, 1)
-            q, k = (t * cos + torch.cat((-t[..., t.shape[-1] // 2 :], t[..., : t.shape[-1] // 2]), -1) * sin for t in (q, k))
+            q, k = (
+                t * cos + torch.cat((-t[..., t.shape[-1] // 2 :], t[..., : t.shape[-1] // 2]), -1) * sin for t in (q, k)
+            )
             a = nn.functional.scaled_dot_product_attention(q, k, v, is_causal=True, enable_gqa=True)
             x = x + out(a.transpose(1, 2).flatten(2))
         return self.head(x)
@@ -263,7 +265,13 @@ class Doors:
         if self.rank == 0 and not path.exists():
             dense, cpu_args, cpu_kwargs = load_model(case.model)
             md.export(
-                dense, cpu_args, cpu_kwargs, mesh=mesh, parallel=parallel, placement=case.placement, out=path,  # type: ignore[arg-type]
+                dense,
+                cpu_args,
+                cpu_kwargs,
+                mesh=mesh,
+                parallel=parallel,
+                placement=case.placement,
+                out=path,  # type: ignore[arg-type]
                 check=False,
             )
         dist.barrier()

@@ -9,13 +9,14 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import cast
 
 import torch
 from torch.fx import GraphModule, Node
 
 from torchtrt_md.build import converters
 from torchtrt_md.build.builder import build_graph, without_converter
-from torchtrt_md.build.cache import EngineCache, engine_key, graph_text
+from torchtrt_md.build.cache import EngineCache, engine_key, graph_digest
 from torchtrt_md.build.decompose import copy_graph, decompose, origin
 from torchtrt_md.build.engine import Binding
 from torchtrt_md.build.flavour import boundary_dtypes, flavour
@@ -38,7 +39,7 @@ class BuiltPart:
         axis: of the communicator of an engine that has collectives.
         engine: the engine file, None where it is no engine.
         graph: what is compiled or run op by op, None where it is an engine.
-        text: equal for equal parts.
+        text: a digest of the graph, equal for equal parts.
     """
 
     runs: Runs
@@ -89,13 +90,13 @@ def build_parts(
     made: dict[str, Path] = {}
     built = []
     for part in parts:
-        graph, transposed = part.graph, ()
+        graph, transposed = part.graph, cast(tuple[str, ...], ())
         if part.runs == "engine" and transpose_weights:
             graph, transposed = with_transposed_weights(part)
         inputs, outputs = _bindings(part, graph, transposed)
         collectives = tuple(schedule(graph))
         axis = next((c.axis for c in collectives), None) if part.runs == "engine" else None
-        text = graph_text(graph)
+        text = graph_digest(graph)
         engine = None
         if part.runs == "engine":
             if text not in made:
@@ -186,4 +187,4 @@ def _is_transpose(node: Node) -> bool:
         return value_of(node).ndim == 2
     if node.target is aten.permute.default:
         return list(node.args[1]) == [1, 0]  # type: ignore[arg-type]
-    return node.target is aten.transpose.int and value_of(node).ndim == 2 and node.args[1] != node.args[2]
+    return node.target is aten.transpose.int and value_of(node).ndim == 2 and bool(node.args[1] != node.args[2])

@@ -26,6 +26,7 @@ def manifest_of(
     placement: Placement,
     target: str,
     weights: Sequence[str | None] | None = None,
+    transport: str = "nccl",
     decisions: Sequence[manifest.Decision] = (),
     tuned_on: str = "",
 ) -> manifest.Manifest:
@@ -45,6 +46,7 @@ def manifest_of(
         placement=placement,
         ranks=[list(segments) for segments in ranks],
         weights=list(weights or [None] * len(ranks)),
+        transport=transport,
         decisions=list(decisions),
         tuned_on=tuned_on,
         target=target,

@@ -1,7 +1,8 @@
 """Capture what Dynamo recorded: a graph of ``torch.compile`` -> the program of this rank.
 
 Dynamo's graph is at the level of PyTorch's functions and holds DTensors.  It is traced once more, as a model is, to
-flat aten ops over local shapes: in the process group of the launch, for this rank only, since each rank compiles its own.
+flat aten ops over local shapes: in the process group of the launch, and for this rank only, since each compiles its
+own.
 
     placeholder of Dynamo's graph                      in the program
     parameter or registered buffer, DTensor or not     Weight, of which this process holds its own part
@@ -98,16 +99,17 @@ def specialized(node: Node) -> int | float | bool | None:
         CaptureError: a number that only the values of tensors say.
     """
     value = node.meta.get("example_value")
-    for symbol, plain in ((torch.SymInt, int), (torch.SymFloat, float), (torch.SymBool, bool)):
-        if isinstance(value, symbol):
-            try:
-                return plain(value)
-            except Exception as error:  # PyTorch has several for a number that is not known before the graph runs
-                raise CaptureError(
-                    f"node {node.name!r} is a number that depends on the values of tensors",
-                    fix="make what is compiled depend on shapes only, or compute the number outside and pass it in",
-                    at=source_line(node),
-                ) from error
+    plain: Any = {torch.SymInt: int, torch.SymFloat: float, torch.SymBool: bool}.get(type(value))
+    if plain is not None:
+        try:
+            number: int | float | bool = plain(value)
+            return number
+        except Exception as error:  # PyTorch has several for a number that is not known before the graph runs
+            raise CaptureError(
+                f"node {node.name!r} is a number that depends on the values of tensors",
+                fix="make what is compiled depend on shapes only, or compute the number outside and pass it in",
+                at=source_line(node),
+            ) from error
     if node.op == "placeholder" and isinstance(value, Tensor):
         for size in (*value.shape, *value.stride()):
             int(size)
@@ -302,5 +304,3 @@ def _group_name(node: Node) -> str | None:
         return None
     group: Any = bound_args(node)["group_name"]
     return str(getattr(group, "group_name", group))
-
-

@@ -1,6 +1,6 @@
 """Every private name of Dynamo that the ``torch.compile`` backend needs, and what breaks without it.
 
-Tests in ``tests/capture/test_dynamo.py`` name the feature that goes when one of these moves.
+Tests in ``tests/capture/test_dynamo_graphs.py`` name the feature that goes when one of these moves.
 """
 
 from __future__ import annotations
@@ -84,7 +84,7 @@ def passed_on(error: MDError) -> MDError:
     """
     kind = type(error)
     frame = inspect.currentframe()
-    both = type(kind.__name__, (kind, ShortenTraceback), {"__module__": kind.__module__})
+    both: Any = type(kind.__name__, (kind, ShortenTraceback), {"__module__": kind.__module__})
     # Not by its __init__: the two classes' take different arguments.
     raised = both.__new__(both, str(error))
     # Dynamo cuts the traceback before the caller of this function.
@@ -121,7 +121,8 @@ def group_ranks(name: str) -> Sequence[int]:
 
     Without it, a group in a graph could not be recognised as an axis of the mesh.
     """
-    return dist.get_process_group_ranks(_resolve_process_group(name))
+    group: Any = name  # typed as a str of its own
+    return dist.get_process_group_ranks(_resolve_process_group(group))
 
 
 def root_mesh(device_mesh: DeviceMesh) -> DeviceMesh:

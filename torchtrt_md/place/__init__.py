@@ -3,11 +3,13 @@
 The parts of a placement:
 
     engine    one engine, attention and collectives in it; what an engine cannot hold runs in PyTorch between engines
-    split     engines, and between them attention and its collectives in PyTorch
+    split     engines, and between them attention and its collectives in PyTorch, where a rank's part of an input is
+              a view of it
 """
 
 from __future__ import annotations
 
+import operator
 from collections.abc import Collection, Mapping
 
 import torch
@@ -16,8 +18,8 @@ from torch.fx import GraphModule, Node
 from torchtrt_md.errors import BuildError
 from torchtrt_md.lowering.ops import bound_args, is_collective
 from torchtrt_md.parallel import Placement
+from torchtrt_md.place.partition import ATTENTION, is_own_row, partition
 from torchtrt_md.place.parts import Kept, Part, PlacedProgram, Runs
-from torchtrt_md.place.partition import ATTENTION, partition
 from torchtrt_md.program import ShardedProgram, dtype_name, placeholders, value_of
 from torchtrt_md.source import source_line
 
@@ -77,13 +79,22 @@ def _stays(graph: GraphModule, placement: Placement, keep: Mapping[str, str]) ->
     stays = {}
     axes: dict[str, None] = {}
     for node in graph.graph.nodes:
-        if node.op == "call_function" and node.name in keep and not is_collective(node):
+        if node.op == "call_function" and node.name in keep and not _is_placed(node, placement):
             stays[node.name] = keep[node.name]
         elif placement == "engine" and is_collective(node):
             axes.setdefault(bound_args(node)["axis"])
             if bound_args(node)["axis"] != next(iter(axes)):
                 stays[node.name] = f"an engine has one communicator, and that is axis {next(iter(axes))!r}'s"
     return stays
+
+
+def _is_placed(node: Node, placement: Placement) -> bool:
+    """Does the placement itself put this node in PyTorch?"""
+    if placement != "split":
+        return False
+    if node.target is operator.getitem:
+        node = node.all_input_nodes[0]
+    return node.target in ATTENTION or is_collective(node) or is_own_row(node)
 
 
 def _cut(
@@ -95,8 +106,7 @@ def _cut(
     boundary: Collection[torch.dtype] | None,
 ) -> tuple[Part, ...]:
     def is_eager(node: Node) -> bool:
-        split = placement == "split" and (node.target in ATTENTION or is_collective(node))
-        return split or node.name in stays
+        return _is_placed(node, placement) or node.name in stays
 
     for _ in range(_ROUNDS):  # each keeps what makes or takes a dtype that no engine can pass on
         parts = partition(program, graph, is_eager=is_eager, compute=compute)

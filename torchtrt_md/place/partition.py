@@ -28,6 +28,7 @@ from torch import Tensor
 from torch.fx import Graph, GraphModule, Node
 
 from torchtrt_md.lowering.ops import is_collective
+from torchtrt_md.lowering.rank_input import PREFIX
 from torchtrt_md.lowering.rewrite import emit, permute
 from torchtrt_md.place.parts import Part, Runs
 from torchtrt_md.program import Coordinate, ShardedProgram, Source, Weight, outputs_of, placeholders, value_of
@@ -87,8 +88,19 @@ def _pass_attention_as_written(graph: GraphModule, is_eager: Callable[[Node], bo
         behind = node.next
         passed = emit(behind, aten.permute.default, node, _BSHD)
         seen = permute(behind, passed, _BSHD)
-        node.replace_all_uses_with(seen, delete_user_cb=lambda user: user is not passed)
+        for user in [user for user in node.users if user is not passed]:
+            user.replace_input_with(node, seen)
         passed.meta[_PASSES] = True
+
+
+def is_own_row(node: Node) -> bool:
+    """Does this node pick this rank's part of an input, by the coordinate?  Lowering writes ``shard`` so."""
+    if node.target is not aten.index_select.default:
+        return False
+    x, _, index = node.args
+    assert isinstance(x, Node)
+    assert isinstance(index, Node)
+    return base_of(x).op == "placeholder" and str(index.target).startswith(PREFIX)
 
 
 def is_view(node: Node) -> bool:
@@ -257,9 +269,9 @@ def _is_surely_view(node: Node) -> bool:
         layouts.append(torch.empty([shape[d] for d in _BSHD], device="meta").permute(_BSHD))
     for seen in layouts:
         for step in reversed(chain):
-            target = aten.view.default if step.target in _RESHAPES else step.target
+            look: Any = aten.view.default if step.target in _RESHAPES else step.target
             try:
-                seen = target(seen, *step.args[1:], **step.kwargs)
+                seen = look(seen, *step.args[1:], **step.kwargs)
             except RuntimeError:  # it would have to be copied
                 return False
     return True

@@ -17,9 +17,11 @@ from torchtrt_md.runtime import communicator
 from torchtrt_md.runtime.agree import Agreement
 from torchtrt_md.runtime.engine import Engine, runtime_cache, scratch_bytes
 from torchtrt_md.runtime.executor import Executor
-from torchtrt_md.runtime.steps import Step, call_step, dtype_of, eager_steps, engine_step
+from torchtrt_md.runtime.push import Shared
+from torchtrt_md.runtime.signature import prepared
+from torchtrt_md.runtime.steps import Step, call_step, eager_steps, engine_step
+from torchtrt_md.runtime.tensors import dtype_of
 from torchtrt_md.runtime.watchdog import Watchdog, describe
-
 
 _RING = "ring_attention"  # in schedules: a ring that is one layer of an engine
 _RING_SHAPE = (128, 8, 8, 256)  # head_dim, heads, key/value heads and tokens of each rank, in the self-test
@@ -127,6 +129,7 @@ def assemble(
     weights: Mapping[str, Tensor],
     outputs: Sequence[str],
     overlap: bool = True,
+    transport: str = "nccl",
     progress: Callable[[str], None] = lambda message: None,
 ) -> Executor:
     """The executor of these segments.
@@ -137,6 +140,7 @@ def assemble(
         weights: this rank's part of each weight that a segment reads, on ``device``.
         outputs: what a call returns: ``output:NAME``, or what a step writes.
         overlap: run collectives of PyTorch on a stream of their own.
+        transport: what does the exchanges among them: ``nccl``, or the GPUs' ``copy`` engines, which is collective.
         progress: called with a line for each graph that is compiled.
     """
     coordinates = {axis: mesh.coordinate(rank, axis) for axis in mesh.names}
@@ -157,7 +161,12 @@ def assemble(
                 item.segment, _own(item.what), groups=groups, coordinates=coordinates, device=device, index=index
             )
     return Executor(
-        steps, fixed=fixed, outputs=outputs, device=device, overlap=overlap
+        steps,
+        fixed=fixed,
+        outputs=outputs,
+        device=device,
+        overlap=overlap,
+        share=(lambda axis, size: Shared(size, groups[axis], device)) if transport == "copy" else None,
     )
 
 
@@ -175,7 +184,7 @@ def fixed_values(
             weight = weights[b.source.removeprefix("weight:")]
             key = f"{b.source} transposed" if b.transposed else b.source
             if key not in fixed:
-                fixed[key] = weight.detach().t().contiguous() if b.transposed else weight.detach().contiguous()
+                fixed[key] = prepared(weight.t() if b.transposed else weight)
     return fixed
 
 
@@ -185,9 +194,7 @@ def _compiled(
     from torchtrt_md.runtime.inductor import compile_graph
 
     examples = [
-        fixed[b.source]
-        if b.source in fixed
-        else torch.empty(tuple(b.shape), dtype=dtype_of(b.dtype), device=device)
+        fixed[b.source] if b.source in fixed else torch.empty(tuple(b.shape), dtype=dtype_of(b.dtype), device=device)
         for b in segment.inputs
     ]
     return compile_graph(graph, examples, device)

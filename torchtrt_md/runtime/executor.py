@@ -2,14 +2,16 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 
 import torch
 from torch import Tensor
 
 from torchtrt_md.runtime.plan import plan
+from torchtrt_md.runtime.push import Shared
 from torchtrt_md.runtime.steps import Step, Values
 
+Share = Callable[[str, int], Shared]
 # What PyTorch's allocator aligns to, and more than TensorRT asks of its bindings.
 _ALIGNMENT = 512
 
@@ -23,6 +25,8 @@ class Executor:
         outputs: what a call returns, by the names that steps write.
         device: where it runs.  On the CPU everything is done at once, in order.
         overlap: run collectives on a stream of their own.
+        share: makes memory of this size that the ranks of this axis share, for exchanges by copy engines; collective.
+            None: NCCL does them.
     """
 
     def __init__(
@@ -33,9 +37,10 @@ class Executor:
         outputs: Sequence[str],
         device: torch.device,
         overlap: bool = True,
+        share: Share | None = None,
     ) -> None:
         self.steps, self.outputs, self.device = list(steps), tuple(outputs), device
-        self.plan = plan(self.steps, self.outputs)
+        self.plan = plan(self.steps, self.outputs, push=share is not None)
         self._side: torch.cuda.Stream | None = None
         if overlap and device.type == "cuda" and any(step.communicates for step in steps):
             # of high priority: its kernels are few and short, and the main stream will wait for them
@@ -50,16 +55,31 @@ class Executor:
                     for extent in slot.shape:
                         size *= extent
                     self._fixed[slot.name] = block[:size].view(slot.dtype).view(slot.shape)
+        self._shared = {axis: share(axis, size) for axis, size in sorted(self.plan.shared.items())} if share else {}
+        self._results: dict[str, list[Tensor]] = {}
+        for step in self.steps:
+            for slot in step.slots:
+                if slot.name in self.plan.shared_of:
+                    axis, offset = self.plan.shared_of[slot.name]
+                    self._results[slot.name] = self._shared[axis].results(offset, slot.shape, slot.dtype)
+                    self._fixed[slot.name] = self._results[slot.name][self._shared[axis].me]
 
     def close(self) -> None:
         """Let go of the engines and of all memory."""
         self.steps.clear()
         self._fixed.clear()
+        self._results.clear()
+        self._shared.clear()
 
     @property
     def memory(self) -> int:
         """Bytes that are kept for what passes between steps."""
-        return sum(self.plan.blocks)
+        return sum(self.plan.blocks) + sum(self.plan.shared.values())
+
+    @property
+    def pushes(self) -> int:
+        """How many exchanges of a call the copy engines do."""
+        return len(self._results)
 
     def run(self, inputs: Mapping[str, Tensor]) -> dict[str, Tensor]:
         """Enqueue a call on the current stream, which is not the default one.
@@ -93,7 +113,7 @@ class Executor:
                 side.wait_event(reached[moment.after])
                 self._provide(step, values)
                 with torch.cuda.stream(side):
-                    step.run(values)
+                    self._communicate(step, values)
                 last = ended[index] = _record(side)
             else:
                 if moment.joins is not None:
@@ -108,7 +128,18 @@ class Executor:
 
     def _run(self, step: Step, values: Values) -> None:
         self._provide(step, values)
-        step.run(values)
+        if step.communicates:
+            self._communicate(step, values)
+        else:
+            step.run(values)
+
+    def _communicate(self, step: Step, values: Values) -> None:
+        name = step.slots[0].name
+        if name not in self._results:
+            step.run(values)
+            return
+        assert step.push is not None
+        self._shared[step.axis].copy(step.push(values[step.reads[0]].contiguous(), self._results[name]))
 
     def _provide(self, step: Step, values: Values) -> None:
         """Memory for what the step writes and the call returns; all else has its own already."""

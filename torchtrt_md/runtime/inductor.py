@@ -12,7 +12,9 @@ from torchtrt_md.runtime import private
 from torchtrt_md.runtime.steps import to_device
 
 
-def compile_graph(graph: GraphModule, examples: Sequence[Tensor], device: torch.device) -> Callable[..., Sequence[Tensor]]:
+def compile_graph(
+    graph: GraphModule, examples: Sequence[Tensor], device: torch.device
+) -> Callable[..., Sequence[Tensor]]:
     """The graph as a function of tensors like these, compiled now.
 
     Inductor keeps what it compiled on disk, so equal graphs of later runs take seconds less.

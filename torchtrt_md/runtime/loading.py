@@ -10,11 +10,10 @@ from typing import Any, get_args
 
 import torch
 import torch.distributed as dist
-from torch import Tensor
 
-from torchtrt_md.bundle.manifest import Manifest, Segment
-from torchtrt_md.build.cache import graph_text
+from torchtrt_md.build.cache import graph_digest
 from torchtrt_md.bundle.graph import check_bindings, graph_from_json
+from torchtrt_md.bundle.manifest import Manifest, Segment
 from torchtrt_md.bundle.read import check_files, check_versions, manifest_digest, rank_files, read_manifest
 from torchtrt_md.bundle.structure import mesh_of
 from torchtrt_md.bundle.weights import rank_weights
@@ -43,6 +42,7 @@ def load(
     timeout: float = 300.0,
     check: Check = "always",
     cuda_graph: bool = False,
+    static_outputs: bool = False,
     max_graphs: int = MAX_GRAPHS,
     overlap: bool = True,
 ) -> Runner:
@@ -57,6 +57,7 @@ def load(
         timeout: seconds that any wait on another rank may take, while loading and running.
         check: how often the ranks vote on their inputs, see :class:`Runner`.
         cuda_graph: capture a call, engines, attention and NCCL, in a CUDA graph and replay it.
+        static_outputs: return what the graph writes, which the next call overwrites, and not a copy of it.
         max_graphs: how many graphs are captured, one for each signature of inputs.
         overlap: run the collectives that are not in engines on a stream of their own.
 
@@ -81,14 +82,10 @@ def load(
                 "the NCCL communicators", lambda: communicator.connect(mesh, _axes(manifest), gpu, guard)
             )
         )
-        loaded, keep = agreement.together(
-            "loading the engines", lambda: _loaded(folder, manifest, segments, gpu)
-        )
+        loaded, keep = agreement.together("loading the engines", lambda: _loaded(folder, manifest, segments, gpu))
         engines = agreement.together("making the engines' contexts", lambda: make_engines(loaded, gpu, keep))
         agreement.together("binding the communicators", lambda: bind_engines(engines, groups, gpu))
-        test_rings(
-            segments, agreement=agreement, groups=groups, device=gpu, watchdog=guard, target=manifest.target
-        )
+        test_rings(segments, agreement=agreement, groups=groups, device=gpu, watchdog=guard, target=manifest.target)
         executor = agreement.together(
             "assembling the program",
             lambda: assemble(
@@ -101,6 +98,7 @@ def load(
                 weights=rank_weights(folder, manifest, agreement.rank, gpu),
                 outputs=[f"output:{t.name}" for t in manifest.outputs],
                 overlap=overlap,
+                transport=manifest.transport,
             ),
         )
         return Runner(
@@ -111,6 +109,7 @@ def load(
             watchdog=watchdog,
             check=check,
             cuda_graph=cuda_graph,
+            static_outputs=static_outputs,
             budget=Budget(max_graphs),
         )
     except BaseException:
@@ -213,5 +212,5 @@ def _loaded(
         else:
             graph = graph_from_json((folder / segment.file).read_bytes(), segment.file)
             check_bindings(graph, segment, segment.file)
-            loaded.append(Loaded(segment, graph, graph_text(graph)))
+            loaded.append(Loaded(segment, graph, graph_digest(graph)))
     return loaded, keep

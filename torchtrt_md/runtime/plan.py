@@ -16,6 +16,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 
 from torchtrt_md.runtime.steps import Slot, Step
+from torchtrt_md.runtime.tensors import ALIGNMENT
 
 
 @dataclass
@@ -44,24 +45,32 @@ class Plan:
     block_of: dict[str, int]
     blocks: list[int]
     marks: frozenset[int]  # the steps of the main stream that a collective waits for
+    shared_of: dict[
+        str, tuple[str, int]
+    ]  # of exchanges by copy engines: result -> axis and offset in its shared memory
+    shared: dict[str, int]  # axis -> bytes of it
 
 
-def plan(steps: Sequence[Step], keep: Sequence[str]) -> Plan:
-    """Args:
-    steps: in the order in which they are enqueued.
-    keep: the values that the call returns; they get memory of their own in each call.
+def plan(steps: Sequence[Step], keep: Sequence[str], *, push: bool = False) -> Plan:
+    """Plan the steps of a rank.
+
+    Args:
+        steps: in the order in which they are enqueued.
+        keep: the values that the call returns; they get memory of their own in each call.
+        push: let the copy engines do the exchanges, where what they need holds.
     """
     bases = _bases(steps)
     moments = [Moment() for _ in steps]
     made_by = {value: index for index, step in enumerate(steps) for value in _made(step)}
     _join(steps, moments, bases, made_by)
     free_at = _free_at(steps, moments, bases, set(keep))
-    block_of, blocks = _blocks(steps, moments, bases, free_at, made_by)
+    shared_of, shared = _shared(steps, moments, free_at) if push else ({}, {})
+    block_of, blocks = _blocks(steps, moments, bases, {v: i for v, i in free_at.items() if v not in shared_of}, made_by)
     for value, index in free_at.items():
         if index < len(steps):
             moments[index].releases.append(value)
     marks = frozenset(m.after for m, s in zip(moments, steps, strict=True) if s.communicates)
-    return Plan(moments, block_of, blocks, marks)
+    return Plan(moments, block_of, blocks, marks, shared_of, shared)
 
 
 def _made(step: Step) -> tuple[str, ...]:
@@ -163,6 +172,46 @@ def _blocks(
                 if entry not in available:  # two values of one block may end together
                     available.append(entry)
     return block_of, blocks
+
+
+def _shared(
+    steps: Sequence[Step], moments: Sequence[Moment], free_at: Mapping[str, int]
+) -> tuple[dict[str, tuple[str, int]], dict[str, int]]:
+    """For each exchange that copy engines can do, where in the memory that its axis shares its result lies.
+
+    Other ranks may write a result once they are behind the barrier of the exchange before it on that axis, which this
+    rank enters when its main stream has reached that exchange's ``after``.  So memory may be used again if its last
+    reader is no later than that.  For the first exchange of a call the one before is the last of the previous call: its
+    memory is its own, and must have been read before that one began.  Where it is not, as where there is one exchange
+    only, NCCL does those of the axis.
+    """
+    found: dict[str, tuple[str, int]] = {}
+    total: dict[str, int] = {}
+    by_axis: dict[str, list[int]] = {}
+    for index, step in enumerate(steps):
+        if step.push is not None and step.slots[0].name in free_at:
+            by_axis.setdefault(step.axis, []).append(index)
+    for axis, exchanges in by_axis.items():
+        names = [steps[index].slots[0] for index in exchanges]
+        if free_at[names[0].name] > moments[exchanges[-1]].after:
+            continue
+        available: list[tuple[int, int, int]] = []  # (bytes, offset, the step from which on it is free)
+        end = 0
+        for number, slot in enumerate(names):
+            size = -(-_bytes(slot) // ALIGNMENT) * ALIGNMENT
+            before = moments[exchanges[number - 1]].after if number else -1
+            fitting = [entry for entry in available if entry[0] >= size and entry[2] <= before]
+            if fitting:
+                chosen = min(fitting)
+                available.remove(chosen)
+            else:
+                chosen = (size, end, 0)
+                end += size
+            found[slot.name] = (axis, chosen[1])
+            if number:
+                available.append((chosen[0], chosen[1], free_at[slot.name]))
+        total[axis] = end
+    return found, total
 
 
 def _operand_block(

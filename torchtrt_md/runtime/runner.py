@@ -52,17 +52,19 @@ class Runner:
         watchdog: Watchdog,
         check: Check,
         cuda_graph: bool = False,
+        static_outputs: bool = False,
         budget: Budget | None = None,
         nest: Callable[[Mapping[str, Tensor]], Any] | None = None,
         summary: str = "",
         choices: Choices | None = None,
+        guard: Callable[[], None] = lambda: None,
     ) -> None:
         self.manifest, self.executor, self.check = manifest, executor, check
         self.summary, self.choices = summary, choices
         self.device = executor.device
         self.agreement, self.rank = agreement, agreement.rank
         self.signature = Signature(manifest)
-        self._nest = nest or self.signature.nest
+        self._nest, self._guard = nest or self.signature.nest, guard
         self._watchdog, self._waits_for = watchdog, waits_for
         self._graphs: Graphs | None = None
         self._side: torch.cuda.Stream | None = None
@@ -71,7 +73,9 @@ class Runner:
         if self.device.type == "cuda":
             self._side = torch.cuda.Stream(self.device)  # type: ignore[no-untyped-call]
             if cuda_graph:
-                self._graphs = Graphs(executor.run, budget or Budget(MAX_GRAPHS), self.device)
+                self._graphs = Graphs(
+                    executor.run, budget or Budget(MAX_GRAPHS), self.device, static_outputs=static_outputs
+                )
             torch.cuda.synchronize(self.device)
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
@@ -149,6 +153,14 @@ class Runner:
         """How many CUDA graphs this runner holds."""
         return sum(c is not None for c in self._graphs.captured.values()) if self._graphs else 0
 
+    def graph_inputs(self) -> dict[str, Tensor]:
+        """The tensors that the CUDA graph of the last signature reads, by name; empty where there is none.
+
+        Inputs are copied into them, unless they are these very tensors: who fills them in place saves the copies.
+        """
+        held = [c for c in self._graphs.captured.values() if c is not None] if self._graphs else []
+        return {name.removeprefix("input:"): t for name, t in held[-1].inputs.items()} if held else {}
+
     def settle(self) -> bool:
         """Whether all calls are done, so far as the watchdog knows."""
         return self._watchdog.settle() == 0
@@ -176,9 +188,14 @@ class Runner:
     def _accept(self, args: Sequence[Any], kwargs: Mapping[str, Any]) -> dict[str, Tensor]:
         if self._closed:
             raise LaunchError("this runner is closed", fix="load or compile again")
-        if self.check == "first" and self._agreed:
+
+        def bind() -> dict[str, Tensor]:
+            self._guard()
             return self.signature.bind(args, kwargs, self.device)
-        inputs = self.agreement.together("the inputs of a call", lambda: self.signature.bind(args, kwargs, self.device))
+
+        if self.check == "first" and self._agreed:
+            return bind()
+        inputs = self.agreement.together("the inputs of a call", bind)
         self._agreed = True
         return inputs
 

@@ -15,10 +15,7 @@ from torchtrt_md.capture.arguments import Scalar, comparable, named_leaves
 from torchtrt_md.errors import InputError, VerificationError
 from torchtrt_md.mesh import Mesh
 from torchtrt_md.program import Sharding, part
-from torchtrt_md.runtime.steps import dtype_of
-
-# TensorRT reads its bindings with vector loads; PyTorch allocates at multiples of this, views may start anywhere.
-ALIGNMENT = 256
+from torchtrt_md.runtime.tensors import ALIGNMENT, dtype_of
 
 
 class Signature:

@@ -9,7 +9,7 @@ from __future__ import annotations
 import operator
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, cast
 
 import torch
 import torch.distributed as dist
@@ -19,13 +19,14 @@ from torch.fx import GraphModule, Node
 from torch.fx.node import map_arg
 
 from torchtrt_md.bundle.manifest import Binding, Segment
-from torchtrt_md.errors import BundleError
 from torchtrt_md.lowering.attention_math import ring_attention_block
-from torchtrt_md.lowering.ops import is_collective
+from torchtrt_md.lowering.ops import bound_args, is_collective
 from torchtrt_md.place.partition import is_view
 from torchtrt_md.program import outputs_of, placeholders
 from torchtrt_md.runtime import collective
 from torchtrt_md.runtime.engine import Engine
+from torchtrt_md.runtime.push import Copies, copies_of
+from torchtrt_md.runtime.tensors import ALIGNMENT, dtype_of
 
 aten, md = torch.ops.aten, torch.ops.torchtrt_md
 Values = dict[str, Any]
@@ -54,6 +55,8 @@ class Step:
         looks: it only looks at what it reads: nothing is enqueued.
         aliases: its result may be the memory of what it reads.
         in_place: the slot may be the memory of the only value that it reads.
+        push: of a collective that only copies: how the copy engines can do it.
+        axis: of a collective.
     """
 
     name: str
@@ -65,6 +68,8 @@ class Step:
     looks: bool = False
     aliases: bool = False
     in_place: bool = False
+    push: Copies | None = None
+    axis: str = ""
 
 
 def engine_step(segment: Segment, engine: Engine) -> Step:
@@ -74,7 +79,7 @@ def engine_step(segment: Segment, engine: Engine) -> Step:
 
     def run(values: Values) -> None:
         nonlocal bound
-        tensors = {source: values[key] for source, key in keys.items()}
+        tensors = {source: _aligned(values[key]) for source, key in keys.items()}
         addresses = tuple(tensor.data_ptr() for tensor in tensors.values())
         if addresses != bound:  # most lie where they always do
             engine.bind(tensors)
@@ -87,6 +92,11 @@ def engine_step(segment: Segment, engine: Engine) -> Step:
         slots=tuple(Slot(b.source, tuple(b.shape), dtype_of(b.dtype)) for b in segment.outputs),
         run=run,
     )
+
+
+def _aligned(tensor: Tensor) -> Tensor:
+    """A part of an input may begin where TensorRT cannot load from."""
+    return tensor if tensor.data_ptr() % ALIGNMENT == 0 else tensor.clone()
 
 
 def source_key(binding: Binding) -> str:
@@ -169,11 +179,14 @@ def _step(
             slots=(slot,),
             communicates=True,
             in_place=collective.is_in_place(node),
+            push=copies_of(node, coordinates[bound_args(node)["axis"]]),
+            axis=bound_args(node)["axis"],
         )
+    if node.target is aten.index_select.default and names[node.args[2]].startswith("coordinate:"):  # type: ignore[index]
+        return _row_step(node, names, coordinates)
     if node.target is md.ring_attention.default:
         return _ring_step(node, names, reads, coordinates)
-    function = _attention if node.target is md.attention.default else node.target
-    assert callable(function)
+    function: Any = _attention if node.target is md.attention.default else node.target
 
     def call(values: Values) -> None:
         args, kwargs = map_arg((node.args, node.kwargs), lambda x: values[names[x]])
@@ -191,18 +204,28 @@ def _attention(
     return F.scaled_dot_product_attention(q, k, v, mask, 0.0, is_causal, scale=scale, enable_gqa=enable_gqa)
 
 
-def _ring_step(
-    node: Node, names: Mapping[Node, str], reads: tuple[str, ...], coordinates: Mapping[str, int]
-) -> Step:
-    q, k, v, coordinate, *rest = node.args
+def _ring_step(node: Node, names: Mapping[Node, str], reads: tuple[str, ...], coordinates: Mapping[str, int]) -> Step:
+    q, k, v, coordinate, *rest = cast(tuple[Any, ...], node.args)
     name = names[node]
     # On the host the rank is known, so nothing waits for the GPU to tell it.
-    mine = 0 if coordinate is None else coordinates[names[coordinate].removeprefix("coordinate:")]  # type: ignore[index]
+    mine = 0 if coordinate is None else coordinates[names[coordinate].removeprefix("coordinate:")]
 
     def call(values: Values) -> None:
-        values[name] = ring_attention_block(*(values[names[x]] for x in (q, k, v)), mine, *rest)  # type: ignore[index]
+        values[name] = ring_attention_block(values[names[q]], values[names[k]], values[names[v]], mine, *rest)
 
     return Step(name, tuple(r for r in reads if not r.startswith("coordinate:")), call, (name,))
+
+
+def _row_step(node: Node, names: Mapping[Node, str], coordinates: Mapping[str, int]) -> Step:
+    """This rank's part of an input, by ``index_select`` in the graph: the host knows the rank, so it is a view."""
+    x, dim, coordinate = node.args
+    name, source = names[node], names[x]  # type: ignore[index]
+    mine = coordinates[names[coordinate].removeprefix("coordinate:")]  # type: ignore[index]
+
+    def look(values: Values) -> None:
+        values[name] = values[source].narrow(dim, mine, 1)
+
+    return Step(name, (source,), look, (name,), looks=True, aliases=True)
 
 
 def _copy(source: str, target: str) -> Step:
@@ -221,18 +244,3 @@ def to_device(graph: GraphModule, device: torch.device) -> None:
         if isinstance(held, Tensor) and held.device != device:
             setattr(graph, str(node.target), held.detach().to(device))
     graph.recompile()
-
-
-def dtype_of(name: str) -> torch.dtype:
-    """PyTorch's dtype of that name, as the manifest writes it: ``"bfloat16"``.
-
-    Raises:
-        BundleError: this PyTorch has no such dtype.
-    """
-    dtype = getattr(torch, name, None)
-    if not isinstance(dtype, torch.dtype):
-        raise BundleError(
-            f"the bundle has tensors of dtype {name!r}, which PyTorch {torch.__version__} lacks",
-            fix="install the PyTorch that built it (versions.torch in its manifest.json)",
-        )
-    return dtype

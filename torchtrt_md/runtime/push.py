@@ -1,0 +1,94 @@
+"""Exchanges by the GPUs' copy engines: each rank writes its parts into the results of the others.
+
+NCCL's kernels take multiprocessors from the product or the attention that they overlap with; a persistent kernel that
+finds one of its multiprocessors taken may run for twice as long.  A copy engine takes none.
+
+A result lies in memory that the ranks of the axis can write.  They may do so once all of them are behind the exchange
+before it, whose barrier says so, and the plan has seen to it that nobody reads that memory any more by then.  Behind
+the copies is a barrier of all ranks of the axis: then everything has arrived everywhere.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+from torch.fx import Node
+
+from torchtrt_md.lowering.ops import bound_args
+from torchtrt_md.runtime import private
+
+# (This rank's operand, the results of all ranks of the axis in order) -> what is copied: (to, from).
+Copies = Callable[[Tensor, Sequence[Tensor]], list[tuple[Tensor, Tensor]]]
+
+
+def copies_of(node: Node, me: int) -> Copies | None:
+    """What a collective of the IR copies where; None where it computes, too.
+
+    Args:
+        me: where this rank stands along the axis.
+    """
+    name, args = str(node.target).split(".")[1], bound_args(node)
+    size = args["size"]
+    if name == "all_to_all":
+        return lambda x, results: _exchanged(x.chunk(size), results, me)
+    if name in ("all_gather", "gather"):
+        return lambda x, results: _exchanged([x] * size, results, me)
+    if name == "permute_tensor":
+        to = (me + args["shift"]) % size
+        return lambda x, results: [(results[to], x)]
+    return None
+
+
+def _exchanged(parts: Sequence[Tensor], results: Sequence[Tensor], me: int) -> list[tuple[Tensor, Tensor]]:
+    size = len(results)
+    turns = [(me + 1 + turn) % size for turn in range(size)]  # so that not all ranks write to one at once
+    return [(results[to].chunk(size)[me], parts[to]) for to in turns]
+
+
+def copy_at_once(copies: Sequence[tuple[Tensor, Tensor]], streams: Sequence[torch.cuda.Stream]) -> None:
+    """Copy on a stream each, behind the current one's work, and let the current one wait for all.
+
+    One after the other, each of these short copies would pay for the start of its own.
+    """
+    here = torch.cuda.current_stream()
+    begin = here.record_event()
+    for (to, source), stream in zip(copies, streams, strict=False):
+        stream.wait_event(begin)
+        with torch.cuda.stream(stream):
+            to.copy_(source)
+        here.wait_event(stream.record_event())
+
+
+class Shared:
+    """Memory of this rank that the other ranks of an axis write, and theirs.
+
+    Args:
+        size: bytes; the same on all ranks of the axis.
+    """
+
+    def __init__(self, size: int, group: dist.ProcessGroup, device: torch.device) -> None:
+        self.memory, self._handle = private.symmetric_memory(size, group, device)
+        self.ranks, self.me = dist.get_world_size(group), dist.get_rank(group)
+        self._size = size
+        self.streams = [torch.cuda.Stream(device, priority=-1) for _ in range(self.ranks)]  # type: ignore[no-untyped-call]
+
+    def results(self, offset: int, shape: tuple[int, ...], dtype: torch.dtype) -> list[Tensor]:
+        """The tensor at this offset, in bytes, on each rank of the axis in order."""
+        found = []
+        for rank in range(self.ranks):
+            whole = self._handle.get_buffer(rank, (self._size,), torch.uint8, 0)
+            size = dtype.itemsize * torch.Size(shape).numel()
+            found.append(whole[offset : offset + size].view(dtype).view(shape))
+        return found
+
+    def copy(self, copies: Sequence[tuple[Tensor, Tensor]]) -> None:
+        """Copy, and let the current stream wait until all ranks of the axis have."""
+        copy_at_once(copies, self.streams)
+        self.barrier()
+
+    def barrier(self) -> None:
+        """Let the current stream wait until all ranks of the axis are here."""
+        self._handle.barrier(0)
