@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import gc
 import tomllib
 from collections.abc import Callable, Iterator, Mapping
+from contextlib import closing
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -12,18 +14,21 @@ import models
 import pytest
 import torch
 import torch._dynamo
+import torch.distributed as dist
 import torch.distributed._functional_collectives as funcol
+from runtime.rank_processes import Ranks
 from torch import Tensor, nn
 from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.tensor.parallel import ColwiseParallel, RowwiseParallel, parallelize_module
 
-from runtime.rank_processes import Ranks
-from torchtrt_md import ContextParallel, Gather, Mesh, MDError, Split, TensorParallel
-from torchtrt_md.dynamo import Verify, compile_graph, run_rank, together
+from torchtrt_md import ContextParallel, Gather, MDError, Mesh, Split, TensorParallel
+from torchtrt_md.dynamo import Runs, Verify, compile_graph, run_rank
 from torchtrt_md.errors import CaptureError, InputError, OptionError, VerificationError
 from torchtrt_md.lowering import lower
 from torchtrt_md.options import Options
 from torchtrt_md.program import ShardedProgram
+from torchtrt_md.runtime.agree import Agreement
+from torchtrt_md.runtime.graphs import Budget
 
 TP_PLAN = {"up": ColwiseParallel(), "down": RowwiseParallel()}
 
@@ -40,28 +45,51 @@ class InPyTorch:
 
     def __init__(self, change: Callable[[ShardedProgram], None] = lambda program: None) -> None:
         self.programs: list[ShardedProgram] = []
-        self.verified = 0
+        self.budgets: list[Budget | None] = []
+        self.names: list[str] = []
+        self.verified = self.closed = 0
         self.change = change
 
-    def __call__(self, program: ShardedProgram, options: Options, *, verify: Verify | None) -> Any:
-        lowered = lower(program)
+    def __call__(
+        self,
+        captured: Callable[[], ShardedProgram],
+        options: Options,
+        /,
+        *,
+        verify: Verify,
+        name: str,
+        budget: Budget | None,
+    ) -> Runs:
+        lowered = lower(together("capture", captured))
         self.change(lowered)
-        if verify is not None:
-            together("the proof", options.timeout, partial(verify, lowered))
+        if options.check:
+            together("comparison", partial(verify, lowered))
             self.verified += 1
         self.programs.append(lowered)
-        self.lowered = lowered
-        return _Runs(lowered)
+        self.budgets.append(budget)
+        self.names.append(name)
+        return _InPyTorch(lowered, self)
 
 
-class _Runs:
-    def __init__(self, program: ShardedProgram) -> None:
-        self.program = program
+class _InPyTorch:
+    def __init__(self, program: ShardedProgram, build: InPyTorch) -> None:
+        self.program, self.build = program, build
 
-    def run(self, inputs: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    def run(self, inputs: Mapping[str, Tensor], /) -> dict[str, Tensor]:
         assert set(inputs) == {value.name for value in self.program.inputs}
         names = [value.name for value in self.program.outputs]
         return dict(zip(names, run_rank(self.program, inputs, None), strict=True))
+
+    def close(self) -> None:
+        self.build.closed += 1
+
+
+def together(about: str, step: Callable[[], Any]) -> Any:
+    """A step whose failure on one rank is that of all."""
+    if not dist.is_initialized():
+        return step()
+    with closing(Agreement(30.0)) as agreement:
+        return agreement.together(about, step)
 
 
 def compiled(model: Any, build: InPyTorch, **options: Any) -> Any:
@@ -85,11 +113,14 @@ def message_of(call: Callable[[], Any]) -> str:
 
 
 def sharded_model(rank: int) -> tuple[list[float], int, list[str]]:
-    model, (x,), _ = models.mlp()
-    dense, _, _ = models.mlp()
+    torch.manual_seed(0)
+    model, dense = models.MLP().eval(), models.MLP().eval()
+    dense.load_state_dict(model.state_dict())
+    x = torch.randn(2, 8, 32, generator=torch.Generator().manual_seed(0))
     mesh = init_device_mesh("cpu", (2,), mesh_dim_names=("tp",))
     build = InPyTorch()
-    call = compiled(parallelize_module(model, mesh, TP_PLAN), build)
+    parallelize_module(model, mesh, TP_PLAN)
+    call = compiled(model, build)
     with torch.no_grad():
         errors = [error(call(t), dense(t)) for t in (x, x + 1, x[:, :4], x[:, :6], x)]
         states = [message_of(lambda: call(x))]
@@ -126,7 +157,7 @@ def wrong_lowering(rank: int) -> str:
 
 def test_the_lowered_graph_is_compared_with_dynamos(ranks: Ranks) -> None:
     for outcome in ranks(wrong_lowering):
-        assert outcome.value.startswith("VerificationError: output0 of the lowered graph is not what the graph returns")
+        assert outcome.value.startswith("VerificationError: every rank: output0 of the lowered graph is not what")
 
 
 def one_rank_fails(rank: int) -> str:
@@ -135,7 +166,7 @@ def one_rank_fails(rank: int) -> str:
             x.add_(1)
         return x * 2
 
-    call = compiled(function, InPyTorch(), timeout=20.0)
+    call = compiled(function, InPyTorch())
     with torch.no_grad():
         return message_of(lambda: call(torch.ones(4)))
 
@@ -231,9 +262,11 @@ class Twice(nn.Module):
         return self.b(self.a(x))
 
 
-@torch._dynamo.disable(recursive=False)
-def skipped(module: nn.Module, x: Tensor) -> Any:
+def _skipped(module: nn.Module, x: Tensor) -> Any:
     return module(x)
+
+
+skipped: Any = torch._dynamo.disable(_skipped, recursive=False)  # type: ignore[no-untyped-call]
 
 
 def refused(rank: int, case: str) -> str:
@@ -245,24 +278,34 @@ def refused(rank: int, case: str) -> str:
         del options["mesh"]
     target: Any = (lambda x, case: model(x, case)) if case == "function" else model
     call = compiled(target, InPyTorch(), **options)
-    with torch.no_grad():
+    with torch.no_grad(), torch.autocast("cpu", torch.bfloat16, enabled=case == "autocast"):
         return message_of(lambda: call(x, case))
 
 
+LACKS = "which the graph of torch.compile does not have: it is a part of the model"
+
+
 @pytest.mark.parametrize(
-    ("case", "problem", "fix"),
+    ("case", "kind", "problem", "fix"),
     [
-        ("function", "PlanError: every rank: the option 'parallel' names modules, and what was compiled is a function", "nn.Module itself"),
-        ("mesh", "OptionError: every rank: the option 'parallel' needs the option 'mesh'", "Mesh(cp=2)"),
-        ("break", "CaptureError: every rank: Twice is not one graph", "torchtrt_md.compile"),
-        ("split", "CaptureError: every rank: output 0 of the graph of torch.compile, torch.float32 [2, 8, 32], is none of", "gather what the plan left split"),
-        ("outside", "CaptureError: every rank: Twice uses 'b.weight', which the graph of torch.compile does not have", "torchtrt_md.compile"),
-        ("twins", "CaptureError: every rank: two outputs of Twice have the same shape and values", "torchtrt_md.compile"),
+        ("function", "PlanError", "names modules, and what was compiled is a function", "nn.Module itself"),
+        ("mesh", "OptionError", "the option 'parallel' needs the option 'mesh'", "Mesh(cp=2)"),
+        ("break", "CaptureError", "Twice is not one graph", "torchtrt_md.compile"),
+        (
+            "split",
+            "CaptureError",
+            "output 0 of the graph of torch.compile, torch.float32 [2, 8, 32], is none",
+            "gather",
+        ),
+        ("outside", "CaptureError", f"Twice uses 'b.weight', {LACKS}", "torchtrt_md.compile"),
+        ("twins", "CaptureError", "two outputs of Twice have the same shape and values", "torchtrt_md.compile"),
+        ("autocast", "CaptureError", "Twice was called under autocast", "check=False"),
     ],
-)  # fmt: skip
-def test_dense_models_that_are_refused(ranks: Ranks, case: str, problem: str, fix: str) -> None:
+)
+def test_dense_models_that_are_refused(ranks: Ranks, case: str, kind: str, problem: str, fix: str) -> None:
     for outcome in ranks(refused, case):
-        assert outcome.value.startswith(problem), outcome
+        assert outcome.value.startswith(f"{kind}: every rank: "), outcome
+        assert problem in outcome.value, outcome
         assert fix in outcome.value
 
 
@@ -294,7 +337,10 @@ def test_a_part_with_all_weights_is_not_taken_for_the_model(ranks: Ranks) -> Non
 
 def test_an_unknown_option_is_our_own_error() -> None:
     call = compiled(nn.Linear(2, 2), InPyTorch(), placment="split")
-    with torch.no_grad(), pytest.raises(OptionError, match="there is no option 'placment'; the options are mesh") as got:
+    with (
+        torch.no_grad(),
+        pytest.raises(OptionError, match="there is no option 'placment'; the options are mesh") as got,
+    ):
         call(torch.ones(2))
     assert "did you mean 'placement'?" in got.value.fix
     assert got.traceback[-1].name != "compile_graph" or len(got.traceback) < 12, "Dynamo's frames are cut off"
@@ -321,7 +367,7 @@ def test_gradients_are_refused_where_they_would_be_lost() -> None:
 
 @pytest.mark.parametrize("change", ["written", "replaced", "moved"])
 def test_a_weight_that_changed_is_refused(change: str) -> None:
-    model, (x,), _ = models.mlp()
+    model, x = models.MLP(), torch.ones(2, 32)
     call = compiled(model, InPyTorch())
     with torch.no_grad():
         call(x)
@@ -386,6 +432,74 @@ def test_a_wrong_program_is_found_before_it_is_built() -> None:
     with torch.no_grad():
         unchecked = compiled(lambda x: x.sin(), InPyTorch(change), check=False)(torch.ones(3))
     assert torch.equal(unchecked, torch.ones(3).cos())
+
+
+def test_autocast_is_in_the_graph_and_off_around_it() -> None:
+    class Model(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.a, self.b = nn.Linear(8, 8), nn.Linear(8, 8)
+
+        def forward(self, x: Tensor) -> Tensor:
+            half = self.a(x)
+            with torch.autocast("cpu", enabled=False):
+                result: Tensor = self.b(half.float())
+            return result
+
+    model, x, build = Model(), torch.randn(4, 8), InPyTorch()
+    call = compiled(model, build)
+    with torch.no_grad(), torch.autocast("cpu", torch.bfloat16):
+        result, dense = call(x), model(x)
+        assert result.dtype == dense.dtype == torch.float32
+        assert torch.equal(result, dense), "the second product is not rounded"
+        assert torch.is_autocast_enabled("cpu")
+    with torch.no_grad():
+        assert error(call(x), model(x)) < 1e-5
+    assert len(build.programs) == 2
+
+
+def test_programs_of_one_model_share_a_budget_and_end_with_it() -> None:
+    build = InPyTorch()
+    call = compiled(nn.Linear(2, 2), build, cuda_graph=True, max_graphs=3)
+    with torch.no_grad():
+        for size in (1, 2, 3):
+            call(torch.ones(size, 2))
+    (budget,) = {id(b): b for b in build.budgets}.values()
+    assert budget is not None
+    assert budget.left == 3
+    assert build.names == ["Linear"] * 3
+    torch.compiler.reset()
+    gc.collect()
+    assert build.closed == 3
+
+
+def by_name(rank: int) -> tuple[list[float], list[str]]:
+    """The backend itself, by its name, with Inductor in place of TensorRT."""
+    torch.compiler.reset()
+    torch.manual_seed(0)
+    options: dict[str, Any] = {"compute": "inductor", "report": False}
+    sharded, dense = models.MLP().eval(), models.MLP().eval()
+    sharded.load_state_dict(dense.state_dict())
+    parallelize_module(sharded, init_device_mesh("cpu", (2,), mesh_dim_names=("tp",)), TP_PLAN)
+    plan: dict[str, Any] = {"": {"x": Split(1)}, "out": Gather(1)}
+    dense_options = {"mesh": Mesh(cp=2), "parallel": ContextParallel("cp", plan=plan)}
+    attention = models.SelfAttention().eval()
+    errors = []
+    for model, whole, more in ((sharded, dense, {}), (attention, attention, dense_options)):
+        call = torch.compile(model, backend="torchtrt_md", options={**options, **more})
+        for mode in (torch.no_grad, torch.inference_mode):
+            with mode():
+                errors += [error(call(x), whole(x)) for x in (torch.ones(2, 8, 32), torch.ones(2, 4, 32))]
+    wrong = torch.compile(nn.Linear(2, 2), backend="torchtrt_md", options={"placment": "split"})
+    return errors, [message_of(lambda: wrong(torch.ones(2, 2)))]
+
+
+def test_the_backend_by_its_name(ranks: Ranks) -> None:
+    for outcome in ranks(by_name):
+        assert not outcome.error, outcome.message
+        errors, (message,) = outcome.value
+        assert max(errors) < 1e-5
+        assert message.startswith("OptionError: there is no option 'placment'")
 
 
 def test_the_entry_point() -> None:

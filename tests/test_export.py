@@ -110,7 +110,7 @@ def test_tensor_parallel_bundle_and_its_manifest(tmp_path: Path) -> None:
     assert [t.name for t in manifest.inputs] == ["input_ids"]
     assert manifest.constants == {"use_cache": False}
     assert manifest.result == {"dict": {"logits": {"output": 0}}}
-    assert len({segments[0].engine for segments in manifest.ranks}) == 2
+    assert len({segments[0].file for segments in manifest.ranks}) == 2
     assert {segment.axis for segments in manifest.ranks for segment in segments} == {"tp"}
     program = exported.program
     assert set(program.counts) == set(PASSES)

@@ -62,6 +62,7 @@ def run(
     timeout: Annotated[float, typer.Option(min=1.0, help="Seconds that any wait on another rank may take.")] = 300.0,
     seed: Annotated[int, typer.Option(help="Of the model's weights and of all inputs.")] = 0,
     model_device: Annotated[str, typer.Option(help="Where the file makes its model, as at export.")] = "cpu",
+    cuda_graph: Annotated[bool, typer.Option(help="Capture a call in a CUDA graph and replay it.")] = False,
 ) -> None:
     """Run a bundle on the GPUs of a torchrun launch, one rank each."""
     try:
@@ -73,6 +74,7 @@ def run(
             timeout=timeout,
             seed=seed,
             model_device=model_device,
+            cuda_graph=cuda_graph,
         )
     except MDError as error:
         print(f"[rank {os.environ.get('RANK', '-')}] {type(error).__name__}: {error}", file=sys.stderr, flush=True)
@@ -91,6 +93,7 @@ def run_bundle(
     timeout: float,
     seed: int,
     model_device: str,
+    cuda_graph: bool = False,
 ) -> None:
     """What the command does, with errors raised.
 
@@ -98,7 +101,7 @@ def run_bundle(
         MDError: on every rank.  VerificationError: an output is too far from the dense model's.
     """
     device = join_launch(bundle, timeout)
-    runner = load(bundle, device=device, timeout=timeout, check="first")
+    runner = load(bundle, device=device, timeout=timeout, check="first", cuda_graph=cuda_graph)
     if verify is None:
         inputs = random_inputs(runner.signature, runner.rank, device, seed)
         compared = Comparison(None, {}, {}, {})

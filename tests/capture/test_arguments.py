@@ -92,7 +92,9 @@ def signature_of(program: ShardedProgram) -> Signature:
         constants=dict(program.constants),  # type: ignore[arg-type]
         positional=list(program.positional),
         result={"output": 0},
+        placement="engine",
         ranks=[],
+        weights=[],
         target="portable",
         versions=m.Versions("", "", "", ""),
         files={},

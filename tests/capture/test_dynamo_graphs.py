@@ -10,21 +10,20 @@ import pytest
 import torch
 import torch.distributed as dist
 import torch.distributed._functional_collectives as funcol
+from runtime.rank_processes import Ranks
 from torch import Tensor, nn
 from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
 from torch.distributed.tensor import DTensor
 from torch.distributed.tensor.parallel import ColwiseParallel, RowwiseParallel, parallelize_module
 from torch.fx import GraphModule
 
-from runtime.rank_processes import Ranks
 from torchtrt_md.capture import dynamo_private
 from torchtrt_md.capture.dynamo import capture_graph, graph_inputs
 from torchtrt_md.dynamo import run_rank
-from torchtrt_md.errors import MDError
 from torchtrt_md.lowering import lower
 from torchtrt_md.lowering.ops import COLLECTIVES
 from torchtrt_md.mesh import Mesh
-from torchtrt_md.program import ShardedProgram
+from torchtrt_md.program import ShardedProgram, Weight
 
 
 @pytest.fixture(scope="module")
@@ -79,7 +78,7 @@ def tensor_parallel(rank: int, name: str) -> tuple[float, list[str], list[str], 
     split = {
         source.name: [f"{s.dim}{s.axis}" for s in source.shardings]
         for source in program.sources.values()
-        if hasattr(source, "shardings") and source.shardings
+        if isinstance(source, Weight) and source.shardings
     }
     collectives = [str(n.target) for n in lower(program).graphs[0].graph.nodes if n.target in COLLECTIVES]
     ours, theirs = (r if isinstance(r, Tensor) else r.logits for r in (result, dense))
@@ -115,7 +114,9 @@ class Reduced(nn.Module):
     def forward(self, x: Tensor, unused: Tensor, mask: dict[str, Tensor]) -> tuple[Tensor, int, Tensor]:
         partial = torch.nn.functional.linear(x, self.weight)
         whole = funcol.all_reduce(partial, "sum", self.group)
-        gathered = funcol.all_gather_tensor(x, 1, self.group)
+        gathered = funcol.all_gather_tensor(
+            x.t().contiguous(), 0, self.group
+        )  # on dim 1 it breaks the graph in torch 2.11
         return whole * self.scale + mask["bias"], x.shape[0], gathered
 
 
@@ -135,7 +136,7 @@ def explicit(rank: int, where: str) -> tuple[list[float], list[str], str, int]:
     dense = torch.nn.functional.linear(whole, torch.randn(8, 6)) * 2 + bias
     (program,) = programs
     return (
-        [error(result, dense), error(gathered, whole)],
+        [error(result, dense), error(gathered.t(), whole)],
         [v.name for v in program.inputs],
         str(program.mesh),
         rows,
@@ -157,7 +158,6 @@ def message_of(call: Callable[[], Any]) -> str:
         call()
     except Exception as raised:
         inner = getattr(raised, "inner_exception", raised)
-        assert isinstance(inner, MDError), raised
         return f"{type(inner).__name__}: {inner}"
     return ""
 
@@ -185,7 +185,10 @@ def refused(rank: int, case: str) -> str:
     [
         ("input", "CaptureError: the input 't' is a DTensor"),
         ("output", "CaptureError: output 0 of the graph is a DTensor"),
-        ("group", "CollectiveError: _c10d_functional.all_reduce.default in node 'all_reduce' is over the ranks [{rank}]"),
+        (
+            "group",
+            "CollectiveError: _c10d_functional.all_reduce.default in node 'all_reduce' is over the ranks [{rank}]",
+        ),
         ("write", "CaptureError: the model writes to an input or a buffer"),
         ("value", "CaptureError: node 'item' is a number that depends on the values of tensors"),
     ],
@@ -198,7 +201,7 @@ def test_what_is_refused(ranks: Ranks, case: str, problem: str) -> None:
             assert "test_dynamo_graphs.py" in outcome.value, "the user's own line"
 
 
-def shapes(rank: int) -> tuple[list[float], list[list[list[int]]]]:
+def shapes(rank: int, dynamic: bool | None) -> tuple[list[float], list[list[list[int]]]]:
     torch.compiler.reset()
     programs: Programs = []
     errors = []
@@ -206,15 +209,16 @@ def shapes(rank: int) -> tuple[list[float], list[list[list[int]]]]:
         model, _, _ = models.mlp()
         dense, _, _ = models.mlp()
         device_mesh = init_device_mesh("cpu", (2,), mesh_dim_names=("tp",))
-        compiled = torch.compile(parallelized(model, device_mesh), backend=lowered_backend(programs))
+        compiled = torch.compile(parallelized(model, device_mesh), backend=lowered_backend(programs), dynamic=dynamic)
         for tokens in (8, 6, 4, 6, 8):
             x = torch.randn(2, tokens, 32)
             errors.append(error(compiled(x), dense(x)))
     return errors, [[list(v.shape) for v in program.inputs] for program in programs]
 
 
-def test_each_shape_is_a_program_of_its_own(ranks: Ranks) -> None:
-    for outcome in ranks(shapes):
+@pytest.mark.parametrize("dynamic", [None, True, False])
+def test_each_shape_is_a_program_of_its_own(ranks: Ranks, dynamic: bool | None) -> None:
+    for outcome in ranks(shapes, dynamic):
         assert not outcome.error, outcome.message
         errors, inputs = outcome.value
         assert max(errors) < 1e-5

@@ -53,7 +53,7 @@ def test_different_bundles(ranks: Ranks, folders: list[str], tmp_path: Path) -> 
 
 
 def test_one_rank_with_a_changed_byte(ranks: Ranks, folders: list[str]) -> None:
-    engine = Path(folders[1]) / read_manifest(folders[1]).ranks[1][1].engine
+    engine = Path(folders[1]) / read_manifest(folders[1]).ranks[1][1].file
     content = bytearray(engine.read_bytes())
     content[-1] ^= 1
     engine.write_bytes(content)
@@ -72,7 +72,7 @@ def test_one_rank_without_a_bundle(ranks: Ranks, folders: list[str], tmp_path: P
 
 def test_a_launch_of_another_size(ranks: Ranks, tmp_path: Path) -> None:
     one = bundle_samples.manifest()
-    folder = bundle_samples.bundle(tmp_path / "four", mesh={"cp": 2, "tp": 2}, ranks=one.ranks * 2)
+    folder = bundle_samples.bundle(tmp_path / "four", mesh={"cp": 2, "tp": 2}, ranks=one.ranks * 2, weights=[None] * 4)
     for outcome in ranks(load_it, [str(folder)] * 2):
         assert outcome.error == "MeshError"
         assert "every rank: Mesh(cp=2, tp=2) has 4 ranks and the launch has 2" in outcome.message

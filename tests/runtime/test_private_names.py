@@ -5,6 +5,7 @@ from __future__ import annotations
 import pytest
 import torch
 import torch.distributed as dist
+from torch.distributed import _symmetric_memory
 
 from runtime.rank_processes import Ranks
 from torchtrt_md.runtime import private
@@ -21,6 +22,19 @@ nccl = pytest.importorskip("torch._C._distributed_c10d", reason="PyTorch without
 )
 def test_the_nccl_backend_has(name: str, lost: str) -> None:
     assert hasattr(nccl.ProcessGroupNCCL, name), lost
+
+
+@pytest.mark.parametrize("name", ["get_buffer", "barrier"])
+def test_shared_memory_has(name: str) -> None:
+    assert hasattr(nccl._SymmetricMemory, name), "exchanges would be NCCL's kernels only"
+    assert {"empty", "rendezvous"} <= set(dir(_symmetric_memory))
+
+
+def test_inductor_can_be_called_inside_dynamos_backend() -> None:
+    with torch._guards.tracing(torch._guards.TracingContext(None)):
+        assert torch._guards.TracingContext.try_get() is not None
+        with private.outside_of_compilation():
+            assert torch._guards.TracingContext.try_get() is None, "it would take the model's fake tensors for its own"
 
 
 def find_backend(rank: int) -> str:

@@ -222,10 +222,13 @@ def _row_step(node: Node, names: Mapping[Node, str], coordinates: Mapping[str, i
     name, source = names[node], names[x]  # type: ignore[index]
     mine = coordinates[names[coordinate].removeprefix("coordinate:")]  # type: ignore[index]
 
-    def look(values: Values) -> None:
-        values[name] = values[source].narrow(dim, mine, 1)
+    # Behind other entries than one it is not in one piece, and what passes between steps is.
+    whole = all(extent == 1 for extent in node.meta["val"].shape[:dim])
 
-    return Step(name, (source,), look, (name,), looks=True, aliases=True)
+    def look(values: Values) -> None:
+        values[name] = values[source].narrow(dim, mine, 1).contiguous()
+
+    return Step(name, (source,), look, (name,), looks=whole, aliases=whole)
 
 
 def _copy(source: str, target: str) -> Step:

@@ -1,0 +1,435 @@
+"""When steps run and where their results lie: by hand, and by brute force over random programs and real ones."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from pathlib import Path
+
+import models
+import pytest
+import torch
+import torch.distributed as dist
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from torch import Tensor
+
+import torchtrt_md as md
+from runtime.rank_processes import Ranks
+from torchtrt_md.build.parts import build_parts
+from torchtrt_md.bundle.from_program import part_segment
+from torchtrt_md.lowering import attention_keys
+from torchtrt_md.lowering.passes import Exchange
+from torchtrt_md.place import Part, place
+from torchtrt_md.program import outputs_of, value_of
+from torchtrt_md.runtime.plan import Plan, plan
+from torchtrt_md.runtime.steps import Slot, Step, Values, eager_steps
+
+
+def nothing(values: Values) -> None:
+    """These steps are planned, and not run."""
+
+
+def engine(name: str, *reads: str, slots: Sequence[str] = (), size: int = 64) -> Step:
+    made = tuple(Slot(slot, (size,), torch.uint8) for slot in slots or (name,))
+    return Step(name, reads, nothing, slots=made)
+
+
+def no_copies(x: Tensor, results: Sequence[Tensor]) -> None:
+    """These exchanges are planned, and not done."""
+
+
+def collective(name: str, read: str, size: int = 64, in_place: bool = False, axis: str = "cp") -> Step:
+    slot = Slot(name, (size,), torch.uint8)
+    push = None if in_place else no_copies
+    return Step(name, (read,), nothing, slots=(slot,), communicates=True, in_place=in_place, push=push, axis=axis)
+
+
+def op(name: str, *reads: str) -> Step:
+    return Step(name, reads, nothing, (name,))
+
+
+def view(name: str, read: str) -> Step:
+    return Step(name, (read,), nothing, (name,), looks=True, aliases=True)
+
+
+def reshape(name: str, read: str) -> Step:
+    """A copy, or not."""
+    return Step(name, (read,), nothing, (name,), aliases=True)
+
+
+class Checker:
+    """What happens before what on two streams, and so what a step may read and write."""
+
+    def __init__(self, steps: Sequence[Step], keep: Sequence[str], push: bool = False) -> None:
+        self.steps, self.keep, self.plan = steps, set(keep), plan(steps, keep, push=push)
+        self.before = self._before()
+        self.makers = {v: i for i, s in enumerate(steps) for v in (*s.writes, *(x.name for x in s.slots))}
+        self.memory_of = {value: self._memory(value) for value in self.makers}
+        self.accesses: dict[str, set[int]] = {}
+        for value, maker in self.makers.items():
+            readers = {
+                i
+                for i, s in enumerate(steps)
+                if not s.looks and any(value in self.memory_of.get(r, ()) for r in s.reads)
+            }
+            self.accesses[value] = readers | {maker}
+
+    def _before(self) -> list[set[int]]:
+        """For each step the steps that are done when it begins."""
+        before: list[set[int]] = []
+        main: set[int] = set()
+        side: set[int] = set()
+        reached: dict[int, set[int]] = {-1: set()}
+        for index, (step, moment) in enumerate(zip(self.steps, self.plan.moments, strict=True)):
+            if step.communicates:
+                assert moment.joins is None
+                assert moment.after == -1 or moment.after in self.plan.marks, "no event is recorded there"
+                side |= reached[moment.after]
+                before.append(set(side))
+                side.add(index)
+            else:
+                if moment.joins is not None:
+                    assert self.steps[moment.joins].communicates
+                    main |= before[moment.joins] | {moment.joins}
+                before.append(set(main))
+                main.add(index)
+                reached[index] = set(main)
+        return before
+
+    def _memory(self, value: str) -> set[str]:
+        """The values whose memory this one may be looking at, itself among them."""
+        maker = self.steps[self.makers[value]]
+        looked_at = [r for r in maker.reads if r in self.makers] if maker.aliases else []
+        return {value}.union(*(self._memory(r) for r in looked_at))
+
+    def check(self) -> None:
+        self._values_are_there()
+        self._blocks_are_free()
+        self._memory_of_pytorch_is_free()
+        self._shared_memory_is_free()
+        self._released_once_and_late_enough()
+
+    def _values_are_there(self) -> None:
+        for index, step in enumerate(self.steps):
+            for value in step.reads:
+                for made in self.memory_of.get(value, ()):
+                    maker = self.makers[made]
+                    if not step.looks and not self.steps[maker].looks:
+                        assert maker in self.before[index], f"{step.name} reads {made} before it is there"
+
+    def _blocks_are_free(self) -> None:
+        placed = self.plan.block_of
+        slots = {slot.name: slot for step in self.steps for slot in step.slots}
+        for value, block in placed.items():
+            slot = slots[value]
+            assert slot.shape[0] * slot.dtype.itemsize <= self.plan.blocks[block]
+            for earlier in placed:
+                if placed[earlier] == block and self.makers[earlier] < self.makers[value]:
+                    self._is_over(earlier, self.makers[value])
+            others = [v for v in placed if v != value and self.makers[v] == self.makers[value]]
+            assert all(placed[v] != block for v in others), "two results of one step in one block"
+        for value in self.keep & self.makers.keys():
+            assert not self.memory_of[value] & placed.keys(), "a result lies in memory that is used again"
+        assert set(placed.values()) == set(range(len(self.plan.blocks))), "a block that nothing lies in"
+
+    def _memory_of_pytorch_is_free(self) -> None:
+        """PyTorch may give what is let go of to whatever asks next; it asks on the main stream."""
+        released = {v: i for i, m in enumerate(self.plan.moments) for v in m.releases}
+        memory = self.plan.block_of.keys() | self.plan.shared_of.keys()
+        views = {value for step in self.steps if step.looks for value in step.writes}
+        for value in self.makers.keys() - memory - views:
+            lookers = [v for v in self.makers if value in self.memory_of[v]]  # each holds on to it
+            if all(v in released for v in lookers):
+                end = max(released[v] for v in lookers)
+                for index in range(end + 1, len(self.steps)):
+                    step = self.steps[index]
+                    provided = any(slot.name not in memory for slot in step.slots)
+                    if not step.looks and (provided or not step.communicates):
+                        self._is_over(value, index)
+
+    def _shared_memory_is_free(self) -> None:
+        """Another rank writes a result of ours as soon as we are in the barrier of the exchange before it."""
+        shared = self.plan.shared_of
+        assert not shared.keys() & (self.plan.block_of.keys() | self.keep)
+        for axis, total in self.plan.shared.items():
+            pushed = sorted((self.makers[v], v) for v in shared if shared[v][0] == axis)
+            for number, (index, value) in enumerate(pushed):
+                begin, end = self._extent(value)
+                assert end <= total
+                barrier = self.before[pushed[number - 1][0]]  # before the first one: that of the call before
+                for maker, earlier in pushed:
+                    start, stop = self._extent(earlier)
+                    if begin < stop and start < end and (maker < index or number == 0):
+                        late = self.accesses[earlier] - {maker} - barrier
+                        assert not late, f"others write {value} where {earlier} lies, which is still read"
+                        assert maker in barrier, f"{value} and {earlier} are written at once"
+
+    def _extent(self, value: str) -> tuple[int, int]:
+        (slot,) = self.steps[self.makers[value]].slots
+        offset = self.plan.shared_of[value][1]
+        return offset, offset + math.prod(slot.shape) * slot.dtype.itemsize
+
+    def _is_over(self, value: str, index: int) -> None:
+        """Can nothing be reading or writing this value when this step writes where it lay?"""
+        late = self.accesses[value] - self.before[index]
+        if late and self.steps[index].in_place and value in self.steps[index].reads:
+            late -= {index}
+        names = [self.steps[i].name for i in late]
+        assert not late, f"{self.steps[index].name} writes where {value} lies, which {names} may still use"
+
+    def _released_once_and_late_enough(self) -> None:
+        released = [(v, i) for i, m in enumerate(self.plan.moments) for v in m.releases]
+        assert len({v for v, _ in released}) == len(released)
+        for value, at in released:
+            assert value not in self.keep
+            assert all(i <= at for i, step in enumerate(self.steps) if value in step.reads)
+
+
+def planned(steps: Sequence[Step], keep: Sequence[str], push: bool = False) -> Plan:
+    checker = Checker(steps, keep, push)
+    checker.check()
+    return checker.plan
+
+
+class TestByHand:
+    def test_a_collective_waits_for_what_made_its_operand(self) -> None:
+        found = planned([engine("a", "input:x"), engine("b", "a"), collective("c", "a"), engine("d", "c", "b")], ["d"])
+        assert found.moments[2].after == 0
+        assert found.marks == {0}
+
+    def test_a_collective_of_an_input_waits_for_the_start(self) -> None:
+        found = planned([engine("a", "input:x"), collective("c", "input:x"), engine("d", "a", "c")], ["d"])
+        assert found.moments[1].after == -1
+
+    def test_a_collective_of_a_collective_waits_for_nothing_more(self) -> None:
+        found = planned([engine("a", "input:x"), collective("c", "a"), collective("d", "c"), op("e", "d")], ["e"])
+        assert found.moments[2].after == -1
+        assert found.moments[3].joins == 2
+
+    def test_a_collective_of_a_view_waits_for_what_made_what_it_looks_at(self) -> None:
+        found = planned([engine("a", "input:x"), op("b"), view("v", "a"), collective("c", "v"), op("d", "c")], ["d"])
+        assert found.moments[3].after in (0, 2)  # nothing is enqueued for the view itself
+
+    def test_what_lies_between_runs_beside_and_the_reader_joins(self) -> None:
+        steps = [
+            engine("a", "input:x"),
+            collective("c", "a"),
+            engine("b", "a"),
+            engine("d", "b"),
+            engine("e", "c", "d"),
+        ]
+        found = planned(steps, ["e"])
+        assert [m.joins for m in found.moments] == [None, None, None, None, 1]
+
+    def test_it_is_joined_once_and_with_it_all_before_it(self) -> None:
+        steps = [
+            collective("c", "input:x"),
+            collective("d", "input:y"),
+            op("e", "d"),
+            op("f", "c", "e"),
+            op("g", "d", "f"),
+        ]
+        assert [m.joins for m in planned(steps, ["g"]).moments] == [None, None, 1, None, None]
+
+    def test_a_view_of_what_is_under_way_joins_nothing_and_its_reader_does(self) -> None:
+        found = planned([collective("c", "input:x"), view("v", "c"), op("a"), op("b", "v", "a")], ["b"])
+        assert [m.joins for m in found.moments] == [None, None, None, 0]
+
+    def test_memory_is_used_again(self) -> None:
+        steps = [engine("a", "input:x"), engine("b", "a"), engine("c", "b"), engine("d", "c"), engine("e", "d")]
+        found = planned(steps, ["e"])
+        assert found.block_of == {"a": 0, "b": 1, "c": 0, "d": 1}
+        assert found.blocks == [64, 64]
+
+    def test_a_block_must_be_large_enough_and_the_smallest_is_taken(self) -> None:
+        steps = [
+            engine("a", "input:x", size=100),
+            engine("b", "input:x", size=20),
+            op("used", "a", "b"),
+            engine("c", "used", size=10),
+            op("end", "c"),
+            engine("d", "end", size=200),
+            op("last", "d"),
+        ]
+        found = planned(steps, ["last"])
+        assert found.block_of["c"] == found.block_of["b"]
+        assert found.blocks == [100, 20, 200]
+
+    def test_what_a_collective_reads_is_free_when_it_is_joined(self) -> None:
+        steps = [
+            engine("a", "input:x"),
+            collective("c", "a"),
+            engine("b", "input:x"),
+            engine("d", "c"),
+            engine("e", "d", "b"),
+        ]
+        found = planned(steps, ["e"])
+        assert found.block_of["b"] != found.block_of["a"]  # which is being sent
+        assert "a" in found.moments[3].releases
+
+    def test_a_collective_waits_for_the_last_user_of_its_memory(self) -> None:
+        steps = [engine("a", "input:x"), engine("b", "a"), op("u", "b"), collective("c", "input:x"), op("d", "u", "c")]
+        found = planned(steps, ["d"])
+        assert found.block_of["c"] == found.block_of["a"]
+        assert found.moments[3].after >= 1
+
+    def test_results_get_memory_of_their_own(self) -> None:
+        steps = [engine("a", "input:x"), engine("output:y", "a"), view("output:z", "a"), collective("output:w", "a")]
+        found = planned(steps, ["output:y", "output:z", "output:w"])
+        assert found.block_of == {}  # "a" is what an output looks at
+
+    def test_an_all_reduce_takes_its_operands_place_where_nothing_else_reads_it(self) -> None:
+        steps = [engine("a", "input:x"), collective("c", "a", in_place=True), op("d", "c")]
+        found = planned(steps, ["d"])
+        assert found.block_of["c"] == found.block_of["a"]
+        shared = [engine("a", "input:x"), collective("c", "a", in_place=True), op("d", "c", "a")]
+        found = planned(shared, ["d"])
+        assert found.block_of["c"] != found.block_of["a"]
+
+    def test_copy_engines_write_where_nobody_reads_any_more(self) -> None:
+        steps: list[Step] = [op("v0", "input:x")]
+        for i in range(4):
+            steps += [collective(f"c{i}", f"v{i}", size=512), op(f"v{i + 1}", f"c{i}")]
+        found = planned(steps, ["v4"], push=True)
+        # the first's memory is its own; when another rank may write "c2" this one may still be reading "c1"
+        assert found.shared_of == {"c0": ("cp", 0), "c1": ("cp", 512), "c2": ("cp", 1024), "c3": ("cp", 512)}
+        assert found.shared == {"cp": 1536}
+        assert not found.block_of
+
+    def test_one_exchange_of_a_call_has_no_barrier_before_it(self) -> None:
+        found = planned([op("a", "input:x"), collective("c", "a"), op("b", "c")], ["b"], push=True)
+        assert found.shared_of == {}
+        assert found.block_of == {"c": 0}
+
+    def test_a_result_lies_in_no_memory_that_others_write(self) -> None:
+        steps = [collective("c", "input:x"), op("a", "c"), collective("d", "a"), op("b", "d"), collective("e", "b")]
+        found = planned([*steps, op("f", "d")], ["e", "f"], push=True)
+        assert "e" not in found.shared_of
+
+    def test_a_result_of_a_collective_is_not_written_while_its_memory_is_read(self) -> None:
+        """It is made by PyTorch, which may give it memory that an op of the main stream has just let go of."""
+        planned([op("a", "input:x"), op("b", "a"), collective("c", "input:x"), op("d", "b")], ["c", "d"])
+
+    def test_a_value_is_held_until_what_looks_at_it_is_read(self) -> None:
+        steps = [engine("a", "input:x"), view("v", "a"), engine("b", "input:x"), engine("c", "v", "b")]
+        found = planned(steps, ["c"])
+        assert found.block_of["b"] != found.block_of["a"]
+        assert set(found.moments[3].releases) >= {"a", "v", "b"}
+
+    def test_the_checker_sees_a_plan_that_is_wrong(self) -> None:
+        steps = [engine("a", "input:x"), collective("c", "a"), engine("b", "input:x"), engine("d", "c", "b")]
+        for spoil in (
+            lambda p: p.block_of.update(b=p.block_of["a"]),
+            lambda p: setattr(p.moments[1], "after", -1),
+            lambda p: setattr(p.moments[3], "joins", None),
+            lambda p: p.moments[1].releases.append("a"),
+        ):
+            checker = Checker(steps, ["d"])
+            checker.check()
+            spoil(checker.plan)
+            checker.before = checker._before()
+            with pytest.raises(AssertionError):
+                checker.check()
+
+
+@st.composite
+def programs(draw: st.DrawFn) -> tuple[list[Step], list[str]]:
+    """Steps that read what is there, of all kinds, and what of it is kept."""
+    steps: list[Step] = []
+    values = ["input:x", "weight:w"]
+    sizes = {"input:x": 8, "weight:w": 8}
+    for index in range(draw(st.integers(1, 14))):
+        kind = draw(st.sampled_from(["engine", "collective", "collective", "all_reduce", "op", "view", "reshape"]))
+        recent = values[-5:] if draw(st.booleans()) else values
+        reads = draw(st.lists(st.sampled_from(recent), min_size=1, max_size=3, unique=True))
+        name, size = f"v{index}", draw(st.sampled_from([8, 16, 32]))
+        match kind:
+            case "engine":
+                names = [f"{name}.{i}" for i in range(draw(st.integers(1, 2)))]
+                steps.append(engine(name, *reads, slots=names, size=size))
+            case "collective":
+                names = [name]
+                steps.append(collective(name, reads[0], size, axis=draw(st.sampled_from(["cp", "tp"]))))
+            case "all_reduce":
+                names, size = [name], sizes[reads[0]]
+                steps.append(collective(name, reads[0], size, in_place=True))
+            case "op":
+                names = [name]
+                steps.append(op(name, *reads))
+            case _:
+                names, size = [name], sizes[reads[0]]
+                steps.append(view(name, reads[0]) if kind == "view" else reshape(name, reads[0]))
+        values += names
+        sizes |= dict.fromkeys(names, size)
+    keep = draw(st.lists(st.sampled_from(values[2:]), max_size=3, unique=True))
+    return steps, keep
+
+
+@settings(max_examples=400, deadline=None)
+@given(programs(), st.booleans())
+def test_no_plan_of_a_random_program_has_a_race(program: tuple[list[Step], list[str]], push: bool) -> None:
+    Checker(*program, push).check()
+
+
+def steps_of(parts: Sequence[Part], coordinates: dict[str, int]) -> list[Step]:
+    """The steps of placed parts as an executor has them, but for engines, which are planned and not made."""
+    groups = dict.fromkeys(coordinates, dist.group.WORLD)
+    steps: list[Step] = []
+    for index, part in enumerate(parts):
+        if part.runs == "eager":
+            (built,) = build_parts((part,), Path("unused"), "portable")
+            steps += eager_steps(
+                part_segment(built, ""),
+                part.graph,
+                groups=groups,  # type: ignore[arg-type]
+                coordinates=coordinates,
+                device=torch.device("cpu"),
+                index=index,
+            )
+        else:
+            outputs = zip(outputs_of(part.graph), part.outputs, strict=True)
+            slots = tuple(Slot(name, tuple(value_of(node).shape), value_of(node).dtype) for node, name in outputs)
+            steps.append(Step(part.name, part.inputs, nothing, slots=slots))
+    return steps
+
+
+def call_of(name: str) -> tuple[models.Call, md.ContextParallel | md.TensorParallel]:
+    if name == "llama":
+        return models.llama(), md.TensorParallel("cp")
+    return models.flux(), md.ContextParallel("cp", "ulysses" if name == "exchange" else name)  # type: ignore[arg-type]
+
+
+def check_real_program(rank: int, name: str) -> list[tuple[int, int, int, int]]:
+    """With NCCL and with copy engines: collectives, joins, bytes of all slots, and of the memory kept for them."""
+    if rank:  # the same on all ranks
+        return []
+    (model, args, kwargs), parallel = call_of(name)
+    captured = md.capture(model, args, kwargs, mesh=md.Mesh(cp=2), parallel=parallel)
+    exchange = Exchange("ulysses", head_groups=2, values_first=True)
+    exchanges = dict.fromkeys(attention_keys(captured), exchange) if name == "exchange" else {}
+    program = md.lower(captured, placement="split", exchanges=exchanges)
+    steps = steps_of(place(program, "split", rank=rank).parts[rank], {"cp": rank})
+    found = []
+    for push in (False, True):
+        checker = Checker(steps, [f"output:{value.name}" for value in program.outputs], push)
+        checker.check()
+        slots = [slot for step in steps for slot in step.slots]
+        found.append(
+            (
+                sum(step.communicates for step in steps),
+                sum(moment.joins is not None for moment in checker.plan.moments),
+                sum(math.prod(slot.shape) * slot.dtype.itemsize for slot in slots),
+                sum(checker.plan.blocks) + sum(checker.plan.shared.values()),
+            )
+        )
+    return found
+
+
+@pytest.mark.parametrize("name", ["ulysses", "exchange", "allgather_kv", "ring", "llama"])
+def test_no_plan_of_a_real_program_has_a_race(name: str, ranks: Ranks) -> None:
+    done, _ = ranks(check_real_program, name)
+    assert not done.error, done.message
+    for collectives, joins, written, kept in done.value:
+        assert 0 < joins <= collectives
+        assert kept < 0.8 * written, "memory is not used again"

@@ -1,0 +1,429 @@
+"""``md.compile`` on two real ranks, where Inductor compiles what TensorRT would; and on real engines what needs no GPU."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import models
+import pytest
+import torch
+from runtime.rank_processes import Ranks
+from torch import Tensor, nn
+from transformers.modeling_outputs import CausalLMOutputWithPast
+
+import torchtrt_md as md
+from torchtrt_md.build.cache import EngineCache
+from torchtrt_md.build.parts import BuiltPart, build_parts, unconvertible, with_transposed_weights
+from torchtrt_md.bundle.graph import check_bindings, graph_from_json
+from torchtrt_md.bundle.manifest import Decision
+from torchtrt_md.bundle.read import check_files, rank_files, read_manifest
+from torchtrt_md.bundle.weights import rank_weights
+from torchtrt_md.choices import Choices
+from torchtrt_md.compiler import Built, summary_of
+from torchtrt_md.errors import BuildError, ConversionError, PlanError
+from torchtrt_md.lowering.passes import Exchange
+from torchtrt_md.place import PlacedProgram, place
+from torchtrt_md.place.choose import choose_placement
+from torchtrt_md.program import ShardedProgram, placeholders, value_of
+from torchtrt_md.runtime.compare import relative_error
+
+PLAN = {"": {"x": md.Split(1)}, "out": md.Gather(1)}
+OPTIONS: dict[str, Any] = {"compute": "inductor", "report": False, "timeout": 120.0}
+
+
+@pytest.fixture(scope="module")
+def ranks(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Ranks]:
+    started = Ranks(tmp_path_factory.mktemp("ranks") / "store")
+    yield started
+    started.close()
+
+
+# --- on two ranks ---
+
+
+def case_of(name: str) -> tuple[models.Call, dict[str, Any]]:
+    """A model and how it is compiled."""
+    if name == "llama":
+        return models.llama(), {"mesh": md.Mesh(tp=2), "parallel": md.TensorParallel("tp"), "check": True}
+    cp = {"mesh": md.Mesh(cp=2), "check": False}
+    if name == "causal ring":
+        call = models.attention(kv_heads=2, causal=True)
+        return call, {**cp, "parallel": md.ContextParallel("cp", "ring", PLAN), "check": True}
+    if name == "exchange":
+        exchange = Exchange("ulysses", head_groups=2, values_first=True)
+        return models.attention(), {**cp, "parallel": md.ContextParallel("cp", "ulysses", PLAN), "exchange": exchange}
+    return models.flux(), {**cp, "parallel": md.ContextParallel("cp", name)}  # type: ignore[arg-type]
+
+
+def first_tensor(result: Any) -> Tensor:
+    found = result if isinstance(result, Tensor) else result[0]
+    assert isinstance(found, Tensor)
+    return found
+
+
+def compile_and_compare(rank: int, name: str) -> tuple[list[float], bool, str, dict[str, int]]:
+    """The errors of two calls, whether the results are of the model's own class, the summary and what parts run as."""
+    (model, args, kwargs), options = case_of(name)
+    runner = md.compile(model, args, kwargs, **OPTIONS, **options)
+    other = tuple(a.flip(1) for a in args)
+    changed = {k: v * 0.5 if k in ("hidden_states", "encoder_hidden_states") else v for k, v in kwargs.items()}
+    errors, same_class = [], True
+    with torch.no_grad():
+        for a, k in ((args, kwargs), (other, changed)):
+            want, found = model(*a, **k), runner(*a, **k)
+            same_class &= type(found) is type(want)
+            errors.append(relative_error(first_tensor(found), first_tensor(want)))
+    runs = [segment.runs for segment in runner.manifest.ranks[rank]]
+    summary = runner.summary
+    runner.close()
+    return errors, same_class, summary, {kind: runs.count(kind) for kind in set(runs)}
+
+
+@pytest.mark.parametrize("name", ["ulysses", "allgather_kv", "ring", "llama", "causal ring", "exchange"])
+def test_what_is_compiled_computes_what_the_model_computes(name: str, ranks: Ranks) -> None:
+    for outcome in ranks(compile_and_compare, name):
+        assert not outcome.error, outcome.message
+        errors, same_class, summary, counts = outcome.value
+        assert max(errors) < 1e-5
+        assert same_class
+        assert set(counts) == {"inductor", "eager"}
+        assert f"({counts['inductor']} inductor, {counts['eager']} eager)" in summary
+        assert "placement: split, nothing runs in TensorRT" in summary
+
+
+def own_class(rank: int) -> bool:
+    (model, args, kwargs), options = case_of("llama")
+    with md.compile(model, args, kwargs, **OPTIONS, **{**options, "check": False}) as runner:
+        return isinstance(runner(*args, **kwargs), CausalLMOutputWithPast)
+
+
+def test_the_models_own_result_class_comes_back(ranks: Ranks) -> None:
+    assert [outcome.value for outcome in ranks(own_class)] == [True, True]
+
+
+class Deep(nn.Module):
+    """Attentions in a row."""
+
+    def __init__(self, depth: int) -> None:
+        super().__init__()
+        self.blocks = nn.ModuleList(models.SelfAttention() for _ in range(depth))
+        self.out = nn.Identity()
+
+    def forward(self, x: Tensor) -> Tensor:
+        for block in self.blocks:
+            x = block(x)
+        result: Tensor = self.out(x)
+        return result
+
+
+def deep(depth: int) -> nn.Module:
+    torch.manual_seed(0)
+    return Deep(depth).eval()
+
+
+def compile_another_model(rank: int) -> None:
+    parallel = md.ContextParallel("cp", "ulysses", PLAN)
+    md.compile(deep(1 + rank), (torch.randn(1, 8, 32),), mesh=md.Mesh(cp=2), parallel=parallel, **OPTIONS)
+
+
+def test_another_model_on_one_rank_is_the_same_error_on_all(ranks: Ranks) -> None:
+    first, second = ranks(compile_another_model)
+    assert first == second
+    assert first.error == "RankMismatchError"
+    assert "the ranks' programs have different collectives" in first.message
+    assert "rank 0" in first.message
+    assert "rank 1" in first.message
+
+
+def compile_with_a_wrong_argument(rank: int) -> None:
+    heads = 4 if rank == 0 else 3  # which two ranks cannot share
+    model, args, _ = models.attention(heads=heads, kv_heads=heads)
+    parallel = md.ContextParallel("cp", "ulysses", PLAN)
+    md.compile(model, args, mesh=md.Mesh(cp=2), parallel=parallel, check=False, **OPTIONS)
+
+
+def test_what_fails_on_one_rank_fails_on_all(ranks: Ranks) -> None:
+    first, second = ranks(compile_with_a_wrong_argument)
+    assert first == second
+    assert first.error
+    assert "rank 1: " in first.message
+    assert "rank 0" not in first.message
+
+
+def compile_without_a_mesh(rank: int) -> None:
+    model, args, _ = models.mlp()
+    md.compile(model, args, **OPTIONS)
+
+
+def compile_for_another_launch(rank: int) -> None:
+    model, args, _ = models.mlp()
+    md.compile(model, args, mesh=md.Mesh(tp=4), parallel=md.TensorParallel("tp", plan={"up": "colwise"}), **OPTIONS)
+
+
+def test_a_mesh_that_is_missing_or_does_not_fit(ranks: Ranks) -> None:
+    for outcome in ranks(compile_without_a_mesh):
+        assert outcome.error == "LaunchError"
+        assert "compile needs a mesh" in outcome.message
+    for outcome in ranks(compile_for_another_launch):
+        assert outcome.error == "MeshError"
+        assert "has 4 ranks and the launch has 2" in outcome.message
+
+
+# --- real engines, built on the CPU ---
+
+
+def placed_blocks(depth: int = 2) -> PlacedProgram:
+    """Two or more equal blocks in parts, for engines."""
+    model = deep(depth).half()
+    captured = md.capture(
+        model, (torch.randn(1, 8, 32).half(),), mesh=md.Mesh(cp=2), parallel=md.ContextParallel("cp", "ulysses", PLAN)
+    )
+    return place(md.lower(captured, placement="split"), "split")
+
+
+@pytest.fixture(scope="module")
+def flux_parts() -> PlacedProgram:
+    model, args, kwargs = models.flux(torch.float16)
+    parallel = md.ContextParallel("cp", "ulysses")
+    captured = md.capture(model, args, kwargs, mesh=md.Mesh(cp=2), parallel=parallel)
+    return place(md.lower(captured, placement="split"), "split")
+
+
+@pytest.fixture(scope="module")
+def built(flux_parts: PlacedProgram, tmp_path_factory: pytest.TempPathFactory) -> tuple[list[BuiltPart], EngineCache]:
+    folder = tmp_path_factory.mktemp("engines")
+    cache = EngineCache(folder / "cache")
+    return build_parts(flux_parts.parts[0], folder, "sm80", cache=cache), cache
+
+
+class TestParts:
+    def test_equal_blocks_share_an_engine(self, tmp_path: Path) -> None:
+        parts = build_parts(placed_blocks(3).parts[0], tmp_path, "sm80")
+        engines = [part.engine for part in parts if part.engine is not None]
+        assert len(engines) == 4  # into the first attention, between two, and out of the last
+        assert len(set(engines)) == 3
+        assert engines[1] == engines[2]
+        between = [part for part in parts if part.engine == engines[1]]
+        assert between[0].inputs != between[1].inputs  # each has its own weights
+
+    def test_flux_is_built(self, built: tuple[list[BuiltPart], EngineCache]) -> None:
+        parts, cache = built
+        engines = {part.engine for part in parts if part.runs == "engine"}
+        assert all(engine is not None and engine.stat().st_size > 0 for engine in engines)
+        assert cache.misses == len(engines)
+        assert len(engines) < sum(part.runs == "engine" for part in parts)
+        for part in parts:
+            assert (part.graph is None) == (part.runs == "engine")
+            assert part.axis is None  # all collectives are between engines
+
+    def test_a_second_build_takes_all_from_the_cache(
+        self, flux_parts: PlacedProgram, built: tuple[list[BuiltPart], EngineCache], tmp_path: Path
+    ) -> None:
+        parts, first = built
+        cache = EngineCache(first.folder)
+        again = build_parts(flux_parts.parts[1], tmp_path, "sm80", cache=cache)
+        assert (cache.hits, cache.misses) == (first.misses, 0)
+        assert [part.engine for part in again] == [part.engine for part in parts]
+        assert list(tmp_path.iterdir()) == []
+
+    def test_another_target_is_another_engine(self, built: tuple[list[BuiltPart], EngineCache], tmp_path: Path) -> None:
+        cache = EngineCache(built[1].folder)
+        part = next(part for part in placed_blocks(1).parts[0] if part.runs == "engine")
+        for target in ("sm80", "sm89", "sm80"):
+            build_parts([part], tmp_path, target, cache=cache)
+        assert (cache.hits, cache.misses) == (1, 2)
+
+    def test_weights_are_taken_transposed(self, flux_parts: PlacedProgram) -> None:
+        part = next(part for part in flux_parts.parts[0] if part.runs == "engine")
+        graph, transposed = with_transposed_weights(part)
+        assert transposed
+        assert all(source.startswith("weight:") for source in transposed)
+        before = dict(zip(part.inputs, map(value_of, placeholders(part.graph)), strict=True))
+        after = dict(zip(part.inputs, map(value_of, placeholders(graph)), strict=True))
+        for source, value in after.items():
+            expected = before[source].shape[::-1] if source in transposed else before[source].shape
+            assert value.shape == expected
+        feeds = [torch.randn(value.shape) for value in before.values()]
+        turned = [x.t() if source in transposed else x for source, x in zip(part.inputs, feeds, strict=True)]
+        for old, new in zip(part.graph(*feeds), graph(*turned), strict=True):
+            torch.testing.assert_close(new, old)
+
+    def test_a_weight_that_is_read_both_ways_stays(self) -> None:
+        class Both(nn.Module):
+            def __init__(self) -> None:
+                super().__init__()
+                self.once, self.both = nn.Parameter(torch.randn(8, 8)), nn.Parameter(torch.randn(8, 8))
+
+            def forward(self, x: Tensor) -> Tensor:
+                return x @ self.once.t() @ self.both.t() + self.both
+
+        captured = md.capture(Both().eval(), (torch.randn(8, 8),), mesh=md.Mesh(cp=1))
+        (part,) = place(md.lower(captured), "engine").parts[0]
+        assert with_transposed_weights(part)[1] == ("weight:once",)
+
+
+class Unusual(nn.Module):
+    """An op between others that TensorRT has no layer for."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        y = torch.relu(x)
+        z = torch.lgamma(y + 1)
+        return z * y
+
+
+@pytest.fixture(scope="module")
+def unusual() -> ShardedProgram:
+    return md.lower(md.capture(Unusual(), (torch.rand(4, 4),), mesh=md.Mesh(cp=1)))
+
+
+class TestUnconvertible:
+    def test_it_names_the_node_and_the_op(self, unusual: ShardedProgram) -> None:
+        found = unconvertible(unusual.graphs[0])
+        (name,) = found
+        (node,) = [node for node in unusual.graphs[0].graph.nodes if node.name == name]
+        assert node.target is torch.ops.aten.lgamma.default
+        assert found[name] == "Torch-TensorRT has no converter for aten.lgamma.default"
+
+    def test_it_stays_in_pytorch_between_engines(self, unusual: ShardedProgram, tmp_path: Path) -> None:
+        placed = place(unusual, "engine", keep=unconvertible(unusual.graphs[0]))
+        parts = build_parts(placed.parts[0], tmp_path, "sm80")
+        assert [part.runs for part in parts] == ["engine", "eager", "engine"]
+        (kept,) = placed.kept
+        assert (kept.op, kept.count) == ("aten.lgamma.default", 1)
+        assert "z = torch.lgamma(y + 1)" in kept.at
+
+    def test_fullgraph_names_the_op_and_the_users_line(self, unusual: ShardedProgram) -> None:
+        with pytest.raises(BuildError, match="lgamma") as error:
+            place(unusual, "engine", keep=unconvertible(unusual.graphs[0]), fullgraph=True)
+        assert "test_compile.py" in error.value.at
+        assert "z = torch.lgamma(y + 1)" in error.value.at
+        assert "fullgraph" in error.value.fix
+
+    def test_building_it_all_the_same_names_the_node(self, unusual: ShardedProgram, tmp_path: Path) -> None:
+        with pytest.raises(ConversionError, match="aten.lgamma.default") as error:
+            build_parts(place(unusual, "engine").parts[0], tmp_path, "sm80")
+        assert error.value.node in unconvertible(unusual.graphs[0])
+
+
+# --- choices and what is told of them ---
+
+GPU_CHOICES = [
+    # strategy, flavour, capability -> placement
+    ("ulysses", "TensorRT-RTX", (9, 0), "split", "no attention kernels for Hopper"),
+    ("ulysses", "TensorRT-RTX", (8, 9), "engine", "one engine"),
+    ("ulysses", "TensorRT-RTX", (12, 0), "engine", "one engine"),
+    ("ulysses", "TensorRT", (9, 0), "engine", "one engine"),
+    ("allgather_kv", "TensorRT-RTX", None, "engine", "one engine"),
+    ("ring", "TensorRT", (9, 0), "split", "10.0 or later"),
+    ("ring", "TensorRT", None, "split", "10.0 or later"),
+    ("ring", "TensorRT", (10, 0), "engine", "one engine"),
+    ("ring", "TensorRT-RTX", (9, 0), "split", "10.0 or later"),
+]
+
+
+class TestChoosePlacement:
+    @pytest.mark.parametrize(("strategy", "flavour", "capability", "placement", "why"), GPU_CHOICES)
+    def test_auto(
+        self, strategy: str, flavour: str, capability: tuple[int, int] | None, placement: str, why: str
+    ) -> None:
+        found = choose_placement(
+            "auto", strategies={strategy}, compute="tensorrt", flavour=flavour, capability=capability
+        )
+        assert found.placement == placement
+        assert why in found.why
+
+    @pytest.mark.parametrize("asked", ["engine", "split"])
+    def test_what_is_asked_for_is_done(self, asked: str) -> None:
+        found = choose_placement(
+            asked, strategies={"ulysses"}, compute="tensorrt", flavour="TensorRT-RTX", capability=(9, 0)
+        )
+        assert found == (asked, "as asked for")
+
+    def test_inductor_has_no_engine(self) -> None:
+        found = choose_placement("auto", strategies=(), compute="inductor", flavour="TensorRT", capability=(8, 9))
+        assert found.placement == "split"
+        with pytest.raises(PlanError, match="leaves nothing for an engine to hold"):
+            choose_placement("engine", strategies=(), compute="inductor", flavour="TensorRT", capability=(8, 9))
+
+
+def test_the_summary_tells_what_runs_where_and_why(tmp_path: Path) -> None:
+    class Both(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.blocks, self.last = deep(3), Unusual()
+
+        def forward(self, x: Tensor) -> Tensor:
+            result: Tensor = self.last(self.blocks(x))
+            return result
+
+    program = md.lower(md.capture(Both().eval(), (torch.randn(1, 8, 32),), mesh=md.Mesh(cp=1)), placement="split")
+    placed = place(program, "split", keep=unconvertible(program.graphs[0]))
+    parts = build_parts(placed.parts[0], tmp_path, "sm80")
+    timed = Decision("attention", "ulysses", "the fastest", {"ulysses": 1.0, "ring": 2.25})
+    lines = summary_of(
+        "Both",
+        Built(placed=placed, parts=parts, transport="nccl", hits=2, misses=1),
+        Choices("split", decisions=(Decision("placement", "split", "as asked for"), timed), tuned_on="a GPU"),
+    ).splitlines()
+    engines, eager = ([part for part in parts if part.runs == runs] for runs in ("engine", "eager"))
+    different = len({part.engine for part in engines})
+    assert lines[0] == (
+        f"Both on Mesh(cp=1), placement split: {len(parts)} parts ({len(engines)} engine, {len(eager)} eager);"
+        f" {different} different engines, 2 of them from the cache"
+    )
+    assert lines[1:4] == [
+        "  timed on a GPU",
+        "  placement: split, as asked for",
+        "  attention: ulysses, the fastest (ulysses 1.000 ms, ring 2.250 ms)",
+    ]
+    assert lines[4].startswith(
+        "  in PyTorch: 1 x aten.lgamma.default: Torch-TensorRT has no converter for aten.lgamma.default, at "
+    )
+    assert len(lines) == 5
+
+
+# --- bundles of parts ---
+
+
+def test_a_bundle_of_parts_reads_back(tmp_path: Path) -> None:
+    out = tmp_path / "deep.mdtrt"
+    model, args = deep(3).half(), (torch.randn(1, 8, 32).half(),)
+    parallel = md.ContextParallel("cp", "ulysses", PLAN)
+    exported = md.export(
+        model, args, mesh=md.Mesh(cp=2), parallel=parallel, placement="split", out=out, target="sm80", check=False
+    )
+    manifest = read_manifest(out)  # which checks its structure
+    assert manifest == exported.manifest
+    check_files(out, manifest)
+    assert manifest.placement == "split"
+    assert [(d.what, d.chosen, d.why) for d in manifest.decisions] == [("placement", "split", "as asked for")]
+    dense = dict(model.named_parameters())
+    for rank, segments in enumerate(manifest.ranks):
+        kinds = [segment.runs for segment in segments]
+        assert kinds.count("engine") == 4
+        assert len({segment.file for segment in segments if segment.runs == "engine"}) == 3
+        for segment in segments:
+            assert segment.file in rank_files(manifest, rank)
+            if segment.runs == "eager":
+                check_bindings(graph_from_json((out / segment.file).read_bytes()), segment)
+        weights = rank_weights(out, manifest, rank, "cpu")
+        assert weights.keys() == dense.keys()
+        assert all(torch.equal(weights[name], dense[name]) for name in dense)
+    assert manifest.weights[0] == manifest.weights[1]  # context parallelism: equal on all ranks
+
+
+def test_each_rank_of_a_tensor_parallel_bundle_has_its_part_of_the_weights(tmp_path: Path) -> None:
+    out = tmp_path / "mlp.mdtrt"
+    model, args, _ = models.mlp(torch.float16)
+    plan = {"up": "colwise", "down": "rowwise"}
+    parallel = md.TensorParallel("tp", plan=plan)
+    md.export(
+        model, args, mesh=md.Mesh(tp=2), parallel=parallel, placement="split", out=out, target="sm80", check=False
+    )
+    manifest = read_manifest(out)
+    halves = model.get_parameter("up.weight").chunk(2, 0)
+    for rank, half in enumerate(halves):
+        assert torch.equal(rank_weights(out, manifest, rank, "cpu")["up.weight"], half)
+    assert manifest.weights[0] != manifest.weights[1]
