@@ -17,6 +17,7 @@ FX in, FX out: no TensorRT, no GPU, no process group.  The passes, in order:
     cancel_inverse           a collective right behind its inverse goes, and it
     zigzag                   the sequence in an order in which a causal ring has equal work on all ranks
     ulysses, allgather_kv, ring   context_attention -> collectives and local attention
+    merge_products           products of one operand, needed at the same time -> one (split placement)
     merge_exchanged, cancel_exchanged   the same two, over what the strategies inserted
     leading_dim              collectives on other dims -> on dim 0, where TensorRT's act
     rank_input               shard -> a row of the value, by a rank input
@@ -31,7 +32,7 @@ from dataclasses import replace
 from pathlib import Path
 
 import torch
-from torch.fx import GraphModule
+from torch.fx import GraphModule, Node
 
 from torchtrt_md.lowering import (
     allgather_kv,
@@ -44,6 +45,7 @@ from torchtrt_md.lowering import (
     leading_dim,
     mask_fill,
     merge_identical,
+    merge_products,
     rank_input,
     repeat_kv,
     ring,
@@ -57,7 +59,17 @@ from torchtrt_md.lowering import (
 )
 from torchtrt_md.lowering.passes import Exchange, Pass, PassContext, run_passes
 from torchtrt_md.parallel import Placement
-from torchtrt_md.program import Coordinate, ShardedProgram, Sharding, Value, outputs_of, placeholders, value_of
+from torchtrt_md.program import (
+    Coordinate,
+    ShardedProgram,
+    Sharding,
+    Source,
+    Value,
+    Weight,
+    outputs_of,
+    placeholders,
+    value_of,
+)
 
 PASSES: dict[str, Pass] = {
     "uninitialized": uninitialized.run,
@@ -77,6 +89,7 @@ PASSES: dict[str, Pass] = {
     "ulysses": ulysses.run,
     "allgather_kv": allgather_kv.run,
     "ring": ring.run,
+    "merge_products": merge_products.run,
     "merge_exchanged": merge_identical.run,
     "cancel_exchanged": cancel_inverse.run,
     "leading_dim": leading_dim.run,
@@ -118,20 +131,33 @@ def lower(
             counts = done
         lowered[id(graph)] = new
     first = lowered[id(program.graphs[0])]
-    coordinates = {
-        node.name: Coordinate(str(node.target).removeprefix(rank_input.PREFIX))
+    added = {
+        node.name: _source_of(node, program)
         for graph in lowered.values()
         for node in placeholders(graph)
         if node.name not in program.sources
     }
     return program.with_graphs(
         lowered,
-        sources={**program.sources, **coordinates},
+        sources={**program.sources, **added},
         outputs=_outputs(program, first),
         groups={},
         counts=counts,
         lowered=True,
     )
+
+
+def _source_of(node: Node, program: ShardedProgram) -> Source:
+    """What a placeholder stands for that a pass added."""
+    if merge_products.JOINS not in node.meta:
+        return Coordinate(str(node.target).removeprefix(rank_input.PREFIX))
+    parts = []
+    for name in node.meta[merge_products.JOINS]:
+        weight = program.sources[name]
+        assert isinstance(weight, Weight), f"{name} is no weight"
+        parts.append(weight)
+    shape = (sum(weight.shape[0] for weight in parts), *parts[0].shape[1:])
+    return Weight("+".join(weight.name for weight in parts), shape, parts[0].dtype, parts=tuple(parts))
 
 
 def attention_keys(program: ShardedProgram) -> tuple[str, ...]:

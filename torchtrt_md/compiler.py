@@ -181,7 +181,7 @@ class Session:
             for s in program.sources.values()
             if isinstance(s, Weight)
         }
-        self.weights = {name: weight.to(device) for name, weight in held.items()}
+        self.weights = {name: weight.to(device) for name, weight in held.items()}  # joined ones come when they are read
         self.guard = WeightGuard(held)
 
     def default(self) -> Choices:
@@ -307,12 +307,20 @@ class Session:
                 rank=self.rank,
                 groups=self.groups,
                 device=self.device,
-                weights=self.weights,
+                weights=self._weights_of(built.placed),
                 outputs=outputs or [f"output:{value.name}" for value in built.placed.program.outputs],
                 overlap=self.options.overlap,
                 transport=built.transport,
             ),
         )
+
+    def _weights_of(self, placed: PlacedProgram) -> Mapping[str, Tensor]:
+        """The weights by name, those that lowering joined among them."""
+        program = placed.program
+        joined = {s.name: s for s in program.sources.values() if isinstance(s, Weight) and s.parts}
+        for name in {name for part in placed.parts[self.rank] for name in part.weights} - self.weights.keys():
+            self.weights[name] = program.weights.local(joined[name], program.mesh, self.rank).to(self.device)
+        return self.weights
 
     def _loaded(self, parts: Sequence[BuiltPart]) -> tuple[list[Loaded], object]:
         load, keep = deserializer(self.options.target, self.device) if any(p.engine for p in parts) else (None, None)

@@ -26,13 +26,15 @@ class Sharding:
 class Weight:
     """A parameter or buffer of the model, of which each rank may hold a part.
 
-    ``shape`` is that of the whole weight; ``shardings`` apply in order.
+    ``shape`` is that of the whole weight; ``shardings`` apply in order.  Where it has ``parts``, it is those weights, each
+    as the rank holds it, one after the other on dim 0.
     """
 
     name: str
     shape: tuple[int, ...]
     dtype: torch.dtype
     shardings: tuple[Sharding, ...] = ()
+    parts: tuple[Weight, ...] = ()
 
     def local(self, whole: Tensor, mesh: Mesh, rank: int) -> Tensor:
         """This rank's part, a view of the whole: no memory is copied."""
@@ -78,11 +80,13 @@ class Weights:
     rank: int = 0  # whose shards these are
 
     def local(self, weight: Weight, mesh: Mesh, rank: int) -> Tensor:
-        """This rank's part of a weight, without a copy.
+        """This rank's part of a weight, without a copy unless it is joined of several.
 
         Raises:
             CaptureError: the process has only another rank's shard.
         """
+        if weight.parts:
+            return torch.cat([self.local(part, mesh, rank) for part in weight.parts])
         if weight.name in self.whole:
             return weight.local(self.whole[weight.name], mesh, rank)
         if weight.shardings and rank != self.rank:

@@ -41,7 +41,8 @@ from torchtrt_md.runtime.tensors import dtype_of
 if TYPE_CHECKING:
     from torchtrt_md.compiler import Built, Session
 
-WARM_UP, REPEATS = 3, 20
+WARM_UP, REPEATS, FEWEST = 3, 20, 5
+SECONDS = 1.0  # for each candidate, where the fewest repeats leave it
 _STEP = "a whole step"
 _TENSORRT, _INDUCTOR = "TensorRT", "Inductor"
 _TRANSPORTS = {"nccl": "NCCL", "copy": "copy engines"}
@@ -202,7 +203,7 @@ def _segment_ms(session: Session, built: Built, part: BuiltPart) -> float:
         for b in segment.inputs
         if not b.source.startswith(("weight:", "coordinate:"))
     }
-    return _agreed(session, lambda: _median_ms(executor, inputs, session.device))
+    return _agreed(session, lambda: _median_ms(session, executor, inputs))
 
 
 class _Timer:
@@ -223,7 +224,7 @@ class _Timer:
             executor = session.executor(session.built(plan))
         except MDError:  # the same on every rank
             return None
-        ms = _agreed(session, lambda: _median_ms(executor, self.inputs, session.device))
+        ms = _agreed(session, lambda: _median_ms(session, executor, self.inputs))
         executor.close()
         gc.collect()
         torch.cuda.empty_cache()
@@ -236,15 +237,22 @@ def _agreed(session: Session, measure: Callable[[], float]) -> float:
     return max(session.agreement.gather(mine, "the candidate's times"))
 
 
-def _median_ms(executor: Executor, inputs: Mapping[str, Tensor], device: torch.device) -> float:
+def _median_ms(session: Session, executor: Executor, inputs: Mapping[str, Tensor]) -> float:
+    device = session.device
     stream: torch.cuda.Stream = torch.cuda.Stream(device)  # type: ignore[no-untyped-call]
     stream.wait_stream(torch.cuda.current_stream(device))
     with torch.cuda.device(device), torch.cuda.stream(stream), torch.no_grad():
         run = Graphs(executor.run, Budget(1), device)
         for _ in range(WARM_UP):
             run(inputs)
+        begin, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))  # type: ignore[no-untyped-call]
+        begin.record(stream)
+        run(inputs)
+        end.record(stream)
         stream.synchronize()
-        events = [[torch.cuda.Event(enable_timing=True) for _ in range(2)] for _ in range(REPEATS)]  # type: ignore[no-untyped-call]
+        slowest = max(session.agreement.gather(begin.elapsed_time(end), "a first time"))  # ranks repeat equally often
+        repeats = min(REPEATS, max(FEWEST, int(SECONDS * 1e3 / max(slowest, 1e-3))))
+        events = [[torch.cuda.Event(enable_timing=True) for _ in range(2)] for _ in range(repeats)]  # type: ignore[no-untyped-call]
         for begin, end in events:
             begin.record(stream)
             run(inputs)

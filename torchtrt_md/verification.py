@@ -125,7 +125,7 @@ def _dense_weights(program: ShardedProgram, model: nn.Module) -> Weights:
         )
     dense, mesh = Weights(tensors), program.mesh
     for source in program.sources.values():
-        if not isinstance(source, Weight):
+        if not isinstance(source, Weight) or source.parts:  # the parts are among the sources themselves
             continue
         if source.name not in tensors:
             raise VerificationError(

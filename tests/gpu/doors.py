@@ -98,7 +98,8 @@ class Decoder(nn.Module):
             )
             a = nn.functional.scaled_dot_product_attention(q, k, v, is_causal=True, enable_gqa=True)
             x = x + out(a.transpose(1, 2).flatten(2))
-        return self.head(x)
+        result: Tensor = self.head(x)
+        return result
 
 
 DECODER_PLAN = {"": {"x": md.Split(1), "cos": md.Split(0), "sin": md.Split(0)}, "head": md.Gather(1)}
@@ -120,7 +121,8 @@ class Block(nn.Module):
         self.up, self.down, self.norm = nn.Linear(512, 2048), nn.Linear(2048, 512), nn.LayerNorm(512)
 
     def forward(self, x: Tensor) -> Tensor:
-        return x + self.down(nn.functional.gelu(self.up(self.norm(x))))
+        result: Tensor = x + self.down(nn.functional.gelu(self.up(self.norm(x))))
+        return result
 
 
 class Explicit(nn.Module):
@@ -137,7 +139,8 @@ class Explicit(nn.Module):
         y = nn.functional.gelu(nn.functional.linear(self.norm(x), self.up_weight, self.up_bias))
         part = nn.functional.linear(y, self.down_weight)
         whole = torch.distributed._functional_collectives.all_reduce(part, "sum", dist.group.WORLD)
-        return x + (whole + self.down_bias)
+        result: Tensor = x + (whole + self.down_bias)
+        return result
 
 
 def load_model(name: str) -> Call:

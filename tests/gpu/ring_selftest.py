@@ -26,7 +26,7 @@ from torchtrt_md.runtime.watchdog import Watchdog
 
 
 def main() -> None:
-    importlib.import_module("torchtrt_md.build.flavour")._RING_CAPABILITY = (8, 0)
+    vars(importlib.import_module("torchtrt_md.build.flavour"))["_RING_CAPABILITY"] = (8, 0)
     device = torch.device("cuda", int(os.environ["LOCAL_RANK"]))
     torch.cuda.set_device(device)
     dist.init_process_group("nccl", device_id=device, timeout=timedelta(seconds=60))

@@ -1,24 +1,26 @@
-"""Bundles on real GPUs: every rank against the dense model, and what happens when a rank misbehaves."""
+"""On real GPUs: every rank against the dense model through every door, and what happens when a rank misbehaves."""
 
 from __future__ import annotations
 
+import functools
 import json
 import shutil
 import subprocess
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
 
-from gpu import cases
+from gpu import cases, doors
 
 GPUS = torch.cuda.device_count()
 RANKS = [
     pytest.param(ranks, marks=pytest.mark.skipif(ranks > GPUS, reason=f"needs {ranks} GPUs, this machine has {GPUS}"))
     for ranks in (2, 4)
 ]
-pytestmark = pytest.mark.timeout(600)
+pytestmark = pytest.mark.timeout(640)  # one launch has all cases of a number of ranks
 
 
 @pytest.fixture(scope="module")
@@ -60,6 +62,53 @@ def test_every_rank_computes_what_the_dense_model_computes(
     for rank in report["ranks"]:
         for name, error in rank["errors"].items():
             assert 0 < error <= 1.5 * report["dense_errors"][name]
+
+
+@pytest.fixture(scope="module")
+def said_by() -> Callable[[int], dict[str, list[dict[str, Any]]]]:
+    """Number of ranks -> what they said of each case, in one launch."""
+
+    @functools.cache
+    def launched(ranks: int) -> dict[str, list[dict[str, Any]]]:
+        script = str(Path(__file__).parent / "doors.py")
+        done = cases.launch(ranks, [script], full=False, seconds=580)
+        found: dict[str, list[dict[str, Any]]] = {case.name: [] for case in doors.cases()}
+        for line in done.stdout.splitlines():
+            if "SAID " in line:
+                said = json.loads(line.split("SAID ", 1)[1])
+                found[said["case"]].append(said)
+        assert any(found.values()), done.stdout[-4000:] + done.stderr[-4000:]
+        return found
+
+    return launched
+
+
+@pytest.mark.parametrize("ranks", RANKS)
+@pytest.mark.parametrize("case", doors.cases(), ids=lambda c: c.name)
+def test_every_door_leads_to_what_the_dense_model_computes(
+    case: doors.Case, ranks: int, said_by: Callable[[int], dict[str, list[dict[str, Any]]]]
+) -> None:
+    said = said_by(ranks)[case.name]
+    assert [s["raised"] for s in said if "raised" in s] == []
+    assert sorted(s["rank"] for s in said) == list(range(ranks))
+    for s in said:
+        assert 0 < s["error"] <= 1.5 * s["dense_error"]
+        assert s["same_bits"]
+        assert s["warnings"] == []
+        if case.door != "torch.compile":  # the others have a runner to ask
+            assert s["graphs"] == int(case.graph)
+            tensorrt = case.compute == "tensorrt" and not (case.tune and case.tune != "tensorrt")
+            if tensorrt:  # tuning may find that Inductor is faster, where it is free to
+                assert "engine" in s["kinds"]
+                assert "inductor" not in s["kinds"]
+            if case.compute == "inductor":
+                assert "engine" not in s["kinds"]
+
+
+def test_no_two_doors_have_one_name() -> None:
+    names = [case.name for case in doors.cases()]
+    assert len(set(names)) == len(names)
+    assert {case.door for case in doors.cases()} == {"md.compile", "torch.compile", "bundle"}
 
 
 def _misbehave(

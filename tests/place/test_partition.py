@@ -118,7 +118,8 @@ class TwoBranches(nn.Module):
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         q, k, v = self.qkv(x).unflatten(-1, (3, 4, 4)).permute(2, 0, 3, 1, 4)
         y = nn.functional.scaled_dot_product_attention(q, k, v).transpose(1, 2).flatten(2)
-        return self.out(torch.cat([y, torch.nn.functional.gelu(self.up(x))], -1))
+        result: torch.Tensor = self.out(torch.cat([y, torch.nn.functional.gelu(self.up(x))], -1))
+        return result
 
 
 def test_what_does_not_need_an_exchange_runs_beside_it() -> None:

@@ -11,7 +11,7 @@ from torchtrt_md.bundle.manifest import Binding, Segment
 from torchtrt_md.errors import BundleError, LaunchError
 from torchtrt_md.runtime import communicator
 from torchtrt_md.runtime.engine import DTYPES, Io, check_io, check_scratch, deserialize
-from torchtrt_md.runtime.steps import dtype_of
+from torchtrt_md.runtime.tensors import dtype_of
 
 SEGMENT = Segment(
     runs="engine",

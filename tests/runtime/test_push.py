@@ -2,6 +2,10 @@
 
 from __future__ import annotations
 
+from typing import Any
+
+from typing import Any
+
 import pytest
 import torch
 from torch import Tensor
@@ -15,13 +19,13 @@ md = torch.ops.torchtrt_md
 RANKS = 4
 
 
-def node_of(op: str, *args: object) -> Node:
+def node_of(op: str, *args: Any) -> Node:
     graph = Graph()
     x = graph.placeholder("x")
     return graph.call_function(getattr(md, op).default, (x, *args))
 
 
-def run_all(op: str, args: tuple[object, ...], operands: list[Tensor], shape: list[int]) -> list[Tensor]:
+def run_all(op: str, args: tuple[Any, ...], operands: list[Tensor], shape: list[int]) -> list[Tensor]:
     """All ranks' results, each rank having copied its part."""
     results = [torch.full(shape, float("nan")) for _ in range(RANKS)]
     for me, operand in enumerate(operands):
@@ -99,7 +103,7 @@ def check_writers_find_memory_free(steps: list[Step], made: Plan) -> None:
     where = {name: offset for name, (_, offset) in made.shared_of.items()}
     size = 64 * 4
     twice = [(call, i) for call in range(2) for i in order]
-    for number, (call, index) in enumerate(twice):
+    for number, (_, index) in enumerate(twice):
         if number == 0:
             continue
         before_call, before_index = twice[number - 1]

@@ -13,7 +13,8 @@ from runtime.rank_processes import Ranks
 from torchtrt_md.bundle.manifest import Tensor
 from torchtrt_md.errors import BundleError, InputError, VerificationError
 from torchtrt_md.mesh import Mesh
-from torchtrt_md.runtime.signature import Signature, chunk, dtype_of, prepared
+from torchtrt_md.runtime.signature import Signature, chunk, prepared
+from torchtrt_md.runtime.tensors import dtype_of
 
 CPU = torch.device("cpu")
 X = torch.randn(2, 8)  # this rank's chunk

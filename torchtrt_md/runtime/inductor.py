@@ -9,6 +9,7 @@ from torch import Tensor
 from torch.fx import GraphModule
 
 from torchtrt_md.runtime import private
+from torchtrt_md.runtime.epilogue import fuse_gelu
 from torchtrt_md.runtime.steps import to_device
 
 
@@ -21,6 +22,8 @@ def compile_graph(
     """
     module = GraphModule(graph, _copied(graph))
     to_device(module, device)
+    if device.type == "cuda":
+        fuse_gelu(module)
     with private.outside_of_compilation(), torch.no_grad():
         compiled = torch._inductor.compile(module, list(examples))
 
