@@ -125,6 +125,8 @@ def lower(
     counts: dict[str, int] = {}
     for graph, ranks in program.distinct():
         new = copy.deepcopy(graph)
+        for node in placeholders(new):
+            node.meta[merge_products.SOURCE] = program.sources[node.name]
         folder = dump / f"rank{ranks[0]}" if dump and len(program.distinct()) > 1 else dump
         done = run_passes(PASSES, new, context, folder)
         if not counts:

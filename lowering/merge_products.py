@@ -11,18 +11,24 @@ stays as it is.  In the split placement only: there the weights are inputs of th
 
 from __future__ import annotations
 
+import operator
 from collections.abc import Hashable, Sequence
+from typing import Any
 
 import torch
+from torch import Tensor
 from torch.fx import GraphModule, Node
+from torch.fx.node import map_arg
+from torch.utils import _pytree as pytree
 
 from torchtrt_md.lowering.ops import is_collective
 from torchtrt_md.lowering.passes import PassContext
 from torchtrt_md.lowering.rewrite import emit
-from torchtrt_md.program import placeholders, value_of
+from torchtrt_md.program import Weight, placeholders, value_of
 
 aten, md = torch.ops.aten, torch.ops.torchtrt_md
 PREFIX = "joined_"
+SOURCE = "source"  # in a captured placeholder's meta: what it stands for
 JOINS = "joins"  # in a joined placeholder's meta: the names of those that it joins, in order
 _BARRIERS = (md.attention.default, md.ring_attention.default)
 _VIEWS = (aten.view.default, aten.reshape.default, aten._unsafe_view.default)
@@ -50,7 +56,10 @@ def run(graph: GraphModule, context: PassContext) -> int:
 
 
 def _weight(node: Node) -> Node | None:
-    """The placeholder [N, K] of a linear layer's weight, where this is its product and all else is its own too."""
+    """The placeholder [N, K] of a linear layer's weight, where this is its product and all else is its own too.
+
+    What the user passes in a call is no weight: it would have to be joined in every call.
+    """
     if node.target not in (aten.mm.default, aten.addmm.default) or node.kwargs:
         return None
     transposed = node.args[-1]
@@ -60,7 +69,7 @@ def _weight(node: Node) -> Node | None:
     weight = transposed.all_input_nodes[0]
     own = [weight, *([node.args[0]] if node.target is aten.addmm.default else [])]
     for operand in own:
-        if not isinstance(operand, Node) or operand.op != "placeholder" or len(operand.users) > 1:
+        if not isinstance(operand, Node) or len(operand.users) > 1 or not isinstance(operand.meta.get(SOURCE), Weight):
             return None
     bias = own[1:]
     return weight if all(value_of(b).ndim == 1 for b in bias if isinstance(b, Node)) else None
@@ -92,13 +101,46 @@ def _join(products: Sequence[Node]) -> None:
     operands = [_joined([p.args[0] for p in products])] if first.target is aten.addmm.default else []  # type: ignore[misc]
     joined = emit(first, aten.t.default, _joined(weights))
     whole = emit(first, first.target, *operands, first.args[-2], joined)  # type: ignore[arg-type]
-    start = 0
+    start, slices = 0, set()
     for product, weight in zip(products, weights, strict=True):
         end = start + value_of(weight).shape[0]
         part = emit(product, aten.slice.Tensor, whole, 1, start, end)
         product.replace_all_uses_with(part)
         product.graph.erase_node(product)
+        slices.add(part)
         start = end
+    _record_layouts(first.graph, slices)
+
+
+def _record_layouts(graph: torch.fx.Graph, slices: set[Node]) -> None:
+    """Let what looks at the slices record how it lies now: not contiguous, as it was on products of their own.
+
+    By that the placement tells what a part must make contiguous.  A view that is impossible now becomes a copy.
+    """
+    changed = set(slices)
+    for node in graph.nodes:
+        if node.op != "call_function" or changed.isdisjoint(node.all_input_nodes):
+            continue
+        if node.target in _VIEWS:
+            node.target = aten.reshape.default
+        value = _evaluated(node)
+        if _strides(value) != _strides(node.meta["val"]):
+            changed.add(node)
+        node.meta["val"] = value
+
+
+def _evaluated(node: Node) -> Any:
+    """The node's fake result, anew."""
+    assert callable(node.target)
+    args, kwargs = map_arg((node.args, node.kwargs), lambda n: n.meta["val"])
+    if node.target is operator.getitem:
+        return operator.getitem(*args)
+    with value_of(node.all_input_nodes[0]).fake_mode:  # type: ignore[attr-defined]
+        return node.target(*args, **kwargs)
+
+
+def _strides(value: Any) -> list[tuple[int, ...]]:
+    return [t.stride() for t in pytree.tree_leaves(value) if isinstance(t, Tensor)]
 
 
 def _joined(parts: Sequence[Node]) -> Node:

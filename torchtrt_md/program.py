@@ -26,8 +26,8 @@ class Sharding:
 class Weight:
     """A parameter or buffer of the model, of which each rank may hold a part.
 
-    ``shape`` is that of the whole weight; ``shardings`` apply in order.  Where it has ``parts``, it is those weights, each
-    as the rank holds it, one after the other on dim 0.
+    ``shape`` is that of the whole weight; ``shardings`` apply in order.  Where it has ``parts``, it is those weights,
+    each as the rank holds it, one after the other on dim 0.
     """
 
     name: str

@@ -12,6 +12,7 @@ from torch import nn
 import torchtrt_md as md
 from torchtrt_md.lowering import attention_keys
 from torchtrt_md.lowering.passes import Exchange
+from torchtrt_md.place import place
 from torchtrt_md.program import ShardedProgram, Weight
 
 PLAN = {"": {"x": md.Split(1)}, "out": md.Gather(1)}
@@ -80,3 +81,46 @@ class Tied(nn.Module):
 def test_shared_weights_are_left_alone() -> None:
     program = lowered((Tied().eval(), (torch.randn(2, 8),), {}), md.Mesh(cp=1), ())
     assert not joined(program)
+
+
+class Given(nn.Module):
+    """Products with matrices that are passed in each call."""
+
+    def forward(self, x: torch.Tensor, a: torch.Tensor, b: torch.Tensor) -> torch.Tensor:
+        return torch.mm(x, a.t()) + torch.mm(x, b.t())
+
+
+def test_what_the_user_passes_is_no_weight() -> None:
+    call = (Given(), (torch.randn(4, 8), torch.randn(8, 8), torch.randn(8, 8)), {})
+    assert lowered(call, md.Mesh(cp=1), ()).counts["merge_products"] == 0
+
+
+class Pair(nn.Module):
+    """Two products of one operand, seen through views that slices of one product do not allow, or returned."""
+
+    def __init__(self, returned: bool) -> None:
+        super().__init__()
+        self.a, self.b = nn.Linear(8, 8), nn.Linear(8, 8)
+        self.returned = returned
+        self.register_buffer("scale", torch.randn(24))
+
+    def forward(self, x: torch.Tensor) -> Any:
+        a, b = self.a(x), self.b(x)
+        if self.returned:
+            return a, *b.unbind(0)
+        return a.flatten(1) * self.scale + b.flatten(1) * torch.tensor(2.0)
+
+
+def test_a_view_that_a_slice_does_not_allow_is_a_copy() -> None:
+    program = lowered((Pair(returned=False).eval(), (torch.randn(2, 3, 8),), {}), md.Mesh(cp=1), ())
+    assert program.counts["merge_products"] == 2
+
+
+def test_what_a_part_returns_is_contiguous() -> None:
+    x = torch.randn(2, 3, 8)
+    program = lowered((Pair(returned=True).eval(), (x,), {}), md.Mesh(cp=1), ())
+    assert program.counts["merge_products"] == 2
+    (part,) = place(program, "split", compute="inductor").parts[0]
+    given = {f"weight:{s.name}": s for s in program.sources.values() if isinstance(s, Weight)}
+    operands = [program.weights.local(given[name], program.mesh, 0) if name in given else x for name in part.inputs]
+    assert all(t.is_contiguous() for t in part.graph(*operands))

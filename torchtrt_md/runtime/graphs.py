@@ -79,6 +79,8 @@ class Graphs:
         self._budget.left -= 1
         held = {name: tensor.clone() for name, tensor in inputs.items()}
         graph = torch.cuda.CUDAGraph()
+        generator = torch.cuda.default_generators[self._device.index]
+        before = generator.clone_state()
         stream = torch.cuda.current_stream(self._device)
         try:
             # The watchdogs, ours and PyTorch's, ask events from threads of their own, which must not count.
@@ -91,5 +93,6 @@ class Graphs:
                 stacklevel=2,
             )
             torch.cuda.synchronize(self._device)
+            generator.graphsafe_set_state(before)  # PyTorch leaves it as if it still was in the capture
             return None
         return Captured(graph, held, outputs)

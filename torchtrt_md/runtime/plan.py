@@ -12,7 +12,7 @@ reading it.  What PyTorch's ops return is PyTorch's own, and is held until the s
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass, field
 
 from torchtrt_md.runtime.steps import Slot, Step
@@ -66,6 +66,7 @@ def plan(steps: Sequence[Step], keep: Sequence[str], *, push: bool = False) -> P
     free_at = _free_at(steps, moments, bases, set(keep))
     shared_of, shared = _shared(steps, moments, free_at) if push else ({}, {})
     block_of, blocks = _blocks(steps, moments, bases, {v: i for v, i in free_at.items() if v not in shared_of}, made_by)
+    _wait_for_pytorchs_memory(steps, moments, block_of.keys() | shared_of.keys())
     for value, index in free_at.items():
         if index < len(steps):
             moments[index].releases.append(value)
@@ -172,6 +173,16 @@ def _blocks(
                 if entry not in available:  # two values of one block may end together
                     available.append(entry)
     return block_of, blocks
+
+
+def _wait_for_pytorchs_memory(steps: Sequence[Step], moments: Sequence[Moment], ours: Collection[str]) -> None:
+    """What a collective writes and the call returns PyTorch makes on the main stream, of memory just let go of there."""
+    last = -1
+    for index, step in enumerate(steps):
+        if not step.communicates:
+            last = index
+        elif any(slot.name not in ours for slot in step.slots):
+            moments[index].after = max(moments[index].after, last)
 
 
 def _shared(

@@ -186,15 +186,18 @@ def _step(
         return _row_step(node, names, coordinates)
     if node.target is md.ring_attention.default:
         return _ring_step(node, names, reads, coordinates)
-    function: Any = _attention if node.target is md.attention.default else node.target
+    target: Any = node.target
+    function = _attention if target is md.attention.default else target
 
     def call(values: Values) -> None:
         args, kwargs = map_arg((node.args, node.kwargs), lambda x: values[names[x]])
         values[name] = function(*args, **kwargs)
 
     may_copy = node.target in (aten.reshape.default, aten.contiguous.default)
-    looks = not may_copy and (is_view(node) or node.target is operator.getitem)
-    return Step(name, reads, call, (name,), looks=looks, aliases=looks or may_copy)
+    # by the op's schema: a view that passes between parts is no view to the cut, and looks at its operand all the same
+    views = node.target is operator.getitem or any(r.alias_info is not None for r in target._schema.returns)
+    looks = views and not may_copy
+    return Step(name, reads, call, (name,), looks=looks, aliases=views)
 
 
 def _attention(
