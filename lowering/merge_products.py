@@ -24,7 +24,7 @@ from torch.utils import _pytree as pytree
 from torchtrt_md.lowering.ops import is_collective
 from torchtrt_md.lowering.passes import PassContext
 from torchtrt_md.lowering.rewrite import emit
-from torchtrt_md.program import Weight, placeholders, value_of
+from torchtrt_md.program import Weight, value_of
 
 aten, md = torch.ops.aten, torch.ops.torchtrt_md
 PREFIX = "joined_"
@@ -132,7 +132,8 @@ def _record_layouts(graph: torch.fx.Graph, slices: set[Node]) -> None:
 def _evaluated(node: Node) -> Any:
     """The node's fake result, anew."""
     assert callable(node.target)
-    args, kwargs = map_arg((node.args, node.kwargs), lambda n: n.meta["val"])
+    operands: Any = map_arg((node.args, node.kwargs), lambda n: n.meta["val"])
+    args, kwargs = operands
     if node.target is operator.getitem:
         return operator.getitem(*args)
     with value_of(node.all_input_nodes[0]).fake_mode:  # type: ignore[attr-defined]
@@ -146,7 +147,7 @@ def _strides(value: Any) -> list[tuple[int, ...]]:
 def _joined(parts: Sequence[Node]) -> Node:
     """A placeholder for these weights, one after the other on dim 0."""
     graph = parts[0].graph
-    last = placeholders(graph.owning_module)[-1]
+    last = list(graph.find_nodes(op="placeholder"))[-1]
     with graph.inserting_after(last):
         node = graph.placeholder(f"{PREFIX}{parts[0].name}")
     values = [value_of(part) for part in parts]

@@ -229,7 +229,8 @@ class Doors:
             "report": False,
         }
         if case.door == "torch.compile":
-            return self.compiled(case, model.to(self.device), args, kwargs, options)
+            call, close, told = self.compiled(case, model.to(self.device), args, kwargs, options)
+            return call, close, told
         if case.door == "md.compile":
             runner = md.compile(model.to(self.device), args, kwargs, **options)
         else:
@@ -273,8 +274,8 @@ class Doors:
                 cpu_kwargs,
                 mesh=mesh,
                 parallel=parallel,
-                placement=case.placement,
-                out=path,  # type: ignore[arg-type]
+                placement=case.placement,  # type: ignore[arg-type]
+                out=path,
                 check=False,
             )
         dist.barrier()

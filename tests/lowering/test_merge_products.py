@@ -91,7 +91,7 @@ class Given(nn.Module):
 
 
 def test_what_the_user_passes_is_no_weight() -> None:
-    call = (Given(), (torch.randn(4, 8), torch.randn(8, 8), torch.randn(8, 8)), {})
+    call: Any = (Given(), (torch.randn(4, 8), torch.randn(8, 8), torch.randn(8, 8)), {})
     assert lowered(call, md.Mesh(cp=1), ()).counts["merge_products"] == 0
 
 

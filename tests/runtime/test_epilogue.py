@@ -41,7 +41,7 @@ def test_inductor_compiles_it() -> None:
     fuse_gelu(graph)
     expected = graph(*inputs)
     with torch.no_grad():
-        result = torch._inductor.compile(graph, inputs)(*inputs)  # type: ignore[operator]
+        result = torch._inductor.compile(graph, list(inputs))(*inputs)
     torch.testing.assert_close(torch.utils._pytree.tree_leaves(result), [expected])
 
 

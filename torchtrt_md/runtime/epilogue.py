@@ -28,7 +28,7 @@ def fuse_gelu(graph: GraphModule) -> int:
             continue
         product.target = aten._addmm_activation.default
         product.kwargs = {**product.kwargs, "use_gelu": True}
-        node.replace_all_uses_with(node.args[0])  # type: ignore[arg-type]
+        node.replace_all_uses_with(node.args[0])
         graph.graph.erase_node(node)
         count += 1
     graph.recompile()

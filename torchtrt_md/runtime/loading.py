@@ -181,14 +181,20 @@ def _axes(manifest: Manifest) -> list[str]:
     return axes_of([segment for segments in manifest.ranks for segment in segments], mesh_of(manifest))
 
 
-def deserializer(target: str, device: torch.device) -> tuple[Callable[[Path], Any], object]:
-    """What loads engine files onto this GPU, each once, and what must live as long as they do."""
+@functools.cache
+def _runtime(device: torch.device) -> tuple[Any, Any]:
+    """TensorRT's runtime and logger, one for each GPU: it complains of every further logger."""
     from torchtrt_md.build.flavour import flavour
 
     trt = flavour().trt
     with torch.cuda.device(device):
         logger = trt.Logger(trt.Logger.WARNING)
-        runtime = trt.Runtime(logger)
+        return trt.Runtime(logger), logger
+
+
+def deserializer(target: str, device: torch.device) -> tuple[Callable[[Path], Any], object]:
+    """What loads engine files onto this GPU, each once, and what must live as long as they do."""
+    runtime, logger = _runtime(device)
     capability = ".".join(map(str, torch.cuda.get_device_capability(device)))
     built_for = f"{target} (this GPU: {torch.cuda.get_device_name(device)}, {capability})"
 

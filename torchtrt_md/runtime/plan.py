@@ -176,7 +176,7 @@ def _blocks(
 
 
 def _wait_for_pytorchs_memory(steps: Sequence[Step], moments: Sequence[Moment], ours: Collection[str]) -> None:
-    """What a collective writes and the call returns PyTorch makes on the main stream, of memory just let go of there."""
+    """What a collective writes and a call returns, PyTorch makes on the main stream, of memory just let go of there."""
     last = -1
     for index, step in enumerate(steps):
         if not step.communicates:

@@ -21,7 +21,6 @@ from torch.fx.node import map_arg
 from torchtrt_md.bundle.manifest import Binding, Segment
 from torchtrt_md.lowering.attention_math import ring_attention_block
 from torchtrt_md.lowering.ops import bound_args, is_collective
-from torchtrt_md.place.partition import is_view
 from torchtrt_md.program import outputs_of, placeholders
 from torchtrt_md.runtime import collective
 from torchtrt_md.runtime.engine import Engine
@@ -187,7 +186,7 @@ def _step(
     if node.target is md.ring_attention.default:
         return _ring_step(node, names, reads, coordinates)
     target: Any = node.target
-    function = _attention if target is md.attention.default else target
+    function: Any = _attention if target is md.attention.default else target
 
     def call(values: Values) -> None:
         args, kwargs = map_arg((node.args, node.kwargs), lambda x: values[names[x]])
