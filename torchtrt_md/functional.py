@@ -35,6 +35,14 @@ def functional(graph: GraphModule, inputs: Sequence[Tensor]) -> GraphModule:
     return _without_renames(new)
 
 
+def copied(graph: GraphModule) -> GraphModule:
+    """A copy of the nodes; tensors that the graph holds are shared."""
+    new = torch.fx.Graph()
+    output = new.graph_copy(graph.graph, val_map={})
+    new.output(output)
+    return GraphModule(graph, new)
+
+
 def mutates(node: Node) -> bool:
     """Does this node write to one of its operands?"""
     return isinstance(node.target, torch._ops.OpOverload) and node.target._schema.is_mutable

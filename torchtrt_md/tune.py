@@ -233,7 +233,12 @@ class _Timer:
 
 def _agreed(session: Session, measure: Callable[[], float]) -> float:
     """The largest of all ranks' times; the ranks begin together."""
-    mine = session.agreement.together("timing a candidate", measure)
+
+    def watched() -> float:
+        with session.watchdog.waiting("a candidate that is timed"):
+            return measure()
+
+    mine = session.agreement.together("timing a candidate", watched)
     return max(session.agreement.gather(mine, "the candidate's times"))
 
 

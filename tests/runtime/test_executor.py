@@ -164,3 +164,12 @@ def test_programs_with_collectives_on_two_ranks(name: str, ranks: Ranks) -> None
         assert kept, "a call wrote over what another returned"
         assert memory > 0
         assert collectives > 2
+
+
+def test_a_function_that_returns_an_operand_gets_memory_of_its_own() -> None:
+    step = call_step(segment(["value:a"], ["value:b", "value:c"], "passes"), lambda a: (a, a[:2]))
+    values: dict[str, Any] = {"value:a": torch.arange(4.0)}
+    step.run(values)
+    values["value:a"].zero_()  # its memory is used again, as far as the plan knows
+    assert values["value:b"].tolist() == [0.0, 1.0, 2.0, 3.0]
+    assert values["value:c"].tolist() == [0.0, 1.0]

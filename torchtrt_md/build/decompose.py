@@ -13,7 +13,7 @@ from torch.fx.experimental.proxy_tensor import make_fx
 from torchtrt_md.build.torch_trt import load, without_gpu
 from torchtrt_md.capture.torch_private import FakeTensorMode
 from torchtrt_md.errors import BuildError, MDError
-from torchtrt_md.functional import functional
+from torchtrt_md.functional import copied, functional
 from torchtrt_md.program import placeholders, value_of
 from torchtrt_md.source import source_line
 
@@ -85,7 +85,7 @@ def origin(node: Node) -> str:
 
 def bind_weights(graph: GraphModule, weights: Mapping[str, Tensor]) -> GraphModule:
     """A copy of the graph in which these placeholders are constants.  The tensors are not copied."""
-    bound = GraphModule(dict(graph.named_buffers()), copy_graph(graph))
+    bound = copied(graph)
     for node in placeholders(bound):
         if node.name not in weights:
             continue
@@ -98,11 +98,3 @@ def bind_weights(graph: GraphModule, weights: Mapping[str, Tensor]) -> GraphModu
         bound.graph.erase_node(node)
     bound.recompile()
     return bound
-
-
-def copy_graph(graph: GraphModule) -> torch.fx.Graph:
-    """A copy of the nodes alone."""
-    new = torch.fx.Graph()
-    output = new.graph_copy(graph.graph, val_map={})
-    new.output(output)
-    return new

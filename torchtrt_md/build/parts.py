@@ -17,10 +17,11 @@ from torch.fx import GraphModule, Node
 from torchtrt_md.build import converters
 from torchtrt_md.build.builder import build_graph, without_converter
 from torchtrt_md.build.cache import EngineCache, engine_key, graph_digest
-from torchtrt_md.build.decompose import copy_graph, decompose, origin
+from torchtrt_md.build.decompose import decompose, origin
 from torchtrt_md.build.engine import Binding
 from torchtrt_md.build.flavour import boundary_dtypes, flavour
 from torchtrt_md.errors import ConversionError
+from torchtrt_md.functional import copied
 from torchtrt_md.lowering.schedule import ScheduledCollective, schedule
 from torchtrt_md.place.parts import Part, Runs
 from torchtrt_md.program import outputs_of, placeholders, value_of
@@ -164,7 +165,7 @@ def _binding(name: str, node: Node, source: str, transposed: bool) -> Binding:
 
 def with_transposed_weights(part: Part) -> tuple[GraphModule, tuple[str, ...]]:
     """The part's graph with the weights as [K,N] of which it reads only the transpose, and their sources."""
-    graph = GraphModule(part.graph, copy_graph(part.graph))
+    graph = copied(part.graph)
     found = []
     for node, source in zip(placeholders(graph), part.inputs, strict=True):
         users = list(node.users)

@@ -27,6 +27,7 @@ import torch
 from torch import Tensor
 from torch.fx import Graph, GraphModule, Node
 
+from torchtrt_md.functional import copied
 from torchtrt_md.lowering.ops import is_collective
 from torchtrt_md.lowering.rank_input import PREFIX
 from torchtrt_md.lowering.rewrite import emit, permute
@@ -66,18 +67,11 @@ def partition(
         is_eager: which ops run op by op in PyTorch; views need not be told.
         compute: what the compute parts run as.
     """
-    graph = _copy(graph)
+    graph = copied(graph)
     _pass_attention_as_written(graph, is_eager)
     for node in outputs_of(graph):
         node.meta[_PASSES] = True
     return _Cut(program, graph, is_eager, compute).parts()
-
-
-def _copy(graph: GraphModule) -> GraphModule:
-    new = Graph()
-    output = new.graph_copy(graph.graph, {})
-    new.output(output)
-    return GraphModule(graph, new)
 
 
 def _pass_attention_as_written(graph: GraphModule, is_eager: Callable[[Node], bool]) -> None:

@@ -12,6 +12,7 @@ from torch import Tensor
 from torch.fx import GraphModule
 
 from torchtrt_md.bundle.manifest import Segment
+from torchtrt_md.functional import copied
 from torchtrt_md.mesh import Mesh
 from torchtrt_md.runtime import communicator
 from torchtrt_md.runtime.agree import Agreement
@@ -158,7 +159,7 @@ def assemble(
             steps.append(call_step(item.segment, compiled[text]))
         else:
             steps += eager_steps(
-                item.segment, _own(item.what), groups=groups, coordinates=coordinates, device=device, index=index
+                item.segment, copied(item.what), groups=groups, coordinates=coordinates, device=device, index=index
             )
     return Executor(
         steps,
@@ -198,14 +199,6 @@ def _compiled(
         for b in segment.inputs
     ]
     return compile_graph(graph, examples, device)
-
-
-def _own(graph: GraphModule) -> GraphModule:
-    """A copy whose devices can be changed."""
-    new = torch.fx.Graph()
-    output = new.graph_copy(graph.graph, {})
-    new.output(output)
-    return GraphModule(graph, new)
 
 
 def _name(segment: Segment, index: int) -> str:

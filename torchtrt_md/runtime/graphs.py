@@ -48,10 +48,20 @@ class Graphs:
         budget: of graphs; beyond it new signatures are run without, after one warning.
         device: this rank's GPU.
         static_outputs: return the graph's own memory, which the next call overwrites, and not a copy.
+        before_capture: called before a capture, which first waits for all that was enqueued.
     """
 
-    def __init__(self, run: Call, budget: Budget, device: torch.device, *, static_outputs: bool = False) -> None:
+    def __init__(
+        self,
+        run: Call,
+        budget: Budget,
+        device: torch.device,
+        *,
+        static_outputs: bool = False,
+        before_capture: Callable[[], None] = lambda: None,
+    ) -> None:
         self._run, self._budget, self._device, self._static = run, budget, device, static_outputs
+        self._before_capture = before_capture
         self.captured: dict[Key, Captured | None] = {}
 
     def __call__(self, inputs: Mapping[str, Tensor]) -> dict[str, Tensor]:
@@ -77,6 +87,7 @@ class Graphs:
             )
             return None
         self._budget.left -= 1
+        self._before_capture()
         held = {name: tensor.clone() for name, tensor in inputs.items()}
         graph = torch.cuda.CUDAGraph()
         generator = torch.cuda.default_generators[self._device.index]

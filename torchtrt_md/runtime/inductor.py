@@ -8,6 +8,7 @@ import torch
 from torch import Tensor
 from torch.fx import GraphModule
 
+from torchtrt_md.functional import copied
 from torchtrt_md.runtime import private
 from torchtrt_md.runtime.epilogue import fuse_gelu
 from torchtrt_md.runtime.steps import to_device
@@ -20,7 +21,7 @@ def compile_graph(
 
     Inductor keeps what it compiled on disk, so equal graphs of later runs take seconds less.
     """
-    module = GraphModule(graph, _copied(graph))
+    module = copied(graph)
     to_device(module, device)
     if device.type == "cuda":
         fuse_gelu(module)
@@ -32,10 +33,3 @@ def compile_graph(
         return results
 
     return call
-
-
-def _copied(graph: GraphModule) -> torch.fx.Graph:
-    new = torch.fx.Graph()
-    output = new.graph_copy(graph.graph, {})
-    new.output(output)
-    return new

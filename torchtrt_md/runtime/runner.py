@@ -74,7 +74,12 @@ class Runner:
             self._side = torch.cuda.Stream(self.device)  # type: ignore[no-untyped-call]
             if cuda_graph:
                 self._graphs = Graphs(
-                    executor.run, budget or Budget(MAX_GRAPHS), self.device, static_outputs=static_outputs
+                    executor.run,
+                    budget or Budget(MAX_GRAPHS),
+                    self.device,
+                    static_outputs=static_outputs,
+                    # it waits on this thread, and other ranks may not have come
+                    before_capture=lambda: self._watch(torch.cuda.current_stream(self.device)),
                 )
             torch.cuda.synchronize(self.device)
 

@@ -108,11 +108,19 @@ def call_step(segment: Segment, function: Callable[..., Sequence[Tensor]]) -> St
     reads, writes = tuple(b.source for b in segment.inputs), tuple(b.source for b in segment.outputs)
 
     def run(values: Values) -> None:
-        results = function(*(values[r] for r in reads))
-        # Inductor may lay out a result as it likes; what passes between steps is contiguous.
-        values.update(zip(writes, (x.contiguous() for x in results), strict=True))
+        operands = [values[r] for r in reads]
+        results = function(*operands)
+        held = {x.untyped_storage().data_ptr() for x in operands}
+        # Inductor may lay out a result as it likes, or return an operand; what passes between steps is contiguous, and
+        # memory of its own, for that of operands is used again.
+        own = (_owned(x) if x.untyped_storage().data_ptr() in held else x.contiguous() for x in results)
+        values.update(zip(writes, own, strict=True))
 
     return Step(name=segment.name, reads=reads, writes=writes, run=run)
+
+
+def _owned(tensor: Tensor) -> Tensor:
+    return tensor.clone(memory_format=torch.contiguous_format)
 
 
 def eager_steps(
