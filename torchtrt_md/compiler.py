@@ -318,9 +318,13 @@ class Session:
         """The weights by name, those that lowering joined among them."""
         program = placed.program
         joined = {s.name: s for s in program.sources.values() if isinstance(s, Weight) and s.parts}
-        for name in {name for part in placed.parts[self.rank] for name in part.weights} - self.weights.keys():
-            self.weights[name] = program.weights.local(joined[name], program.mesh, self.rank).to(self.device)
-        return self.weights
+        read = {name for part in placed.parts[self.rank] for name in part.weights}
+        # Not kept: while tuning, other cuts join others.
+        copies = {
+            name: program.weights.local(joined[name], program.mesh, self.rank).to(self.device)
+            for name in read - self.weights.keys()
+        }
+        return {**self.weights, **copies}
 
     def _loaded(self, parts: Sequence[BuiltPart]) -> tuple[list[Loaded], object]:
         load, keep = deserializer(self.options.target, self.device) if any(p.engine for p in parts) else (None, None)
