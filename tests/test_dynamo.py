@@ -150,7 +150,8 @@ def wrong_lowering(rank: int) -> str:
         node.replace_all_uses_with(node.args[0])
         program.graphs[0].recompile()
 
-    call = compiled(lambda x: funcol.all_reduce(x, "sum", torch.distributed.group.WORLD) + 1, InPyTorch(change))
+    world: Any = torch.distributed.group.WORLD
+    call = compiled(lambda x: funcol.all_reduce(x, "sum", world) + 1, InPyTorch(change))
     with torch.no_grad():
         return message_of(lambda: call(torch.ones(4)))
 

@@ -167,7 +167,7 @@ def refused(rank: int, case: str) -> str:
     device_mesh = init_device_mesh("cpu", (2, 1), mesh_dim_names=("tp", "cp"))
     x = torch.ones(4, 4)
     placed = DTensor.from_local(x, device_mesh["tp"], run_check=False)
-    alone = [dist.new_group([r]) for r in range(2)][rank]
+    alone: Any = [dist.new_group([r]) for r in range(2)][rank]
     calls: dict[str, Callable[[Tensor], Any]] = {
         "input": lambda t: t + 1,
         "output": lambda t: DTensor.from_local(t * 2, device_mesh["tp"], run_check=False),

@@ -138,7 +138,8 @@ class Explicit(nn.Module):
     def forward(self, x: Tensor) -> Tensor:
         y = nn.functional.gelu(nn.functional.linear(self.norm(x), self.up_weight, self.up_bias))
         part = nn.functional.linear(y, self.down_weight)
-        whole = torch.distributed._functional_collectives.all_reduce(part, "sum", dist.group.WORLD)
+        world: Any = dist.group.WORLD
+        whole = torch.distributed._functional_collectives.all_reduce(part, "sum", world)
         result: Tensor = x + (whole + self.down_bias)
         return result
 
