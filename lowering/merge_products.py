@@ -72,7 +72,9 @@ def _weight(node: Node) -> Node | None:
         if not isinstance(operand, Node) or len(operand.users) > 1 or not isinstance(operand.meta.get(SOURCE), Weight):
             return None
     bias = own[1:]
-    return weight if all(value_of(b).ndim == 1 for b in bias if isinstance(b, Node)) else None
+    # A bias of one element would be broadcast, and cannot be joined with others.
+    rows = value_of(weight).shape[:1]
+    return weight if all(value_of(b).shape == rows for b in bias if isinstance(b, Node)) else None
 
 
 def _origin(x: Node) -> Hashable:

@@ -124,3 +124,20 @@ def test_what_a_part_returns_is_contiguous() -> None:
     given = {f"weight:{s.name}": s for s in program.sources.values() if isinstance(s, Weight)}
     operands = [program.weights.local(given[name], program.mesh, 0) if name in given else x for name in part.inputs]
     assert all(t.is_contiguous() for t in part.graph(*operands))
+
+
+class BiasOfOne(nn.Module):
+    """A bias that is broadcast beside one that is not."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.a, self.b = nn.Linear(8, 8), nn.Linear(8, 8)
+        self.b.bias = nn.Parameter(torch.randn(1))
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return torch.cat([self.a(x), self.b(x)], -1)
+
+
+def test_a_bias_that_is_broadcast_is_left_alone() -> None:
+    program = lowered((BiasOfOne().eval(), (torch.randn(2, 8),), {}), md.Mesh(cp=1), ())
+    assert program.counts["merge_products"] == 0

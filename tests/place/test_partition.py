@@ -18,7 +18,7 @@ from torchtrt_md.lowering.passes import Exchange
 from torchtrt_md.lowering.schedule import schedule
 from torchtrt_md.place import PlacedProgram, place
 from torchtrt_md.place.partition import ATTENTION
-from torchtrt_md.program import ShardedProgram, placeholders, value_of
+from torchtrt_md.program import ShardedProgram, Weight, placeholders, value_of
 from torchtrt_md.simulate import Precision, simulate
 
 PLAN = {"": {"x": md.Split(1)}, "out": md.Gather(1)}
@@ -219,3 +219,51 @@ def test_what_is_returned_as_it_came_or_twice() -> None:
     placed = place(program, "split")
     assert [name for part in placed.parts[0] for name in part.outputs if name.startswith("output:")] != []
     assert_computes_the_same(placed)
+
+
+class KeptBehindAttention(nn.Module):
+    """An op that keeps the layout of what it reads, behind attention and behind a transposed value."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.q, self.out = nn.Linear(16, 16), nn.Linear(16, 16)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        q = self.q(x).unflatten(-1, (4, 4)).transpose(1, 2)
+        o = torch.sinh(nn.functional.scaled_dot_product_attention(q, q, q))
+        y = torch.sinh((self.q(x).transpose(1, 2) * 2).transpose(1, 2))
+        whole: torch.Tensor = self.out(o.transpose(1, 2).flatten(2) + y) + torch.sinh(o).flatten(1).sum()
+        return whole
+
+
+def test_what_eager_parts_pass_is_contiguous_whatever_their_ops_keep() -> None:
+    call = (KeptBehindAttention().eval(), (torch.randn(2, 8, 16),))
+    program = md.lower(md.capture(*call, mesh=md.Mesh(cp=1)), placement="split")
+    keep = {n.name: "for a test" for n in program.graphs[0].graph.nodes if n.target is torch.ops.aten.sinh.default}
+    placed = place(program, "split", keep=keep)
+    values: dict[str, torch.Tensor] = {f"input:{program.inputs[0].name}": call[1][0]}
+    weights = {f"weight:{s.name}": s for s in program.sources.values() if isinstance(s, Weight)}
+    for part in placed.parts[0]:
+        operands = [
+            program.weights.local(weights[name], program.mesh, 0) if name in weights else values[name]
+            for name in part.inputs
+        ]
+        with torch.no_grad():
+            made = _run_as_attention_writes(part.graph, operands)
+        assert all(t.is_contiguous() for t in made), part.name
+        values.update(zip(part.outputs, made, strict=True))
+    expected = call[0](*call[1])
+    torch.testing.assert_close(values[f"output:{program.outputs[0].name}"], expected)
+
+
+def _run_as_attention_writes(graph: torch.fx.GraphModule, operands: list[torch.Tensor]) -> list[torch.Tensor]:
+    """Run a part with PyTorch's attention, whose result lies as [B, S, H, D]."""
+
+    class Runner(torch.fx.Interpreter):
+        def call_function(self, target: Any, args: Any, kwargs: Any) -> Any:
+            result = super().call_function(target, args, kwargs)
+            if target is torch.ops.torchtrt_md.attention.default:
+                return result.transpose(1, 2).contiguous().transpose(1, 2)
+            return result
+
+    return list(Runner(graph).run(*operands))

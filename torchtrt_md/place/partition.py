@@ -233,7 +233,8 @@ class _Cut:
                 env[node] = graph.node_copy(node, env.__getitem__)
                 if node.target in _RESHAPES:
                     # what it looks at may lie otherwise now; only what surely is a view waits for nothing
-                    env[node].target = aten.view.default if _is_surely_view(node) else aten.reshape.default
+                    sure = runs == "eager" and _is_surely_view(node, mine)
+                    env[node].target = aten.view.default if sure else aten.reshape.default
             return env[node]
 
         for node in nodes:
@@ -250,9 +251,14 @@ def base_of(node: Node) -> Node:
     return node
 
 
-def _is_surely_view(node: Node) -> bool:
-    """Is this reshape no copy, however what it looks at lies: contiguous, or as attention may write it?"""
+def _is_surely_view(node: Node, mine: set[Node]) -> bool:
+    """Is this reshape no copy, however what it looks at lies: contiguous, or as attention may write it?
+
+    What comes from another part or a collective is contiguous.  Other ops of this part may keep any layout.
+    """
     base = base_of(node.all_input_nodes[0])
+    if base in mine and not is_collective(base) and base.target not in ATTENTION:
+        return False
     chain: list[Node] = []
     while node is not base:
         chain.append(node)
@@ -300,9 +306,9 @@ def _contiguous_like(value: Tensor) -> Tensor:
 def _contiguous(graph: Graph, node: Node, runs: Runs) -> Node:
     """What a part returns, as it passes: contiguous."""
     value = value_of(node)
-    if value.is_contiguous():
+    if is_collective(node) or (runs != "eager" and value.is_contiguous()):
         return node
-    if runs == "eager":  # where it lies so already, as attention's result does, this is no copy
+    if runs == "eager":  # its ops keep layouts, of which the record may be wrong; where it lies so, this is no copy
         new = graph.call_function(aten.contiguous.default, (node,))
     else:
         new = graph.call_function(aten.clone.default, (node,), {"memory_format": torch.contiguous_format})

@@ -94,8 +94,8 @@ def engine_step(segment: Segment, engine: Engine) -> Step:
 
 
 def _aligned(tensor: Tensor) -> Tensor:
-    """A part of an input may begin where TensorRT cannot load from."""
-    return tensor if tensor.data_ptr() % ALIGNMENT == 0 else tensor.clone()
+    """What an engine can read: contiguous, and not, as a part of an input may, beginning where TensorRT cannot load."""
+    return tensor if tensor.is_contiguous() and tensor.data_ptr() % ALIGNMENT == 0 else _owned(tensor)
 
 
 def source_key(binding: Binding) -> str:
