@@ -25,14 +25,15 @@ def run(graph: GraphModule, context: PassContext) -> int:
         args = bound_args(node)
         x, dim, size = args["x"], args["dim"], args["size"]
         shape = list(value_of(x).shape)
-        coordinate = _coordinate(graph, args["axis"], x)
+        coordinate = coordinate_input(graph, args["axis"], x)
         parts = view(node, x, [*shape[:dim], size, shape[dim] // size, *shape[dim + 1 :]])
         mine = emit(node, torch.ops.aten.index_select.default, parts, dim, coordinate)
         substitute(node, view(node, mine, list(value_of(node).shape)))
     return len(shards)
 
 
-def _coordinate(graph: GraphModule, axis: str, like: Node) -> Node:
+def coordinate_input(graph: GraphModule, axis: str, like: Node) -> Node:
+    """The placeholder of this rank's coordinate along the axis, made where there is none; on the device of ``like``."""
     existing = placeholders(graph)
     for node in existing:
         if node.target == PREFIX + axis:

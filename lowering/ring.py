@@ -30,9 +30,10 @@ import torch
 from torch.fx import GraphModule, Node
 
 from torchtrt_md.errors import ShardingError
+from torchtrt_md.lowering.layout import slices
 from torchtrt_md.lowering.ops import bound_args
 from torchtrt_md.lowering.passes import PassContext
-from torchtrt_md.lowering.rank_input import _coordinate as coordinate_input
+from torchtrt_md.lowering.rank_input import coordinate_input
 from torchtrt_md.lowering.rewrite import emit, substitute
 from torchtrt_md.program import value_of
 from torchtrt_md.source import source_line
@@ -77,23 +78,17 @@ def _expand(
     size: int,
 ) -> Node:
     coordinate = coordinate_input(graph, axis, q) if is_causal else None
-    packed = value_of(k).shape == value_of(v).shape
+    packed, batch = value_of(k).shape == value_of(v).shape, value_of(k).shape[0]
     blocks = [emit(node, aten.cat.default, [k, v], 0)] if packed else [k, v]  # other widths do not fit one tensor
     parts = []
     for step in range(size):
-        k, v = _halves(node, *blocks) if packed else blocks
+        k, v = slices(node, blocks[0], 0, [batch, batch]) if packed else blocks
         if step < size - 1:
             blocks = [emit(node, md.permute_tensor.default, x, 1, axis, size) for x in blocks]
         args = (q, k, v, coordinate, step, is_causal, scale, enable_gqa, size)
         part = emit(node, md.ring_attention.default, *args)
         parts.append((_result(node, part, 0), _result(node, part, 1)))
     return _merged(node, parts)
-
-
-def _halves(node: Node, packed: Node) -> list[Node]:
-    """Keys and values [B, ...] of a packed block [2B, ...]."""
-    both = value_of(packed).shape[0]
-    return [emit(node, aten.slice.Tensor, packed, 0, start, start + both // 2) for start in (0, both // 2)]
 
 
 def _result(before: Node, part: Node, index: int) -> Node:

@@ -59,8 +59,9 @@ def place(
             continue
         stays = _stays(graph, placement, keep)
         parts = _cut(program, graph, placement, compute, stays, boundary)
+        nodes = {node.name: node for node in graph.graph.nodes}
         for name, reason in stays.items():
-            node = next(n for n in graph.graph.nodes if n.name == name)
+            node = nodes[name]
             if fullgraph:
                 raise BuildError(
                     f"{node.target} (node {name!r}) would stay in PyTorch: {reason}",

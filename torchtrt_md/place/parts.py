@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Literal, TypeAlias
 
@@ -77,10 +76,3 @@ class PlacedProgram:
         for rank, parts in enumerate(self.parts):
             ranks.setdefault(id(parts), []).append(rank)
         return [(self.parts[members[0]], tuple(members)) for members in ranks.values()]
-
-    def count(self) -> Mapping[str, int]:
-        """How many parts of rank 0 run as what."""
-        counts: dict[str, int] = {}
-        for part in self.parts[0]:
-            counts[part.runs] = counts.get(part.runs, 0) + 1
-        return counts

@@ -8,7 +8,6 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping
 from typing import Any
 
-import torch
 import torch.distributed as dist
 from torch import Tensor
 from torch.fx import Node
@@ -131,9 +130,3 @@ _RUNS: dict[str, Callable[[Mapping[str, Any], dist.ProcessGroup], Run]] = {
     "broadcast": _broadcast,
     "scatter": _scatter,
 }
-
-
-def result_like(node: Node, device: torch.device) -> Tensor:
-    """Memory for the result of this collective."""
-    value = node.meta["val"]
-    return torch.empty(value.shape, dtype=value.dtype, device=device)

@@ -51,10 +51,7 @@ class Executor:
             for slot in step.slots:
                 if slot.name in self.plan.block_of:
                     block = memory[self.plan.block_of[slot.name]]
-                    size = slot.dtype.itemsize
-                    for extent in slot.shape:
-                        size *= extent
-                    self._fixed[slot.name] = block[:size].view(slot.dtype).view(slot.shape)
+                    self._fixed[slot.name] = block[: slot.bytes].view(slot.dtype).view(slot.shape)
         self._shared = {axis: share(axis, size) for axis, size in sorted(self.plan.shared.items())} if share else {}
         self._results: dict[str, list[Tensor]] = {}
         for step in self.steps:
@@ -75,11 +72,6 @@ class Executor:
     def memory(self) -> int:
         """Bytes that are kept for what passes between steps."""
         return sum(self.plan.blocks) + sum(self.plan.shared.values())
-
-    @property
-    def pushes(self) -> int:
-        """How many exchanges of a call the copy engines do."""
-        return len(self._results)
 
     def run(self, inputs: Mapping[str, Tensor]) -> dict[str, Tensor]:
         """Enqueue a call on the current stream, which is not the default one.

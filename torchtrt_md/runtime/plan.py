@@ -11,11 +11,10 @@ reading it.  What PyTorch's ops return is PyTorch's own, and is held until the s
 
 from __future__ import annotations
 
-import math
 from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass, field
 
-from torchtrt_md.runtime.steps import Slot, Step
+from torchtrt_md.runtime.steps import Step
 from torchtrt_md.runtime.tensors import ALIGNMENT
 
 
@@ -38,17 +37,17 @@ class Moment:
 class Plan:
     """The moments of all steps, and for each slot the block of memory that it lies in.
 
-    ``blocks`` are sizes in bytes.
+    ``blocks`` are sizes in bytes.  ``marks`` are the steps of the main stream that a collective waits for.
+    ``shared_of`` has the results of exchanges by copy engines, each with its axis and its offset in the memory that the
+    ranks of the axis share, of which ``shared`` has the bytes.
     """
 
     moments: list[Moment]
     block_of: dict[str, int]
     blocks: list[int]
-    marks: frozenset[int]  # the steps of the main stream that a collective waits for
-    shared_of: dict[
-        str, tuple[str, int]
-    ]  # of exchanges by copy engines: result -> axis and offset in its shared memory
-    shared: dict[str, int]  # axis -> bytes of it
+    marks: frozenset[int]
+    shared_of: dict[str, tuple[str, int]]
+    shared: dict[str, int]
 
 
 def plan(steps: Sequence[Step], keep: Sequence[str], *, push: bool = False) -> Plan:
@@ -65,7 +64,7 @@ def plan(steps: Sequence[Step], keep: Sequence[str], *, push: bool = False) -> P
     _join(steps, moments, bases, made_by)
     free_at = _free_at(steps, moments, bases, set(keep))
     shared_of, shared = _shared(steps, moments, free_at) if push else ({}, {})
-    block_of, blocks = _blocks(steps, moments, bases, {v: i for v, i in free_at.items() if v not in shared_of}, made_by)
+    block_of, blocks = _blocks(steps, moments, bases, {v: i for v, i in free_at.items() if v not in shared_of})
     _wait_for_pytorchs_memory(steps, moments, block_of.keys() | shared_of.keys())
     for value, index in free_at.items():
         if index < len(steps):
@@ -138,7 +137,6 @@ def _blocks(
     moments: Sequence[Moment],
     bases: Mapping[str, tuple[str, ...]],
     free_at: Mapping[str, int],
-    made_by: Mapping[str, int],
 ) -> tuple[dict[str, int], list[int]]:
     """Give each slot a block: one that is free again, the smallest that is large enough, or a new one."""
     blocks: list[int] = []
@@ -152,11 +150,11 @@ def _blocks(
         for slot in step.slots:
             if slot.name not in free_at:
                 continue
-            shared = _operand_block(step, bases, free_at, block_of, made_by, steps, index)
+            shared = _operand_block(step, bases, block_of, steps, index)
             if shared is not None:
                 block_of[slot.name] = shared
                 continue
-            size = _bytes(slot)
+            size = slot.bytes
             fitting = [(blocks[b], b, at) for b, at in available if blocks[b] >= size]
             if fitting:
                 _, block, at = min(fitting)
@@ -209,7 +207,7 @@ def _shared(
         available: list[tuple[int, int, int]] = []  # (bytes, offset, the step from which on it is free)
         end = 0
         for number, slot in enumerate(names):
-            size = -(-_bytes(slot) // ALIGNMENT) * ALIGNMENT
+            size = -(-slot.bytes // ALIGNMENT) * ALIGNMENT
             before = moments[exchanges[number - 1]].after if number else -1
             fitting = [entry for entry in available if entry[0] >= size and entry[2] <= before]
             if fitting:
@@ -228,9 +226,7 @@ def _shared(
 def _operand_block(
     step: Step,
     bases: Mapping[str, tuple[str, ...]],
-    free_at: Mapping[str, int],
     block_of: Mapping[str, int],
-    made_by: Mapping[str, int],
     steps: Sequence[Step],
     index: int,
 ) -> int | None:
@@ -250,7 +246,3 @@ def _lives_on(value: str, block_of: Mapping[str, int], free_at: Mapping[str, int
         other != value and block == block_of[value] and free_at.get(other, index + 1) > index
         for other, block in block_of.items()
     )
-
-
-def _bytes(slot: Slot) -> int:
-    return max(1, math.prod(slot.shape)) * slot.dtype.itemsize
