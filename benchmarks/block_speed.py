@@ -39,7 +39,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 import torchtrt_md as md
 from benchmarks import blocks, measure, peers
 from torchtrt_md.lowering.passes import Exchange
-from torchtrt_md.runtime.compare import limit, relative_error
+from torchtrt_md.verification.compare import limit, relative_error
 
 T = TypeVar("T")
 

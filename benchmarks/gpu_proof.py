@@ -139,7 +139,7 @@ gpu_proof.time_dense({model!r}, {device!r})
 
 def time_dense(model: str, device: str) -> None:
     """Print the median of 30 calls, each between two events."""
-    from torchtrt_md.user_file import load_user_file
+    from torchtrt_md.doors.user_file import load_user_file
 
     module, args, kwargs = load_user_file(cases.ROOT / "examples" / f"{model}.py", 0, device)
     module.cuda()

@@ -18,10 +18,10 @@ from __future__ import annotations
 import torch
 from torch.fx import GraphModule, Node
 
+from torchtrt_md.graph.rewrite import emit, permute, substitute
 from torchtrt_md.lowering.layout import joined, whole_sequence
 from torchtrt_md.lowering.ops import bound_args
 from torchtrt_md.lowering.passes import PassContext
-from torchtrt_md.lowering.rewrite import emit, permute, substitute
 from torchtrt_md.program import value_of
 
 aten, md = torch.ops.aten, torch.ops.torchtrt_md

@@ -12,9 +12,9 @@ import torch
 from torch import Tensor
 from torch.fx import GraphModule, Node
 
+from torchtrt_md.graph.rewrite import emit, substitute
 from torchtrt_md.lowering.ops import bound_args, is_collective
 from torchtrt_md.lowering.passes import PassContext
-from torchtrt_md.lowering.rewrite import emit, substitute
 
 md = torch.ops.torchtrt_md
 

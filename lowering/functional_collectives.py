@@ -18,11 +18,11 @@ import torch
 from torch.fx import GraphModule, Node
 
 from torchtrt_md.errors import CollectiveError
+from torchtrt_md.graph.rewrite import emit, substitute
+from torchtrt_md.graph.source import source_line
 from torchtrt_md.lowering.ops import COLLECTIVES, bound_args, check_reduction
 from torchtrt_md.lowering.passes import PassContext
-from torchtrt_md.lowering.rewrite import emit, substitute
 from torchtrt_md.program import value_of
-from torchtrt_md.source import source_line
 
 md = torch.ops.torchtrt_md
 NAMESPACES = ("_c10d_functional", "_c10d_functional_autograd", "c10d_functional", "c10d", "_dtensor", "symm_mem")

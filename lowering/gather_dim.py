@@ -21,9 +21,9 @@ from typing import Any
 import torch
 from torch.fx import GraphModule, Node
 
+from torchtrt_md.graph.rewrite import emit, substitute
 from torchtrt_md.lowering.ops import bound_args
 from torchtrt_md.lowering.passes import PassContext
-from torchtrt_md.lowering.rewrite import emit, substitute
 from torchtrt_md.program import value_of
 
 aten, md = torch.ops.aten, torch.ops.torchtrt_md

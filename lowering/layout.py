@@ -12,7 +12,7 @@ from collections.abc import Sequence
 import torch
 from torch.fx import Node
 
-from torchtrt_md.lowering.rewrite import emit, permute
+from torchtrt_md.graph.rewrite import emit, permute
 from torchtrt_md.program import value_of
 
 aten = torch.ops.aten

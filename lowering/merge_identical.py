@@ -14,9 +14,9 @@ from typing import Any
 import torch
 from torch.fx import GraphModule, Node
 
+from torchtrt_md.graph.rewrite import substitute
 from torchtrt_md.lowering.ops import bound_args, is_collective
 from torchtrt_md.lowering.passes import PassContext
-from torchtrt_md.lowering.rewrite import substitute
 
 aten = torch.ops.aten
 _MOVES = {

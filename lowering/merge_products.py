@@ -21,9 +21,9 @@ from torch.fx import GraphModule, Node
 from torch.fx.node import map_arg
 from torch.utils import _pytree as pytree
 
+from torchtrt_md.graph.rewrite import emit
 from torchtrt_md.lowering.ops import is_collective
 from torchtrt_md.lowering.passes import PassContext
-from torchtrt_md.lowering.rewrite import emit
 from torchtrt_md.program import Weight, value_of
 
 aten, md = torch.ops.aten, torch.ops.torchtrt_md

@@ -19,7 +19,7 @@ its shapes depend on and holds no process group.  Semantics, for the ``size`` ra
                                              log-sum-exp; no communication
 
 Each has a shape rule and an eager rule over ``torch.distributed`` here, and one for all ranks at once in
-:mod:`torchtrt_md.simulate`.
+:mod:`torchtrt_md.verification.simulate`.
 """
 
 from __future__ import annotations

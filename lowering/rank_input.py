@@ -11,9 +11,9 @@ from __future__ import annotations
 import torch
 from torch.fx import GraphModule, Node
 
+from torchtrt_md.graph.rewrite import emit, substitute, view
 from torchtrt_md.lowering.ops import bound_args
 from torchtrt_md.lowering.passes import PassContext
-from torchtrt_md.lowering.rewrite import emit, substitute, view
 from torchtrt_md.program import placeholders, value_of
 
 PREFIX = "coordinate_"

@@ -30,13 +30,13 @@ import torch
 from torch.fx import GraphModule, Node
 
 from torchtrt_md.errors import ShardingError
+from torchtrt_md.graph.rewrite import emit, substitute
+from torchtrt_md.graph.source import source_line
 from torchtrt_md.lowering.layout import slices
 from torchtrt_md.lowering.ops import bound_args
 from torchtrt_md.lowering.passes import PassContext
 from torchtrt_md.lowering.rank_input import coordinate_input
-from torchtrt_md.lowering.rewrite import emit, substitute
 from torchtrt_md.program import value_of
-from torchtrt_md.source import source_line
 
 aten, md = torch.ops.aten, torch.ops.torchtrt_md
 

@@ -32,13 +32,13 @@ import torch
 from torch.fx import GraphModule, Node
 
 from torchtrt_md.errors import ShardingError
+from torchtrt_md.graph.rewrite import emit, substitute
+from torchtrt_md.graph.source import source_line
 from torchtrt_md.lowering.ops import bound_args
 from torchtrt_md.lowering.passes import PassContext
-from torchtrt_md.lowering.rewrite import emit, substitute
 from torchtrt_md.lowering.sharding import Call, Result, Sharded
 from torchtrt_md.lowering.sharding_rules import infer
 from torchtrt_md.program import value_of
-from torchtrt_md.source import source_line
 
 md = torch.ops.torchtrt_md
 

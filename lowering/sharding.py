@@ -18,9 +18,9 @@ from torch import Tensor
 from torch.fx import Node
 
 from torchtrt_md.errors import ShardingError
+from torchtrt_md.graph.source import source_line
 from torchtrt_md.lowering.ops import bound_args
 from torchtrt_md.program import value_of
-from torchtrt_md.source import source_line
 
 # What to do about an op that needs the whole sequence.
 GATHER_FIRST = "gather the sequence before this op (md.Gather in the plan), or leave this op's module out of the split"

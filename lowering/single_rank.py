@@ -10,9 +10,9 @@ from __future__ import annotations
 import torch
 from torch.fx import GraphModule
 
+from torchtrt_md.graph.rewrite import substitute
 from torchtrt_md.lowering.ops import bound_args, is_collective
 from torchtrt_md.lowering.passes import PassContext
-from torchtrt_md.lowering.rewrite import substitute
 
 
 def run(graph: GraphModule, context: PassContext) -> int:

@@ -29,13 +29,13 @@ import torch
 from torch.fx import GraphModule, Node
 
 from torchtrt_md.errors import ShardingError
+from torchtrt_md.graph.rewrite import emit, permute, substitute
+from torchtrt_md.graph.source import source_line
 from torchtrt_md.lowering.choose_strategy import attention_key
 from torchtrt_md.lowering.layout import joined, whole_sequence
 from torchtrt_md.lowering.ops import bound_args
 from torchtrt_md.lowering.passes import Exchange, PassContext
-from torchtrt_md.lowering.rewrite import emit, permute, substitute
 from torchtrt_md.program import value_of
-from torchtrt_md.source import source_line
 
 aten, md = torch.ops.aten, torch.ops.torchtrt_md
 _BY_RANK = [1, 0, 3, 2, 4]  # [B, P, heads/P, S/P, D] <-> [P, B, S/P, heads/P, D]

@@ -9,10 +9,10 @@ import torch
 from torch.fx import GraphModule, Node
 
 from torchtrt_md.errors import CollectiveError
+from torchtrt_md.graph.source import source_line
 from torchtrt_md.lowering.functional_collectives import NAMESPACES
 from torchtrt_md.lowering.ops import bound_args, is_collective
 from torchtrt_md.lowering.passes import PassContext
-from torchtrt_md.source import source_line
 
 md = torch.ops.torchtrt_md
 _HIGH_LEVEL = (md.shard.default, md.context_attention.default)

@@ -21,7 +21,7 @@ from torchtrt_md.lowering.ops import bound_args, is_collective
 from torchtrt_md.lowering.passes import Pass, PassContext, run_passes
 from torchtrt_md.mesh import Mesh
 from torchtrt_md.program import Coordinate, ShardedProgram, Sharding, Source, Weight, Weights, placeholders
-from torchtrt_md.simulate import EXACT, Precision, simulate
+from torchtrt_md.verification.simulate import EXACT, Precision, simulate
 
 Input: TypeAlias = "Tensor | Sequence[Tensor]"
 """What a placeholder gets: the same on every rank, or a tensor for each rank."""

@@ -46,8 +46,8 @@ def test_import_takes_less_than_a_fifth_of_a_second() -> None:
 
 def test_all_public_names_are_there() -> None:
     code = (
-        "import torchtrt_md as md, torchtrt_md.verification, torchtrt_md.exporter, torchtrt_md.runtime,"
-        " torchtrt_md.compiler;"
+        "import torchtrt_md as md, torchtrt_md.verification, torchtrt_md.doors.export, torchtrt_md.runtime,"
+        " torchtrt_md.doors.compile;"
         "names = 'Mesh ContextParallel TensorParallel Split Gather capture lower verify build export load compile"
         " VerificationError MDError'.split();"
         "assert all(callable(getattr(md, n)) for n in names); assert set(names) <= set(dir(md))"

@@ -20,8 +20,8 @@ from torchtrt_md.parallel import Split as Split
 from torchtrt_md.parallel import TensorParallel as TensorParallel
 
 if TYPE_CHECKING:
-    from torchtrt_md.compiler import compile as compile
-    from torchtrt_md.exporter import export as export
+    from torchtrt_md.doors.compile import compile as compile
+    from torchtrt_md.doors.export import export as export
     from torchtrt_md.lowering import lower as lower
     from torchtrt_md.runtime import load as load
     from torchtrt_md.verification import verify as verify
@@ -30,10 +30,10 @@ __version__ = "0.1.0"
 
 # These stages import DTensor or TensorRT, so they are imported when they are first used.
 _HOMES = {
-    "compile": "compiler",
+    "compile": "doors.compile",
     "lower": "lowering",
     "verify": "verification",
-    "export": "exporter",
+    "export": "doors.export",
     "load": "runtime",
 }
 

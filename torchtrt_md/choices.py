@@ -5,8 +5,8 @@ from __future__ import annotations
 from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
 
-from torchtrt_md.build.cache import graph_digest
 from torchtrt_md.bundle.manifest import Decision
+from torchtrt_md.graph.text import graph_digest
 from torchtrt_md.lowering.passes import Exchange
 from torchtrt_md.parallel import Placement
 from torchtrt_md.place import PlacedProgram, Runs

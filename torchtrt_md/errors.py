@@ -13,7 +13,7 @@ class MDError(RuntimeError):
     Args:
         problem: what is wrong, naming the thing (module, input, node, file) and both values that disagree.
         fix: what to do instead.
-        at: the user's source line, as :func:`torchtrt_md.source.source_line` renders it.
+        at: the user's source line, as :func:`torchtrt_md.graph.source.source_line` renders it.
     """
 
     def __init__(self, problem: str, *, fix: str = "", at: str = "") -> None:

@@ -24,13 +24,13 @@ import torch
 from torch import Tensor
 
 import torchtrt_md
-from torchtrt_md.build.cache import graph_digest
 from torchtrt_md.build.flavour import flavour
 from torchtrt_md.build.parts import BuiltPart
 from torchtrt_md.bundle.from_program import part_segment
 from torchtrt_md.bundle.manifest import Decision
 from torchtrt_md.choices import Choices
 from torchtrt_md.errors import LaunchError, MDError
+from torchtrt_md.graph.text import graph_digest
 from torchtrt_md.lowering import attention_keys
 from torchtrt_md.lowering.passes import Exchange
 from torchtrt_md.place import Runs
@@ -39,7 +39,7 @@ from torchtrt_md.runtime.graphs import Budget, Graphs
 from torchtrt_md.runtime.tensors import dtype_of
 
 if TYPE_CHECKING:
-    from torchtrt_md.compiler import Built, Session
+    from torchtrt_md.doors.compile import Built, Session
 
 WARM_UP, REPEATS, FEWEST = 3, 20, 5
 SECONDS = 1.0  # for each candidate, where the fewest repeats leave it

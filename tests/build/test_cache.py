@@ -20,9 +20,10 @@ from torch.fx import Graph, GraphModule, Node
 
 import torchtrt_md as md
 from torchtrt_md.build import cache as module
-from torchtrt_md.build.cache import FOLDER, EngineCache, engine_key, graph_text
+from torchtrt_md.build.cache import FOLDER, EngineCache, engine_key
 from torchtrt_md.build.flavour import flavour
 from torchtrt_md.errors import BuildError
+from torchtrt_md.graph.text import fingerprint, graph_text
 from torchtrt_md.program import placeholders
 
 X, W = torch.zeros(2, 8), torch.zeros(8, 4)
@@ -139,9 +140,6 @@ def test_a_part_of_a_weight_counts_and_not_the_whole() -> None:
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float8_e4m3fn, torch.int64, torch.bool, torch.complex64])
 def test_fingerprints_are_of_bytes_dtype_and_shape(dtype: torch.dtype) -> None:
-    def fingerprint(tensor: Tensor) -> str:
-        return module._fingerprint(tensor)
-
     base = torch.arange(6).reshape(2, 3).to(dtype)
     assert fingerprint(base) == fingerprint(base.t().clone().t())  # strides are no part of it
     assert len({fingerprint(t) for t in (base, base.reshape(3, 2), base.reshape(6), base.to(torch.complex128))}) == 4

@@ -62,7 +62,7 @@ def export_command(
     case: Case, ranks: int, bundle: Path, *, model_device: str = "cpu", verify: bool = True
 ) -> list[str]:
     """The command that makes the bundle, and its report beside it."""
-    command = [sys.executable, "-m", "torchtrt_md.cli", "export", str(case.file), "--mesh", f"{case.axis}={ranks}"]
+    command = [sys.executable, "-m", "torchtrt_md", "export", str(case.file), "--mesh", f"{case.axis}={ranks}"]
     if case.strategy:
         command += ["--strategy", case.strategy]
     command += ["--out", str(bundle), "--model-device", model_device, "--report", f"{bundle}.export.json"]

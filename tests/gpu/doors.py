@@ -29,7 +29,7 @@ from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.tensor.parallel import ColwiseParallel, RowwiseParallel, parallelize_module
 
 import torchtrt_md as md
-from torchtrt_md.runtime.compare import relative_error
+from torchtrt_md.verification.compare import relative_error
 
 ROOT = Path(__file__).resolve().parents[2]
 TIMEOUT = 120.0

@@ -16,8 +16,8 @@ import torch
 import torch.distributed as dist
 
 import torchtrt_md as md
+from torchtrt_md.doors.run import random_inputs
 from torchtrt_md.errors import MDError
-from torchtrt_md.run import random_inputs
 
 TIMEOUT = 15.0
 

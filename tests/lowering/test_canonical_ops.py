@@ -25,7 +25,7 @@ def written(x: Tensor) -> Tensor:
 
 
 def test_uninitialised_memory_becomes_zeros() -> None:
-    from torchtrt_md.functional import functional
+    from torchtrt_md.graph.functional import functional
 
     x = torch.randn(3, 4, dtype=torch.float64)
     graph = graphs.trace(written, x)

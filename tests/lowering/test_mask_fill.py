@@ -16,7 +16,7 @@ from torch.fx import Interpreter
 from torchtrt_md.capture.torch_private import coordinates
 from torchtrt_md.lowering import functional_collectives, mask_fill
 from torchtrt_md.mesh import Mesh
-from torchtrt_md.simulate import simulate
+from torchtrt_md.verification.simulate import simulate
 
 MESH = Mesh(tp=2)
 ZERO = torch.zeros((), dtype=torch.float64)

@@ -17,7 +17,7 @@ from torchtrt_md.lowering.ops import bound_args
 from torchtrt_md.lowering.passes import PassContext, readable, run_passes
 from torchtrt_md.mesh import Mesh
 from torchtrt_md.program import Coordinate, ShardedProgram, Sharding, Value
-from torchtrt_md.simulate import simulate
+from torchtrt_md.verification.simulate import simulate
 
 MESH = Mesh(cp=2)
 CONTEXT = PassContext(MESH, {}, {})

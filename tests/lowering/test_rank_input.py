@@ -10,7 +10,7 @@ from torch import Tensor
 from torchtrt_md.lowering import rank_input
 from torchtrt_md.mesh import Mesh
 from torchtrt_md.program import placeholders, value_of
-from torchtrt_md.simulate import simulate
+from torchtrt_md.verification.simulate import simulate
 
 md = torch.ops.torchtrt_md
 

@@ -19,7 +19,7 @@ from torchtrt_md.lowering.schedule import schedule
 from torchtrt_md.place import PlacedProgram, place
 from torchtrt_md.place.partition import ATTENTION
 from torchtrt_md.program import ShardedProgram, Weight, placeholders, value_of
-from torchtrt_md.simulate import Precision, simulate
+from torchtrt_md.verification.simulate import Precision, simulate
 
 PLAN = {"": {"x": md.Split(1)}, "out": md.Gather(1)}
 

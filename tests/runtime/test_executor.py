@@ -20,9 +20,9 @@ from torchtrt_md.bundle.from_program import part_segment
 from torchtrt_md.bundle.manifest import Binding, Segment
 from torchtrt_md.place import place
 from torchtrt_md.program import Weight
-from torchtrt_md.runtime.compare import relative_error
 from torchtrt_md.runtime.executor import Executor
 from torchtrt_md.runtime.steps import Step, call_step, eager_steps
+from torchtrt_md.verification.compare import relative_error
 
 CPU = torch.device("cpu")
 

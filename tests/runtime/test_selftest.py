@@ -14,9 +14,9 @@ from torchtrt_md.build.flavour import flavour
 from torchtrt_md.errors import LaunchError, TargetError
 from torchtrt_md.runtime import selftest
 from torchtrt_md.runtime.agree import Agreement
-from torchtrt_md.runtime.compare import relative_error
 from torchtrt_md.runtime.selftest import BOUNDS, attended, check_ring, judge, ring_network, ring_operands, ring_plan
 from torchtrt_md.runtime.watchdog import Watchdog
+from torchtrt_md.verification.compare import relative_error
 
 RTX = pytest.mark.skipif(flavour().name != "TensorRT-RTX", reason="TensorRT builds for the GPU that is there only")
 DTYPES = [torch.bfloat16, torch.float16]

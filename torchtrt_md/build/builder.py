@@ -27,10 +27,10 @@ from torchtrt_md.build.engine import Binding, Engine
 from torchtrt_md.build.flavour import Flavour, boundary_dtypes, flavour, trt_dtype
 from torchtrt_md.build.torch_trt import load, without_gpu
 from torchtrt_md.errors import BuildError, ConversionError
+from torchtrt_md.graph.source import source_line
 from torchtrt_md.lowering import lower
 from torchtrt_md.lowering.schedule import ScheduledCollective, schedule
 from torchtrt_md.program import Coordinate, ShardedProgram, Weight, outputs_of, placeholders, value_of
-from torchtrt_md.source import source_line
 
 
 def build_program(

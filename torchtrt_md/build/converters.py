@@ -19,7 +19,7 @@ from torchtrt_md.build import layers, probes
 from torchtrt_md.build.flavour import PORTABLE, flavour
 from torchtrt_md.build.torch_trt import load
 from torchtrt_md.errors import BuildError, TargetError
-from torchtrt_md.source import source_line
+from torchtrt_md.graph.source import source_line
 
 md = torch.ops.torchtrt_md
 # Torch-TensorRT's settings have no target like ours, and a converter gets nothing else.

@@ -13,9 +13,9 @@ from torch.fx.experimental.proxy_tensor import make_fx
 from torchtrt_md.build.torch_trt import load, without_gpu
 from torchtrt_md.capture.torch_private import FakeTensorMode
 from torchtrt_md.errors import BuildError, MDError
-from torchtrt_md.functional import copied, functional
+from torchtrt_md.graph.functional import copied, functional
+from torchtrt_md.graph.source import source_line
 from torchtrt_md.program import placeholders, value_of
-from torchtrt_md.source import source_line
 
 
 class _Walk(Interpreter):

@@ -16,12 +16,13 @@ from torch.fx import GraphModule, Node
 
 from torchtrt_md.build import converters
 from torchtrt_md.build.builder import build_graph, without_converter
-from torchtrt_md.build.cache import EngineCache, engine_key, graph_digest
+from torchtrt_md.build.cache import EngineCache, engine_key
 from torchtrt_md.build.decompose import decompose, origin
 from torchtrt_md.build.engine import Binding
 from torchtrt_md.build.flavour import boundary_dtypes, flavour
 from torchtrt_md.errors import ConversionError
-from torchtrt_md.functional import copied
+from torchtrt_md.graph.functional import copied
+from torchtrt_md.graph.text import graph_digest
 from torchtrt_md.lowering.schedule import ScheduledCollective, schedule
 from torchtrt_md.place.parts import Part, Runs
 from torchtrt_md.program import outputs_of, placeholders, value_of

@@ -81,7 +81,7 @@ class Segment(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
 
     ``runs`` says as what: a TensorRT engine; a graph that Inductor compiles when it is loaded; or a graph whose ops
     PyTorch runs one by one, which is where collectives and attention outside of engines are.  ``file`` is its path
-    in the bundle: ``engines/<sha256>.engine`` or ``graphs/<sha256>.json`` (see :mod:`torchtrt_md.bundle.graph`).
+    in the bundle: ``engines/<sha256>.engine`` or ``graphs/<sha256>.json`` (see :mod:`torchtrt_md.graph.json`).
     ``axis`` is the mesh axis of an engine's communicator, null where it needs none and for graphs.  An engine's
     collectives are all on its axis, an eager graph's on any; a graph for Inductor has none.  ``name`` is for
     messages ("blocks 3-4").

@@ -33,10 +33,10 @@ from torchtrt_md.capture.dynamo_private import group_ranks, is_weight, root_mesh
 from torchtrt_md.capture.torch_private import FakeTensorMode
 from torchtrt_md.capture.trace import LocalWeight, as_placed, fake, recorded
 from torchtrt_md.errors import CaptureError, CollectiveError
+from torchtrt_md.graph.source import source_line
 from torchtrt_md.lowering.ops import COLLECTIVES, bound_args
 from torchtrt_md.mesh import Mesh
 from torchtrt_md.program import Output, ShardedProgram, Source, Value, Weight, Weights, placeholders
-from torchtrt_md.source import source_line
 
 # Parts of a source's path that say how a module keeps what it has, and not where.
 _STORAGE = ("self", "fn", "_modules", "_parameters", "_buffers")

@@ -18,9 +18,9 @@ from torchtrt_md.capture.arguments import Arguments, Scalar
 from torchtrt_md.capture.attention import WholeAttention
 from torchtrt_md.capture.torch_private import FakeTensorMode
 from torchtrt_md.errors import CaptureError, MDError
-from torchtrt_md.functional import functional, mutates
+from torchtrt_md.graph.functional import functional, mutates
+from torchtrt_md.graph.source import MACHINERY, source_line
 from torchtrt_md.program import Output, Source, Value, Weight, placeholders
-from torchtrt_md.source import MACHINERY, source_line
 
 
 @dataclass(frozen=True)

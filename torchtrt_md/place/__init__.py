@@ -16,12 +16,12 @@ import torch
 from torch.fx import GraphModule, Node
 
 from torchtrt_md.errors import BuildError
+from torchtrt_md.graph.source import source_line
 from torchtrt_md.lowering.ops import bound_args, is_collective
 from torchtrt_md.parallel import Placement
 from torchtrt_md.place.partition import ATTENTION, is_own_row, partition
 from torchtrt_md.place.parts import Kept, Part, PlacedProgram, Runs
 from torchtrt_md.program import ShardedProgram, dtype_name, placeholders, value_of
-from torchtrt_md.source import source_line
 
 _ROUNDS = 20
 

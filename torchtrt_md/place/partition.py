@@ -27,10 +27,10 @@ import torch
 from torch import Tensor
 from torch.fx import Graph, GraphModule, Node
 
-from torchtrt_md.functional import copied
+from torchtrt_md.graph.functional import copied
+from torchtrt_md.graph.rewrite import emit, permute
 from torchtrt_md.lowering.ops import is_collective
 from torchtrt_md.lowering.rank_input import PREFIX
-from torchtrt_md.lowering.rewrite import emit, permute
 from torchtrt_md.place.parts import Part, Runs
 from torchtrt_md.program import Coordinate, ShardedProgram, Source, Weight, outputs_of, placeholders, value_of
 

@@ -12,7 +12,7 @@ from torch import Tensor
 from torch.fx import GraphModule
 
 from torchtrt_md.bundle.manifest import Segment
-from torchtrt_md.functional import copied
+from torchtrt_md.graph.functional import copied
 from torchtrt_md.mesh import Mesh
 from torchtrt_md.runtime import communicator
 from torchtrt_md.runtime.agree import Agreement

@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 from torch.fx import GraphModule
 
-from torchtrt_md.functional import copied
+from torchtrt_md.graph.functional import copied
 from torchtrt_md.runtime import private
 from torchtrt_md.runtime.epilogue import fuse_gelu
 from torchtrt_md.runtime.steps import to_device

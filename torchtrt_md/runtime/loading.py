@@ -11,13 +11,13 @@ from typing import Any, get_args
 import torch
 import torch.distributed as dist
 
-from torchtrt_md.build.cache import graph_digest
-from torchtrt_md.bundle.graph import check_bindings, graph_from_json
 from torchtrt_md.bundle.manifest import Manifest, Segment
 from torchtrt_md.bundle.read import check_files, check_versions, manifest_digest, rank_files, read_manifest
 from torchtrt_md.bundle.structure import mesh_of
 from torchtrt_md.bundle.weights import rank_weights
 from torchtrt_md.errors import LaunchError
+from torchtrt_md.graph.json import check_bindings, graph_from_json
+from torchtrt_md.graph.text import graph_digest
 from torchtrt_md.runtime import communicator, private
 from torchtrt_md.runtime.agree import Agreement, grouped
 from torchtrt_md.runtime.assemble import (

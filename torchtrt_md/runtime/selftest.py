@@ -23,8 +23,8 @@ from torchtrt_md.build.probes import builder_config, network_flags
 from torchtrt_md.errors import BuildError, CommunicatorError, LaunchError, MDError
 from torchtrt_md.runtime import communicator
 from torchtrt_md.runtime.agree import Agreement
-from torchtrt_md.runtime.compare import relative_error
 from torchtrt_md.runtime.watchdog import Watchdog
+from torchtrt_md.verification.compare import relative_error
 
 # norm(result - reference) / norm(reference), the reference in float32 from the same 16-bit inputs.  Right ones are a
 # few roundings off (2 ** -9 in bfloat16, 2 ** -12 in float16); wrong ones were off by 0.9 and more.

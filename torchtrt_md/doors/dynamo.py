@@ -62,7 +62,7 @@ class Runs(Protocol):
 
 
 class Build(Protocol):
-    """What makes a program run: :func:`torchtrt_md.compiler.compile_program`, whose docstring says the rest.
+    """What makes a program run: :func:`torchtrt_md.doors.compile.compile_program`, whose docstring says the rest.
 
     ``captured`` and ``verify`` communicate: every rank calls them, and what one raises is raised by all.
     """
@@ -114,7 +114,7 @@ def backend(
     Raises:
         MDError: the graph cannot be compiled; every rank raises the same.
     """
-    from torchtrt_md.compiler import compile_program  # it loads TensorRT
+    from torchtrt_md.doors.compile import compile_program  # it loads TensorRT
 
     return compile_graph(gm, example_inputs, build=compile_program, options=options, **other)
 

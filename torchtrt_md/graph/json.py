@@ -34,8 +34,8 @@ from torch.fx import Graph, GraphModule, Node
 import torchtrt_md.lowering.ops  # noqa: F401  registers torch.ops.torchtrt_md
 from torchtrt_md.bundle.manifest import Segment
 from torchtrt_md.errors import BundleError
+from torchtrt_md.graph.source import source_line
 from torchtrt_md.program import dtype_name, outputs_of, placeholders
-from torchtrt_md.source import source_line
 
 GRAPH_SCHEMA = 1
 NAMESPACES = ("aten", "prims", "torchtrt_md")

@@ -21,10 +21,10 @@ from torchtrt_md.build.flavour import flavour
 from torchtrt_md.build.parts import BuiltPart, build_parts, engine_boundary, unconvertible
 from torchtrt_md.bundle import check_destination, manifest, write_bundle
 from torchtrt_md.bundle.from_program import engine_segment, manifest_of, part_segment
-from torchtrt_md.bundle.graph import graph_to_json
 from torchtrt_md.bundle.weights import save_weights
 from torchtrt_md.capture import capture
 from torchtrt_md.choices import Choices, chosen_runs
+from torchtrt_md.graph.json import graph_to_json
 from torchtrt_md.lowering import lower
 from torchtrt_md.mesh import Mesh
 from torchtrt_md.parallel import Parallel

@@ -25,7 +25,7 @@ ROOT = Path(__file__).resolve().parents[1]
 
 def _cli(*arguments: str) -> subprocess.CompletedProcess[str]:
     return subprocess.run(
-        [sys.executable, "-m", "torchtrt_md.cli", *arguments],
+        [sys.executable, "-m", "torchtrt_md", *arguments],
         cwd=ROOT,
         capture_output=True,
         text=True,

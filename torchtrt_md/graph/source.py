@@ -8,7 +8,7 @@ from pathlib import Path
 
 import torch.fx
 
-_HERE = Path(__file__).parent
+_HERE = Path(__file__).parents[1]
 _FOLDERS = (Path(torch.__file__).parent, _HERE, (_HERE / "lowering").resolve())
 # Frames of the machinery between the user's line and the op; an error points past them.  By whole path: the user's
 # own code may well lie in a folder named torch.

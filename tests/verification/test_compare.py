@@ -5,7 +5,7 @@ import torch
 from torch import Tensor, nn
 
 from torchtrt_md.errors import VerificationError
-from torchtrt_md.runtime.compare import FP32_TOLERANCE, check_useful, dense_reference, limit, relative_error
+from torchtrt_md.verification.compare import FP32_TOLERANCE, check_useful, dense_reference, limit, relative_error
 
 CPU = torch.device("cpu")
 

@@ -19,14 +19,14 @@ from torch import Tensor
 from torch.fx import Graph, GraphModule, Node
 
 import torchtrt_md as md
-from torchtrt_md.bundle.graph import TensorSpec, check_bindings, graph_from_json, graph_to_json
 from torchtrt_md.bundle.manifest import Binding, Segment
 from torchtrt_md.errors import BundleError
+from torchtrt_md.graph.json import TensorSpec, check_bindings, graph_from_json, graph_to_json
+from torchtrt_md.graph.source import source_line
 from torchtrt_md.lowering import ops
 from torchtrt_md.parallel import Parallel
 from torchtrt_md.program import placeholders, value_of
-from torchtrt_md.simulate import EXACT, simulate
-from torchtrt_md.source import source_line
+from torchtrt_md.verification.simulate import EXACT, simulate
 
 aten = torch.ops.aten
 PROGRAMS: dict[str, tuple[Callable[..., models.Call], md.Mesh, list[Parallel]]] = {

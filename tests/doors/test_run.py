@@ -11,8 +11,8 @@ import pytest
 import torch
 from bundle import bundle_samples
 
+from torchtrt_md.doors.run import Comparison, check_errors, check_example, main, random_inputs
 from torchtrt_md.errors import InputError, VerificationError
-from torchtrt_md.run import Comparison, check_errors, check_example, main, random_inputs
 from torchtrt_md.runtime.report import RankReport, Timing, report
 from torchtrt_md.runtime.signature import Signature
 

@@ -18,10 +18,10 @@ from torch.fx import GraphModule, Node
 from torch.fx.node import map_arg
 
 from torchtrt_md.errors import RankMismatchError
+from torchtrt_md.graph.source import source_line
 from torchtrt_md.lowering.ops import bound_args, causal_rows, is_collective
 from torchtrt_md.mesh import Mesh
 from torchtrt_md.program import Coordinate, ShardedProgram, Value, Weight, Weights, dtype_name
-from torchtrt_md.source import source_line
 
 md = torch.ops.torchtrt_md
 

@@ -15,7 +15,7 @@ from torchtrt_md.errors import MDError, RankMismatchError
 from torchtrt_md.lowering import rank_input
 from torchtrt_md.mesh import Mesh
 from torchtrt_md.program import Value, Weights
-from torchtrt_md.simulate import Precision, simulate
+from torchtrt_md.verification.simulate import Precision, simulate
 
 md = torch.ops.torchtrt_md
 CP = Mesh(cp=2)

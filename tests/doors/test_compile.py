@@ -16,18 +16,18 @@ from transformers.modeling_outputs import CausalLMOutputWithPast
 import torchtrt_md as md
 from torchtrt_md.build.cache import EngineCache
 from torchtrt_md.build.parts import BuiltPart, build_parts, unconvertible, with_transposed_weights
-from torchtrt_md.bundle.graph import check_bindings, graph_from_json
 from torchtrt_md.bundle.manifest import Decision
 from torchtrt_md.bundle.read import check_files, rank_files, read_manifest
 from torchtrt_md.bundle.weights import rank_weights
 from torchtrt_md.choices import Choices
-from torchtrt_md.compiler import Built, summary_of
+from torchtrt_md.doors.compile import Built, summary_of
 from torchtrt_md.errors import BuildError, ConversionError, PlanError
+from torchtrt_md.graph.json import check_bindings, graph_from_json
 from torchtrt_md.lowering.passes import Exchange
 from torchtrt_md.place import PlacedProgram, place
 from torchtrt_md.place.choose import Choice, choose_placement
 from torchtrt_md.program import ShardedProgram, Weight, placeholders, value_of
-from torchtrt_md.runtime.compare import relative_error
+from torchtrt_md.verification.compare import relative_error
 
 PLAN = {"": {"x": md.Split(1)}, "out": md.Gather(1)}
 OPTIONS: dict[str, Any] = {"compute": "inductor", "report": False, "timeout": 120.0}

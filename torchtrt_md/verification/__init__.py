@@ -24,7 +24,7 @@ from torchtrt_md.capture.arguments import Arguments
 from torchtrt_md.errors import VerificationError
 from torchtrt_md.lowering import lower
 from torchtrt_md.program import Output, ShardedProgram, Weight, Weights, dtype_name, part
-from torchtrt_md.simulate import EXACT, Precision, simulate
+from torchtrt_md.verification.simulate import EXACT, Precision, simulate
 
 STRUCTURE_TOLERANCE = 1e-5
 ROUNDING_RATIO = 1.5

@@ -22,7 +22,7 @@ from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.tensor.parallel import ColwiseParallel, RowwiseParallel, parallelize_module
 
 from torchtrt_md import ContextParallel, Gather, MDError, Mesh, Split, TensorParallel
-from torchtrt_md.dynamo import Runs, Verify, compile_graph, run_rank
+from torchtrt_md.doors.dynamo import Runs, Verify, compile_graph, run_rank
 from torchtrt_md.errors import CaptureError, InputError, OptionError, VerificationError
 from torchtrt_md.lowering import lower
 from torchtrt_md.options import Options
@@ -506,5 +506,5 @@ def test_the_backend_by_its_name(ranks: Ranks) -> None:
 def test_the_entry_point() -> None:
     project = tomllib.loads((Path(__file__).parents[1] / "pyproject.toml").read_text())
     entry = project["project"]["entry-points"]["torch_dynamo_backends"]
-    assert entry == {"torchtrt_md": "torchtrt_md.dynamo:backend"}
+    assert entry == {"torchtrt_md": "torchtrt_md.doors.dynamo:backend"}
     assert "torchtrt_md" in torch._dynamo.list_backends(exclude_tags=())

@@ -17,7 +17,7 @@ from torchtrt_md.mesh import Mesh
 from torchtrt_md.parallel import ContextParallel, Parallel, TensorParallel
 
 if TYPE_CHECKING:
-    from torchtrt_md.exporter import Exported
+    from torchtrt_md.doors.export import Exported
 
 app = typer.Typer(add_completion=False, no_args_is_help=True, pretty_exceptions_enable=False)
 console = Console(highlight=False, soft_wrap=True)
@@ -47,8 +47,8 @@ def export(
     report: Annotated[Path | None, typer.Option(help="JSON file for what the tables say")] = None,
 ) -> None:
     """Capture, lower, verify, build and bundle a model; needs no GPU."""
-    from torchtrt_md.exporter import export as run
-    from torchtrt_md.user_file import read_user_file
+    from torchtrt_md.doors.export import export as run
+    from torchtrt_md.doors.user_file import read_user_file
 
     user = read_user_file(file, seed, model_device)
     sizes = Mesh.parse(mesh)

@@ -14,7 +14,7 @@ from torch.distributed.tensor.parallel import ColwiseParallel, RowwiseParallel, 
 
 import torchtrt_md as md
 from torchtrt_md.errors import VerificationError
-from torchtrt_md.lowering.rewrite import emit, substitute
+from torchtrt_md.graph.rewrite import emit, substitute
 from torchtrt_md.lowering.schedule import schedule
 from torchtrt_md.parallel import Parallel
 from torchtrt_md.program import ShardedProgram

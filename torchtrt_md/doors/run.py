@@ -1,0 +1,321 @@
+"""Run a bundle under torchrun: verify it against the dense model on one GPU, time it, report.
+
+torchrun --nproc_per_node=4 -m torchtrt_md.run model.mdtrt --verify model.py --report run.json
+"""
+
+from __future__ import annotations
+
+import os
+import socket
+import sys
+import threading
+import traceback
+from collections.abc import Callable, Sequence
+from datetime import timedelta
+from pathlib import Path
+from typing import Annotated, NamedTuple, NoReturn
+
+import torch
+import torch.distributed as dist
+import typer
+from torch import Tensor
+
+from torchtrt_md.bundle.read import manifest_digest, read_manifest
+from torchtrt_md.bundle.structure import mesh_of
+from torchtrt_md.errors import InputError, LaunchError, MDError, VerificationError
+from torchtrt_md.program import dtype_name
+from torchtrt_md.runtime.loading import load
+from torchtrt_md.runtime.report import RankReport, Timing, rank_report, report
+from torchtrt_md.runtime.runner import Runner
+from torchtrt_md.runtime.signature import Signature, chunk
+from torchtrt_md.runtime.tensors import dtype_of
+from torchtrt_md.verification.compare import Reference, dense_reference, limit, relative_error
+
+WARM_UP = 5
+_SHUTDOWN_SECONDS = 30.0
+
+app = typer.Typer(add_completion=False, pretty_exceptions_enable=False)
+
+
+class Comparison(NamedTuple):
+    """What was compared: nothing, where ``reference`` is None."""
+
+    reference: str | None
+    dense_errors: dict[str, float]
+    limits: dict[str, float]
+    errors: dict[str, float]
+
+
+@app.command()
+def run(
+    bundle: Annotated[Path, typer.Argument(help="The bundle's folder.", show_default=False)],
+    verify: Annotated[
+        Path | None,
+        typer.Option(
+            metavar="FILE.py", help="Compare with the dense model of this file; without it, outputs must be finite."
+        ),
+    ] = None,
+    iterations: Annotated[int, typer.Option(min=0, help="Timed calls, after 5 that warm up; 0 times nothing.")] = 50,
+    report_file: Annotated[
+        Path | None, typer.Option("--report", metavar="FILE.json", help="Write what was measured.")
+    ] = None,
+    timeout: Annotated[float, typer.Option(min=1.0, help="Seconds that any wait on another rank may take.")] = 300.0,
+    seed: Annotated[int, typer.Option(help="Of the model's weights and of all inputs.")] = 0,
+    model_device: Annotated[str, typer.Option(help="Where the file makes its model, as at export.")] = "cpu",
+    cuda_graph: Annotated[bool, typer.Option(help="Capture a call in a CUDA graph and replay it.")] = False,
+) -> None:
+    """Run a bundle on the GPUs of a torchrun launch, one rank each."""
+    try:
+        run_bundle(
+            bundle,
+            verify=verify,
+            iterations=iterations,
+            report_file=report_file,
+            timeout=timeout,
+            seed=seed,
+            model_device=model_device,
+            cuda_graph=cuda_graph,
+        )
+    except MDError as error:
+        print(f"[rank {os.environ.get('RANK', '-')}] {type(error).__name__}: {error}", file=sys.stderr, flush=True)
+        raise typer.Exit(1) from error
+    except Exception as error:
+        traceback.print_exc()
+        raise typer.Exit(1) from error
+
+
+def run_bundle(
+    bundle: Path,
+    *,
+    verify: Path | None,
+    iterations: int,
+    report_file: Path | None,
+    timeout: float,
+    seed: int,
+    model_device: str,
+    cuda_graph: bool = False,
+) -> None:
+    """What the command does, with errors raised.
+
+    Raises:
+        MDError: on every rank.  VerificationError: an output is too far from the dense model's.
+    """
+    device = join_launch(bundle, timeout)
+    runner = load(bundle, device=device, timeout=timeout, check="first", cuda_graph=cuda_graph)
+    if verify is None:
+        inputs = random_inputs(runner.signature, runner.rank, device, seed)
+        compared = Comparison(None, {}, {}, {})
+        _check_finite(runner, runner(**inputs))
+    else:
+        inputs, compared = _compare(runner, verify, seed, model_device)
+    timing = _time(runner, inputs, iterations) if iterations else None
+    mine = rank_report(runner, bundle, compared.errors, timing)
+    ranks = runner.agreement.gather(mine, "the ranks' reports")
+    whole = report(
+        runner.manifest,
+        bundle,
+        manifest_digest(bundle),
+        ranks,
+        iterations=iterations,
+        reference=compared.reference,
+        dense_errors=compared.dense_errors,
+        limits=compared.limits,
+    )
+    if runner.rank == 0:
+        whole.show()
+        if report_file is not None:
+            whole.write(report_file)
+    check_errors(ranks, compared)
+    runner.agreement.vote(None, "the end of the run")
+    runner.close()
+
+
+def join_launch(bundle: Path, timeout: float) -> torch.device:
+    """Join the launch that torchrun describes in the environment, with NCCL; return this rank's GPU.
+
+    Raises:
+        LaunchError: not started by torchrun, no GPU for this rank, or no process group.
+        BundleError: there is no bundle to launch.
+    """
+    size = mesh_of(read_manifest(bundle)).size
+    lacking = [name for name in ("RANK", "WORLD_SIZE", "LOCAL_RANK", "MASTER_ADDR") if name not in os.environ]
+    if lacking:
+        raise LaunchError(
+            f"{', '.join(lacking)} {'is' if len(lacking) == 1 else 'are'} not set, so this is no launch",
+            fix=f"torchrun --nproc_per_node={size} -m torchtrt_md.run {bundle}",
+        )
+    local, gpus = int(os.environ["LOCAL_RANK"]), torch.cuda.device_count()
+    if local >= gpus:
+        raise LaunchError(
+            f"local rank {local} has no GPU of its own: {socket.gethostname()} has {gpus}",
+            fix=f"launch the bundle's {size} ranks on hosts that have a GPU for each",
+        )
+    device = torch.device("cuda", local)
+    torch.cuda.set_device(device)
+    try:
+        dist.init_process_group("nccl", device_id=device, timeout=timedelta(seconds=timeout))
+    except (RuntimeError, ValueError) as error:
+        raise LaunchError(
+            f"the ranks did not find each other: {error}", fix="see the other ranks' output; NCCL_DEBUG=INFO says more"
+        ) from error
+    return device
+
+
+def random_inputs(signature: Signature, rank: int, device: torch.device, seed: int) -> dict[str, Tensor]:
+    """This rank's chunk of inputs that are equal on all ranks: normal, False, or 0, which any embedding can look up."""
+    generator = torch.Generator().manual_seed(seed)
+    inputs = {}
+    for name, t in signature.inputs.items():
+        dtype = dtype_of(t.dtype)
+        if dtype.is_floating_point:
+            whole = torch.randn(t.shape, generator=generator).to(dtype)
+        else:
+            whole = torch.zeros(t.shape, dtype=dtype)
+        inputs[name] = chunk(whole, t.sharding, signature.mesh, rank).contiguous().to(device)
+    return inputs
+
+
+def check_example(signature: Signature, tensors: dict[str, Tensor]) -> None:
+    """Refuse example arguments that are not those the bundle was exported with.
+
+    Raises:
+        InputError: naming the argument.
+    """
+    signature.named((), tensors)
+    for name, t in signature.inputs.items():
+        found = tensors[name]
+        if (found.dtype, list(found.shape)) != (dtype_of(t.dtype), t.shape):
+            raise InputError(
+                f"{name!r} is {found.dtype} {list(found.shape)} in the file, and the bundle was built for"
+                f" {t.dtype} {t.shape}",
+                fix="verify with the file that the bundle was exported from",
+            )
+
+
+def check_errors(ranks: Sequence[RankReport], compared: Comparison) -> None:
+    """Raise where an output of some rank is too far from the reference.
+
+    Raises:
+        VerificationError: naming the worst rank of each such output.
+    """
+    problems = []
+    for name, allowed in compared.limits.items():
+        worst = max(ranks, key=lambda r: r.errors[name])
+        if not worst.errors[name] <= allowed:
+            problems.append(
+                f"output {name!r} of rank {worst.rank} differs from the dense model in {compared.reference} by"
+                f" {worst.errors[name]:.3g}, relative; {allowed:.3g} is allowed, and the dense model's own error is"
+                f" {compared.dense_errors[name]:.3g}"
+            )
+    if problems:
+        raise VerificationError(
+            "\n".join(problems), fix="check that the file makes the exported model, with the same --seed as at export"
+        )
+
+
+def _compare(runner: Runner, file: Path, seed: int, model_device: str) -> tuple[dict[str, Tensor], Comparison]:
+    """Run dense model and engines on the file's inputs; rank 0 alone holds the model."""
+    agreement, signature, device = runner.agreement, runner.signature, runner.device
+    held: list[Callable[[], Reference]] = []
+
+    def example() -> dict[str, Tensor]:
+        if runner.rank != 0:
+            return {}
+        from torchtrt_md.capture.arguments import Arguments
+        from torchtrt_md.doors.user_file import load_user_file
+
+        model, args, kwargs = load_user_file(file, seed, model_device)
+        arguments = Arguments.of(model, args, kwargs)
+        check_example(signature, dict(arguments.tensors))
+        held.append(lambda: dense_reference(model, args, kwargs, signature.flat, device))
+        return {name: arguments.tensors[name].detach().to(device) for name in signature.inputs}
+
+    whole = agreement.together("loading the model", example)
+    inputs = {}
+    for name, t in signature.inputs.items():
+        tensor = _broadcast(whole.get(name), t.shape, dtype_of(t.dtype), device)
+        inputs[name] = chunk(tensor, t.sharding, signature.mesh, runner.rank).contiguous()
+    reference = agreement.together("the dense model on one GPU", lambda: held.pop()() if held else None)
+    torch.cuda.empty_cache()
+
+    outputs = signature.flat(runner(**inputs))
+    told = agreement.gather(
+        None if reference is None else (reference.dense_errors, reference.precision), "the dense model's errors"
+    )[0]
+    assert told is not None, "rank 0 holds the reference"
+    dense_errors, precision = told
+    errors = {}
+    for t in signature.outputs:
+        own = outputs[t.name]
+        dtype = precision if own.is_floating_point() else own.dtype
+        expected = _broadcast(None if reference is None else reference.outputs[t.name], t.shape, dtype, device)
+        errors[t.name] = relative_error(own, chunk(expected, t.sharding, signature.mesh, runner.rank))
+    limits = {t.name: limit(dtype_of(t.dtype), dense_errors[t.name]) for t in signature.outputs}
+    return inputs, Comparison(dtype_name(precision), dense_errors, limits, errors)
+
+
+def _broadcast(tensor: Tensor | None, shape: Sequence[int], dtype: torch.dtype, device: torch.device) -> Tensor:
+    """Rank 0's tensor, on every rank."""
+    if tensor is None:
+        tensor = torch.empty(tuple(shape), dtype=dtype, device=device)
+    tensor = tensor.contiguous()
+    dist.broadcast(tensor, src=0)
+    return tensor
+
+
+def _check_finite(runner: Runner, returned: object) -> None:
+    def check() -> None:
+        for name, t in runner.signature.flat(returned).items():
+            if t.is_floating_point() and not bool(t.isfinite().all()):
+                raise VerificationError(
+                    f"output {name!r} is not finite on random inputs", fix="verify with real inputs: --verify FILE.py"
+                )
+
+    runner.agreement.together("whether the outputs are finite", check)
+
+
+def _time(runner: Runner, inputs: dict[str, Tensor], iterations: int) -> Timing:
+    """Time calls that are enqueued back to back, each between two events on a stream of their own."""
+    stream: torch.cuda.Stream = torch.cuda.Stream(runner.device)  # type: ignore[no-untyped-call]
+    stream.wait_stream(torch.cuda.current_stream(runner.device))
+    events: list[tuple[torch.cuda.Event, torch.cuda.Event]] = []
+    with torch.cuda.stream(stream):
+        for _ in range(WARM_UP):
+            runner(**inputs)
+        stream.synchronize()
+        runner.agreement.vote(None, "the start of the timing")
+        for _ in range(iterations):
+            begin, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))  # type: ignore[no-untyped-call]
+            begin.record(stream)
+            runner(**inputs)
+            end.record(stream)
+            events.append((begin, end))
+        stream.synchronize()
+    return Timing.of([begin.elapsed_time(end) for begin, end in events])
+
+
+def _leave() -> None:
+    """Destroy the process group, for as long as that may take: it waits for ranks that may be gone."""
+    leaving = threading.Thread(target=dist.destroy_process_group, daemon=True)
+    leaving.start()
+    leaving.join(_SHUTDOWN_SECONDS)
+    if leaving.is_alive():
+        print(f"the process group did not end within {_SHUTDOWN_SECONDS:g} s; left as it is", file=sys.stderr)
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """The command line; returns the exit code."""
+    try:
+        app(args=None if argv is None else list(argv), prog_name="python -m torchtrt_md.run")
+    except SystemExit as end:
+        return end.code if isinstance(end.code, int) else int(end.code is not None)
+    return 0
+
+
+def end_process(code: int) -> NoReturn:
+    """End the process now: the destructors of CUDA and NCCL wait on peers that may be gone."""
+    if code == 0 and dist.is_initialized():
+        _leave()
+    sys.stdout.flush()
+    sys.stderr.flush()
+    os._exit(code)

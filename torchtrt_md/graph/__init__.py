@@ -1,0 +1,8 @@
+"""FX graphs: reading, writing and changing them; nothing here knows of meshes, engines or ranks.
+
+functional   a graph without in-place ops
+rewrite      insert a node, replace one by another
+source       the user's own line of a node
+text         a canonical text and its digest: equal graphs have equal ones
+json         a graph as JSON, and back
+"""
