@@ -28,9 +28,9 @@ from __future__ import annotations
 
 import copy
 from collections.abc import Mapping
-from dataclasses import replace
 from pathlib import Path
 
+import msgspec
 import torch
 from torch.fx import GraphModule, Node
 
@@ -187,7 +187,7 @@ def _outputs(program: ShardedProgram, graph: GraphModule) -> tuple[Value, ...]:
         for axis, sharded in node.meta.get("sharding", {}).items():
             shape[sharded.dim] *= program.mesh.axis_size(axis)
             shardings.append(Sharding(sharded.dim, axis))
-        values.append(replace(value, shape=tuple(shape), sharding=tuple(shardings)))
+        values.append(msgspec.structs.replace(value, shape=tuple(shape), sharding=tuple(shardings)))
     return tuple(values)
 
 

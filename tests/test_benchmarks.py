@@ -6,14 +6,13 @@ import json
 import os
 import subprocess
 import sys
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
 import torch.distributed as dist
-from runtime.rank_processes import WORLD, Ranks
+from rank_processes import WORLD, Ranks
 
 import torchtrt_md as md
 from torchtrt_md.parallel import Placement
@@ -25,13 +24,6 @@ sys.path.insert(0, str(ROOT))
 from benchmarks import block_speed, blocks, measure, peers  # noqa: E402
 
 EXACT = 1e-5
-
-
-@pytest.fixture(scope="module")
-def ranks(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Ranks]:
-    started = Ranks(tmp_path_factory.mktemp("ranks") / "store")
-    yield started
-    started.close()
 
 
 @pytest.mark.parametrize("placement", ["engine", "split"])

@@ -22,8 +22,8 @@ from torchtrt_md.parallel import TensorParallel as TensorParallel
 if TYPE_CHECKING:
     from torchtrt_md.doors.compile import compile as compile
     from torchtrt_md.doors.export import export as export
+    from torchtrt_md.doors.load import load as load
     from torchtrt_md.lowering import lower as lower
-    from torchtrt_md.runtime import load as load
     from torchtrt_md.verification import verify as verify
 
 __version__ = "0.1.0"
@@ -34,7 +34,7 @@ _HOMES = {
     "lower": "lowering",
     "verify": "verification",
     "export": "doors.export",
-    "load": "runtime",
+    "load": "doors.load",
 }
 
 

@@ -3,13 +3,26 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field
 
-from torchtrt_md.bundle.manifest import Decision
-from torchtrt_md.graph.text import graph_digest
+import msgspec
+
 from torchtrt_md.lowering.passes import Exchange
 from torchtrt_md.parallel import Placement
-from torchtrt_md.place import PlacedProgram, Runs
+from torchtrt_md.segment import Runs
+
+
+class Decision(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
+    """Something that was chosen for this program, by formula or by timing, in words for people.
+
+    ``what`` was decided ("attention [1,24,4608,128]"), what was ``chosen`` ("ulysses"), ``why`` ("sends the fewest
+    bytes"), and candidate -> milliseconds where candidates were timed.
+    """
+
+    what: str
+    chosen: str
+    why: str
+    times_ms: dict[str, float] = {}
 
 
 @dataclass(frozen=True)
@@ -34,16 +47,3 @@ class Choices:
     transport: str = "nccl"
     decisions: tuple[Decision, ...] = ()
     tuned_on: str = ""
-
-
-def chosen_runs(placed: PlacedProgram, choices: Choices) -> PlacedProgram:
-    """The program with its compute parts running as what was chosen for each."""
-    if not choices.runs:
-        return placed
-    chosen = {
-        id(parts): tuple(
-            p if p.runs == "eager" else replace(p, runs=choices.runs.get(graph_digest(p.graph), p.runs)) for p in parts
-        )
-        for parts, _ in placed.distinct()
-    }
-    return replace(placed, parts=tuple(chosen[id(parts)] for parts in placed.parts))

@@ -18,6 +18,7 @@ class MDError(RuntimeError):
 
     def __init__(self, problem: str, *, fix: str = "", at: str = "") -> None:
         self.problem, self.fix, self.at = problem, fix, at
+        self.agreed = False  # all ranks of the launch raise it
         parts = [problem]
         if at:
             parts.append(f"  at {at}")

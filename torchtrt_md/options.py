@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any, Literal, Self
 
 from torchtrt_md.errors import OptionError
 from torchtrt_md.mesh import Mesh
-from torchtrt_md.parallel import ContextParallel, Parallel, TensorParallel
+from torchtrt_md.parallel import ContextParallel, Gather, Parallel, Split, TensorParallel
 
 if TYPE_CHECKING:
     from torch.distributed.device_mesh import DeviceMesh
@@ -120,6 +120,16 @@ class Options:
         assert isinstance(self.parallel, tuple)
         return self.parallel
 
+    def told(self) -> str:
+        """What all ranks must have in common, as text: all but where each keeps its cache."""
+        own = {field.name: getattr(self, field.name) for field in fields(self) if field.name not in ("cache", "report")}
+        if self.mesh is not None and not isinstance(self.mesh, Mesh):
+            own["mesh"] = (self.mesh.mesh_dim_names, tuple(self.mesh.mesh.shape))
+        own["parallel"] = [
+            (type(p).__name__, p.axis, getattr(p, "strategy", ""), _told(p.plan)) for p in self.parallels
+        ]
+        return ", ".join(f"{name}={value!r}" for name, value in own.items())
+
     def _check_types(self) -> None:
         from torch.distributed.device_mesh import DeviceMesh
 
@@ -142,6 +152,15 @@ class Options:
         ):
             if not fine:
                 raise _refused(name, getattr(self, name), allowed)
+
+
+def _told(entry: Any) -> Any:
+    """A plan without the addresses of its objects."""
+    if isinstance(entry, Mapping):
+        return {key: _told(value) for key, value in entry.items()}
+    if isinstance(entry, (list, tuple)):
+        return [_told(value) for value in entry]
+    return repr(entry) if entry is None or isinstance(entry, (str, Split, Gather)) else type(entry).__name__
 
 
 def _refused(name: str, value: object, allowed: str) -> OptionError:

@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
+from typing import NamedTuple
 
+import msgspec
 import torch
 from torch import Tensor
 from torch.fx import GraphModule, Node
@@ -14,8 +16,7 @@ from torchtrt_md.errors import CaptureError
 from torchtrt_md.mesh import Mesh
 
 
-@dataclass(frozen=True)
-class Sharding:
+class Sharding(NamedTuple):
     """This rank holds chunk ``coordinate`` of ``dim`` along ``axis``."""
 
     dim: int
@@ -41,8 +42,7 @@ class Weight:
         return part(whole, self.shardings, mesh, rank)
 
 
-@dataclass(frozen=True)
-class Value:
+class Value(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     """An input or output of the program, with the shape that the user sees: the global one.
 
     ``sharding`` is empty where every rank has the whole.
@@ -73,7 +73,10 @@ Source = Weight | Value | Coordinate
 
 @dataclass
 class Weights:
-    """The model's weights by name, whole where this process has them, else as this process's DTensor shards."""
+    """The model's weights by name, whole where this process has them, else as this process's DTensor shards.
+
+    What is whole is the model's own parameter or buffer.
+    """
 
     whole: Mapping[str, Tensor]
     shards: Mapping[str, Tensor] = field(default_factory=dict)
@@ -88,7 +91,7 @@ class Weights:
         if weight.parts:
             return torch.cat([self.local(part, mesh, rank) for part in weight.parts])
         if weight.name in self.whole:
-            return weight.local(self.whole[weight.name], mesh, rank)
+            return weight.local(self.whole[weight.name].detach(), mesh, rank)
         if weight.shardings and rank != self.rank:
             raise CaptureError(
                 f"weight {weight.name!r} is a DTensor of which this process holds rank {self.rank}'s shard only,"
@@ -145,6 +148,14 @@ class ShardedProgram:
         for rank, graph in enumerate(self.graphs):
             ranks.setdefault(id(graph), []).append(rank)
         return [(self.graphs[members[0]], tuple(members)) for members in ranks.values()]
+
+    def equal_ranks(self, members: Sequence[int]) -> list[tuple[int, ...]]:
+        """Some ranks, grouped by equal weights: by their coordinates on the axes that split a weight."""
+        axes = sorted({s.axis for w in self.sources.values() if isinstance(w, Weight) for s in w.shardings})
+        classes: dict[tuple[int, ...], list[int]] = {}
+        for rank in members:
+            classes.setdefault(tuple(self.mesh.coordinate(rank, axis) for axis in axes), []).append(rank)
+        return [tuple(ranks) for ranks in classes.values()]
 
     def with_graphs(self, graphs: Mapping[int, GraphModule], **changes: object) -> ShardedProgram:
         """A copy with other graphs, given as ``id`` of the old graph -> new graph."""

@@ -25,21 +25,19 @@ from torch import Tensor
 
 import torchtrt_md
 from torchtrt_md.build.flavour import flavour
-from torchtrt_md.build.parts import BuiltPart
-from torchtrt_md.bundle.from_program import part_segment
-from torchtrt_md.bundle.manifest import Decision
-from torchtrt_md.choices import Choices
+from torchtrt_md.choices import Choices, Decision
 from torchtrt_md.errors import LaunchError, MDError
 from torchtrt_md.graph.text import graph_digest
 from torchtrt_md.lowering import attention_keys
 from torchtrt_md.lowering.passes import Exchange
-from torchtrt_md.place import Runs
 from torchtrt_md.runtime.executor import Executor
 from torchtrt_md.runtime.graphs import Budget, Graphs
-from torchtrt_md.runtime.tensors import dtype_of
+from torchtrt_md.runtime.steps import Key
+from torchtrt_md.segment import Part, Runs, Wire
 
 if TYPE_CHECKING:
-    from torchtrt_md.doors.compile import Built, Session
+    from torchtrt_md.doors.compile import Session
+    from torchtrt_md.road import Built
 
 WARM_UP, REPEATS, FEWEST = 3, 20, 5
 SECONDS = 1.0  # for each candidate, where the fewest repeats leave it
@@ -71,15 +69,15 @@ def tune(session: Session, plan: Choices) -> Choices:
     Raises:
         LaunchError: there is no GPU to time on.
     """
-    if session.device.type != "cuda":
+    if session.launch.device.type != "cuda":
         raise LaunchError("tune=True times candidates on GPUs, and there is none", fix="leave out tune")
-    file = session.cache.folder / "choices" / f"{_key(session, plan)}.json"
+    file = session.road.cache.folder / "choices" / f"{_key(session, plan)}.json"
     # What rank 0 has counts for all: they must not choose differently.
-    held = session.agreement.gather(file.read_bytes() if file.exists() else b"", "choices made before")[0]
+    held = session.launch.agreement.gather(file.read_bytes() if file.exists() else b"", "choices made before")[0]
     if held:
         return msgspec.json.decode(held, type=Choices)
     tuned = _timed(session, plan)
-    if session.rank == 0:
+    if session.launch.rank == 0:
         file.parent.mkdir(parents=True, exist_ok=True)
         unfinished = file.with_suffix(f".{os.getpid()}")
         unfinished.write_bytes(msgspec.json.encode(tuned))
@@ -91,10 +89,10 @@ def _key(session: Session, plan: Choices) -> str:
     """All that the choices depend on, in hexadecimal."""
     options = session.options
     parts = (
-        graph_digest(session.lowered(replace(plan, placement="split")).graphs[session.rank]),
+        graph_digest(session.road.lower(replace(plan, placement="split")).graphs[session.launch.rank]),
         sorted(session.program.strategies.items()),
         list(session.program.mesh.axes.items()),
-        torch.cuda.get_device_name(session.device),
+        torch.cuda.get_device_name(session.launch.device),
         (flavour().name, flavour().version, str(torch.__version__), torchtrt_md.__version__),
         (options.tune, options.placement, options.target, str(options.exchange), options.transpose_weights),
     )
@@ -129,7 +127,7 @@ def _timed(session: Session, plan: Choices) -> Choices:
         return plan
     best = min(possible, key=lambda name: possible[name])
     decisions.append(Decision(_STEP, best, "the fastest", possible))
-    return replace(steps[best], decisions=tuple(decisions), tuned_on=torch.cuda.get_device_name(session.device))
+    return replace(steps[best], decisions=tuple(decisions), tuned_on=torch.cuda.get_device_name(session.launch.device))
 
 
 def _exchanges(session: Session, plan: Choices, timer: _Timer) -> tuple[Choices, list[Decision]]:
@@ -162,7 +160,7 @@ def _segments(session: Session, plan: Choices) -> tuple[Choices, list[Decision]]
     """The faster of TensorRT and Inductor for each different compute segment."""
     in_trt = session.built(replace(plan, runs={}, compute="engine"))
     in_inductor = session.built(replace(plan, runs={}, compute="inductor"))
-    texts = _texts(in_trt, in_inductor)
+    texts = _texts(session, in_trt, in_inductor)
     if texts is None:  # an op that no engine can hold cuts the two differently
         return plan, []
     runs: dict[str, Runs] = {}
@@ -179,29 +177,30 @@ def _segments(session: Session, plan: Choices) -> tuple[Choices, list[Decision]]
     return replace(plan, runs=runs), decisions
 
 
-def _texts(in_trt: Built, in_inductor: Built) -> dict[str, tuple[BuiltPart, BuiltPart, int]] | None:
+def _texts(session: Session, in_trt: Built, in_inductor: Built) -> dict[str, tuple[Part, Part, int]] | None:
     """Text of the graph of a compute part -> the part as an engine, as Inductor has it, and how many are equal."""
-    if len(in_trt.parts) != len(in_inductor.parts):
+    rank = session.launch.rank
+    if len(in_trt.parts[rank]) != len(in_inductor.parts[rank]):
         return None
-    found: dict[str, tuple[BuiltPart, BuiltPart, int]] = {}
-    for a, b in zip(in_trt.parts, in_inductor.parts, strict=True):
+    found: dict[str, tuple[Part, Part, int]] = {}
+    for a, b in zip(in_trt.parts[rank], in_inductor.parts[rank], strict=True):
         if (a.runs == "eager") != (b.runs == "eager"):
             return None
         if a.runs == "engine":
-            before = found.get(b.text)
-            found[b.text] = (a, b, before[2] + 1 if before else 1)
+            before = found.get(b.digest)
+            found[b.digest] = (a, b, before[2] + 1 if before else 1)
     return found
 
 
-def _segment_ms(session: Session, built: Built, part: BuiltPart) -> float:
+def _segment_ms(session: Session, built: Built, part: Part) -> float:
     """The median of one segment alone; its inputs are random."""
-    segment = part_segment(part, "")
+    segment = part.segment
     outputs = [b.source for b in segment.outputs]
     executor = session.executor(built, [part], outputs=outputs)
-    inputs = {
-        b.source: _random(b.shape, dtype_of(b.dtype), session.device)
+    inputs: dict[Key, Tensor] = {
+        b.source: _random(b.shape, b.dtype, session.launch.device)
         for b in segment.inputs
-        if not b.source.startswith(("weight:", "coordinate:"))
+        if b.source.kind not in ("weight", "coordinate")
     }
     return _agreed(session, lambda: _median_ms(session, executor, inputs))
 
@@ -211,9 +210,9 @@ class _Timer:
 
     def __init__(self, session: Session) -> None:
         self.session = session
-        generator = torch.Generator(device=session.device).manual_seed(0)
-        self.inputs = {
-            f"input:{value.name}": _random(value.shape, value.dtype, session.device, generator)
+        generator = torch.Generator(device=session.launch.device).manual_seed(0)
+        self.inputs: dict[Key, Tensor] = {
+            Wire("input", value.name): _random(value.shape, value.dtype, session.launch.device, generator)
             for value in session.program.inputs
         }
 
@@ -235,29 +234,31 @@ def _agreed(session: Session, measure: Callable[[], float]) -> float:
     """The largest of all ranks' times; the ranks begin together."""
 
     def watched() -> float:
-        with session.watchdog.waiting("a candidate that is timed"):
+        with session.launch.watchdog.waiting("a candidate that is timed"):
             return measure()
 
-    mine = session.agreement.together("timing a candidate", watched)
-    return max(session.agreement.gather(mine, "the candidate's times"))
+    mine = session.launch.agreement.together("timing a candidate", watched)
+    return max(session.launch.agreement.gather(mine, "the candidate's times"))
 
 
-def _median_ms(session: Session, executor: Executor, inputs: Mapping[str, Tensor]) -> float:
-    device = session.device
+def _median_ms(session: Session, executor: Executor, inputs: Mapping[Key, Tensor]) -> float:
+    device = session.launch.device
     stream: torch.cuda.Stream = torch.cuda.Stream(device)  # type: ignore[no-untyped-call]
     stream.wait_stream(torch.cuda.current_stream(device))
     with torch.cuda.device(device), torch.cuda.stream(stream), torch.no_grad():
         run = Graphs(executor.run, Budget(1), device)
         for _ in range(WARM_UP):
             run(inputs)
-        begin, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))  # type: ignore[no-untyped-call]
+        begin, end = _events()
         begin.record(stream)
         run(inputs)
         end.record(stream)
         stream.synchronize()
-        slowest = max(session.agreement.gather(begin.elapsed_time(end), "a first time"))  # ranks repeat equally often
+        slowest = max(
+            session.launch.agreement.gather(begin.elapsed_time(end), "a first time")
+        )  # ranks repeat equally often
         repeats = min(REPEATS, max(FEWEST, int(SECONDS * 1e3 / max(slowest, 1e-3))))
-        events = [[torch.cuda.Event(enable_timing=True) for _ in range(2)] for _ in range(repeats)]  # type: ignore[no-untyped-call]
+        events = [_events() for _ in range(repeats)]
         for begin, end in events:
             begin.record(stream)
             run(inputs)
@@ -266,13 +267,17 @@ def _median_ms(session: Session, executor: Executor, inputs: Mapping[str, Tensor
     return float(median(begin.elapsed_time(end) for begin, end in events))
 
 
+def _events() -> tuple[torch.cuda.Event, torch.cuda.Event]:
+    return torch.cuda.Event(enable_timing=True), torch.cuda.Event(enable_timing=True)  # type: ignore[no-untyped-call]
+
+
 def _random(
-    shape: tuple[int, ...] | list[int],
+    shape: tuple[int, ...],
     dtype: torch.dtype,
     device: torch.device,
     generator: torch.Generator | None = None,
 ) -> Tensor:
     """Equal on all ranks where the generators are; of whole numbers 0, which any table can be asked for."""
     if dtype.is_floating_point:
-        return torch.randn(tuple(shape), generator=generator, device=device).to(dtype)
-    return torch.zeros(tuple(shape), dtype=dtype, device=device)
+        return torch.randn(shape, generator=generator, device=device).to(dtype)
+    return torch.zeros(shape, dtype=dtype, device=device)

@@ -7,21 +7,27 @@ from typing import Any
 import torchtrt_md as md
 from torchtrt_md.build import builder, converters
 from torchtrt_md.build.decompose import bind_weights, decompose
-from torchtrt_md.build.engine import Binding
-from torchtrt_md.program import ShardedProgram, Weight
+from torchtrt_md.build.program import without_weights
+from torchtrt_md.place import place
+from torchtrt_md.program import ShardedProgram, Weight, placeholders
+from torchtrt_md.segment import Segment
 
 
-def network(program: ShardedProgram) -> tuple[Any, list[Binding], list[Binding], Any]:
-    """Rank 0's network, its bindings, and the interpreter that made it, which keeps the constants alive."""
+def network(program: ShardedProgram) -> tuple[Any, Segment, Any]:
+    """Rank 0's network, its segment, and the interpreter that made it, which keeps the constants alive."""
     program = md.lower(program)
-    graph = program.graphs[0]
     converters.register()
-    inputs, outputs = builder._bindings(program, graph)
-    weights = {
-        name: program.weights.local(s, program.mesh, 0) for name, s in program.sources.items() if isinstance(s, Weight)
+    (part,) = place(program, "engine", ranks=[0]).parts[0]
+    assert part.graph is not None
+    held = {
+        node.name: program.weights.local(source, program.mesh, 0)
+        for node, old in zip(placeholders(part.graph), part.segment.inputs, strict=True)
+        for source in program.sources.values()
+        if isinstance(source, Weight) and source.name == old.weight
     }
-    interpreter = builder._convert(bind_weights(decompose(graph), weights), inputs, outputs)
-    return interpreter.ctx.net, inputs, outputs, interpreter
+    segment = without_weights(part)
+    interpreter = builder._convert(bind_weights(decompose(part.graph), held), segment)
+    return interpreter.ctx.net, segment, interpreter
 
 
 def layers_of(net: Any, kind: str) -> list[Any]:

@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
-from dataclasses import replace
 from pathlib import Path
 
 import models
 import pytest
 import torch
+from msgspec.structs import replace
 from networks import layers_of, network
 from torch import nn
 from torch.distributed.tensor.parallel import ColwiseParallel, RowwiseParallel
@@ -34,11 +34,11 @@ def test_context_parallel_is_one_engine_for_all_ranks(strategy: str, tmp_path: P
     )
     (engine,) = md.build(program, tmp_path)
     assert engine.ranks == (0, 1, 2, 3)
-    assert engine.axis == "cp"
-    assert [b.name for b in engine.inputs] == [*(n for n in kwargs if n != "return_dict"), "coordinate_cp"]
-    assert [(b.name, b.shape) for b in engine.outputs] == [("output0", (1, 32, 16))]
+    assert engine.segment.axis == "cp"
+    assert [b.name for b in engine.segment.inputs] == [*(n for n in kwargs if n != "return_dict"), "coordinate_cp"]
+    assert [(b.name, b.shape) for b in engine.segment.outputs] == [("output0", (1, 32, 16))]
     expected = {"ulysses": ["all_to_all"] * 6, "allgather_kv": ["all_gather"] * 3}[strategy]
-    assert [c.op for c in engine.collectives] == [*expected, "all_gather"]
+    assert [c.op for c in engine.segment.collectives] == [*expected, "all_gather"]
     weights = sum(p.numel() * p.element_size() for p in model.parameters())
     assert engine.file.stat().st_size > weights
 
@@ -49,7 +49,7 @@ def test_tensor_parallel_is_an_engine_for_each_rank_with_its_part_of_the_weights
     engines = md.build(program, tmp_path, target="sm80")
     assert [e.ranks for e in engines] == [(0,), (1,), (2,), (3,)]
     assert len({e.file.read_bytes() for e in engines}) == 4
-    operations = [c.op for c in engines[0].collectives]
+    operations = [c.op for c in engines[0].segment.collectives]
     vocabulary = "model.embed_tokens" in vars(model).get("_tp_plan", {})  # not in every version's plan
     assert operations == ["all_reduce"] * (4 + vocabulary) + ["all_gather"]
 
@@ -60,7 +60,7 @@ def test_dtypes(dtype: torch.dtype, tmp_path: Path) -> None:
     program = md.capture(model, args, kwargs, mesh=md.Mesh(tp=2), parallel=md.TensorParallel("tp", plan=MLP_PLAN))
     (engine,) = md.build(program, tmp_path, ranks=[1])
     assert engine.ranks == (1,)
-    assert engine.inputs[0].dtype == engine.outputs[0].dtype == dtype
+    assert engine.segment.inputs[0].dtype == engine.segment.outputs[0].dtype == dtype
 
 
 def test_attention_forms_build(tmp_path: Path) -> None:
@@ -84,8 +84,8 @@ class Many(nn.Module):
 def test_outputs_of_every_kind(tmp_path: Path) -> None:
     program = md.capture(Many(), (torch.randn(2, 3), torch.arange(4)), mesh=md.Mesh(tp=1))
     (engine,) = md.build(program, tmp_path)
-    assert engine.axis is None
-    assert [b.dtype for b in engine.outputs] == [torch.float32, torch.float32, torch.int64, torch.bool]
+    assert engine.segment.axis is None
+    assert [b.dtype for b in engine.segment.outputs] == [torch.float32, torch.float32, torch.int64, torch.bool]
 
 
 @pytest.mark.parametrize("target", ["sm80", "sm86", "sm89", "sm120", "portable"])
@@ -143,34 +143,34 @@ def test_an_input_and_a_weight_can_be_outputs(tmp_path: Path) -> None:
     parallel = md.TensorParallel("tp", plan={f"mlp.{name}": style for name, style in MLP_PLAN.items()})
     program = md.capture(Kept().eval(), (torch.randn(2, 8, 32),), mesh=md.Mesh(tp=2), parallel=parallel)
     (engine,) = md.build(program, tmp_path, ranks=[0])
-    assert [b.shape for b in engine.outputs] == [(2, 8, 32), (2, 8, 32), (32, 64), (2, 8, 32)]
-    assert [c.op for c in engine.collectives].count("all_gather") == 1  # of the split weight
+    assert [b.shape for b in engine.segment.outputs] == [(2, 8, 32), (2, 8, 32), (32, 64), (2, 8, 32)]
+    assert [c.op for c in engine.segment.collectives].count("all_gather") == 1  # of the split weight
 
 
 def test_a_network_with_other_bindings_is_refused() -> None:
     model, args, kwargs = models.mlp()
-    net, inputs, outputs, _ = network(md.capture(model, args, kwargs, mesh=md.Mesh(tp=1)))
-    builder._check_bindings(net, inputs, outputs)
-    (x,), (y,) = inputs, outputs
+    net, segment, _ = network(md.capture(model, args, kwargs, mesh=md.Mesh(tp=1)))
+    builder._check_bindings(net, segment)
+    (x,), (y,) = segment.inputs, segment.outputs
     with pytest.raises(BuildError, match=r"1 inputs and the program 1; .*'x' FLOAT .* for 'z' FLOAT"):
-        builder._check_bindings(net, [replace(x, name="z")], outputs)
+        builder._check_bindings(net, replace(segment, inputs=(replace(x, name="z"),)))
     with pytest.raises(BuildError, match=r"'x' FLOAT \(2, 8, 32\) for 'x' HALF \(2, 8, 32\)"):
-        builder._check_bindings(net, [replace(x, dtype=torch.float16)], outputs)
+        builder._check_bindings(net, replace(segment, inputs=(replace(x, dtype=torch.float16),)))
     with pytest.raises(BuildError, match=r"\(2, 8, 32\) for 'output0' FLOAT \(2, 8\)"):
-        builder._check_bindings(net, inputs, [replace(y, shape=(2, 8))])
+        builder._check_bindings(net, replace(segment, outputs=(replace(y, shape=(2, 8)),)))
     with pytest.raises(BuildError, match=r"1 outputs and the program 2; they first differ in none"):
-        builder._check_bindings(net, inputs, [y, replace(y, name="output1")])
+        builder._check_bindings(net, replace(segment, outputs=(y, replace(y, name="output1"))))
 
 
 def test_a_network_with_other_collectives_is_refused() -> None:
     model, args, kwargs = models.llama()
     program = md.lower(md.capture(model, args, kwargs, mesh=md.Mesh(tp=2), parallel=md.TensorParallel("tp")))
-    net, _, _, _ = network(program)
+    net, _, _ = network(program)
     expected = schedule(program.graphs[0])
     builder._check_collectives(net, expected)
     first, *rest = expected
     assert first.op == "all_reduce"
-    for change in ({"size": 4}, {"dtype": torch.float16}, {"elements": 8}, {"op": "all_gather"}):
+    for change in ({"ranks": 4}, {"dtype": torch.float16}, {"elements": 8}, {"op": "all_gather"}):
         with pytest.raises(BuildError, match="collective 0 of the network"):
             builder._check_collectives(net, [replace(first, **change), *rest])
     with pytest.raises(BuildError, match="collective 0 of the network"):
@@ -223,7 +223,7 @@ def test_the_stand_in_for_all_gather_is_used_where_the_probe_says_so(tmp_path: P
     model, args, kwargs = models.flux(torch.bfloat16)
     parallel = md.ContextParallel("cp", strategy="allgather_kv")
     program = md.capture(model, args, kwargs, mesh=md.Mesh(cp=2), parallel=parallel)
-    net, _, _, _ = network(program)
+    net, _, _ = network(program)
     grows = [layer.get_output(0).shape[0] > layer.get_input(0).shape[0] for layer in layers_of(net, "DIST_COLLECTIVE")]
     assert grows == [probes.gathers_beside_attention("BF16")] * 3 + [True]  # the last gathers the result
 

@@ -22,9 +22,9 @@ import torchtrt_md as md
 from torchtrt_md.build import cache as module
 from torchtrt_md.build.cache import FOLDER, EngineCache, engine_key
 from torchtrt_md.build.flavour import flavour
+from torchtrt_md.build.torch_trt import load
 from torchtrt_md.errors import BuildError
-from torchtrt_md.graph.text import fingerprint, graph_text
-from torchtrt_md.program import placeholders
+from torchtrt_md.graph.text import fingerprint, graph_digest, graph_text
 
 X, W = torch.zeros(2, 8), torch.zeros(8, 4)
 
@@ -35,15 +35,8 @@ def linear(x: Tensor, w: Tensor) -> Tensor:
 
 
 def key_of(graph: GraphModule | None = None, **changes: Any) -> str:
-    arguments: dict[str, Any] = {
-        "weights": None,
-        "axis": "cp",
-        "size": 2,
-        "rank_class": (),
-        "target": "portable",
-        "flavour": flavour(),
-    }
-    return engine_key(graph or graphs.trace(linear, X, W), **(arguments | changes))
+    arguments: dict[str, Any] = {"axis": "cp", "size": 2, "target": "portable", "flavour": flavour()}
+    return engine_key(graph_digest(graph or graphs.trace(linear, X, W)), **(arguments | changes))
 
 
 def changed(f: Callable[..., Any], *examples: Tensor) -> str:
@@ -73,13 +66,9 @@ def test_the_key_is_that_of_the_graph_not_of_its_names() -> None:
         lambda: key_of(axis="tp"),
         lambda: key_of(axis=None),
         lambda: key_of(size=4),
-        lambda: key_of(rank_class=(("tp", 0),)),
-        lambda: key_of(rank_class=(("tp", 1),)),
         lambda: key_of(target="sm80"),
         lambda: key_of(flavour=replace(flavour(), version="0.0.1")),
         lambda: key_of(flavour=replace(flavour(), name="another")),
-        lambda: key_of(names=("x", "w", "y")),
-        lambda: baked(W),
     ],
 )
 def test_each_difference_alone_is_another_key(other: Callable[[], str]) -> None:
@@ -100,7 +89,7 @@ def test_another_version_is_another_key(name: str, monkeypatch: pytest.MonkeyPat
 
 def test_other_converters_are_another_key(monkeypatch: pytest.MonkeyPatch) -> None:
     before = key_of()
-    monkeypatch.setattr(module, "_converters", lambda: "other")
+    monkeypatch.setattr(module, "_sources", lambda: "other")
     assert key_of() != before
 
 
@@ -112,30 +101,32 @@ def test_collectives_differ_by_axis_and_size() -> None:
     assert gather("cp", 2) == gather("cp", 2)
 
 
-def baked(weight: Tensor) -> str:
-    graph = graphs.trace(linear, X, weight)
-    return key_of(graph, weights={placeholders(graph)[1].name: weight})
+def made_on(device: str) -> GraphModule:
+    graph = Graph()
+    x = graph.placeholder("x")
+    where = graph.call_function(torch.ops.aten.arange.default, (8,), {"device": torch.device(device)})
+    graph.output((graph.call_function(torch.ops.aten.add.Tensor, (x, where)),))
+    return GraphModule({}, graph)
 
 
-def test_weights_that_are_built_in_are_part_of_the_key() -> None:
-    torch.manual_seed(0)
-    weight = torch.randn(8, 4)
-    before = baked(weight)
-    assert baked(weight.clone()) == before
-    weight.data[3, 3] += 1e-6  # which no version counter tells
-    assert baked(weight) != before
-    graph = graphs.trace(linear, X, W)
-    x, w = (node.name for node in placeholders(graph))
-    assert key_of(graph, weights={x: X, w: W}) != key_of(graph, weights={w: W})
+def test_ranks_share_engines_whatever_device_a_graph_was_traced_on() -> None:
+    assert key_of(made_on("cuda:0")) == key_of(made_on("cuda:1")) == key_of(made_on("cpu"))
 
 
-def test_a_part_of_a_weight_counts_and_not_the_whole() -> None:
-    whole = torch.randn(16, 4)
-    before = baked(whole[8:])
-    whole[0] += 1
-    assert baked(whole[8:]) == before
-    whole[8] += 1
-    assert baked(whole[8:]) != before
+def test_another_torch_tensorrt_is_another_key(monkeypatch: pytest.MonkeyPatch) -> None:
+    before = key_of()
+    monkeypatch.setattr(module, "torch_tensorrt_version", lambda: "9.9")
+    assert key_of() != before
+
+
+def test_a_converter_that_the_user_registers_is_another_key() -> None:
+    def convert(ctx: Any, target: Any, args: Any, kwargs: Any, name: str) -> Any:
+        raise NotImplementedError(name)
+
+    names, before = load(), key_of()
+    names.converter(torch.ops.aten.lgamma.default, priority=names.ConverterPriority.HIGH)(convert)
+    assert key_of() != before
+    assert key_of() == key_of()
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float8_e4m3fn, torch.int64, torch.bool, torch.complex64])
@@ -166,11 +157,6 @@ def test_what_has_no_canonical_form_is_refused_by_node() -> None:
     node.args = (node.args[0], object())
     with pytest.raises(BuildError, match="node 'mm' has an argument of object"):
         graph_text(graph)
-
-
-def test_a_weight_that_the_graph_does_not_take_is_no_weight_of_it() -> None:
-    with pytest.raises(AssertionError, match="other"):
-        key_of(weights={"other": W})
 
 
 class Modulated(nn.Module):

@@ -33,7 +33,7 @@ def test_boundary_dtypes_are_those_of_tensorrt() -> None:
     assert {torch.float32, torch.float16, torch.bfloat16, torch.int64, torch.int32, torch.bool} <= set(supported)
     assert torch.float64 not in supported
     assert torch.int16 not in supported
-    assert all(hasattr(f.trt.DataType, trt_dtype(f, dtype)) for dtype in supported)
+    assert all(hasattr(f.trt.DataType, trt_dtype(dtype)) for dtype in supported)
 
 
 @pytest.mark.parametrize(

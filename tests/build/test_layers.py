@@ -53,7 +53,7 @@ def test_the_scale_is_not_rounded_to_16_bits(
 ) -> None:
     shape = (1, 2, 8, width)
     program = attention(shape, shape, shape, scale, dtype)
-    net, _, _, _ = network(program)
+    net, _, _ = network(program)
     (factor,) = layers_of(net, "CONSTANT")
     (product,) = layers_of(net, "ELEMENTWISE")
     name = {torch.bfloat16: "BF16", torch.float16: "HALF", torch.float32: "FLOAT"}[dtype]
@@ -79,14 +79,14 @@ def test_shapes_that_the_layer_has_not(
 ) -> None:
     program = attention(q, k, v)
     (value,) = program.outputs
-    net, _, _, _ = network(program)
+    net, _, _ = network(program)
     assert tuple(net.get_output(0).shape) == value.shape
     assert len(md.build(program, tmp_path)) == 1
 
 
 def test_the_scale_is_that_of_the_width_before_zeros() -> None:
     """The exact 1/4 of width 16 stays in the dtype; 1/sqrt(32), of the width filled up to, would be float32."""
-    net, _, _, _ = network(attention((1, 2, 8, 16), (1, 2, 8, 16), (1, 2, 8, 32)))
+    net, _, _ = network(attention((1, 2, 8, 16), (1, 2, 8, 16), (1, 2, 8, 32)))
     (factor,) = layers_of(net, "CONSTANT")
     assert factor.get_output(0).dtype.name == "BF16"
 

@@ -50,7 +50,7 @@ def two(ranks: int, dtype: torch.dtype = torch.bfloat16) -> ShardedProgram:
 def test_each_attention_is_one_layer_over_the_ranks(ranks: int, dtype: torch.dtype) -> None:
     program, f = two(ranks, dtype), flavour()
     with converters.converting_for("sm120"):
-        net, _, _, _ = network(program)
+        net, _, _ = network(program)
     attentions = [layers.attention_of(f, layer) for layer in layers_of(net, "ATTENTION_OUTPUT")]
     assert [a.num_ranks for a in attentions] == [ranks, ranks]
     assert not any(a.decomposable or a.causal for a in attentions)
@@ -64,9 +64,9 @@ def test_each_attention_is_one_layer_over_the_ranks(ranks: int, dtype: torch.dty
 def test_the_network_communicates_what_the_schedule_says() -> None:
     program = two(4)
     with converters.converting_for("sm120"):
-        net, _, _, _ = network(program)
+        net, _, _ = network(program)
     found = layers.communications(flavour(), net)
-    expected = [(c.op, c.size, "BF16", c.elements) for c in schedule(program.graphs[0])]
+    expected = [(c.op, c.ranks, "BF16", c.elements) for c in schedule(program.graphs[0])]
     assert [c[:4] for c in found] == expected
     assert [c.op for c in found] == [layers.RING, layers.RING, "all_gather"]
     assert [c.elements_out // c.elements_in for c in found] == [1, 1, 4]
@@ -77,7 +77,7 @@ def test_the_network_communicates_what_the_schedule_says() -> None:
 def test_it_builds_without_a_gpu(target: str) -> None:
     f = flavour()
     with converters.converting_for(target):  # heads of 8, as in the model above, have no kernel of their own
-        net, _, _, interpreter = network(ring((1, 4, 8, 64), (1, 2, 8, 64), (1, 2, 8, 64)))
+        net, _, interpreter = network(ring((1, 4, 8, 64), (1, 2, 8, 64), (1, 2, 8, 64)))
     config = probes.builder_config(f, interpreter.builder)
     f.set_target(config, target)
     assert interpreter.builder.build_serialized_network(net, config) is not None
@@ -154,7 +154,7 @@ def test_a_gather_for_a_ring_is_a_gather_beside_attention() -> None:
 
 def test_an_attention_on_one_rank_does_not_communicate() -> None:
     model, args, _ = models.attention(torch.float16)
-    net, _, _, _ = network(md.capture(model, args, mesh=md.Mesh(cp=1)))
+    net, _, _ = network(md.capture(model, args, mesh=md.Mesh(cp=1)))
     (output,) = layers_of(net, "ATTENTION_OUTPUT")
     attention = layers.attention_of(flavour(), output)
     assert (attention.num_ranks, attention.decomposable) == (1, True)

@@ -17,14 +17,14 @@ def test_interpreter_constructs_a_network_without_a_gpu() -> None:
     """TRTInterpreter: without it there is no way from FX to a network that does not also load the engine."""
     names = load()
     assert {"_construct_trt_network_def", "output", "run_node"} <= set(dir(names.TRTInterpreter))
-    net, inputs, _, interpreter = network(md.capture(nn.Linear(3, 2), (torch.randn(1, 3),), mesh=md.Mesh(tp=1)))
-    assert net.num_inputs == len(inputs) == 1
+    net, segment, interpreter = network(md.capture(nn.Linear(3, 2), (torch.randn(1, 3),), mesh=md.Mesh(tp=1)))
+    assert net.num_inputs == len(segment.inputs) == 1
     assert interpreter._cur_node.op == "output"  # the node that an error would name
 
 
 def test_constants_become_tensors_of_the_network() -> None:
     """get_trt_tensor: without it an operand that was folded to a constant is no tensor for a layer."""
-    _, _, _, interpreter = network(md.capture(nn.Identity(), (torch.randn(3),), mesh=md.Mesh(tp=1)))
+    _, _, interpreter = network(md.capture(nn.Identity(), (torch.randn(3),), mesh=md.Mesh(tp=1)))
     tensor = load().get_trt_tensor(interpreter.ctx, torch.ones(2, 3), "ones")
     assert tuple(tensor.shape) == (2, 3)
     assert load().get_trt_tensor(interpreter.ctx, tensor, "again") is tensor
@@ -46,7 +46,7 @@ def test_collectives_over_constants_stay() -> None:
     """_TorchTensorRTConstantFolder: without ours in its place the collective is run while the graph is lowered."""
     parallel = md.TensorParallel("tp", plan={"e": "embedding_rowwise"})
     program = md.capture(Positions().eval(), (torch.randn(4, 4),), mesh=md.Mesh(tp=2), parallel=parallel)
-    net, _, _, _ = network(program)
+    net, _, _ = network(program)
     (collective,) = layers_of(net, "DIST_COLLECTIVE")
     assert collective.num_ranks == 2
 
@@ -66,10 +66,10 @@ class SameTensors(nn.Module):
 def test_every_output_is_a_tensor_of_its_own() -> None:
     """TRTInterpreter.output: without ours it drops outputs that are one tensor, and TensorRT refuses inputs."""
     args = (torch.randn(3, 3), torch.tensor([True, False]))
-    net, inputs, outputs, _ = network(md.capture(SameTensors(), args, mesh=md.Mesh(tp=1)))
-    assert [net.get_output(i).name for i in range(net.num_outputs)] == [b.name for b in outputs]
-    assert [net.get_input(i).name for i in range(net.num_inputs)] == [b.name for b in inputs]
-    assert len(outputs) == 11
+    net, segment, _ = network(md.capture(SameTensors(), args, mesh=md.Mesh(tp=1)))
+    assert [net.get_output(i).name for i in range(net.num_outputs)] == [b.name for b in segment.outputs]
+    assert [net.get_input(i).name for i in range(net.num_inputs)] == [b.name for b in segment.inputs]
+    assert len(segment.outputs) == 11
 
 
 @pytest.mark.skipif(torch.cuda.is_available(), reason="there is a GPU to ask")

@@ -7,9 +7,12 @@ from pathlib import Path
 import msgspec
 import torch
 
-from torchtrt_md.bundle.manifest import SCHEMA, Binding, Collective, Decision, Manifest, Segment, Tensor, Versions
+from torchtrt_md.bundle.manifest import SCHEMA, Manifest, Versions
 from torchtrt_md.bundle.weights import save_weights
 from torchtrt_md.bundle.write import write_bundle
+from torchtrt_md.choices import Decision
+from torchtrt_md.program import Sharding, Value
+from torchtrt_md.segment import Binding, Collective, Segment, Wire
 
 
 def manifest(**changes: object) -> Manifest:
@@ -18,26 +21,29 @@ def manifest(**changes: object) -> Manifest:
         runs="engine",
         file="first",
         axis="cp",
-        inputs=[
-            Binding("x", "input:x", "float32", [2, 8]),
-            Binding("where", "coordinate:cp", "int32", [1]),
-        ],
-        outputs=[Binding("h", "value:h", "float16", [4, 8])],
-        collectives=[Collective("all_gather", "cp", 2, "float16", 16, 32)],
+        inputs=(
+            Binding("x", Wire("input", "x"), torch.float32, (2, 8)),
+            Binding("where", Wire("coordinate", "cp"), torch.int32, (1,)),
+        ),
+        outputs=(Binding("h", Wire("value", "h"), torch.float16, (4, 8)),),
+        collectives=(Collective("all_gather", "cp", 2, torch.float16, 16, 32),),
     )
     second = Segment(
         runs="engine",
         file="second",
         axis=None,
-        inputs=[Binding("h", "value:h", "float16", [4, 8]), Binding("m", "input:mask.0", "bool", [4])],
-        outputs=[Binding("y", "output:output0", "float32", [4, 8])],
-        collectives=[],
+        inputs=(
+            Binding("h", Wire("value", "h"), torch.float16, (4, 8)),
+            Binding("m", Wire("input", "mask.0"), torch.bool, (4,)),
+        ),
+        outputs=(Binding("y", Wire("output", "output0"), torch.float32, (4, 8)),),
+        collectives=(),
     )
     whole = Manifest(
         schema=SCHEMA,
         mesh={"cp": 2},
-        inputs=[Tensor("x", "float32", [4, 8], [(0, "cp")]), Tensor("mask.0", "bool", [4])],
-        outputs=[Tensor("output0", "float32", [4, 8])],
+        inputs=[Value("x", (4, 8), torch.float32, (Sharding(0, "cp"),)), Value("mask.0", (4,), torch.bool)],
+        outputs=[Value("output0", (4, 8), torch.float32)],
         constants={"return_dict": False, "mask.1": None},
         positional=["x", "mask"],
         result={"tuple": [{"output": 0}]},
@@ -57,36 +63,36 @@ def split_manifest(**changes: object) -> Manifest:
         runs="engine",
         file="engine",
         axis=None,
-        inputs=[
-            Binding("x", "input:x", "float32", [2, 8]),
-            Binding("w", "weight:up", "float32", [8, 16], transposed=True),
-        ],
-        outputs=[Binding("h", "value:h", "float32", [2, 16])],
-        collectives=[],
+        inputs=(
+            Binding("x", Wire("input", "x"), torch.float32, (2, 8)),
+            Binding("w", Wire("weight", "up"), torch.float32, (8, 16), transposed=True),
+        ),
+        outputs=(Binding("h", Wire("value", "h"), torch.float32, (2, 16)),),
+        collectives=(),
         name="block 0",
     )
     eager = Segment(
         runs="eager",
         file="gather",
         axis=None,
-        inputs=[Binding("h", "value:h", "float32", [2, 16])],
-        outputs=[Binding("whole", "output:output0", "float32", [4, 16])],
-        collectives=[Collective("all_gather", "cp", 2, "float32", 32, 128)],
+        inputs=(Binding("h", Wire("value", "h"), torch.float32, (2, 16)),),
+        outputs=(Binding("whole", Wire("output", "output0"), torch.float32, (4, 16)),),
+        collectives=(Collective("all_gather", "cp", 2, torch.float32, 32, 128),),
     )
     inductor = Segment(
         runs="inductor",
         file="last",
         axis=None,
-        inputs=[
-            Binding("whole", "output:output0", "float32", [4, 16]),
-            Binding("w", "weight:up", "float32", [16, 8]),
-        ],
-        outputs=[Binding("y", "output:output1", "float32", [4, 8])],
-        collectives=[],
+        inputs=(
+            Binding("whole", Wire("output", "output0"), torch.float32, (4, 16)),
+            Binding("w", Wire("weight", "up"), torch.float32, (16, 8)),
+        ),
+        outputs=(Binding("y", Wire("output", "output1"), torch.float32, (4, 8)),),
+        collectives=(),
     )
     split = {
-        "inputs": [Tensor("x", "float32", [4, 8], [(0, "cp")])],
-        "outputs": [Tensor("output0", "float32", [4, 16]), Tensor("output1", "float32", [4, 8])],
+        "inputs": [Value("x", (4, 8), torch.float32, (Sharding(0, "cp"),))],
+        "outputs": [Value("output0", (4, 16), torch.float32), Value("output1", (4, 8), torch.float32)],
         "constants": {},
         "positional": ["x"],
         "result": {"tuple": [{"output": 0}, {"output": 1}]},

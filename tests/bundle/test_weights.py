@@ -9,10 +9,10 @@ from safetensors.torch import load_file
 from torch import Tensor
 
 from bundle import bundle_samples
-from torchtrt_md.bundle.manifest import Binding
 from torchtrt_md.bundle.read import read_manifest
 from torchtrt_md.bundle.weights import DTYPES, check_weights, load_weights, rank_weights, save_weights
 from torchtrt_md.errors import BundleError
+from torchtrt_md.segment import Binding, Wire
 
 
 def same(a: Tensor, b: Tensor) -> bool:
@@ -96,11 +96,14 @@ def test_a_damaged_or_missing_file(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("binding", "message"),
     [
-        (Binding("w", "weight:v", "bfloat16", [6, 4]), "the weight 'v' is not in"),
-        (Binding("w", "weight:w", "float16", [6, 4]), r"BF16 \[6, 4\] in .*says F16 \(float16\) \[6, 4\]"),
-        (Binding("w", "weight:w", "bfloat16", [4, 6]), r"BF16 \[6, 4\] in .*says BF16 \(bfloat16\) \[4, 6\]"),
-        (Binding("w", "weight:w", "bfloat16", [6, 4], transposed=True), r"\[6, 4\] in .*says .* \[4, 6\]"),
-        (Binding("w", "weight:w", "complex64", [6, 4]), r"says None \(complex64\)"),
+        (Binding("w", Wire("weight", "v"), torch.bfloat16, (6, 4)), "the weight 'v' is not in"),
+        (Binding("w", Wire("weight", "w"), torch.float16, (6, 4)), r"BF16 \[6, 4\] in .*says F16 \(float16\) \[6, 4\]"),
+        (
+            Binding("w", Wire("weight", "w"), torch.bfloat16, (4, 6)),
+            r"BF16 \[6, 4\] in .*says BF16 \(bfloat16\) \[4, 6\]",
+        ),
+        (Binding("w", Wire("weight", "w"), torch.bfloat16, (6, 4), transposed=True), r"\[6, 4\] in .*says .* \[4, 6\]"),
+        (Binding("w", Wire("weight", "w"), torch.complex64, (6, 4)), r"says None \(complex64\)"),
     ],
 )
 def test_the_header_must_be_what_segments_take(tmp_path: Path, binding: Binding, message: str) -> None:
@@ -108,9 +111,9 @@ def test_the_header_must_be_what_segments_take(tmp_path: Path, binding: Binding,
     check_weights(
         tmp_path / "w",
         [
-            Binding("x", "input:x", "float32", [1]),
-            Binding("w", "weight:w", "bfloat16", [6, 4]),
-            Binding("w", "weight:w", "bfloat16", [4, 6], transposed=True),
+            Binding("x", Wire("input", "x"), torch.float32, (1,)),
+            Binding("w", Wire("weight", "w"), torch.bfloat16, (6, 4)),
+            Binding("w", Wire("weight", "w"), torch.bfloat16, (4, 6), transposed=True),
         ],
     )
     with pytest.raises(BundleError, match=message):
@@ -126,7 +129,7 @@ def test_a_rank_s_weights_are_those_of_its_segments(tmp_path: Path) -> None:
     assert rank_weights(folder, bundle_samples.manifest(), 0, "cpu") == {}
 
     engine, eager, inductor = manifest.ranks[0]
-    wrong = [b if b.weight is None else msgspec.structs.replace(b, dtype="float16") for b in inductor.inputs]
+    wrong = [b if b.weight is None else msgspec.structs.replace(b, dtype=torch.float16) for b in inductor.inputs]
     changed = msgspec.structs.replace(
         manifest, ranks=[[engine, eager, msgspec.structs.replace(inductor, inputs=wrong)], manifest.ranks[1]]
     )

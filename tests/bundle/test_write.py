@@ -10,8 +10,8 @@ import torch
 
 from bundle import bundle_samples
 from torchtrt_md.bundle import check_files, read_manifest, write_bundle
-from torchtrt_md.bundle.manifest import Decision
 from torchtrt_md.bundle.weights import save_weights
+from torchtrt_md.choices import Decision
 from torchtrt_md.errors import BundleError
 
 

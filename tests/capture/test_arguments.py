@@ -5,7 +5,6 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any, NamedTuple
 
-import msgspec
 import pytest
 import torch
 from torch import Tensor, nn
@@ -16,7 +15,7 @@ from torchtrt_md.bundle import manifest as m
 from torchtrt_md.bundle import read_manifest
 from torchtrt_md.capture.arguments import Arguments, named_leaves
 from torchtrt_md.errors import CaptureError, InputError
-from torchtrt_md.program import ShardedProgram, dtype_name
+from torchtrt_md.program import ShardedProgram
 from torchtrt_md.runtime.signature import Signature
 
 CPU = torch.device("cpu")
@@ -81,14 +80,11 @@ class Optional(nn.Module):
 def signature_of(program: ShardedProgram) -> Signature:
     """What a runner gets: the program's part of the manifest, written and read again."""
 
-    def tensor(value: Any) -> m.Tensor:
-        return m.Tensor(value.name, dtype_name(value.dtype), list(value.shape))
-
     written = m.Manifest(
         schema=m.SCHEMA,
         mesh=dict(program.mesh.axes),
-        inputs=[tensor(v) for v in program.inputs],
-        outputs=[tensor(v) for v in program.outputs],
+        inputs=list(program.inputs),
+        outputs=list(program.outputs),
         constants=dict(program.constants),  # type: ignore[arg-type]
         positional=list(program.positional),
         result={"output": 0},
@@ -99,7 +95,7 @@ def signature_of(program: ShardedProgram) -> Signature:
         versions=m.Versions("", "", "", ""),
         files={},
     )
-    read = msgspec.json.decode(msgspec.json.encode(written), type=m.Manifest)
+    read = m.decode(m.encode(written))
     assert read == written
     return Signature(read)
 

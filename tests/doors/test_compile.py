@@ -2,42 +2,35 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
 import models
 import pytest
 import torch
-from runtime.rank_processes import Ranks
+from rank_processes import Ranks
 from torch import Tensor, nn
 from transformers.modeling_outputs import CausalLMOutputWithPast
 
 import torchtrt_md as md
 from torchtrt_md.build.cache import EngineCache
-from torchtrt_md.build.parts import BuiltPart, build_parts, unconvertible, with_transposed_weights
-from torchtrt_md.bundle.manifest import Decision
+from torchtrt_md.build.part import build_part, unconvertible, with_transposed_weights
 from torchtrt_md.bundle.read import check_files, rank_files, read_manifest
 from torchtrt_md.bundle.weights import rank_weights
-from torchtrt_md.choices import Choices
-from torchtrt_md.doors.compile import Built, summary_of
+from torchtrt_md.choices import Choices, Decision
 from torchtrt_md.errors import BuildError, ConversionError, PlanError
 from torchtrt_md.graph.json import check_bindings, graph_from_json
 from torchtrt_md.lowering.passes import Exchange
 from torchtrt_md.place import PlacedProgram, place
 from torchtrt_md.place.choose import Choice, choose_placement
 from torchtrt_md.program import ShardedProgram, Weight, placeholders, value_of
+from torchtrt_md.road import Built, summary_of
+from torchtrt_md.segment import Part
 from torchtrt_md.verification.compare import relative_error
 
 PLAN = {"": {"x": md.Split(1)}, "out": md.Gather(1)}
 OPTIONS: dict[str, Any] = {"compute": "inductor", "report": False, "timeout": 120.0}
-
-
-@pytest.fixture(scope="module")
-def ranks(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Ranks]:
-    started = Ranks(tmp_path_factory.mktemp("ranks") / "store")
-    yield started
-    started.close()
 
 
 # --- on two ranks ---
@@ -198,62 +191,67 @@ def flux_parts() -> PlacedProgram:
 
 
 @pytest.fixture(scope="module")
-def built(flux_parts: PlacedProgram, tmp_path_factory: pytest.TempPathFactory) -> tuple[list[BuiltPart], EngineCache]:
-    folder = tmp_path_factory.mktemp("engines")
-    cache = EngineCache(folder / "cache")
-    return build_parts(flux_parts.parts[0], folder, "sm80", cache=cache), cache
+def built(flux_parts: PlacedProgram, tmp_path_factory: pytest.TempPathFactory) -> tuple[list[Part], EngineCache]:
+    cache = EngineCache(tmp_path_factory.mktemp("engines"))
+    return build_parts(flux_parts.parts[0], cache), cache
+
+
+def build_parts(parts: Sequence[Part], cache: EngineCache) -> list[Part]:
+    return [build_part(part, "sm80", cache) for part in parts]
 
 
 class TestParts:
     def test_equal_blocks_share_an_engine(self, tmp_path: Path) -> None:
-        parts = build_parts(placed_blocks(3).parts[0], tmp_path, "sm80")
+        parts = build_parts(placed_blocks(3).parts[0], EngineCache(tmp_path))
         engines = [part.engine for part in parts if part.engine is not None]
         assert len(engines) == 4  # into the first attention, between two, and out of the last
         assert len(set(engines)) == 3
         assert engines[1] == engines[2]
         between = [part for part in parts if part.engine == engines[1]]
-        assert between[0].inputs != between[1].inputs  # each has its own weights
+        assert between[0].segment.inputs != between[1].segment.inputs  # each has its own weights
 
-    def test_flux_is_built(self, built: tuple[list[BuiltPart], EngineCache]) -> None:
+    def test_flux_is_built(self, built: tuple[list[Part], EngineCache]) -> None:
         parts, cache = built
         engines = {part.engine for part in parts if part.runs == "engine"}
         assert all(engine is not None and engine.stat().st_size > 0 for engine in engines)
         assert cache.misses == len(engines)
-        assert len(engines) == len({part.text for part in parts if part.runs == "engine"})
+        assert len(engines) == len({part.digest for part in parts if part.runs == "engine"})
         for part in parts:
-            assert (part.graph is None) == (part.runs == "engine")
-            assert part.axis is None  # all collectives are between engines
+            assert (part.engine is not None) == (part.runs == "engine")
+            assert part.segment.axis is None  # all collectives are between engines
 
     def test_a_second_build_takes_all_from_the_cache(
-        self, flux_parts: PlacedProgram, built: tuple[list[BuiltPart], EngineCache], tmp_path: Path
+        self, flux_parts: PlacedProgram, built: tuple[list[Part], EngineCache]
     ) -> None:
         parts, first = built
         cache = EngineCache(first.folder)
-        again = build_parts(flux_parts.parts[1], tmp_path, "sm80", cache=cache)
+        again = build_parts(flux_parts.parts[1], cache)
         assert (cache.hits, cache.misses) == (first.misses, 0)
         assert [part.engine for part in again] == [part.engine for part in parts]
-        assert list(tmp_path.iterdir()) == []
 
-    def test_another_target_is_another_engine(self, built: tuple[list[BuiltPart], EngineCache], tmp_path: Path) -> None:
+    def test_another_target_is_another_engine(self, built: tuple[list[Part], EngineCache]) -> None:
         cache = EngineCache(built[1].folder)
         part = next(part for part in placed_blocks(1).parts[0] if part.runs == "engine")
         for target in ("sm80", "sm89", "sm80"):
-            build_parts([part], tmp_path, target, cache=cache)
+            build_part(part, target, cache)
         assert (cache.hits, cache.misses) == (1, 2)
 
     def test_weights_are_taken_transposed(self, flux_parts: PlacedProgram) -> None:
         part = next(part for part in flux_parts.parts[0] if part.runs == "engine")
-        graph, transposed = with_transposed_weights(part)
-        assert transposed
-        assert all(source.startswith("weight:") for source in transposed)
-        before = dict(zip(part.inputs, map(value_of, placeholders(part.graph)), strict=True))
-        after = dict(zip(part.inputs, map(value_of, placeholders(graph)), strict=True))
-        for source, value in after.items():
-            expected = before[source].shape[::-1] if source in transposed else before[source].shape
-            assert value.shape == expected
-        feeds = [torch.randn(value.shape, dtype=value.dtype) for value in before.values()]
-        turned = [x.t() if source in transposed else x for source, x in zip(part.inputs, feeds, strict=True)]
-        for old, new in zip(part.graph(*feeds), graph(*turned), strict=True):
+        turned = with_transposed_weights(part)
+        assert part.graph is not None
+        assert turned.graph is not None
+        transposed = [b.transposed for b in turned.segment.inputs]
+        assert any(transposed)
+        for before, after, node in zip(
+            part.segment.inputs, turned.segment.inputs, placeholders(turned.graph), strict=True
+        ):
+            assert after.source_shape == before.shape
+            assert after.shape == tuple(value_of(node).shape)
+            assert after.weight is not None or not after.transposed
+        feeds = [torch.randn(b.shape, dtype=b.dtype) for b in part.segment.inputs]
+        given = [x.t() if turn else x for turn, x in zip(transposed, feeds, strict=True)]
+        for old, new in zip(part.graph(*feeds), turned.graph(*given), strict=True):
             torch.testing.assert_close(new, old)
 
     def test_a_weight_that_is_read_both_ways_stays(self) -> None:
@@ -267,7 +265,7 @@ class TestParts:
 
         captured = md.capture(Both().eval(), (torch.randn(8, 8),), mesh=md.Mesh(cp=1))
         (part,) = place(md.lower(captured), "engine").parts[0]
-        assert with_transposed_weights(part)[1] == ("weight:once",)
+        assert [b.source.name for b in with_transposed_weights(part).segment.inputs if b.transposed] == ["once"]
 
 
 class Unusual(nn.Module):
@@ -294,7 +292,7 @@ class TestUnconvertible:
 
     def test_it_stays_in_pytorch_between_engines(self, unusual: ShardedProgram, tmp_path: Path) -> None:
         placed = place(unusual, "engine", keep=unconvertible(unusual.graphs[0]))
-        parts = build_parts(placed.parts[0], tmp_path, "sm80")
+        parts = build_parts(placed.parts[0], EngineCache(tmp_path))
         assert [part.runs for part in parts] == ["engine", "eager", "engine"]
         (kept,) = placed.kept
         assert (kept.op, kept.count) == ("aten.lgamma.default", 1)
@@ -309,7 +307,7 @@ class TestUnconvertible:
 
     def test_building_it_all_the_same_names_the_node(self, unusual: ShardedProgram, tmp_path: Path) -> None:
         with pytest.raises(ConversionError, match=r"aten\.lgamma\.default") as error:
-            build_parts(place(unusual, "engine").parts[0], tmp_path, "sm80")
+            build_parts(place(unusual, "engine").parts[0], EngineCache(tmp_path))
         assert error.value.node in unconvertible(unusual.graphs[0])
 
 
@@ -366,12 +364,13 @@ def test_the_summary_tells_what_runs_where_and_why(tmp_path: Path) -> None:
 
     program = md.lower(md.capture(Both().eval(), (torch.randn(1, 8, 32),), mesh=md.Mesh(cp=1)), placement="split")
     placed = place(program, "split", keep=unconvertible(program.graphs[0]))
-    parts = build_parts(placed.parts[0], tmp_path, "sm80")
+    parts = build_parts(placed.parts[0], EngineCache(tmp_path))
     timed = Decision("attention", "ulysses", "the fastest", {"ulysses": 1.0, "ring": 2.25})
+    choices = Choices("split", decisions=(Decision("placement", "split", "as asked for"), timed), tuned_on="a GPU")
     lines = summary_of(
         "Both",
-        Built(placed=placed, parts=parts, transport="nccl", hits=2, misses=1),
-        Choices("split", decisions=(Decision("placement", "split", "as asked for"), timed), tuned_on="a GPU"),
+        Built(placed, choices, (tuple(parts),), hits=2, misses=1),
+        rank=0,
     ).splitlines()
     engines, eager = ([part for part in parts if part.runs == runs] for runs in ("engine", "eager"))
     different = len({part.engine for part in engines})

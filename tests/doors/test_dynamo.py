@@ -5,7 +5,7 @@ from __future__ import annotations
 import gc
 import tomllib
 from collections.abc import Callable, Iterator, Mapping
-from contextlib import closing
+from dataclasses import replace
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -16,18 +16,19 @@ import torch
 import torch._dynamo
 import torch.distributed as dist
 import torch.distributed._functional_collectives as funcol
-from runtime.rank_processes import Ranks
+from rank_processes import Ranks
 from torch import Tensor, nn
 from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.tensor.parallel import ColwiseParallel, RowwiseParallel, parallelize_module
 
 from torchtrt_md import ContextParallel, Gather, MDError, Mesh, Split, TensorParallel
-from torchtrt_md.doors.dynamo import Runs, Verify, compile_graph, run_rank
+from torchtrt_md.doors.dynamo import Verify, compile_graph, run_rank
+from torchtrt_md.doors.flat_call import Compiled
 from torchtrt_md.errors import CaptureError, InputError, OptionError, VerificationError
+from torchtrt_md.launch.agree import Agreement
 from torchtrt_md.lowering import lower
 from torchtrt_md.options import Options
-from torchtrt_md.program import ShardedProgram
-from torchtrt_md.runtime.agree import Agreement
+from torchtrt_md.program import ShardedProgram, Weights
 from torchtrt_md.runtime.graphs import Budget
 
 TP_PLAN = {"up": ColwiseParallel(), "down": RowwiseParallel()}
@@ -59,7 +60,7 @@ class InPyTorch:
         verify: Verify,
         name: str,
         budget: Budget | None,
-    ) -> Runs:
+    ) -> Compiled:
         lowered = lower(together("capture", captured))
         self.change(lowered)
         if options.check:
@@ -75,10 +76,21 @@ class _InPyTorch:
     def __init__(self, program: ShardedProgram, build: InPyTorch) -> None:
         self.program, self.build = program, build
 
-    def run(self, inputs: Mapping[str, Tensor], /) -> dict[str, Tensor]:
+    def call(
+        self, bind: Callable[[], Mapping[str, Tensor]], /, *, weights: Any = None, about: str = ""
+    ) -> dict[str, Tensor]:
+        inputs = together(f"a call{about}", bind)
         assert set(inputs) == {value.name for value in self.program.inputs}
         names = [value.name for value in self.program.outputs]
-        return dict(zip(names, run_rank(self.program, inputs, None), strict=True))
+        return dict(zip(names, run_rank(weights or self.program, inputs, None), strict=True))
+
+    def with_weights(self, weight_of: Callable[[str], Tensor], /) -> ShardedProgram:
+        """The program with these; ``weight_of`` gives this rank's parts."""
+        held = self.program.weights
+        shards = {name: weight_of(name) for name in (held.shards or held.whole)}
+        rank = dist.get_rank() if dist.is_initialized() else 0
+        new = Weights({}, shards, rank) if held.shards else Weights(shards)
+        return replace(self.program, weights=new)
 
     def close(self) -> None:
         self.build.closed += 1
@@ -88,8 +100,7 @@ def together(about: str, step: Callable[[], Any]) -> Any:
     """A step whose failure on one rank is that of all."""
     if not dist.is_initialized():
         return step()
-    with closing(Agreement(30.0)) as agreement:
-        return agreement.together(about, step)
+    return Agreement(30.0).together(about, step)
 
 
 def compiled(model: Any, build: InPyTorch, **options: Any) -> Any:
@@ -139,7 +150,7 @@ def test_a_parallelized_model_and_its_weights(ranks: Ranks) -> None:
         assert max(errors) < 1e-5
         assert verified == 4, "three shapes, and once more after the reset"
         assert fine == ""
-        assert changed.startswith("InputError: 'up.weight' was changed or replaced after the model was compiled")
+        assert changed.startswith("InputError: every rank: 'up.weight' was changed or replaced after the model was compiled")
 
 
 def wrong_lowering(rank: int) -> str:

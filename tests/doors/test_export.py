@@ -149,9 +149,9 @@ def test_a_sharded_output_stays_sharded(tmp_path: Path) -> None:
         out=tmp_path / "out.mdtrt",
     )
     (output,) = exported.manifest.outputs
-    assert output.shape == [2, 16, 32]
-    assert output.sharding == [(1, "cp")]
-    assert exported.manifest.ranks[0][0].outputs[0].shape == [2, 8, 32]
+    assert output.shape == (2, 16, 32)
+    assert output.sharding == ((1, "cp"),)
+    assert exported.manifest.ranks[0][0].outputs[0].shape == (2, 8, 32)
 
 
 def test_a_model_that_was_parallelized_already_is_verified_against_the_dense_one(tmp_path: Path) -> None:

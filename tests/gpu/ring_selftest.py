@@ -19,10 +19,8 @@ import torch.distributed as dist
 
 import torchtrt_md as md
 from torchtrt_md.errors import MDError
-from torchtrt_md.runtime import communicator
-from torchtrt_md.runtime.agree import Agreement
+from torchtrt_md.launch import Launch
 from torchtrt_md.runtime.selftest import check_ring
-from torchtrt_md.runtime.watchdog import Watchdog
 
 
 def main() -> None:
@@ -30,9 +28,9 @@ def main() -> None:
     device = torch.device("cuda", int(os.environ["LOCAL_RANK"]))
     torch.cuda.set_device(device)
     dist.init_process_group("nccl", device_id=device, timeout=timedelta(seconds=60))
-    agreement, watchdog = Agreement(60.0), Watchdog(60.0)
     ranks = dist.get_world_size()
-    groups = communicator.connect(md.Mesh(cp=ranks), ["cp"], device, watchdog)
+    launch = Launch.join(60.0, device=device)
+    groups = launch.connect(md.Mesh(cp=ranks))
     said: dict[str, object] = {"rank": dist.get_rank(), "refused": "", "error": None}
     try:
         said["error"] = check_ring(
@@ -44,9 +42,7 @@ def main() -> None:
             8,
             256,
             group=groups["cp"],
-            device=device,
-            agreement=agreement,
-            watchdog=watchdog,
+            launch=launch,
             target="sm80",
         )
     except MDError as error:

@@ -10,8 +10,11 @@ import torch
 from torch import Tensor
 
 from torchtrt_md.runtime.graphs import Budget, Graphs
+from torchtrt_md.runtime.steps import Key
+from torchtrt_md.segment import Wire
 
 pytestmark = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
+X, Y = Wire("input", "x"), Wire("output", "y")
 
 
 @pytest.fixture(autouse=True)
@@ -23,17 +26,17 @@ def own_stream() -> Iterator[None]:
     torch.cuda.synchronize()
 
 
-def double(inputs: Mapping[str, Tensor]) -> dict[str, Tensor]:
-    return {"output:y": inputs["input:x"] * 2}
+def double(inputs: Mapping[Key, Tensor]) -> dict[Key, Tensor]:
+    return {Y: inputs[X] * 2}
 
 
-def waits(inputs: Mapping[str, Tensor]) -> dict[str, Tensor]:
+def waits(inputs: Mapping[Key, Tensor]) -> dict[Key, Tensor]:
     torch.cuda.current_stream().synchronize()  # which no capture allows
     return double(inputs)
 
 
-def x(*shape: int) -> dict[str, Tensor]:
-    return {"input:x": torch.randn(*shape, device="cuda")}
+def x(*shape: int) -> dict[Key, Tensor]:
+    return {X: torch.randn(*shape, device="cuda")}
 
 
 def graphs_of(run: object, count: int = 2, *, static_outputs: bool = False) -> Graphs:
@@ -46,7 +49,7 @@ def test_a_replay_computes_what_a_run_does_on_new_inputs() -> None:
     graphs(x(4))
     for _ in range(3):
         inputs = x(4)
-        assert torch.equal(graphs(inputs)["output:y"], inputs["input:x"] * 2)
+        assert torch.equal(graphs(inputs)[Y], inputs[X] * 2)
     assert len(graphs.captured) == 1
 
 
@@ -54,10 +57,10 @@ def test_results_are_the_callers_own_unless_asked_otherwise() -> None:
     for static in (False, True):
         graphs = graphs_of(double, static_outputs=static)
         graphs(x(4))
-        first, inputs = graphs(x(4))["output:y"], x(4)
+        first, inputs = graphs(x(4))[Y], x(4)
         kept = first.clone()
         graphs(inputs)
-        assert torch.equal(first, inputs["input:x"] * 2 if static else kept)
+        assert torch.equal(first, inputs[X] * 2 if static else kept)
 
 
 def test_new_shapes_are_captured_up_to_the_budget_and_run_without_beyond_it() -> None:
@@ -69,7 +72,7 @@ def test_new_shapes_are_captured_up_to_the_budget_and_run_without_beyond_it() ->
     with warnings.catch_warnings():
         warnings.simplefilter("error")  # one warning, not one for each call
         inputs = x(4)
-        assert torch.equal(graphs(inputs)["output:y"], inputs["input:x"] * 2)
+        assert torch.equal(graphs(inputs)[Y], inputs[X] * 2)
     assert sum(c is not None for c in graphs.captured.values()) == 2
 
 
@@ -80,4 +83,4 @@ def test_a_capture_that_fails_is_told_once_with_its_cause_and_calls_go_on() -> N
     with warnings.catch_warnings():
         warnings.simplefilter("error")
         inputs = x(4)
-        assert torch.equal(graphs(inputs)["output:y"], inputs["input:x"] * 2)
+        assert torch.equal(graphs(inputs)[Y], inputs[X] * 2)

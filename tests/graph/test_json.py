@@ -19,13 +19,13 @@ from torch import Tensor
 from torch.fx import Graph, GraphModule, Node
 
 import torchtrt_md as md
-from torchtrt_md.bundle.manifest import Binding, Segment
 from torchtrt_md.errors import BundleError
 from torchtrt_md.graph.json import TensorSpec, check_bindings, graph_from_json, graph_to_json
 from torchtrt_md.graph.source import source_line
 from torchtrt_md.lowering import ops
 from torchtrt_md.parallel import Parallel
 from torchtrt_md.program import placeholders, value_of
+from torchtrt_md.segment import Binding, Segment, Wire
 from torchtrt_md.verification.simulate import EXACT, simulate
 
 aten = torch.ops.aten
@@ -365,13 +365,16 @@ def test_equal_graphs_give_equal_bytes() -> None:
 
 
 def segment(inputs: list[Binding], outputs: list[Binding]) -> Segment:
-    return Segment("eager", "graphs/abc.json", None, inputs, outputs, [])
+    return Segment("eager", "graphs/abc.json", None, tuple(inputs), tuple(outputs), ())
 
 
 def test_a_graph_must_be_what_its_segment_binds() -> None:
     graph = again(graphs.trace(lambda x, w: x @ w.t(), torch.ones(2, 3), torch.ones(5, 3)))
-    x, w = Binding("a", "input:x", "float32", [2, 3]), Binding("b", "weight:w", "float32", [5, 3])
-    y = Binding("y", "output:y", "float32", [2, 5])
+    x, w = (
+        Binding("a", Wire("input", "x"), torch.float32, (2, 3)),
+        Binding("b", Wire("weight", "w"), torch.float32, (5, 3)),
+    )
+    y = Binding("y", Wire("output", "y"), torch.float32, (2, 5))
     check_bindings(graph, segment([x, w], [y]))
     for inputs, outputs, message in (
         ([x], [y], r"takes 2 tensors, and its segment has 1: \['a'\]"),
@@ -381,7 +384,7 @@ def test_a_graph_must_be_what_its_segment_binds() -> None:
             [y],
             r"takes 'arg0_1' as float32 \[2, 3\], and its segment binds 'b' \(weight:w\) as float32 \[5, 3\]",
         ),
-        ([x, w], [msgspec.structs.replace(y, dtype="float16")], "returns .* as float32 .* 'y' .* as float16"),
+        ([x, w], [msgspec.structs.replace(y, dtype=torch.float16)], "returns .* as float32 .* 'y' .* as float16"),
     ):
         with pytest.raises(BundleError, match=message):
             check_bindings(graph, segment(inputs, outputs))

@@ -121,8 +121,11 @@ def test_what_a_part_returns_is_contiguous() -> None:
     program = lowered((Pair(returned=True).eval(), (x,), {}), md.Mesh(cp=1), ())
     assert program.counts["merge_products"] == 2
     (part,) = place(program, "split", compute="inductor").parts[0]
-    given = {f"weight:{s.name}": s for s in program.sources.values() if isinstance(s, Weight)}
-    operands = [program.weights.local(given[name], program.mesh, 0) if name in given else x for name in part.inputs]
+    assert part.graph is not None
+    given = {s.name: s for s in program.sources.values() if isinstance(s, Weight)}
+    operands = [
+        x if b.weight is None else program.weights.local(given[b.weight], program.mesh, 0) for b in part.segment.inputs
+    ]
     assert all(t.is_contiguous() for t in part.graph(*operands))
 
 

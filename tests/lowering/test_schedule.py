@@ -10,7 +10,7 @@ from torch.fx import GraphModule
 
 from torchtrt_md.lowering import allgather_kv, leading_dim, ring, ulysses
 from torchtrt_md.lowering.passes import PassContext, run_passes
-from torchtrt_md.lowering.schedule import ScheduledCollective, schedule
+from torchtrt_md.lowering.schedule import collective, schedule
 from torchtrt_md.mesh import Mesh
 
 md = torch.ops.torchtrt_md
@@ -37,7 +37,7 @@ def test_the_collectives_in_order() -> None:
     """24 elements; what is sent is what the ring and pairwise algorithms send, the most of any rank."""
     graph = graphs.trace(lambda x: every_op(x + 1), torch.ones(4, 6))
     found = schedule(graph)
-    assert [(c.op, c.axis, c.size, c.dtype, c.elements, c.bytes_sent) for c in found] == [
+    assert [(c.op, c.axis, c.ranks, c.dtype, c.elements, c.bytes_sent) for c in found] == [
         ("all_reduce", "tp", 2, torch.float32, 24, 2 * 24 * 4 // 2),  # half is reduced, half is gathered
         ("all_gather", "tp", 2, torch.float16, 24, 24 * 2),
         ("reduce_scatter", "tp", 2, torch.float64, 24, 12 * 8),
@@ -58,7 +58,7 @@ def test_nothing_is_communicated() -> None:
 
 
 def test_an_empty_operand_sends_nothing() -> None:
-    assert ScheduledCollective("all_reduce", "tp", 4, torch.float32, 0).bytes_sent == 0
+    assert collective("all_reduce", "tp", 4, torch.float32, 0).bytes_sent == 0
 
 
 BATCH, TOKENS, WIDTH = 2, 48, 8
@@ -112,7 +112,7 @@ def test_the_formula_of_a_ring(size: int, heads: int, kv_heads: int, dtype: torc
     formula = pytest.approx(2 * f * n * d * b * (size - 1) / size, rel=1e-12)
     (one,) = schedule(graph)
     elements = 2 * BATCH * kv_heads * TOKENS // size * WIDTH
-    assert (one.op, one.axis, one.size, one.dtype, one.elements) == ("ring_attention", "cp", size, dtype, elements)
+    assert (one.op, one.axis, one.ranks, one.dtype, one.elements) == ("ring_attention", "cp", size, dtype, elements)
     assert one.bytes_sent == formula
     run_passes({"ring": ring.run}, graph, PassContext(Mesh(cp=size), {}, {}, "split"))
     blocks = schedule(graph)

@@ -19,6 +19,7 @@ from torchtrt_md.lowering.schedule import schedule
 from torchtrt_md.place import PlacedProgram, place
 from torchtrt_md.place.partition import ATTENTION
 from torchtrt_md.program import ShardedProgram, Weight, placeholders, value_of
+from torchtrt_md.segment import Part, Wire
 from torchtrt_md.verification.simulate import Precision, simulate
 
 PLAN = {"": {"x": md.Split(1)}, "out": md.Gather(1)}
@@ -40,6 +41,11 @@ def random_inputs(program: ShardedProgram) -> dict[str, torch.Tensor]:
     }
 
 
+def graph_of(part: Part) -> torch.fx.GraphModule:
+    assert part.graph is not None
+    return part.graph
+
+
 def assert_computes_the_same(placed: PlacedProgram) -> None:
     program, inputs = placed.program, random_inputs(placed.program)
     wide = Precision(torch.float32, torch.float64)
@@ -54,9 +60,9 @@ def test_flux_in_parts_computes_the_same(strategy: str) -> None:
     placed = place(flux(strategy), "split")
     assert_computes_the_same(placed)
     for part in placed.parts[0]:
-        special = [n for n in part.graph.graph.nodes if n.target in ATTENTION or is_collective(n)]
-        own_rows = [n for n in part.graph.graph.nodes if n.target is torch.ops.aten.index_select.default]
-        assert (part.runs == "eager") == bool(special or (own_rows and part.runs == "eager")), part.name
+        special = [n for n in graph_of(part).graph.nodes if n.target in ATTENTION or is_collective(n)]
+        own_rows = [n for n in graph_of(part).graph.nodes if n.target is torch.ops.aten.index_select.default]
+        assert (part.runs == "eager") == bool(special or (own_rows and part.runs == "eager")), part.segment.name
 
 
 def test_llama_in_parts_computes_the_same() -> None:
@@ -83,14 +89,14 @@ def md_keys(program: ShardedProgram) -> tuple[str, ...]:
 
 def test_the_order_of_collectives_stays() -> None:
     placed = place(flux("ulysses"), "split")
-    in_parts = [c for part in placed.parts[0] for c in schedule(part.graph)]
+    in_parts = [c for part in placed.parts[0] for c in schedule(graph_of(part))]
     assert in_parts == schedule(placed.program.graphs[0])
 
 
 def test_what_passes_between_parts_is_contiguous_and_one_tensor() -> None:
     for part in place(flux("ulysses"), "split").parts[0]:
-        (output,) = part.graph.graph.find_nodes(op="output")
-        values = [*placeholders(part.graph), *(output.args[0] if part.runs != "eager" else ())]
+        (output,) = graph_of(part).graph.find_nodes(op="output")
+        values = [*placeholders(graph_of(part)), *(output.args[0] if part.runs != "eager" else ())]
         assert all(value_of(node).is_contiguous() for node in values)
 
 
@@ -100,7 +106,7 @@ def test_no_view_is_passed_and_attention_is_passed_as_it_is_written() -> None:
         node
         for part in placed.parts[0][1:]  # the first has this rank's parts of the inputs
         if part.runs == "eager"
-        for node in part.graph.graph.find_nodes(op="output")[0].args[0]
+        for node in graph_of(part).graph.find_nodes(op="output")[0].args[0]
     ]
     no_copy = torch.ops.aten.contiguous.default  # where it lies as it is passed
     assert {node.target for node in returned[:-1]} <= {no_copy, *COLLECTIVES}  # the last is the model's own result
@@ -130,8 +136,9 @@ def test_what_does_not_need_an_exchange_runs_beside_it() -> None:
     kinds = [part.runs for part in placed.parts[0]]
     assert kinds == ["eager", "engine", "eager", "engine", "engine", "eager"]
     beside = placed.parts[0][3]
-    assert any("weight:up" in source for source in beside.inputs)
-    assert not any(source in placed.parts[0][2].outputs for source in beside.inputs)
+    assert any(name.startswith("up.") for name in beside.segment.weights)
+    written = {b.source for b in placed.parts[0][2].segment.outputs}
+    assert not any(b.source in written for b in beside.segment.inputs)
 
 
 def test_values_are_exchanged_before_queries_and_keys_are_made() -> None:
@@ -164,7 +171,7 @@ def test_a_second_axis_communicates_between_engines() -> None:
     kinds = [part.runs for part in placed.parts[0]]
     assert "eager" in kinds
     for part in placed.parts[0]:
-        axes = {c.axis for c in schedule(part.graph)}
+        axes = {c.axis for c in schedule(graph_of(part))}
         assert len(axes) <= 1
     assert "communicator" in placed.kept[0].reason
 
@@ -196,7 +203,7 @@ def test_a_dtype_that_engines_cannot_pass_stays_in_pytorch() -> None:
     placed = place(program, "split", boundary=(torch.float32,))
     for part in placed.parts[0]:
         if part.runs == "engine":
-            assert all(value_of(n).dtype == torch.float32 for n in placeholders(part.graph))
+            assert all(value_of(n).dtype == torch.float32 for n in placeholders(graph_of(part)))
     assert any("float64" in k.reason for k in placed.kept)
     assert_computes_the_same(placed)
 
@@ -217,7 +224,7 @@ class Returns(nn.Module):
 def test_what_is_returned_as_it_came_or_twice() -> None:
     program = md.lower(md.capture(Returns().eval(), (torch.randn(2, 3),), mesh=md.Mesh(cp=1)), placement="split")
     placed = place(program, "split")
-    assert [name for part in placed.parts[0] for name in part.outputs if name.startswith("output:")] != []
+    assert any(b.source.kind == "output" for part in placed.parts[0] for b in part.segment.outputs)
     assert_computes_the_same(placed)
 
 
@@ -241,19 +248,19 @@ def test_what_eager_parts_pass_is_contiguous_whatever_their_ops_keep() -> None:
     program = md.lower(md.capture(*call, mesh=md.Mesh(cp=1)), placement="split")
     keep = {n.name: "for a test" for n in program.graphs[0].graph.nodes if n.target is torch.ops.aten.sinh.default}
     placed = place(program, "split", keep=keep)
-    values: dict[str, torch.Tensor] = {f"input:{program.inputs[0].name}": call[1][0]}
-    weights = {f"weight:{s.name}": s for s in program.sources.values() if isinstance(s, Weight)}
+    values: dict[Wire, torch.Tensor] = {Wire("input", program.inputs[0].name): call[1][0]}
+    weights = {Wire("weight", s.name): s for s in program.sources.values() if isinstance(s, Weight)}
     for part in placed.parts[0]:
         operands = [
-            program.weights.local(weights[name], program.mesh, 0) if name in weights else values[name]
-            for name in part.inputs
+            program.weights.local(weights[b.source], program.mesh, 0) if b.source in weights else values[b.source]
+            for b in part.segment.inputs
         ]
         with torch.no_grad():
-            made = _run_as_attention_writes(part.graph, operands)
-        assert all(t.is_contiguous() for t in made), part.name
-        values.update(zip(part.outputs, made, strict=True))
+            made = _run_as_attention_writes(graph_of(part), operands)
+        assert all(t.is_contiguous() for t in made), part.segment.name
+        values.update(zip((b.source for b in part.segment.outputs), made, strict=True))
     expected = call[0](*call[1])
-    torch.testing.assert_close(values[f"output:{program.outputs[0].name}"], expected)
+    torch.testing.assert_close(values[Wire("output", program.outputs[0].name)], expected)
 
 
 def _run_as_attention_writes(graph: torch.fx.GraphModule, operands: list[torch.Tensor]) -> list[torch.Tensor]:

@@ -5,23 +5,24 @@ import struct
 from pathlib import Path
 
 import pytest
+import torch
 
-from torchtrt_md.build.flavour import flavour
-from torchtrt_md.bundle.manifest import Binding, Segment
+from torchtrt_md.build.flavour import TRT_DTYPES, flavour
 from torchtrt_md.errors import BundleError, LaunchError
-from torchtrt_md.runtime import communicator
-from torchtrt_md.runtime.engine import DTYPES, Io, check_io, check_scratch, deserialize
-from torchtrt_md.runtime.tensors import dtype_of
+from torchtrt_md.launch import communicator
+from torchtrt_md.runtime.engine import Io, check_io, check_scratch, deserialize
+from torchtrt_md.segment import Binding, Segment, Wire
 
+F16, F32 = torch.float16, torch.float32
 SEGMENT = Segment(
     runs="engine",
     file="e",
     axis=None,
-    inputs=[Binding("x", "input:x", "float16", [2, 8])],
-    outputs=[Binding("y", "output:y", "float16", [2, 8])],
-    collectives=[],
+    inputs=(Binding("x", Wire("input", "x"), F16, (2, 8)),),
+    outputs=(Binding("y", Wire("output", "y"), F16, (2, 8)),),
+    collectives=(),
 )
-X, Y = Io("x", True, "float16", (2, 8)), Io("y", False, "float16", (2, 8))
+X, Y = Io("x", True, F16, (2, 8)), Io("y", False, F16, (2, 8))
 
 
 def test_an_engine_of_this_segment() -> None:
@@ -32,9 +33,12 @@ def test_an_engine_of_this_segment() -> None:
     ("found", "message"),
     [
         ([X], "segment 0 has no 'y' and the manifest has output 'y' float16 [2, 8]"),
-        ([X, Y, Io("z", True, "int32", (1,))], "segment 0 has input 'z' int32 [1] and the manifest has no 'z'"),
+        ([X, Y, Io("z", True, torch.int32, (1,))], "segment 0 has input 'z' int32 [1] and the manifest has no 'z'"),
         ([X, Y._replace(shape=(2, 4))], "output 'y' float16 [2, 4] and the manifest has output 'y' float16 [2, 8]"),
-        ([X._replace(dtype="float32"), Y], "input 'x' float32 [2, 8] and the manifest has input 'x' float16 [2, 8]"),
+        (
+            [X._replace(dtype=F32), Y],
+            "input 'x' float32 [2, 8] and the manifest has input 'x' float16 [2, 8]",
+        ),
         ([X, Y._replace(is_input=True)], "input 'y' float16 [2, 8] and the manifest has output 'y'"),
     ],
 )
@@ -44,10 +48,10 @@ def test_an_engine_of_another_segment(found: list[Io], message: str) -> None:
     assert message in str(raised.value)
 
 
-def test_the_names_of_dtypes_are_tensorrt_s_and_pytorch_s() -> None:
-    assert set(DTYPES) <= set(flavour().trt.DataType.__members__)
-    for name in DTYPES.values():
-        dtype_of(name)
+def test_the_names_of_dtypes_are_tensorrt_s_and_tell_them_apart() -> None:
+    names = list(TRT_DTYPES.values())
+    assert set(names) <= set(flavour().trt.DataType.__members__)
+    assert len(set(names)) == len(names)
 
 
 def test_what_is_no_engine_is_refused_by_name(tmp_path: Path) -> None:

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 from torch.fx import Graph, Node
 
-from torchtrt_md.runtime.plan import Plan, plan
+from torchtrt_md.runtime.memory import MemoryPlan, plan_memory
 from torchtrt_md.runtime.push import copies_of
 from torchtrt_md.runtime.steps import Slot, Step
 
@@ -90,7 +90,7 @@ def layers(count: int) -> list[Step]:
     return steps
 
 
-def check_writers_find_memory_free(steps: list[Step], made: Plan) -> None:
+def check_writers_find_memory_free(steps: list[Step], made: MemoryPlan) -> None:
     """Other ranks write a result once they are behind the exchange before it; by then this rank must have read what
     was there, and so in the next call."""
     order = [i for i, step in enumerate(steps) if step.slots[0].name in made.shared_of]
@@ -116,21 +116,21 @@ def check_writers_find_memory_free(steps: list[Step], made: Plan) -> None:
 @pytest.mark.parametrize("count", [1, 2, 5])
 def test_memory_is_written_only_when_it_was_read(count: int) -> None:
     steps = layers(count)
-    made = plan(steps, [f"x{count - 1}"], push=True)
+    made = plan_memory(steps, [f"x{count - 1}"], push=True)
     assert len(made.shared_of) == 2 * count
     check_writers_find_memory_free(steps, made)
 
 
 def test_memory_is_used_again() -> None:
-    made = plan(layers(20), ["x19"], push=True)
+    made = plan_memory(layers(20), ["x19"], push=True)
     assert made.shared["cp"] <= 5 * 64 * 4
 
 
 def test_a_single_exchange_is_left_to_nccl() -> None:
     steps = [compute("a", "input:x"), exchange("b", "a"), compute("c", "b")]
-    assert plan(steps, ["c"], push=True).shared_of == {}
+    assert plan_memory(steps, ["c"], push=True).shared_of == {}
 
 
 def test_results_that_are_returned_are_left_to_nccl() -> None:
     steps = [*layers(2), exchange("last", "x1")]
-    assert "last" not in plan(steps, ["last"], push=True).shared_of
+    assert "last" not in plan_memory(steps, ["last"], push=True).shared_of

@@ -6,16 +6,15 @@ import pytest
 import torch
 import torch.distributed as dist
 import torch.nn.functional as F
+from rank_processes import Ranks
 from torch import Tensor
 
-from runtime.rank_processes import Ranks
 from torchtrt_md.build import layers
 from torchtrt_md.build.flavour import flavour
 from torchtrt_md.errors import LaunchError, TargetError
+from torchtrt_md.launch import Launch
 from torchtrt_md.runtime import selftest
-from torchtrt_md.runtime.agree import Agreement
 from torchtrt_md.runtime.selftest import BOUNDS, attended, check_ring, judge, ring_network, ring_operands, ring_plan
-from torchtrt_md.runtime.watchdog import Watchdog
 from torchtrt_md.verification.compare import relative_error
 
 RTX = pytest.mark.skipif(flavour().name != "TensorRT-RTX", reason="TensorRT builds for the GPU that is there only")
@@ -109,27 +108,11 @@ def test_keys_are_gathered_in_the_order_of_the_ranks(ranks: Ranks) -> None:
 
 
 def refused_on_one(rank: int) -> None:
-    agreement, watchdog = Agreement(20.0), Watchdog(60.0)
+    launch = Launch.join(60.0, cpu=True)
     group = dist.group.WORLD
     assert group is not None
-    try:
-        check_ring(
-            "cp",
-            2,
-            torch.float16,
-            64,
-            4,
-            4,
-            64,
-            group=group,
-            device=torch.device("cpu"),
-            agreement=agreement,
-            watchdog=watchdog,
-            target=["sm120", "sm80"][rank],
-        )
-    finally:
-        watchdog.close()
-        agreement.close()
+    target = ["sm120", "sm80"][rank]
+    check_ring("cp", 2, torch.float16, 64, 4, 4, 64, group=group, launch=launch, target=target)
 
 
 @RTX

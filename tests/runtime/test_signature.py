@@ -6,15 +6,14 @@ from typing import Any
 import pytest
 import torch
 from bundle import bundle_samples
+from rank_processes import Ranks
 from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.tensor import DTensor
 
-from runtime.rank_processes import Ranks
-from torchtrt_md.bundle.manifest import Tensor
-from torchtrt_md.errors import BundleError, InputError, VerificationError
+from torchtrt_md.errors import InputError, VerificationError
 from torchtrt_md.mesh import Mesh
-from torchtrt_md.runtime.signature import Signature, chunk, prepared
-from torchtrt_md.runtime.tensors import dtype_of
+from torchtrt_md.program import Sharding, Value, part
+from torchtrt_md.runtime.signature import Signature, prepared
 
 CPU = torch.device("cpu")
 X = torch.randn(2, 8)  # this rank's chunk
@@ -107,15 +106,8 @@ def test_float_constants() -> None:
         signature.bind((X, [MASK]), {"mode": "ulysses"}, CPU)
 
 
-def test_an_unknown_dtype() -> None:
-    assert dtype_of("bfloat16") is torch.bfloat16
-    for name in ("float3", "Tensor"):
-        with pytest.raises(BundleError, match=f"dtype '{name}', which PyTorch"):
-            dtype_of(name)
-
-
 def test_outputs_nest_and_flatten() -> None:
-    outputs = [Tensor("a", "float32", [1]), Tensor("b", "float32", [1])]
+    outputs = [Value("a", (1,), torch.float32), Value("b", (1,), torch.float32)]
     result = {"dict": {"sample": {"output": 1}, "rest": {"tuple": [{"constant": 3}, {"list": [{"output": 0}]}]}}}
     signature = Signature(bundle_samples.manifest(outputs=outputs, result=result))
     a, b = torch.zeros(1), torch.ones(1)
@@ -129,11 +121,11 @@ def test_outputs_nest_and_flatten() -> None:
             signature.flat(other)
 
 
-def test_chunks() -> None:
+def test_parts() -> None:
     whole = torch.arange(16).reshape(4, 4)
     mesh = Mesh(cp=2, tp=2)
-    assert chunk(whole, [(0, "cp"), (1, "tp")], mesh, 2).tolist() == [[8, 9], [12, 13]]
-    assert chunk(whole, [], mesh, 2) is whole
+    assert part(whole, [Sharding(0, "cp"), Sharding(1, "tp")], mesh, 2).tolist() == [[8, 9], [12, 13]]
+    assert part(whole, [], mesh, 2) is whole
 
 
 def test_prepared_only_copies_what_an_engine_cannot_read() -> None:

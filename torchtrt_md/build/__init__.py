@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
-    from torchtrt_md.build.engine import Engine
+    from torchtrt_md.build.engine import BuiltEngine
     from torchtrt_md.program import ShardedProgram
 
 
@@ -21,7 +21,7 @@ def build(
     target: str = "portable",
     ranks: Sequence[int] | None = None,
     progress: Callable[[str], None] = lambda message: None,
-) -> list[Engine]:
+) -> list[BuiltEngine]:
     """Build the engines of ``ranks`` (all, unless given) into ``folder``.
 
     Args:
@@ -35,6 +35,9 @@ def build(
         TargetError: the installed TensorRT cannot build for the target.
         BuildError: TensorRT cannot build the program, with the op and the user's line where it is known.
     """
-    from torchtrt_md.build.builder import build_program  # loads TensorRT
+    from torchtrt_md.build.program import build_program  # loads TensorRT
+    from torchtrt_md.lowering import lower
 
-    return build_program(program, Path(folder), target, ranks, progress)
+    lowered = lower(program)
+    wanted = range(program.mesh.size) if ranks is None else ranks
+    return build_program(lowered, Path(folder), target, wanted, progress)

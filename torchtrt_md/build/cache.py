@@ -10,78 +10,42 @@ from __future__ import annotations
 import errno
 import functools
 import hashlib
+import inspect
 import json
+import marshal
 import os
 import shutil
 import time
 import uuid
-from collections.abc import Mapping, Sequence
-from concurrent.futures import ThreadPoolExecutor
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
+from typing import Any
 
 import torch
-from torch import Tensor
-from torch.fx import GraphModule
 
 import torchtrt_md
 from torchtrt_md.build.flavour import CURRENT, Flavour
+from torchtrt_md.build.torch_trt import torch_tensorrt_version, user_converters
 from torchtrt_md.errors import BuildError
-from torchtrt_md.graph.text import fingerprint, graph_digest
-from torchtrt_md.program import placeholders
 
 FOLDER = "TORCHTRT_MD_CACHE"
 MAX_BYTES = 20 * 10**9
 _RECENT_SECONDS = 600.0
-_THREADS = 8  # hashing lets go of Python's lock; more than these wait for memory
 _ENGINE, _UNFINISHED = ".engine", ".unfinished"
 
 
-def engine_key(
-    graph: GraphModule,
-    *,
-    weights: Mapping[str, Tensor] | None,
-    axis: str | None,
-    size: int,
-    rank_class: Sequence[tuple[str, int]],
-    target: str,
-    flavour: Flavour,
-    names: Sequence[str] = (),
-) -> str:
-    """The key of an engine, in hexadecimal.
+def engine_key(digest: str, *, axis: str | None, size: int, target: str, flavour: Flavour) -> str:
+    """The key of an engine whose weights are inputs, in hexadecimal.
 
     Args:
-        graph: what will be converted.
-        weights: placeholder -> the tensor that will be built in for it; None where all weights are inputs.
-            They are read whole each time: neither a tensor's address nor its version counter, which
-            ``parameter.data.copy_`` leaves alone, tells that the values are still the same.
+        digest: of the graph that will be converted (:func:`torchtrt_md.graph.text.graph_digest`).
         axis: the mesh axis of the engine's communicator, of ``size`` ranks; None where it needs none.
-        rank_class: (axis, coordinate) of each axis that tells this engine's ranks from others.
         target: what to build for.
         flavour: what builds.
-        names: what the engine's inputs and outputs are called, unless that is by position.
-
-    Raises:
-        BuildError: the graph holds what has no canonical form.
     """
-    weights = weights or {}
-    held = [(index, node.name) for index, node in enumerate(placeholders(graph)) if node.name in weights]
-    assert len(held) == len(weights), f"no placeholders for {weights.keys() - {name for _, name in held}}"
-    parts = {
-        "graph": graph_digest(graph),
-        "weights": [(index, mark) for (index, _), mark in zip(held, _fingerprints(weights, held), strict=True)],
-        "communicator": (axis, size),
-        "rank class": list(rank_class),
-        "flavour": (flavour.name, flavour.version),
-        "target": (target, _gpu(flavour, target)),
-        "versions": (torchtrt_md.__version__, torch.__version__, _converters()),
-        "names": list(names),
-    }
+    parts = (digest, (axis, size), (flavour.name, flavour.version), (target, _gpu(flavour, target)), _versions())
     return hashlib.sha256(json.dumps(parts).encode()).hexdigest()
-
-
-def _fingerprints(weights: Mapping[str, Tensor], held: Sequence[tuple[int, str]]) -> list[str]:
-    with ThreadPoolExecutor(_THREADS) as pool:
-        return list(pool.map(lambda entry: fingerprint(weights[entry[1]]), held))
 
 
 def _gpu(flavour: Flavour, target: str) -> str:
@@ -91,11 +55,29 @@ def _gpu(flavour: Flavour, target: str) -> str:
     return f"{torch.cuda.get_device_name()} {torch.cuda.get_device_capability()}"
 
 
+def _versions() -> tuple[str, ...]:
+    """Of all that decides what becomes of a graph."""
+    return (torchtrt_md.__version__, str(torch.__version__), torch_tensorrt_version(), _sources(), _converters())
+
+
 @functools.cache
-def _converters() -> str:
+def _sources() -> str:
     """What converts, by its source: between releases the version stays while converters change."""
     files = sorted(Path(__file__).parent.glob("*.py"))
     return hashlib.sha256(b"".join(file.read_bytes() for file in files)).hexdigest()
+
+
+def _converters() -> str:
+    """The converters that the user has registered, by their code."""
+    text = "\n".join(
+        sorted(f"{target} {function.__module__} {_code(function)}" for target, function in user_converters())
+    )
+    return hashlib.sha256(text.encode()).hexdigest()
+
+
+def _code(function: Any) -> str:
+    code = getattr(inspect.unwrap(function), "__code__", None)
+    return "" if code is None else hashlib.sha256(marshal.dumps(code)).hexdigest()
 
 
 class EngineCache:
@@ -122,7 +104,7 @@ class EngineCache:
         for path in sorted(self.folder.glob(f"{key}.*{_ENGINE}")):  # in one order, so that all ranks take the same
             try:
                 os.utime(path)  # its last use; before it is read, so that it stays
-                if _digest(path) == path.name.split(".")[1]:
+                if file_digest(path) == path.name.split(".")[1]:
                     self.hits += 1
                     return path
                 path.unlink(missing_ok=True)
@@ -137,18 +119,32 @@ class EngineCache:
         Raises:
             BuildError: the folder cannot be written.
         """
-        place = self.folder / f"{key}.{_digest(file)}{_ENGINE}"
+        place = self.folder / f"{key}.{file_digest(file)}{_ENGINE}"
         try:
             self.folder.mkdir(parents=True, exist_ok=True)
             _move(file, place)
             os.utime(place)  # a moved file keeps the time of its build
         except OSError as error:
-            raise BuildError(
-                f"the engine cache {self.folder} cannot be written: {error.strerror or error}",
-                fix=f"make room there, or set {FOLDER} to a folder that can be written",
-            ) from error
+            raise self._unwritable(error) from error
         self.trim(self.max_bytes)
         return place
+
+    @contextmanager
+    def unfinished(self) -> Iterator[Path]:
+        """A file in the folder to build an engine into; gone afterwards unless it was stored.
+
+        Raises:
+            BuildError: the folder cannot be written.
+        """
+        try:
+            self.folder.mkdir(parents=True, exist_ok=True)
+        except OSError as error:
+            raise self._unwritable(error) from error
+        file = self.folder / f"{uuid.uuid4().hex}{_UNFINISHED}"
+        try:
+            yield file
+        finally:
+            file.unlink(missing_ok=True)
 
     def trim(self, max_bytes: int) -> None:
         """Delete engines, the least recently used first, until the rest are ``max_bytes`` or less.
@@ -165,6 +161,12 @@ class EngineCache:
                 path.unlink(missing_ok=True)
                 total -= size
 
+    def _unwritable(self, error: OSError) -> BuildError:
+        return BuildError(
+            f"the engine cache {self.folder} cannot be written: {error.strerror or error}",
+            fix=f"make room there, or set {FOLDER} to a folder that can be written",
+        )
+
     def _files(self) -> list[Path]:
         return [path for path in self.folder.glob("*.*") if path.suffix in (_ENGINE, _UNFINISHED)]
 
@@ -178,7 +180,7 @@ def _use(path: Path) -> list[tuple[float, int]]:
     return [(status.st_mtime, status.st_size)]
 
 
-def _digest(path: Path) -> str:
+def file_digest(path: Path) -> str:
     with path.open("rb") as file:
         return hashlib.file_digest(file, "sha256").hexdigest()
 

@@ -1,43 +1,30 @@
-"""``Engine``: an engine file and what it is for."""
+"""``BuiltEngine``: the engine of a whole program, weights and all, for the ranks that are equal."""
 
 from __future__ import annotations
 
 from dataclasses import dataclass
 from pathlib import Path
 
-import torch
-
-from torchtrt_md.lowering.schedule import ScheduledCollective
+from torchtrt_md.segment import Segment
 
 
 @dataclass(frozen=True)
-class Binding:
-    """An input or output of an engine: its name there, its local shape and dtype, and what it is.
-
-    ``source`` is as in the manifest: ``input:NAME``, ``coordinate:AXIS``, ``output:NAME``, ``value:NAME`` between two
-    parts, or ``weight:NAME``, which the engine takes ``transposed`` where that is set.
-    """
-
-    name: str
-    shape: tuple[int, ...]
-    dtype: torch.dtype
-    source: str
-    transposed: bool = False
-
-
-@dataclass(frozen=True)
-class Engine:
+class BuiltEngine:
     """One engine file, for all the ranks whose graph and weights are equal.
 
-    ``axis`` is the mesh axis of its communicator, None where it has no collectives.
+    Attributes:
+        ranks: who runs it.
+        file: the engine.
+        segment: its bindings, named as the program's inputs and outputs are, the axis of its communicator, and its
+            collectives in order.
+        target: what it was built for.
+        layers: of its network.
+        seconds: that building it took.
     """
 
     ranks: tuple[int, ...]
     file: Path
-    axis: str | None
-    inputs: tuple[Binding, ...]
-    outputs: tuple[Binding, ...]
-    collectives: tuple[ScheduledCollective, ...]
+    segment: Segment
     target: str
     layers: int
     seconds: float

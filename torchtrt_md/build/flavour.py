@@ -113,28 +113,27 @@ def _capability(target: str) -> tuple[int, int] | None:
 
 
 # What TensorRT has at the boundary of an engine, and Torch-TensorRT passes as it is.
-_DTYPES = {
-    "float32": "FLOAT",
-    "float16": "HALF",
-    "bfloat16": "BF16",
-    "int64": "INT64",
-    "int32": "INT32",
-    "int8": "INT8",
-    "uint8": "UINT8",
-    "bool": "BOOL",
-    "float8_e4m3fn": "FP8",
+TRT_DTYPES = {
+    torch.float32: "FLOAT",
+    torch.float16: "HALF",
+    torch.bfloat16: "BF16",
+    torch.int64: "INT64",
+    torch.int32: "INT32",
+    torch.int8: "INT8",
+    torch.uint8: "UINT8",
+    torch.bool: "BOOL",
+    torch.float8_e4m3fn: "FP8",
 }
 
 
 def boundary_dtypes(f: Flavour) -> tuple[torch.dtype, ...]:
     """The dtypes of inputs and outputs of engines."""
-    return tuple(getattr(torch, name) for name, theirs in _DTYPES.items() if hasattr(f.trt.DataType, theirs))
+    return tuple(dtype for dtype, theirs in TRT_DTYPES.items() if hasattr(f.trt.DataType, theirs))
 
 
-def trt_dtype(f: Flavour, dtype: torch.dtype) -> str:
+def trt_dtype(dtype: torch.dtype) -> str:
     """The name of TensorRT's DataType for a dtype; the dtype's own where TensorRT has none."""
-    name = dtype_name(dtype)
-    return _DTYPES.get(name, name.upper())
+    return TRT_DTYPES.get(dtype, dtype_name(dtype).upper())
 
 
 @functools.cache

@@ -12,7 +12,8 @@ import functools
 import logging
 import warnings
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
+from importlib.metadata import PackageNotFoundError, version
 from types import SimpleNamespace
 from typing import Any
 
@@ -75,6 +76,26 @@ def load() -> SimpleNamespace:
         get_decompositions=get_decompositions,
         post_lowering=post_lowering,
     )
+
+
+def torch_tensorrt_version() -> str:
+    """The installed Torch-TensorRT's, whose lowering and converters decide what an engine is."""
+    for name in ("torch_tensorrt_rtx", "torch_tensorrt"):
+        with suppress(PackageNotFoundError):
+            return version(name)
+    return ""
+
+
+def user_converters() -> list[tuple[str, Any]]:
+    """(op, converter) of all converters that neither Torch-TensorRT nor this package registered."""
+    found = []
+    for registry in load().CONVERTERS.registries:
+        for target, converters in registry.items():
+            for converter in converters if isinstance(converters, (list, tuple)) else (converters,):
+                function = getattr(converter, "converter_implementation", converter)
+                if function.__module__.partition(".")[0] not in ("torch_tensorrt", "torchtrt_md"):
+                    found.append((str(target), function))
+    return found
 
 
 def _without_collectives(folder: Any) -> Any:

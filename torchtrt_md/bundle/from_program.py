@@ -9,26 +9,20 @@ import torch
 from torch.utils import _pytree as pytree
 
 import torchtrt_md
-from torchtrt_md.build.engine import Binding, Engine
-from torchtrt_md.build.flavour import flavour
-from torchtrt_md.build.parts import BuiltPart
 from torchtrt_md.bundle import manifest
+from torchtrt_md.choices import Choices
 from torchtrt_md.errors import BundleError
-from torchtrt_md.lowering.schedule import ScheduledCollective
-from torchtrt_md.parallel import Placement
-from torchtrt_md.program import Output, ShardedProgram, Value, dtype_name
+from torchtrt_md.program import Output, ShardedProgram
+from torchtrt_md.segment import Segment
 
 
 def manifest_of(
     program: ShardedProgram,
-    ranks: Sequence[Sequence[manifest.Segment]],
+    ranks: Sequence[Sequence[Segment]],
+    choices: Choices,
     *,
-    placement: Placement,
     target: str,
     weights: Sequence[str | None] | None = None,
-    transport: str = "nccl",
-    decisions: Sequence[manifest.Decision] = (),
-    tuned_on: str = "",
 ) -> manifest.Manifest:
     """The manifest of a program whose ranks have these segments; its files' hashes are not in it yet.
 
@@ -38,70 +32,31 @@ def manifest_of(
     return manifest.Manifest(
         schema=manifest.SCHEMA,
         mesh=dict(program.mesh.axes),
-        inputs=[_tensor(value) for value in program.inputs],
-        outputs=[_tensor(value) for value in program.outputs],
+        inputs=list(program.inputs),
+        outputs=list(program.outputs),
         constants={name: _scalar(value) for name, value in program.constants.items()},
         positional=list(program.positional),
         result=_result(program),
-        placement=placement,
+        placement=choices.placement,
         ranks=[list(segments) for segments in ranks],
         weights=list(weights or [None] * len(ranks)),
-        transport=transport,
-        decisions=list(decisions),
-        tuned_on=tuned_on,
+        transport=choices.transport,
+        decisions=list(choices.decisions),
+        tuned_on=choices.tuned_on,
         target=target,
-        versions=manifest.Versions(
-            torchtrt_md=torchtrt_md.__version__,
-            torch=str(torch.__version__),
-            flavour=flavour().name,
-            tensorrt=flavour().version,
-        ),
+        versions=_versions(any(segment.runs == "engine" for segments in ranks for segment in segments)),
         files={},
     )
 
 
-def engine_segment(engine: Engine) -> manifest.Segment:
-    """The one segment of a rank whose whole program is one engine."""
-    return _segment("engine", engine.file.name, "", engine.axis, engine.inputs, engine.outputs, engine.collectives)
+def _versions(engines: bool) -> manifest.Versions:
+    """Of what is installed; of TensorRT only where there are engines, which alone depend on it."""
+    name = version = ""
+    if engines:
+        from torchtrt_md.build.flavour import flavour
 
-
-def part_segment(part: BuiltPart, file: str) -> manifest.Segment:
-    """The segment of one part, which is in this file."""
-    return _segment(part.runs, file, part.name, part.axis, part.inputs, part.outputs, part.collectives)
-
-
-def _segment(
-    runs: Any,
-    file: str,
-    name: str,
-    axis: str | None,
-    inputs: Sequence[Binding],
-    outputs: Sequence[Binding],
-    collectives: Sequence[ScheduledCollective],
-) -> manifest.Segment:
-    return manifest.Segment(
-        runs=runs,
-        file=file,
-        name=name,
-        axis=axis,
-        inputs=[_binding(b) for b in inputs],
-        outputs=[_binding(b) for b in outputs],
-        collectives=[_collective(c) for c in collectives],
-    )
-
-
-def _binding(b: Binding) -> manifest.Binding:
-    return manifest.Binding(b.name, b.source, dtype_name(b.dtype), list(b.shape), b.transposed)
-
-
-def _collective(c: ScheduledCollective) -> manifest.Collective:
-    return manifest.Collective(c.op, c.axis, c.size, dtype_name(c.dtype), c.elements, c.bytes_sent)
-
-
-def _tensor(value: Value) -> manifest.Tensor:
-    return manifest.Tensor(
-        value.name, dtype_name(value.dtype), list(value.shape), [(s.dim, s.axis) for s in value.sharding]
-    )
+        name, version = flavour().name, flavour().version
+    return manifest.Versions(torchtrt_md.__version__, str(torch.__version__), name, version)
 
 
 def _scalar(value: object) -> bool | int | float | str | None:

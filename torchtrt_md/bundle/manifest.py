@@ -5,112 +5,21 @@ The schema is these structs.  A reader refuses a ``schema`` that it does not kno
 
 from __future__ import annotations
 
-from typing import Any, Literal, TypeAlias
+from typing import Any
 
 import msgspec
+import torch
 
-SCHEMA = 2
+from torchtrt_md.choices import Decision
+from torchtrt_md.program import Value, dtype_name
+from torchtrt_md.segment import Segment
 
-Runs: TypeAlias = Literal["engine", "inductor", "eager"]
-_WEIGHT = "weight:"
-
-
-class Tensor(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
-    """An input or output of the whole program, as the user sees it.
-
-    ``shape`` is the global one.  ``sharding`` lists ``[dim, axis]``: a rank's tensor is its chunk along
-    each; it is empty where every rank has the whole.  ``dtype`` is PyTorch's name ("bfloat16").
-    """
-
-    name: str
-    dtype: str
-    shape: list[int]
-    sharding: list[tuple[int, str]] = []
-
-
-class Binding(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
-    """One tensor of a segment: its name there, its shape on this rank, and what it is.
-
-    An engine's tensors are found by name.  A graph's inputs are its placeholders and its outputs what it returns,
-    both in order.  ``source`` says where an input comes from and where an output goes:
-
-        input:NAME       in       the user's input, this rank's part
-        coordinate:AXIS  in       int32 [1]: where this rank stands along the axis
-        weight:NAME      in       this rank's part of a weight, from the rank's file of weights
-        value:NAME       in, out  a tensor that passes from a segment to later ones
-        output:NAME      in, out  an output of the program, which later segments may read
-
-    ``transposed`` is for weights of two dims only: the segment takes [K, N] where the file has [N, K].  ``shape`` is
-    what the segment takes.
-    """
-
-    name: str
-    source: str
-    dtype: str
-    shape: list[int]
-    transposed: bool = False
-
-    @property
-    def weight(self) -> str | None:
-        """The name of the weight that this is, or None where it is none."""
-        return self.source.removeprefix(_WEIGHT) if self.source.startswith(_WEIGHT) else None
-
-    @property
-    def source_shape(self) -> list[int]:
-        """The shape of what it is bound to: of a transposed weight, the one in the file."""
-        return self.shape[::-1] if self.transposed else self.shape
-
-
-class Collective(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
-    """One collective, in the order of the schedule.
-
-    ``elements`` is the number of elements of this rank's operand, ``bytes_sent`` what the rank sends to
-    others with the usual ring or pairwise algorithm.
-    """
-
-    op: str
-    axis: str
-    ranks: int
-    dtype: str
-    elements: int
-    bytes_sent: int
-
-
-class Segment(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
-    """One step in a rank's order of execution.
-
-    ``runs`` says as what: a TensorRT engine; a graph that Inductor compiles when it is loaded; or a graph whose ops
-    PyTorch runs one by one, which is where collectives and attention outside of engines are.  ``file`` is its path
-    in the bundle: ``engines/<sha256>.engine`` or ``graphs/<sha256>.json`` (see :mod:`torchtrt_md.graph.json`).
-    ``axis`` is the mesh axis of an engine's communicator, null where it needs none and for graphs.  An engine's
-    collectives are all on its axis, an eager graph's on any; a graph for Inductor has none.  ``name`` is for
-    messages ("blocks 3-4").
-    """
-
-    runs: Runs
-    file: str
-    axis: str | None
-    inputs: list[Binding]
-    outputs: list[Binding]
-    collectives: list[Collective]
-    name: str = ""
-
-
-class Decision(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
-    """Something that was chosen for this program, by formula or by timing, in words for people.
-
-    ``what`` was decided ("attention [1,24,4608,128]"), what was ``chosen`` ("ulysses"), ``why`` ("sends the fewest
-    bytes"), and candidate -> milliseconds where candidates were timed.
-    """
-
-    what: str
-    chosen: str
-    why: str
-    times_ms: dict[str, float] = {}
+SCHEMA = 3
+MANIFEST = "manifest.json"
 
 
 class Versions(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
-    """What the bundle was made with.  ``flavour`` is "TensorRT" or "TensorRT-RTX"."""
+    """What the bundle was made with.  ``flavour`` is "TensorRT" or "TensorRT-RTX", "" where no segment is an engine."""
 
     torchtrt_md: str
     torch: str
@@ -135,8 +44,8 @@ class Manifest(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
 
     schema: int
     mesh: dict[str, int]
-    inputs: list[Tensor]
-    outputs: list[Tensor]
+    inputs: list[Value]
+    outputs: list[Value]
     constants: dict[str, bool | int | float | str | None]
     positional: list[str]
     result: dict[str, Any]
@@ -149,3 +58,31 @@ class Manifest(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     transport: str = "nccl"
     decisions: list[Decision] = []
     tuned_on: str = ""
+
+
+def encode(manifest: Manifest) -> bytes:
+    """The manifest as JSON: a dtype is PyTorch's name of it, a source ``[kind, name]``, a sharding ``[dim, axis]``."""
+    return msgspec.json.format(msgspec.json.encode(manifest, enc_hook=to_json), indent=2) + b"\n"
+
+
+def decode(text: bytes) -> Manifest:
+    """The manifest of :func:`encode`.
+
+    Raises:
+        msgspec.DecodeError: it is no such JSON.
+    """
+    return msgspec.json.decode(text, type=Manifest, dec_hook=_from_json)
+
+
+def to_json(value: Any) -> str:
+    """What JSON has of a dtype; msgspec asks for what it does not know."""
+    if isinstance(value, torch.dtype):
+        return dtype_name(value)
+    raise NotImplementedError(f"a manifest holds no {type(value).__name__}")
+
+
+def _from_json(kind: type, name: Any) -> Any:
+    found = getattr(torch, name, None) if kind is torch.dtype and isinstance(name, str) else None
+    if not isinstance(found, torch.dtype):
+        raise ValueError(f"PyTorch has no dtype {name!r}")
+    return found

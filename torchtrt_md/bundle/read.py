@@ -8,11 +8,9 @@ from pathlib import Path
 
 import msgspec
 
-from torchtrt_md.bundle.manifest import SCHEMA, Manifest
+from torchtrt_md.bundle.manifest import MANIFEST, SCHEMA, Manifest, decode
 from torchtrt_md.bundle.structure import check_structure
 from torchtrt_md.errors import BundleError
-
-MANIFEST = "manifest.json"
 
 
 class _Schema(msgspec.Struct):
@@ -47,8 +45,8 @@ def parse_manifest(text: bytes, path: Path) -> Manifest:
             " or export it again",
         )
     try:
-        manifest = msgspec.json.decode(text, type=Manifest)
-    except msgspec.ValidationError as error:
+        manifest = decode(text)
+    except msgspec.DecodeError as error:
         raise BundleError(f"{path} does not follow schema {SCHEMA}: {error}", fix="export the bundle again") from error
     check_structure(manifest)
     return manifest

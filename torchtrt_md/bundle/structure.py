@@ -8,15 +8,20 @@ segments take weights has a file of them.
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from pathlib import PurePosixPath
-from typing import Any, get_args
+from typing import Any, TypeAlias, get_args
 
-from torchtrt_md.bundle.manifest import Binding, Manifest, Segment, Tensor
+import torch
+
+from torchtrt_md.bundle.manifest import Manifest
 from torchtrt_md.errors import BundleError, MeshError
 from torchtrt_md.mesh import Mesh
 from torchtrt_md.parallel import Placement
+from torchtrt_md.program import Value, dtype_name
+from torchtrt_md.segment import Binding, Segment, Wire
 
+Expected: TypeAlias = dict[Wire, tuple[torch.dtype, tuple[int, ...]]]
 _REBUILD = "export the bundle again; do not edit manifest.json by hand"
 
 
@@ -32,7 +37,7 @@ def mesh_of(manifest: Manifest) -> Mesh:
         raise BundleError(f"the manifest's mesh {manifest.mesh} is not one: {error.problem}", fix=_REBUILD) from error
 
 
-def local_shape(tensor: Tensor, mesh: Mesh) -> tuple[int, ...]:
+def local_shape(tensor: Value, mesh: Mesh) -> tuple[int, ...]:
     """The shape that each rank holds of an input or output: the global one, divided along each sharding.
 
     Raises:
@@ -42,7 +47,8 @@ def local_shape(tensor: Tensor, mesh: Mesh) -> tuple[int, ...]:
     for dim, axis in tensor.sharding:
         if axis not in mesh.axes or not 0 <= dim < len(shape) or shape[dim] % mesh.axes[axis]:
             raise BundleError(
-                f"{tensor.name!r} of shape {tensor.shape} cannot be sharded on dim {dim} along axis {axis!r} of {mesh}",
+                f"{tensor.name!r} of shape {list(tensor.shape)} cannot be sharded on dim {dim} along axis {axis!r} of"
+                f" {mesh}",
                 fix=_REBUILD,
             )
         shape[dim] //= mesh.axes[axis]
@@ -107,9 +113,9 @@ def _check_times(manifest: Manifest) -> None:
 
 
 def _check_rank(manifest: Manifest, mesh: Mesh, rank: int, segments: Sequence[Segment]) -> None:
-    expected: dict[str, tuple[str, tuple[int, ...]]] = {f"coordinate:{axis}": ("int32", (1,)) for axis in mesh.names}
-    expected |= {f"input:{t.name}": (t.dtype, local_shape(t, mesh)) for t in manifest.inputs}
-    outputs = {f"output:{t.name}": (t.dtype, local_shape(t, mesh)) for t in manifest.outputs}
+    expected: Expected = {Wire("coordinate", axis): (torch.int32, (1,)) for axis in mesh.names}
+    expected |= {Wire("input", v.name): (v.dtype, local_shape(v, mesh)) for v in manifest.inputs}
+    outputs: Expected = {Wire("output", v.name): (v.dtype, local_shape(v, mesh)) for v in manifest.outputs}
     weights = manifest.weights[rank]
     if weights is not None and weights not in manifest.files:
         raise BundleError(
@@ -124,25 +130,25 @@ def _check_rank(manifest: Manifest, mesh: Mesh, rank: int, segments: Sequence[Se
             if binding.weight is not None:
                 if weights is None:
                     raise BundleError(
-                        f"{where} reads {binding.source!r}, and rank {rank} has no file of weights", fix=_REBUILD
+                        f"{where} reads '{binding.source}', and rank {rank} has no file of weights", fix=_REBUILD
                     )
-                expected.setdefault(binding.source, (binding.dtype, tuple(binding.source_shape)))
+                expected.setdefault(binding.source, (binding.dtype, binding.source_shape))
             elif binding.source not in live:
-                raise BundleError(f"{where} reads {binding.source!r}, which nothing before it makes", fix=_REBUILD)
+                raise BundleError(f"{where} reads '{binding.source}', which nothing before it makes", fix=_REBUILD)
             _check_binding(binding, expected, where)
         for binding in segment.outputs:
-            if binding.source not in outputs and not binding.source.startswith("value:"):
+            if binding.source not in outputs and binding.source.kind != "value":
                 raise BundleError(
-                    f"{where} writes {binding.source!r}, which is no output of the program and no value", fix=_REBUILD
+                    f"{where} writes '{binding.source}', which is no output of the program and no value", fix=_REBUILD
                 )
             if binding.source in live:
-                raise BundleError(f"{where} writes {binding.source!r} a second time", fix=_REBUILD)
-            expected.setdefault(binding.source, (binding.dtype, tuple(binding.shape)))
+                raise BundleError(f"{where} writes '{binding.source}' a second time", fix=_REBUILD)
+            expected.setdefault(binding.source, (binding.dtype, binding.shape))
             _check_binding(binding, expected, where)
             live.add(binding.source)
     missing = sorted(set(outputs) - live)
     if missing:
-        raise BundleError(f"no segment of rank {rank} writes {missing[0]!r}", fix=_REBUILD)
+        raise BundleError(f"no segment of rank {rank} writes '{missing[0]}'", fix=_REBUILD)
 
 
 def _check_segment(manifest: Manifest, mesh: Mesh, segment: Segment, where: str) -> None:
@@ -156,8 +162,8 @@ def _check_segment(manifest: Manifest, mesh: Mesh, segment: Segment, where: str)
     for binding in (*segment.inputs, *segment.outputs):
         if binding.transposed and (binding.weight is None or len(binding.shape) != 2):
             raise BundleError(
-                f"{where} takes {binding.source!r} of shape {binding.shape} transposed, and only weights of two dims"
-                " can be",
+                f"{where} takes '{binding.source}' of shape {list(binding.shape)} transposed, and only weights of two"
+                " dims can be",
                 fix=_REBUILD,
             )
 
@@ -186,12 +192,13 @@ def _noun(segment: Segment) -> str:
     return "engine" if segment.runs == "engine" else "graph"
 
 
-def _check_binding(binding: Binding, expected: Mapping[str, tuple[str, tuple[int, ...]]], where: str) -> None:
+def _check_binding(binding: Binding, expected: Expected, where: str) -> None:
     dtype, shape = expected[binding.source]
     found = binding.source_shape
-    if (binding.dtype, tuple(found)) != (dtype, shape):
+    if (binding.dtype, found) != (dtype, shape):
         raise BundleError(
-            f"{where} binds {binding.source!r} as {binding.dtype} {found}, and it is {dtype} {list(shape)}",
+            f"{where} binds '{binding.source}' as {dtype_name(binding.dtype)} {list(found)}, and it is"
+            f" {dtype_name(dtype)} {list(shape)}",
             fix=_REBUILD,
         )
 

@@ -17,9 +17,10 @@ import msgspec
 import torch
 from torch import Tensor
 
-from torchtrt_md.bundle.manifest import Binding, Manifest
+from torchtrt_md.bundle.manifest import Manifest
 from torchtrt_md.errors import BundleError
 from torchtrt_md.program import dtype_name
+from torchtrt_md.segment import Binding
 
 # PyTorch's name of a dtype -> the format's.
 DTYPES = {
@@ -104,11 +105,11 @@ def check_weights(file: Path, bindings: Iterable[Binding]) -> None:
             _check_there(name, there, file)
             header = stored.get_slice(name)
             found = (header.get_dtype(), header.get_shape())
-            expected = (DTYPES.get(binding.dtype), binding.source_shape)
+            expected = (DTYPES.get(dtype_name(binding.dtype)), list(binding.source_shape))
             if found != expected:
                 raise BundleError(
                     f"weight {name!r} is {found[0]} {found[1]} in {file}, and the manifest says"
-                    f" {expected[0]} ({binding.dtype}) {expected[1]}",
+                    f" {expected[0]} ({dtype_name(binding.dtype)}) {expected[1]}",
                     fix="copy the bundle again, whole, or export it again",
                 )
 

@@ -11,10 +11,10 @@ from pathlib import Path
 
 import msgspec
 
-from torchtrt_md.bundle.manifest import Manifest, Segment
-from torchtrt_md.bundle.read import MANIFEST
+from torchtrt_md.bundle.manifest import MANIFEST, Manifest, encode
 from torchtrt_md.bundle.structure import check_structure
 from torchtrt_md.errors import BundleError
+from torchtrt_md.segment import Segment
 
 _WEIGHTS = "weights/{}.safetensors"
 
@@ -52,8 +52,7 @@ def write_bundle(folder: Path | str, manifest: Manifest, files: Mapping[str, Pat
         unfinished.mkdir()
         for key, path in files.items():
             _link_or_copy(path, unfinished / names[key])
-        text = msgspec.json.format(msgspec.json.encode(written), indent=2)
-        (unfinished / MANIFEST).write_bytes(text + b"\n")
+        (unfinished / MANIFEST).write_bytes(encode(written))
         _put_in_place(unfinished, folder)
     finally:
         shutil.rmtree(unfinished, ignore_errors=True)

@@ -29,7 +29,7 @@ from torch.utils import _pytree as pytree
 from torchtrt_md.capture import tensor_parallel
 from torchtrt_md.capture.arguments import Scalar
 from torchtrt_md.capture.attention import WholeAttention
-from torchtrt_md.capture.dynamo_private import group_ranks, is_weight, root_mesh, source_path
+from torchtrt_md.capture.dynamo_private import arrived, group_ranks, is_weight, root_mesh, source_path
 from torchtrt_md.capture.torch_private import FakeTensorMode
 from torchtrt_md.capture.trace import LocalWeight, as_placed, fake, recorded
 from torchtrt_md.errors import CaptureError, CollectiveError
@@ -68,7 +68,7 @@ def graph_inputs(gm: GraphModule, example_inputs: Sequence[Any]) -> list[GraphIn
     numbers = {node for node in gm.graph.nodes if specialized(node) is not None}
     inputs: list[GraphInput] = []
     names: set[str] = set()
-    for index, (node, example) in enumerate(zip(placeholders(gm), example_inputs, strict=True)):
+    for index, (node, example) in enumerate(zip(placeholders(gm), map(arrived, example_inputs), strict=True)):
         path = source_path(node)
         number = specialized(node)
         # Dynamo passes a float that has changed as a tensor, of which the graph takes the number.
@@ -114,6 +114,31 @@ def specialized(node: Node) -> int | float | bool | None:
         for size in (*value.shape, *value.stride()):
             int(size)
     return None
+
+
+def awaited_inputs(gm: GraphModule) -> list[int]:
+    """The inputs that the graph itself waits for: their collectives were begun before it, and may be under way."""
+    found = []
+    for index, node in enumerate(placeholders(gm)):
+        seen, pending = {node}, [node]
+        while pending:
+            for user in pending.pop().users:
+                if _is_wait(user):
+                    found.append(index)
+                    pending.clear()
+                    break
+                if user not in seen and user.op in ("call_function", "call_method") and not _is_funcol(user):
+                    seen.add(user)
+                    pending.append(user)
+    return found
+
+
+def _is_funcol(node: Node) -> bool:
+    return str(node.target).startswith(("_c10d_functional.", "_c10d_functional_autograd."))
+
+
+def _is_wait(node: Node) -> bool:
+    return _is_funcol(node) and "wait_tensor" in str(node.target)
 
 
 class Specialized(Interpreter):

@@ -74,7 +74,7 @@ def _check_axes(parallels: Sequence[Parallel], mesh: Mesh) -> None:
 def _device_mesh(
     mesh: Mesh, parallels: Sequence[Parallel], own: DeviceMesh | None, device_type: str
 ) -> Iterator[DeviceMesh | None]:
-    """The mesh that DTensor traces on: the user's own, the launch's, or a fake one; None where none is needed."""
+    """The mesh that DTensor traces on: the user's own, or a fake one; None where none is needed."""
     if own is not None:
         for axis, size in zip(own.mesh_dim_names or (), own.mesh.shape, strict=False):
             if mesh.axis_size(axis) != size:
@@ -86,8 +86,6 @@ def _device_mesh(
         yield own
     elif not any(isinstance(p, TensorParallel) for p in parallels):
         yield None
-    elif dist.is_initialized():
-        yield mesh.to_device_mesh(device_type)
     else:
         with fake_ranks(mesh.size):
             yield mesh.to_device_mesh(device_type)
@@ -126,14 +124,9 @@ def _local_weights(shadow: nn.Module, mesh: Mesh, device: torch.device) -> list[
 
 
 def _weights(model: nn.Module, mesh: Mesh, dense: Mapping[str, Tensor] | None) -> Weights:
-    tensors = {
-        name: t.detach()
-        for name, t in [
-            *model.named_parameters(remove_duplicate=False),
-            *model.named_buffers(remove_duplicate=False),
-        ]
-    }
-    shards = {name: t.to_local() for name, t in tensors.items() if isinstance(t, DTensor)}
+    tensors: dict[str, Tensor] = dict(model.named_parameters(remove_duplicate=False))
+    tensors |= dict(model.named_buffers(remove_duplicate=False))
+    shards = {name: t.to_local().detach() for name, t in tensors.items() if isinstance(t, DTensor)}
     whole = {name: t for name, t in tensors.items() if name not in shards}
     for name in shards:
         if dense is not None and name in dense:

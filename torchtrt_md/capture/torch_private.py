@@ -7,8 +7,11 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
+from itertools import count
 
 import torch.distributed as dist
+import torch.distributed.distributed_c10d as c10d
+from torch._C._distributed_c10d import _unregister_process_group
 from torch._subclasses.fake_tensor import FakeTensorMode as FakeTensorMode
 from torch.distributed.device_mesh import DeviceMesh
 from torch.testing._internal.distributed.fake_pg import FakeStore
@@ -20,14 +23,44 @@ _COORDINATE = "_coordinate_on_dim"
 def fake_ranks(size: int) -> Iterator[None]:
     """A process group of ``size`` ranks in this one process, whose collectives move nothing.
 
-    DTensor needs some process group even to trace.  Without the fake backend, tensor-parallel models
-    could only be captured inside a launch.
+    DTensor needs some process group even to trace.  Without the fake backend, tensor-parallel models could only be
+    captured inside a launch, by all ranks together.
     """
-    dist.init_process_group("fake", store=FakeStore(), rank=0, world_size=size)
+    with _no_launch():
+        dist.init_process_group("fake", store=FakeStore(), rank=0, world_size=size)
+        try:
+            yield
+        finally:
+            for group in list(c10d._world.pg_names):
+                _unregister_process_group(group.group_name)
+
+
+# PyTorch's record of the process groups of this process: dicts, and the number that names the next group.
+_RECORDS = ("_pg_map", "_pg_names", "_pg_group_ranks", "_pg_backend_config", "_pg_to_tag", "_tags_to_pg")
+_COUNT = "_group_count"
+_numbers = count(1_000_000, 1_000_000)  # names that no group of a launch has
+
+
+@contextmanager
+def _no_launch() -> Iterator[None]:
+    """Set the process groups of the launch aside, as if there were none.
+
+    Without it, a capture in a launch would make groups of the launch: all ranks would have to take part, and the
+    groups would stay.
+    """
+    held = {name: getattr(c10d, name) for name in (*_RECORDS, _COUNT)}
+    default, rank = c10d._world.default_pg, dist.get_rank() if dist.is_initialized() else None
+    for name in _RECORDS:
+        setattr(c10d, name, {})
+    setattr(c10d, _COUNT, next(_numbers))
+    c10d._world.default_pg = None
     try:
         yield
     finally:
-        dist.destroy_process_group()
+        for name, value in held.items():
+            setattr(c10d, name, value)
+        c10d._update_default_pg(default)
+        assert rank is None or dist.get_rank() == rank
 
 
 @contextmanager

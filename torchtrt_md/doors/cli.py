@@ -15,6 +15,7 @@ from rich.table import Table
 from torchtrt_md.errors import MDError, PlanError
 from torchtrt_md.mesh import Mesh
 from torchtrt_md.parallel import ContextParallel, Parallel, TensorParallel
+from torchtrt_md.program import dtype_name
 
 if TYPE_CHECKING:
     from torchtrt_md.doors.export import Exported
@@ -140,15 +141,13 @@ def _print_collectives(exported: Exported) -> None:
     for c, count in counts.items():
         sent = c.bytes_sent * count
         total += sent
-        table.add_row(c.op, f"{c.axis} ({c.ranks})", c.dtype, f"{c.bytes_sent:,}", str(count), f"{sent:,}")
+        table.add_row(c.op, f"{c.axis} ({c.ranks})", dtype_name(c.dtype), f"{c.bytes_sent:,}", str(count), f"{sent:,}")
     table.add_section()
     table.add_row("", "", "", "", str(sum(counts.values())), f"{total:,}")
     console.print(table)
 
 
 def _print_errors(exported: Exported) -> None:
-    from torchtrt_md.program import dtype_name
-
     report = exported.report
     if report is None:
         console.print("[yellow]Not verified against the dense model.[/]")

@@ -11,9 +11,8 @@ It is for inference: a graph whose result would need gradients is refused.
 
 from __future__ import annotations
 
-import weakref
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import ExitStack, contextmanager
+from contextlib import ExitStack, contextmanager, nullcontext
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, Protocol
 
@@ -27,17 +26,26 @@ from torch.utils import _pytree as pytree
 
 from torchtrt_md.capture import capture
 from torchtrt_md.capture.arguments import Arguments
-from torchtrt_md.capture.dynamo import GraphInput, Specialized, capture_graph, graph_inputs, launch_mesh
+from torchtrt_md.capture.dynamo import (
+    GraphInput,
+    Specialized,
+    awaited_inputs,
+    capture_graph,
+    graph_inputs,
+    launch_mesh,
+)
 from torchtrt_md.capture.dynamo_private import (
     Call,
+    arrived,
     call_in_progress,
     graph_break,
-    local_tensor,
     outside_dynamo,
     passed_on,
     root_mesh,
 )
-from torchtrt_md.errors import CaptureError, InputError, MDError, OptionError, PlanError, VerificationError
+from torchtrt_md.doors.flat_call import Compiled, FlatCall
+from torchtrt_md.errors import CaptureError, MDError, OptionError, PlanError, VerificationError
+from torchtrt_md.launch import communicator
 from torchtrt_md.lowering.ops import use_device_mesh
 from torchtrt_md.options import Options
 from torchtrt_md.program import Coordinate, Output, ShardedProgram, Value, Weight, outputs_of, placeholders
@@ -49,16 +57,6 @@ Verify = Callable[[ShardedProgram], None]
 # Two runs of the same ops in the same dtype: what differs is the order of sums.
 _TOLERANCE = 1e-5
 _ROUNDINGS = 4
-
-
-class Runs(Protocol):
-    """A compiled program."""
-
-    def run(self, inputs: Mapping[str, Tensor], /) -> Mapping[str, Tensor]:
-        """Input name -> tensor, to output name -> tensor."""
-
-    def close(self) -> None:
-        """Let go of memory and threads."""
 
 
 class Build(Protocol):
@@ -76,7 +74,7 @@ class Build(Protocol):
         verify: Verify,
         name: str,
         budget: Budget | None,
-    ) -> Runs: ...
+    ) -> Compiled: ...
 
 
 @dataclass(frozen=True)
@@ -87,6 +85,7 @@ class _Captured:
         inputs: the graph's.
         program: captured, not lowered.
         feeds: name of the program's input -> index among the graph's.
+        weights: index among the graph's inputs -> names of the program's weights that it is.
         unused: the program's inputs that the graph has not, with what to pass for them.
         results: for each output of the graph the program's, or the constant that it is.
         verify: proves the lowered program.
@@ -95,6 +94,7 @@ class _Captured:
     inputs: Sequence[GraphInput]
     program: ShardedProgram
     feeds: Mapping[str, int]
+    weights: Mapping[int, Sequence[str]]
     unused: Mapping[str, Tensor]
     results: tuple[Output | object, ...]
     verify: Verify
@@ -181,7 +181,7 @@ def _compiled(
             name="a function" if call is None else type(call.module).__name__,
             budget=budget,
         )
-    return _callable(found[0], runner, autocast)
+    return _callable(found[0], runner, autocast, gm)
 
 
 class Autocast:
@@ -220,60 +220,17 @@ def _refuse_gradients(gm: GraphModule) -> None:
             )
 
 
-def _callable(captured: _Captured, runner: Runs, autocast: Autocast) -> Callable[..., list[Any]]:
-    """What Dynamo calls in place of the graph, with the graph's inputs."""
-    inputs, feeds, unused, results = list(enumerate(captured.inputs)), captured.feeds, captured.unused, captured.results
-    fed = set(feeds.values())
-    values = [(i, each.name, each.example.shape, each.example.dtype) for i, each in inputs if i in fed]
-    # Held, so that no other tensor can come to lie in its place.
-    fixed = [
-        (i, each.name, _state(each.example), local_tensor(each.example).detach())
-        for i, each in inputs
-        if i not in fed and each.kind != "constant"
-    ]
-    numbers = [(i, each.name, each.example) for i, each in inputs if isinstance(each.example, (int, float))]
-    names = [value.name for value in captured.program.outputs]
-
-    def run(*flat: Any) -> list[Any]:
-        for index, name, shape, dtype in values:
-            if flat[index].shape != shape or flat[index].dtype != dtype:
-                raise _changed(name, f"{dtype} {list(shape)}", f"{flat[index].dtype} {list(flat[index].shape)}")
-        for index, name, number in numbers:
-            if flat[index] != number:
-                raise _changed(name, number, flat[index])
-        for index, name, state, _ in fixed:
-            if _state(flat[index]) != state:
-                raise InputError(
-                    f"{name!r} was changed or replaced after the model was compiled, and engines hold what it was",
-                    fix="call torch.compiler.reset(), so that the next call compiles with the new values",
-                )
-        given = {**unused, **{name: flat[index] for name, index in feeds.items()}}
-        if autocast.on:
-            with autocast.off():
-                out = runner.run(given)
-        else:
-            out = runner.run(given)
-        return [out[names[leaf.index]] if isinstance(leaf, Output) else leaf for leaf in results]
-
-    # With torch.compiler.reset() Dynamo lets go of the function; the end of the process closes runners by itself.
-    weakref.finalize(run, runner.close).atexit = False
-    return run
-
-
-def _state(tensor: Tensor) -> tuple[int, int, int]:
-    """Where a tensor's values are and how often they were written in place, through a DTensor or its local part."""
-    local = local_tensor(tensor)
-    return local.data_ptr(), _version(tensor), _version(local)
-
-
-def _version(tensor: Tensor) -> int:
-    return 0 if tensor.is_inference() else tensor._version
-
-
-def _changed(name: str, was: object, now: object) -> InputError:
-    return InputError(
-        f"the input {name!r} is {now}, and the graph was compiled for {was}",
-        fix="leave Dynamo's guards on: they compile anew for it",
+def _callable(captured: _Captured, runner: Compiled, autocast: Autocast, gm: GraphModule) -> FlatCall:
+    return FlatCall(
+        inputs=captured.inputs,
+        feeds=captured.feeds,
+        weights=captured.weights,
+        unused=captured.unused,
+        results=captured.results,
+        waits=awaited_inputs(gm),
+        outputs=[value.name for value in captured.program.outputs],
+        runner=runner,
+        around=autocast.off if autocast.on else nullcontext,
     )
 
 
@@ -289,7 +246,8 @@ def _of_graph(gm: GraphModule, inputs: Sequence[GraphInput], options: Options, a
             expected = [t for t in _run_graph(gm, inputs) if isinstance(t, Tensor)]
         _compare(lowered, expected, inputs, _groups_of(inputs, options.mesh))
 
-    return _Captured(inputs, program, feeds, {}, program.out_leaves, verify)
+    weights = {i: [each.name] for i, each in enumerate(inputs) if each.kind == "weight"}
+    return _Captured(inputs, program, feeds, weights, {}, program.out_leaves, verify)
 
 
 def _run_graph(gm: GraphModule, inputs: Sequence[GraphInput]) -> list[Any]:
@@ -343,7 +301,7 @@ def run_rank(program: ShardedProgram, inputs: Mapping[str, Tensor], device_mesh:
             flat.append(inputs[source.name])
     if device_mesh is None and not dist.is_initialized():
         return list(Interpreter(graph).run(*flat))
-    with use_device_mesh(device_mesh or program.mesh.to_device_mesh(device.type)):
+    with use_device_mesh(device_mesh or communicator.device_mesh(program.mesh, device.type)):
         return list(Interpreter(graph).run(*flat))
 
 
@@ -373,11 +331,22 @@ def _of_model(gm: GraphModule, inputs: Sequence[GraphInput], options: Options, a
         )
     mesh = launch_mesh(inputs, options.mesh)
     program = capture(call.module, call.args, call.kwargs, mesh=mesh, parallel=options.parallels)
-    arguments = Arguments.of(call.module, call.args, call.kwargs).tensors
+    arguments = {n: arrived(t) for n, t in Arguments.of(call.module, call.args, call.kwargs).tensors.items()}
     feeds = _feeds(arguments, inputs)
     unused = _unused(program, arguments, inputs, call.module)
     results = _results(gm, inputs, call, program, options.check)
-    return _Captured(inputs, program, feeds, unused, results, lambda lowered: _verify(lowered, call))
+    weights = _weights(call.module, inputs)
+    return _Captured(inputs, program, feeds, weights, unused, results, lambda lowered: _verify(lowered, call))
+
+
+def _weights(model: nn.Module, inputs: Sequence[GraphInput]) -> dict[int, list[str]]:
+    """Index of the graph's input -> the names that the model has for it; tied weights have several."""
+    index = {id(each.example): i for i, each in enumerate(inputs)}
+    found: dict[int, list[str]] = {}
+    for name, t in (*model.named_parameters(remove_duplicate=False), *model.named_buffers(remove_duplicate=False)):
+        if id(t) in index:
+            found.setdefault(index[id(t)], []).append(name)
+    return found
 
 
 def _verify(program: ShardedProgram, call: Call) -> None:

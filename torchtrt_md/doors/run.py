@@ -22,13 +22,12 @@ from torch import Tensor
 
 from torchtrt_md.bundle.read import manifest_digest, read_manifest
 from torchtrt_md.bundle.structure import mesh_of
+from torchtrt_md.doors.load import load
 from torchtrt_md.errors import InputError, LaunchError, MDError, VerificationError
-from torchtrt_md.program import dtype_name
-from torchtrt_md.runtime.loading import load
+from torchtrt_md.program import dtype_name, part
 from torchtrt_md.runtime.report import RankReport, Timing, rank_report, report
 from torchtrt_md.runtime.runner import Runner
-from torchtrt_md.runtime.signature import Signature, chunk
-from torchtrt_md.runtime.tensors import dtype_of
+from torchtrt_md.runtime.signature import Signature
 from torchtrt_md.verification.compare import Reference, dense_reference, limit, relative_error
 
 WARM_UP = 5
@@ -166,12 +165,11 @@ def random_inputs(signature: Signature, rank: int, device: torch.device, seed: i
     generator = torch.Generator().manual_seed(seed)
     inputs = {}
     for name, t in signature.inputs.items():
-        dtype = dtype_of(t.dtype)
-        if dtype.is_floating_point:
-            whole = torch.randn(t.shape, generator=generator).to(dtype)
+        if t.dtype.is_floating_point:
+            whole = torch.randn(t.shape, generator=generator).to(t.dtype)
         else:
-            whole = torch.zeros(t.shape, dtype=dtype)
-        inputs[name] = chunk(whole, t.sharding, signature.mesh, rank).contiguous().to(device)
+            whole = torch.zeros(t.shape, dtype=t.dtype)
+        inputs[name] = part(whole, t.sharding, signature.mesh, rank).contiguous().to(device)
     return inputs
 
 
@@ -184,10 +182,10 @@ def check_example(signature: Signature, tensors: dict[str, Tensor]) -> None:
     signature.named((), tensors)
     for name, t in signature.inputs.items():
         found = tensors[name]
-        if (found.dtype, list(found.shape)) != (dtype_of(t.dtype), t.shape):
+        if (found.dtype, tuple(found.shape)) != (t.dtype, t.shape):
             raise InputError(
                 f"{name!r} is {found.dtype} {list(found.shape)} in the file, and the bundle was built for"
-                f" {t.dtype} {t.shape}",
+                f" {t.dtype} {list(t.shape)}",
                 fix="verify with the file that the bundle was exported from",
             )
 
@@ -233,8 +231,8 @@ def _compare(runner: Runner, file: Path, seed: int, model_device: str) -> tuple[
     whole = agreement.together("loading the model", example)
     inputs = {}
     for name, t in signature.inputs.items():
-        tensor = _broadcast(whole.get(name), t.shape, dtype_of(t.dtype), device)
-        inputs[name] = chunk(tensor, t.sharding, signature.mesh, runner.rank).contiguous()
+        tensor = _broadcast(whole.get(name), t.shape, t.dtype, device)
+        inputs[name] = part(tensor, t.sharding, signature.mesh, runner.rank).contiguous()
     reference = agreement.together("the dense model on one GPU", lambda: held.pop()() if held else None)
     torch.cuda.empty_cache()
 
@@ -249,8 +247,8 @@ def _compare(runner: Runner, file: Path, seed: int, model_device: str) -> tuple[
         own = outputs[t.name]
         dtype = precision if own.is_floating_point() else own.dtype
         expected = _broadcast(None if reference is None else reference.outputs[t.name], t.shape, dtype, device)
-        errors[t.name] = relative_error(own, chunk(expected, t.sharding, signature.mesh, runner.rank))
-    limits = {t.name: limit(dtype_of(t.dtype), dense_errors[t.name]) for t in signature.outputs}
+        errors[t.name] = relative_error(own, part(expected, t.sharding, signature.mesh, runner.rank))
+    limits = {t.name: limit(t.dtype, dense_errors[t.name]) for t in signature.outputs}
     return inputs, Comparison(dtype_name(precision), dense_errors, limits, errors)
 
 

@@ -32,10 +32,10 @@ from torch import Tensor
 from torch.fx import Graph, GraphModule, Node
 
 import torchtrt_md.lowering.ops  # noqa: F401  registers torch.ops.torchtrt_md
-from torchtrt_md.bundle.manifest import Segment
 from torchtrt_md.errors import BundleError
 from torchtrt_md.graph.source import source_line
 from torchtrt_md.program import dtype_name, outputs_of, placeholders
+from torchtrt_md.segment import Segment
 
 GRAPH_SCHEMA = 1
 NAMESPACES = ("aten", "prims", "torchtrt_md")
@@ -199,11 +199,10 @@ def check_bindings(graph: GraphModule, segment: Segment, what: str = "the graph"
             value = node.meta.get("val")
             if not isinstance(value, Tensor):
                 raise BundleError(f"{what} {kind} {node.name!r}, whose shape it does not say", fix=_REBUILD)
-            found = (dtype_name(value.dtype), list(value.shape))
-            if found != (binding.dtype, binding.shape):
+            if (value.dtype, tuple(value.shape)) != (binding.dtype, binding.shape):
                 raise BundleError(
-                    f"{what} {kind} {node.name!r} as {found[0]} {found[1]}, and its segment binds {binding.name!r}"
-                    f" ({binding.source}) as {binding.dtype} {binding.shape}",
+                    f"{what} {kind} {node.name!r} as {dtype_name(value.dtype)} {list(value.shape)}, and its segment"
+                    f" binds {binding.name!r} ({binding.source}) as {dtype_name(binding.dtype)} {list(binding.shape)}",
                     fix=_REBUILD,
                 )
 

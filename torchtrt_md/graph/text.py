@@ -53,7 +53,7 @@ def _text(argument: Any, numbers: Mapping[Node, str], at: Node) -> str:
     if isinstance(argument, slice):
         return f"slice{text((argument.start, argument.stop, argument.step))}"
     if isinstance(argument, torch.device):
-        return argument.type  # not its index: the same graph on every rank has one text
+        return "device"  # whichever it was traced on, a part runs on the device of its rank
     if argument is None or isinstance(
         argument, (bool, int, float, complex, str, torch.dtype, torch.layout, torch.memory_format)
     ):

@@ -11,7 +11,9 @@ from __future__ import annotations
 
 import operator
 from collections.abc import Collection, Mapping
+from dataclasses import replace
 
+import msgspec
 import torch
 from torch.fx import GraphModule, Node
 
@@ -20,8 +22,9 @@ from torchtrt_md.graph.source import source_line
 from torchtrt_md.lowering.ops import bound_args, is_collective
 from torchtrt_md.parallel import Placement
 from torchtrt_md.place.partition import ATTENTION, is_own_row, partition
-from torchtrt_md.place.parts import Kept, Part, PlacedProgram, Runs
-from torchtrt_md.program import ShardedProgram, dtype_name, placeholders, value_of
+from torchtrt_md.place.parts import Kept, PlacedProgram
+from torchtrt_md.program import ShardedProgram, dtype_name, outputs_of, placeholders, value_of
+from torchtrt_md.segment import Part, Runs
 
 _ROUNDS = 20
 
@@ -31,10 +34,11 @@ def place(
     placement: Placement,
     *,
     compute: Runs = "engine",
+    runs: Mapping[str, Runs] | None = None,
     keep: Mapping[str, str] | None = None,
     boundary: Collection[torch.dtype] | None = None,
     fullgraph: bool = False,
-    rank: int | None = None,
+    ranks: Collection[int] | None = None,
 ) -> PlacedProgram:
     """Cut the graphs of a lowered program into parts.
 
@@ -42,10 +46,11 @@ def place(
         program: what :func:`torchtrt_md.lower` returned for this placement.
         placement: where attention runs.
         compute: what everything else runs as: ``engine`` or ``inductor``.
+        runs: what compute parts of some graphs run as instead, by :attr:`Part.digest`.
         keep: node of the lowered graphs -> why no engine can hold it; such nodes stay in PyTorch.
         boundary: the dtypes that an engine can take and give; None where any can be.
         fullgraph: that an op must stay in PyTorch is an error.
-        rank: cut this rank's graph only; other ranks that have another one get no parts.
+        ranks: cut these ranks' graphs only; others that have another one get no parts.
 
     Raises:
         BuildError: ``fullgraph``, and an op that no engine can hold.
@@ -53,8 +58,8 @@ def place(
     keep = keep or {}
     done: dict[int, tuple[Part, ...]] = {}
     kept: dict[tuple[str, str], Kept] = {}
-    for graph, ranks in program.distinct():
-        if rank is not None and rank not in ranks:
+    for graph, members in program.distinct():
+        if ranks is not None and not set(ranks) & set(members):
             done[id(graph)] = ()
             continue
         stays = _stays(graph, placement, keep)
@@ -71,8 +76,14 @@ def place(
             key = (str(node.target), reason)
             before = kept.get(key)
             kept[key] = Kept(*key, count=before.count + 1 if before else 1, at=source_line(node))
-        done[id(graph)] = parts
+        done[id(graph)] = tuple(_running_as(part, runs) for part in parts) if runs else parts
     return PlacedProgram(program, placement, tuple(done[id(g)] for g in program.graphs), tuple(kept.values()))
+
+
+def _running_as(part: Part, runs: Mapping[str, Runs]) -> Part:
+    if part.runs == "eager" or part.digest not in runs:
+        return part
+    return replace(part, segment=msgspec.structs.replace(part.segment, runs=runs[part.digest]))
 
 
 def _stays(graph: GraphModule, placement: Placement, keep: Mapping[str, str]) -> dict[str, str]:
@@ -128,18 +139,18 @@ def _outside(graph: GraphModule, parts: tuple[Part, ...], boundary: Collection[t
     for part in parts:
         if part.runs != "engine":
             continue
+        assert part.graph is not None
         for placeholder in placeholders(part.graph):
             dtype = value_of(placeholder).dtype
             if dtype not in boundary:
                 for user in placeholder.users:
                     if user.name in nodes and user.op == "call_function":
                         found[user.name] = f"it takes {dtype_name(dtype)}, which an engine cannot be given"
-        (output,) = part.graph.graph.find_nodes(op="output")
-        for value in output.args[0]:
+        for value in outputs_of(part.graph):
             dtype = value_of(value).dtype
             if dtype not in boundary and value.name in nodes and value.op == "call_function":
                 found[value.name] = f"it gives {dtype_name(dtype)}, which an engine cannot return"
     return found
 
 
-__all__ = ["Kept", "Part", "PlacedProgram", "Runs", "place"]
+__all__ = ["Kept", "PlacedProgram", "place"]

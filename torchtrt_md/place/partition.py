@@ -31,8 +31,9 @@ from torchtrt_md.graph.functional import copied
 from torchtrt_md.graph.rewrite import emit, permute
 from torchtrt_md.lowering.ops import is_collective
 from torchtrt_md.lowering.rank_input import PREFIX
-from torchtrt_md.place.parts import Part, Runs
-from torchtrt_md.program import Coordinate, ShardedProgram, Source, Weight, outputs_of, placeholders, value_of
+from torchtrt_md.lowering.schedule import schedule
+from torchtrt_md.program import ShardedProgram, outputs_of, placeholders, value_of
+from torchtrt_md.segment import Binding, Part, Runs, Segment, Wire
 
 aten, md = torch.ops.aten, torch.ops.torchtrt_md
 ATTENTION = (md.attention.default, md.ring_attention.default)
@@ -115,7 +116,7 @@ class _Cut:
             follows = node.target is operator.getitem or (node.target in _VIEWS and not is_view(node))
             if follows and base_of(node.all_input_nodes[0]) in self.eager:
                 self.eager.add(node)
-        self.sources = {node: _source_name(program.sources[node.name]) for node in placeholders(graph)}
+        self.sources = {node: Wire.of(program.sources[node.name]) for node in placeholders(graph)}
         self.returned = outputs_of(graph)
         self.done: set[Node] = set()
         self.pending: set[Node] = set()  # collectives whose results nothing was enqueued behind yet
@@ -185,15 +186,15 @@ class _Cut:
     def _wired(self) -> tuple[Part, ...]:
         home = {node: index for index, (_, nodes) in enumerate(self.groups) for node in nodes}
         read = self._read_elsewhere(home)
-        names: dict[Node, str] = {}
+        names: dict[Node, Wire] = {}
         for node, value in zip(self.returned, self.program.outputs, strict=True):
-            names.setdefault(node, f"output:{value.name}")
+            names.setdefault(node, Wire("output", value.name))
         last = len(self.groups) - 1
         parts = []
         for index, (runs, nodes) in enumerate(self.groups):
-            outputs = [(n, names.get(n, f"value:{n.name}")) for n in nodes if n in read or n in names]
+            outputs = [(n, names.get(n, Wire("value", n.name))) for n in nodes if n in read or n in names]
             for node, value in zip(self.returned, self.program.outputs, strict=True):
-                name = f"output:{value.name}"
+                name = Wire("output", value.name)
                 here = home.get(node, last) == index
                 if here and (node, name) not in outputs:  # returned twice, or nobody's: an input, a weight
                     outputs.append((node, name))
@@ -214,15 +215,15 @@ class _Cut:
         index: int,
         runs: Runs,
         nodes: Sequence[Node],
-        outputs: Sequence[tuple[Node, str]],
-        names: Mapping[Node, str],
+        outputs: Sequence[tuple[Node, Wire]],
+        names: Mapping[Node, Wire],
     ) -> Part:
         """A graph of these nodes, with a placeholder for each value of another part."""
         mine, graph = set(nodes), Graph()
         env: dict[Node, Node] = {}
-        inputs: dict[Node, str] = {}
+        inputs: dict[Node, Wire] = {}
         for node in _reading_order([*nodes, *(n for n, _ in outputs)], mine):
-            inputs[node] = self.sources.get(node) or names.get(node, f"value:{node.name}")
+            inputs[node] = self.sources.get(node) or names.get(node, Wire("value", node.name))
             env[node] = graph.placeholder(f"read{len(env)}")  # no node of a traced graph has such a name
             env[node].meta = _contiguous_meta(node)
 
@@ -241,7 +242,25 @@ class _Cut:
             copied(node)
         graph.output(tuple(_contiguous(graph, copied(n), runs) for n, _ in outputs))
         module = GraphModule(self.graph, graph)
-        return Part(runs, module, tuple(inputs.values()), tuple(name for _, name in outputs), f"part {index}")
+        collectives = tuple(schedule(module))
+        segment = Segment(
+            runs=runs,
+            file="",
+            axis=next((c.axis for c in collectives), None) if runs == "engine" else None,
+            inputs=_bindings("in", placeholders(module), inputs.values()),
+            outputs=_bindings("out", outputs_of(module), [wire for _, wire in outputs]),
+            collectives=collectives,
+            name=f"part {index}",
+        )
+        return Part(segment, module)
+
+
+def _bindings(name: str, nodes: Iterable[Node], wires: Iterable[Wire]) -> tuple[Binding, ...]:
+    """By position: equal parts then are equal, whatever they are wired to."""
+    return tuple(
+        Binding(f"{name}{i}", wire, value_of(node).dtype, tuple(value_of(node).shape))
+        for i, (node, wire) in enumerate(zip(nodes, wires, strict=True))
+    )
 
 
 def base_of(node: Node) -> Node:
@@ -286,12 +305,6 @@ def _reading_order(nodes: Iterable[Node], mine: set[Node]) -> list[Node]:
             if base not in mine and base.op != "get_attr":
                 found.setdefault(base)
     return list(found)
-
-
-def _source_name(source: Source) -> str:
-    if isinstance(source, Coordinate):
-        return f"coordinate:{source.axis}"
-    return f"{'weight' if isinstance(source, Weight) else 'input'}:{source.name}"
 
 
 def _contiguous_meta(node: Node) -> dict[str, Any]:

@@ -1,42 +1,12 @@
-"""``Part``: consecutive nodes of a lowered graph that run as one, and how the parts of a graph are wired."""
+"""``PlacedProgram``: a lowered program cut into parts, and what stays in PyTorch."""
 
 from __future__ import annotations
 
 from dataclasses import dataclass, field
-from typing import Literal, TypeAlias
-
-from torch.fx import GraphModule
 
 from torchtrt_md.parallel import Placement
 from torchtrt_md.program import ShardedProgram
-
-Runs: TypeAlias = Literal["engine", "inductor", "eager"]
-
-
-@dataclass(frozen=True)
-class Part:
-    """Some nodes of a rank's graph as a graph of their own.
-
-    Attributes:
-        runs: as a TensorRT engine, compiled by Inductor, or op by op in PyTorch.
-        graph: its placeholders are all that it reads, weights among them; it returns all that later parts read.
-            Every value that passes between parts is contiguous.
-        inputs: what each placeholder reads: ``input:NAME``, ``coordinate:AXIS``, ``weight:NAME``, or what an earlier
-            part wrote.
-        outputs: what each returned value is: ``value:NAME``, or ``output:NAME`` of the program.
-        name: for messages and the summary.
-    """
-
-    runs: Runs
-    graph: GraphModule
-    inputs: tuple[str, ...]
-    outputs: tuple[str, ...]
-    name: str
-
-    @property
-    def weights(self) -> tuple[str, ...]:
-        """The names of the weights that it reads."""
-        return tuple(s.removeprefix("weight:") for s in self.inputs if s.startswith("weight:"))
+from torchtrt_md.segment import Part
 
 
 @dataclass(frozen=True)

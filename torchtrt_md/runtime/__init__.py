@@ -1,16 +1,16 @@
-"""Run a bundle under torchrun: ``load`` gives a ``Runner``, and a runner is called like the model.
+"""Run a rank's part of a program: from segments and what was built to a ``Runner`` that is called like the model.
 
-loading       the road from a folder to a runner; every step is voted on by all ranks
-agree         the votes, over a gloo group of their own
-communicator  an NCCL communicator for each axis, bound to the engines
-engine        one loaded engine: checked against its bindings, then bound and enqueued
-runner        a call: check, vote, enqueue, nest the outputs
-signature     the arguments and outputs of a call, against the manifest
-watchdog      ends a process that waits on another rank for too long
-private       every private name of PyTorch that the runtime needs
+bring_up   a launch, parts and weights -> what a call enqueues; the one way up
+runner     a call: check, vote, enqueue, nest the outputs
+signature  the arguments and outputs of a call, against the manifest
+weights    a rank's weights as its segments read them, held once
+steps      what is enqueued one after the other, and what each reads and writes
+memory     when each step may run and where its results lie
+executor   the steps on two streams
+graphs     CUDA graphs of whole calls
+engine     one loaded engine: checked against its bindings, then bound and enqueued
+collective, push   exchanges between segments, by NCCL or by the GPUs' copy engines
+inductor, epilogue segments that Inductor compiles
+selftest   attention over several ranks inside an engine, seen to be right before it is used
+private    the private names of PyTorch that these need
 """
-
-from torchtrt_md.runtime.loading import load
-from torchtrt_md.runtime.runner import Runner
-
-__all__ = ["Runner", "load"]

@@ -7,24 +7,15 @@ from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any, NamedTuple
 
+import torch
 from torch import Tensor
 
-from torchtrt_md.build.flavour import flavour
-from torchtrt_md.bundle.manifest import Segment
+from torchtrt_md.build.flavour import TRT_DTYPES, flavour
 from torchtrt_md.errors import BundleError, LaunchError
+from torchtrt_md.program import dtype_name
+from torchtrt_md.segment import Segment, Wire
 
-# TensorRT's name of a dtype -> PyTorch's, as the manifest writes it.
-DTYPES = {
-    "FLOAT": "float32",
-    "HALF": "float16",
-    "BF16": "bfloat16",
-    "INT8": "int8",
-    "UINT8": "uint8",
-    "INT32": "int32",
-    "INT64": "int64",
-    "BOOL": "bool",
-    "FP8": "float8_e4m3fn",
-}
+_DTYPES = {theirs: dtype for dtype, theirs in TRT_DTYPES.items()}
 
 
 class Io(NamedTuple):
@@ -32,7 +23,7 @@ class Io(NamedTuple):
 
     name: str
     is_input: bool
-    dtype: str
+    dtype: torch.dtype | str  # TensorRT's name of one that PyTorch lacks
     shape: tuple[int, ...]
 
 
@@ -78,7 +69,7 @@ class Engine:
             self.context.set_device_memory(scratch.data_ptr(), scratch.nbytes)
         self.communicator: object = None
 
-    def enqueue(self, tensors: Mapping[str, Tensor], stream: int) -> None:
+    def enqueue(self, tensors: Mapping[Wire, Tensor], stream: int) -> None:
         """Bind and launch.  Nothing is checked here, and nothing but the engine is put on the stream.
 
         Args:
@@ -91,7 +82,7 @@ class Engine:
         self.bind(tensors)
         self.launch(stream)
 
-    def bind(self, tensors: Mapping[str, Tensor]) -> None:
+    def bind(self, tensors: Mapping[Wire, Tensor]) -> None:
         """Set the addresses for the launches that follow.
 
         Args:
@@ -103,7 +94,7 @@ class Engine:
         for binding in (*self.segment.inputs, *self.segment.outputs):
             if not self.context.set_tensor_address(binding.name, tensors[binding.source].data_ptr()):
                 raise LaunchError(
-                    f"{self.name} refused the address of {binding.source!r}",
+                    f"{self.name} refused the address of '{binding.source}'",
                     fix="this is a fault of torchtrt_md: please report it with the lines TensorRT logged",
                 )
 
@@ -188,7 +179,7 @@ def describe_io(loaded: Any) -> list[Io]:
     for name in map(loaded.get_tensor_name, range(loaded.num_io_tensors)):
         kind = loaded.get_tensor_dtype(name).name
         is_input = loaded.get_tensor_mode(name).name == "INPUT"
-        found.append(Io(name, is_input, DTYPES.get(kind, kind), tuple(loaded.get_tensor_shape(name))))
+        found.append(Io(name, is_input, _DTYPES.get(kind, kind), tuple(loaded.get_tensor_shape(name))))
     return found
 
 
@@ -199,8 +190,8 @@ def check_io(found: Iterable[Io], segment: Segment, name: str) -> None:
         BundleError: naming the first that differs, and both sides.
     """
     there = {io.name: io for io in found}
-    expected = {b.name: Io(b.name, True, b.dtype, tuple(b.shape)) for b in segment.inputs}
-    expected |= {b.name: Io(b.name, False, b.dtype, tuple(b.shape)) for b in segment.outputs}
+    expected = {b.name: Io(b.name, True, b.dtype, b.shape) for b in segment.inputs}
+    expected |= {b.name: Io(b.name, False, b.dtype, b.shape) for b in segment.outputs}
     for tensor in sorted(there.keys() | expected.keys()):
         if there.get(tensor) != expected.get(tensor):
             raise BundleError(
@@ -213,4 +204,5 @@ def check_io(found: Iterable[Io], segment: Segment, name: str) -> None:
 def _told(io: Io | None, name: str) -> str:
     if io is None:
         return f"no {name!r}"
-    return f"{'input' if io.is_input else 'output'} {io.name!r} {io.dtype} {list(io.shape)}"
+    dtype = dtype_name(io.dtype) if isinstance(io.dtype, torch.dtype) else io.dtype
+    return f"{'input' if io.is_input else 'output'} {io.name!r} {dtype} {list(io.shape)}"

@@ -7,9 +7,9 @@ from collections.abc import Callable, Mapping, Sequence
 import torch
 from torch import Tensor
 
-from torchtrt_md.runtime.plan import plan
+from torchtrt_md.runtime.memory import plan_memory
 from torchtrt_md.runtime.push import Shared
-from torchtrt_md.runtime.steps import Step, Values
+from torchtrt_md.runtime.steps import Key, Step, Values
 
 Share = Callable[[str, int], Shared]
 # What PyTorch's allocator aligns to, and more than TensorRT asks of its bindings.
@@ -33,14 +33,14 @@ class Executor:
         self,
         steps: Sequence[Step],
         *,
-        fixed: Mapping[str, Tensor],
-        outputs: Sequence[str],
+        fixed: Mapping[Key, Tensor],
+        outputs: Sequence[Key],
         device: torch.device,
         overlap: bool = True,
         share: Share | None = None,
     ) -> None:
         self.steps, self.outputs, self.device = list(steps), tuple(outputs), device
-        self.plan = plan(self.steps, self.outputs, push=share is not None)
+        self.plan = plan_memory(self.steps, self.outputs, push=share is not None)
         self._side: torch.cuda.Stream | None = None
         if overlap and device.type == "cuda" and any(step.communicates for step in steps):
             # of high priority: its kernels are few and short, and the main stream will wait for them
@@ -53,7 +53,7 @@ class Executor:
                     block = memory[self.plan.block_of[slot.name]]
                     self._fixed[slot.name] = block[: slot.bytes].view(slot.dtype).view(slot.shape)
         self._shared = {axis: share(axis, size) for axis, size in sorted(self.plan.shared.items())} if share else {}
-        self._results: dict[str, list[Tensor]] = {}
+        self._results: dict[Key, list[Tensor]] = {}
         for step in self.steps:
             for slot in step.slots:
                 if slot.name in self.plan.shared_of:
@@ -73,14 +73,14 @@ class Executor:
         """Bytes that are kept for what passes between steps."""
         return sum(self.plan.blocks) + sum(self.plan.shared.values())
 
-    def run(self, inputs: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    def run(self, inputs: Mapping[Key, Tensor]) -> dict[Key, Tensor]:
         """Enqueue a call on the current stream, which is not the default one.
 
         Args:
-            inputs: by name, ``input:NAME``; contiguous and aligned.
+            inputs: by their wires; contiguous and aligned.
 
         Returns:
-            The outputs by name, ``output:NAME``.
+            The outputs by their wires.
         """
         values = {**self._fixed, **inputs}
         if self._side is None:

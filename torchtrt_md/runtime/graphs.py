@@ -9,8 +9,11 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-Call = Callable[[Mapping[str, Tensor]], dict[str, Tensor]]
-Key = tuple[tuple[str, torch.dtype, torch.Size], ...]
+from torchtrt_md.runtime.steps import Key
+
+Values = Mapping[Key, Tensor]
+Enqueue = Callable[[Values], dict[Key, Tensor]]
+Signature = tuple[tuple[Key, torch.dtype, torch.Size], ...]
 
 
 @dataclass
@@ -25,10 +28,10 @@ class Captured:
     """A graph, and the memory that it reads and writes."""
 
     graph: torch.cuda.CUDAGraph
-    inputs: dict[str, Tensor]
-    outputs: dict[str, Tensor]
+    inputs: dict[Key, Tensor]
+    outputs: dict[Key, Tensor]
 
-    def replay(self, inputs: Mapping[str, Tensor]) -> None:
+    def replay(self, inputs: Values) -> None:
         """Put these inputs where the graph reads, unless they are there, and replay it on the current stream."""
         for name, held in self.inputs.items():
             if held.data_ptr() != inputs[name].data_ptr():
@@ -40,8 +43,7 @@ class Graphs:
     """Runs calls, replaying a CUDA graph where there is one of their signature.
 
     The first call of a signature is run as it is, which also warms everything up, and then captured.  Where that fails
-    there is one warning that names the cause, and calls are run without graphs from then on.  Ranks need not agree:
-    a replay enqueues the same collectives as a run.
+    on a rank there is one warning that names the cause, and all ranks run such calls without graphs from then on.
 
     Args:
         run: enqueues a call on the current stream.
@@ -49,24 +51,26 @@ class Graphs:
         device: this rank's GPU.
         static_outputs: return the graph's own memory, which the next call overwrites, and not a copy.
         before_capture: called before a capture, which first waits for all that was enqueued.
+        agreed: tells the other ranks whether a capture succeeded, and whether theirs did.
     """
 
     def __init__(
         self,
-        run: Call,
+        run: Enqueue,
         budget: Budget,
         device: torch.device,
         *,
         static_outputs: bool = False,
         before_capture: Callable[[], None] = lambda: None,
+        agreed: Callable[[bool], bool] = lambda fine: fine,
     ) -> None:
         self._run, self._budget, self._device, self._static = run, budget, device, static_outputs
-        self._before_capture = before_capture
-        self.captured: dict[Key, Captured | None] = {}
+        self._before_capture, self._agreed = before_capture, agreed
+        self.captured: dict[Signature, Captured | None] = {}
 
-    def __call__(self, inputs: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    def __call__(self, inputs: Values) -> dict[Key, Tensor]:
         """The outputs, in memory of the caller's own unless ``static_outputs``."""
-        key = tuple((name, t.dtype, t.shape) for name, t in sorted(inputs.items()))
+        key = tuple((name, t.dtype, t.shape) for name, t in inputs.items())
         captured = self.captured.get(key)
         if captured is not None:
             captured.replay(inputs)
@@ -78,15 +82,15 @@ class Graphs:
             self.captured[key] = self._capture(inputs)
         return outputs
 
-    def _capture(self, inputs: Mapping[str, Tensor]) -> Captured | None:
+    def release(self) -> None:
+        """Let go of all graphs; others may be captured in their place."""
+        self._budget.left += sum(captured is not None for captured in self.captured.values())
+        self.captured.clear()
+
+    def _capture(self, inputs: Values) -> Captured | None:
         if self._budget.left <= 0:
-            warnings.warn(
-                "no more CUDA graphs are captured: as many as max_graphs allows are there; calls of new shapes run"
-                " without one",
-                stacklevel=2,
-            )
+            _warn("no more CUDA graphs are captured: max_graphs are there; calls of new shapes run without one")
             return None
-        self._budget.left -= 1
         self._before_capture()
         held = {name: tensor.clone() for name, tensor in inputs.items()}
         graph = torch.cuda.CUDAGraph()
@@ -99,11 +103,17 @@ class Graphs:
                 outputs = self._run(held)
         except Exception as error:  # CUDA, NCCL, TensorRT and PyTorch each raise their own
             reason = next(iter(str(error).strip().splitlines()), "")
-            warnings.warn(
-                f"the CUDA graph could not be captured, and calls run without one: {type(error).__name__}: {reason}",
-                stacklevel=2,
-            )
+            _warn(f"the CUDA graph could not be captured, and calls run without one: {type(error).__name__}: {reason}")
             torch.cuda.synchronize(self._device)
             generator.graphsafe_set_state(before)  # PyTorch leaves it as if it still was in the capture
+            self._agreed(False)
             return None
+        if not self._agreed(True):
+            _warn("another rank could not capture a CUDA graph, and calls run without one on all ranks")
+            return None
+        self._budget.left -= 1
         return Captured(graph, held, outputs)
+
+
+def _warn(message: str) -> None:
+    warnings.warn(message, stacklevel=4)

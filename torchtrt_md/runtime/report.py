@@ -10,8 +10,9 @@ from statistics import median
 import msgspec
 import torch
 
-from torchtrt_md.bundle.manifest import Collective, Manifest, Versions
+from torchtrt_md.bundle.manifest import Manifest, Versions, to_json
 from torchtrt_md.runtime.runner import Runner
+from torchtrt_md.segment import Collective
 
 
 class Timing(msgspec.Struct, frozen=True):
@@ -37,7 +38,7 @@ class RankReport(msgspec.Struct, frozen=True):
     timing: Timing | None
 
 
-class Report(msgspec.Struct, frozen=True):
+class RunReport(msgspec.Struct, frozen=True):
     """A run of a bundle.
 
     ``reference`` is the dtype that the dense model was run in to compare with, ``dense_errors`` the dense model's
@@ -67,7 +68,7 @@ class Report(msgspec.Struct, frozen=True):
     def write(self, path: Path) -> None:
         """Write the JSON."""
         path.parent.mkdir(parents=True, exist_ok=True)
-        path.write_bytes(msgspec.json.format(msgspec.json.encode(self), indent=2) + b"\n")
+        path.write_bytes(msgspec.json.format(msgspec.json.encode(self, enc_hook=to_json), indent=2) + b"\n")
 
     def show(self) -> None:
         """Print the table."""
@@ -114,10 +115,10 @@ def report(
     reference: str | None,
     dense_errors: dict[str, float],
     limits: dict[str, float],
-) -> Report:
+) -> RunReport:
     """All ranks' parts together."""
     times = [r.timing.median_ms for r in ranks if r.timing is not None]
-    return Report(
+    return RunReport(
         passed=all(error <= limits[name] for r in ranks for name, error in r.errors.items()),
         command=" ".join(sys.orig_argv),
         bundle=folder.name,

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
 from types import TracebackType
 from typing import Any, Literal, Self
 
@@ -12,14 +13,28 @@ from torch import Tensor
 from torchtrt_md.bundle.manifest import Manifest
 from torchtrt_md.choices import Choices
 from torchtrt_md.errors import LaunchError
-from torchtrt_md.runtime.agree import Agreement
+from torchtrt_md.launch import Launch
+from torchtrt_md.launch.watchdog import waits_for
 from torchtrt_md.runtime.executor import Executor
 from torchtrt_md.runtime.graphs import Budget, Graphs
 from torchtrt_md.runtime.signature import Signature, prepared
-from torchtrt_md.runtime.watchdog import Watchdog
+from torchtrt_md.runtime.steps import Key
+from torchtrt_md.runtime.weights import WeightOf, laid_out
+from torchtrt_md.segment import Wire
 
 Check = Literal["always", "first"]
 MAX_GRAPHS = 8
+
+
+@dataclass(frozen=True)
+class WeightSet:
+    """Weights as a runner's segments read them, and the CUDA graphs of calls with them.
+
+    ``values`` are those that differ from the ones that the runner was made with.
+    """
+
+    values: Mapping[Key, Tensor]
+    graphs: Graphs | None
 
 
 class Runner:
@@ -37,6 +52,7 @@ class Runner:
             gloo all_reduce per call; a wrong input later raises on its own rank alone, and its peers, already in
             a collective, are ended by the watchdog after the timeout.
         agreement: the votes of this launch.
+        name: of the program, the same on all ranks and no other program's.
         executor: what a call enqueues.
         summary: what runs where, and why; for people.
         choices: of a program that was just compiled, what was chosen; ``md.export(..., choices=...)`` takes it.
@@ -46,15 +62,14 @@ class Runner:
         self,
         manifest: Manifest,
         executor: Executor,
-        waits_for: str,
         *,
-        agreement: Agreement,
-        watchdog: Watchdog,
+        launch: Launch,
         check: Check,
         cuda_graph: bool = False,
         static_outputs: bool = False,
         budget: Budget | None = None,
         nest: Callable[[Mapping[str, Tensor]], Any] | None = None,
+        name: str = "the program",
         summary: str = "",
         choices: Choices | None = None,
         guard: Callable[[], None] = lambda: None,
@@ -62,26 +77,22 @@ class Runner:
         self.manifest, self.executor, self.check = manifest, executor, check
         self.summary, self.choices = summary, choices
         self.device = executor.device
-        self.agreement, self.rank = agreement, agreement.rank
+        self.agreement, self.rank = launch.agreement, launch.rank
+        self.name = launch.name_program(name)
         self.signature = Signature(manifest)
         self._nest, self._guard = nest or self.signature.nest, guard
-        self._watchdog, self._waits_for = watchdog, waits_for
-        self._graphs: Graphs | None = None
+        self._watchdog = launch.watchdog
+        self._waits_for = waits_for(manifest.ranks[self.rank], self.signature.mesh, self.rank)
+        self._static_outputs = static_outputs
         self._side: torch.cuda.Stream | None = None
         self._last: tuple[torch.cuda.Stream, torch.cuda.Event] | None = None
         self._agreed = self._closed = False
         if self.device.type == "cuda":
             self._side = torch.cuda.Stream(self.device)  # type: ignore[no-untyped-call]
-            if cuda_graph:
-                self._graphs = Graphs(
-                    executor.run,
-                    budget or Budget(MAX_GRAPHS),
-                    self.device,
-                    static_outputs=static_outputs,
-                    # it waits on this thread, and other ranks may not have come
-                    before_capture=lambda: self._watch(torch.cuda.current_stream(self.device)),
-                )
             torch.cuda.synchronize(self.device)
+        self._budget = (budget or Budget(MAX_GRAPHS)) if cuda_graph and self.device.type == "cuda" else None
+        self._own = WeightSet({}, self._make_graphs({}))
+        self._others: list[WeightSet] = []
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
         """Run the program on this rank's inputs.
@@ -100,9 +111,53 @@ class Runner:
             InputError: on every rank, naming the ranks whose inputs are wrong (``check="first"``: see there).
             LaunchError: another rank did not make this call within the timeout, or an engine could not be run.
         """
-        return self._nest(self.run(self._accept(args, kwargs)))
+        return self._nest(self.call(lambda: self.signature.bind(args, kwargs, self.device)))
 
-    def run(self, inputs: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    def call(
+        self, bind: Callable[[], Mapping[str, Tensor]], *, weights: WeightSet | None = None, about: str = ""
+    ) -> dict[str, Tensor]:
+        """Check the inputs, vote on them, and run.
+
+        Args:
+            bind: gives this rank's inputs by name, or refuses them.
+            weights: of :meth:`with_weights`; by default those that the runner was made with.
+            about: what else all ranks must have in common in this call, for messages.
+
+        Returns:
+            The outputs by name.
+
+        Raises:
+            InputError: as ``bind``, on every rank.
+            LaunchError: ranks are in different calls; or as :meth:`__call__`.
+        """
+        if self._closed:
+            raise LaunchError("this runner is closed", fix="load or compile again")
+
+        def checked() -> Mapping[str, Tensor]:
+            self._guard()
+            return bind()
+
+        if self.check == "first" and self._agreed:
+            inputs = checked()
+        else:
+            inputs = self.agreement.together(f"a call of {self.name}{about}", checked)
+            self._agreed = True
+        return self.run(inputs, weights)
+
+    def with_weights(self, weight_of: WeightOf) -> WeightSet:
+        """Other weights of the same names, shapes and dtypes, laid out as the segments read them.  Collective.
+
+        Args:
+            weight_of: gives this rank's part of each.
+        """
+        segments = self.manifest.ranks[self.rank]
+        values = self.agreement.together(
+            f"other weights for {self.name}", lambda: laid_out(segments, weight_of, self.device)
+        )
+        self._others.append(WeightSet(values, self._make_graphs(values)))
+        return self._others[-1]
+
+    def run(self, inputs: Mapping[str, Tensor], weights: WeightSet | None = None) -> dict[str, Tensor]:
         """The outputs by name, of inputs by name that are known to be of the right shapes and dtypes on all ranks.
 
         Raises:
@@ -112,11 +167,13 @@ class Runner:
             raise LaunchError("this runner is closed", fix="load or compile again")
         with torch.no_grad():
             if self._side is None:
-                return self.enqueue({name: prepared(tensor) for name, tensor in inputs.items()})
+                return self.enqueue({name: prepared(tensor) for name, tensor in inputs.items()}, weights)
             with torch.cuda.device(self.device):
-                return self._run_on_gpu(inputs, self._side)
+                return self._run_on_gpu(inputs, weights, self._side)
 
-    def _run_on_gpu(self, inputs: Mapping[str, Tensor], side: torch.cuda.Stream) -> dict[str, Tensor]:
+    def _run_on_gpu(
+        self, inputs: Mapping[str, Tensor], weights: WeightSet | None, side: torch.cuda.Stream
+    ) -> dict[str, Tensor]:
         current = torch.cuda.current_stream(self.device)
         # On the default stream TensorRT adds synchronizations of its own, and nothing can be captured.
         stream = side if current.cuda_stream == 0 else current
@@ -128,7 +185,7 @@ class Runner:
         if not capturing and self._last is not None and self._last[0] != stream:
             stream.wait_event(self._last[1])  # one set of addresses and memory, one run at a time
         with torch.cuda.stream(stream):
-            outputs = self.enqueue(ready, graphs=not capturing)
+            outputs = self.enqueue(ready, weights, graphs=not capturing)
         if not capturing:
             self._watch(stream)
         if stream is not current:
@@ -139,48 +196,55 @@ class Runner:
                 tensor.record_stream(current)
         return outputs
 
-    def enqueue(self, inputs: Mapping[str, Tensor], *, graphs: bool = True) -> dict[str, Tensor]:
+    def enqueue(
+        self, inputs: Mapping[str, Tensor], weights: WeightSet | None = None, *, graphs: bool = True
+    ) -> dict[str, Tensor]:
         """Launch everything on the current stream, unchecked: the part of a call that a CUDA graph can capture.
 
         Args:
             inputs: by name, contiguous and aligned (:func:`~torchtrt_md.runtime.signature.prepared`).
+            weights: of :meth:`with_weights`; by default those that the runner was made with.
             graphs: replay a CUDA graph, where this runner makes them.
 
         Returns:
             The outputs by name, allocated on the current stream, which is not the default one.
         """
-        named = {f"input:{name}": tensor for name, tensor in inputs.items()}
-        go = self._graphs if self._graphs is not None and graphs else self.executor.run
-        return {name.removeprefix("output:"): tensor for name, tensor in go(named).items()}
+        wired: dict[Key, Tensor] = {Wire("input", name): tensor for name, tensor in inputs.items()}
+        of = weights or self._own
+        replays = of.graphs if graphs else None
+        outputs = self.executor.run({**of.values, **wired}) if replays is None else replays(wired)
+        return {value.name: outputs[Wire("output", value.name)] for value in self.manifest.outputs}
 
     @property
     def captured(self) -> int:
         """How many CUDA graphs this runner holds."""
-        return sum(c is not None for c in self._graphs.captured.values()) if self._graphs else 0
+        return sum(c is not None for c in self._own.graphs.captured.values()) if self._own.graphs else 0
 
     def graph_inputs(self) -> dict[str, Tensor]:
         """The tensors that the CUDA graph of the last signature reads, by name; empty where there is none.
 
         Inputs are copied into them, unless they are these very tensors: who fills them in place saves the copies.
         """
-        held = [c for c in self._graphs.captured.values() if c is not None] if self._graphs else []
-        return {name.removeprefix("input:"): t for name, t in held[-1].inputs.items()} if held else {}
+        graphs = self._own.graphs
+        held = [c for c in graphs.captured.values() if c is not None] if graphs else []
+        return {wire.name: t for wire, t in held[-1].inputs.items() if isinstance(wire, Wire)} if held else {}
 
     def settle(self) -> bool:
         """Whether all calls are done, so far as the watchdog knows."""
         return self._watchdog.settle() == 0
 
     def close(self) -> None:
-        """Wait for the calls under way and let go of the program's memory and the votes' group."""
+        """Wait for the calls under way and let go of the program's memory."""
         if self._closed:
             return
         self._closed = True
         if self.device.type == "cuda":
             torch.cuda.synchronize(self.device)
-        self._watchdog.close()
-        self._graphs = None
+        for weights in (self._own, *self._others):
+            if weights.graphs is not None:
+                weights.graphs.release()
+        self._own, self._others = WeightSet({}, None), []
         self.executor.close()
-        self.agreement.close()
 
     def __enter__(self) -> Self:
         return self
@@ -190,19 +254,18 @@ class Runner:
     ) -> None:
         self.close()
 
-    def _accept(self, args: Sequence[Any], kwargs: Mapping[str, Any]) -> dict[str, Tensor]:
-        if self._closed:
-            raise LaunchError("this runner is closed", fix="load or compile again")
-
-        def bind() -> dict[str, Tensor]:
-            self._guard()
-            return self.signature.bind(args, kwargs, self.device)
-
-        if self.check == "first" and self._agreed:
-            return bind()
-        inputs = self.agreement.together("the inputs of a call", bind)
-        self._agreed = True
-        return inputs
+    def _make_graphs(self, values: Mapping[Key, Tensor]) -> Graphs | None:
+        if self._budget is None:
+            return None
+        return Graphs(
+            lambda inputs: self.executor.run({**values, **inputs}),
+            self._budget,
+            self.device,
+            static_outputs=self._static_outputs,
+            # it waits on this thread, and other ranks may not have come
+            before_capture=lambda: self._watch(torch.cuda.current_stream(self.device)),
+            agreed=lambda fine: all(self.agreement.gather(fine, f"a CUDA graph of {self.name}")),
+        )
 
     def _watch(self, stream: torch.cuda.Stream) -> None:
         event: torch.cuda.Event = torch.cuda.Event()  # type: ignore[no-untyped-call]

@@ -21,9 +21,7 @@ from torchtrt_md.build.flavour import flavour, trt_dtype
 from torchtrt_md.build.layers import add_attention, default_scale
 from torchtrt_md.build.probes import builder_config, network_flags
 from torchtrt_md.errors import BuildError, CommunicatorError, LaunchError, MDError
-from torchtrt_md.runtime import communicator
-from torchtrt_md.runtime.agree import Agreement
-from torchtrt_md.runtime.watchdog import Watchdog
+from torchtrt_md.launch import Launch, communicator
 from torchtrt_md.verification.compare import relative_error
 
 # norm(result - reference) / norm(reference), the reference in float32 from the same 16-bit inputs.  Right ones are a
@@ -42,9 +40,7 @@ def check_ring(
     tokens_per_rank: int,
     *,
     group: dist.ProcessGroup,
-    device: torch.device,
-    agreement: Agreement,
-    watchdog: Watchdog,
+    launch: Launch,
     target: str = "current",
 ) -> float:
     """Compare one ring attention on these GPUs with attention over gathered keys and values.
@@ -57,7 +53,7 @@ def check_ring(
         head_dim, heads, kv_heads, tokens_per_rank: the sizes of one rank's q [1, heads, tokens, head_dim], and of k
             and v with ``kv_heads``.
         group: this rank's group along the axis.
-        watchdog: ends the process where the engine hangs.
+        launch: whose watchdog ends the process where the engine hangs.
         target: what to build for.
 
     Returns:
@@ -67,14 +63,14 @@ def check_ring(
         MDError: on every rank, naming the ranks that failed: the engine does not build or load (BuildError,
             LaunchError), refuses its communicator (CommunicatorError) or is wrong (LaunchError).
     """
-    about = f"the self-test of ring attention on axis {axis!r}"
+    about, agreement, device = f"the self-test of ring attention on axis {axis!r}", launch.agreement, launch.device
     shape, kv_shape = (1, heads, tokens_per_rank, head_dim), (1, kv_heads, tokens_per_rank, head_dim)
     plan = agreement.together(f"building {about}", lambda: ring_plan(shape, kv_shape, dtype, size, target))
     rank = dist.get_rank(group)
     q, k, v = (x.to(device) for x in ring_operands(shape, kv_shape, dtype, rank))
     with torch.cuda.device(device):
         context, keep = agreement.together(f"loading {about}", lambda: _context(plan, group, device, axis))
-        with watchdog.waiting(about):
+        with launch.watchdog.waiting(about):
             result = agreement.together(f"running {about}", functools.partial(_run, context, q, k, v))
             whole_k, whole_v = _gathered(k, size, group), _gathered(v, size, group)
             torch.cuda.synchronize(device)
@@ -116,7 +112,7 @@ def ring_network(
     """The network of :func:`ring_plan`, and its constant, which must live until it is built."""
     f = flavour()
     network = builder.create_network(network_flags(f))
-    kind = getattr(f.trt.DataType, trt_dtype(f, dtype))
+    kind = getattr(f.trt.DataType, trt_dtype(dtype))
     q, k, v = (network.add_input(n, kind, s) for n, s in (("q", shape), ("k", kv_shape), ("v", kv_shape)))
     factor = torch.full((1, 1, 1, 1), default_scale(shape[-1]))
     scale = network.add_constant((1, 1, 1, 1), f.trt.Weights(f.trt.DataType.FLOAT, factor.data_ptr(), 1)).get_output(0)

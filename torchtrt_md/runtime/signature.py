@@ -14,8 +14,8 @@ from torchtrt_md.bundle.structure import local_shape, mesh_of
 from torchtrt_md.capture.arguments import Scalar, comparable, named_leaves
 from torchtrt_md.errors import InputError, VerificationError
 from torchtrt_md.mesh import Mesh
-from torchtrt_md.program import Sharding, part
-from torchtrt_md.runtime.tensors import ALIGNMENT, dtype_of
+from torchtrt_md.program import Value, dtype_name
+from torchtrt_md.runtime.tensors import ALIGNMENT
 
 
 class Signature:
@@ -26,7 +26,7 @@ class Signature:
         self.constants, self.result, self.positional = manifest.constants, manifest.result, manifest.positional
         self.inputs = {t.name: t for t in manifest.inputs}
         self.outputs = manifest.outputs
-        self.local = {t.name: (dtype_of(t.dtype), torch.Size(local_shape(t, self.mesh))) for t in manifest.inputs}
+        self.local = {t.name: (t.dtype, torch.Size(local_shape(t, self.mesh))) for t in manifest.inputs}
 
     def named(self, args: Sequence[Any], kwargs: Mapping[str, Any]) -> dict[str, Any]:
         """The inputs of a call by name, in the manifest's order; their dtypes and shapes are not looked at.
@@ -113,7 +113,7 @@ class Signature:
         )
 
     def _takes(self) -> str:
-        shapes = [f"{name} {m_t.dtype}{list(self.local[name][1])}" for name, m_t in self.inputs.items()]
+        shapes = [f"{name} {dtype_name(m_t.dtype)}{list(self.local[name][1])}" for name, m_t in self.inputs.items()]
         return ", ".join(shapes)
 
     def _check_constant(self, name: str, value: object) -> None:
@@ -165,16 +165,11 @@ def prepared(tensor: Tensor) -> Tensor:
     return tensor.clone(memory_format=torch.contiguous_format).resolve_conj().resolve_neg()
 
 
-def chunk(whole: Tensor, sharding: Sequence[tuple[int, str]], mesh: Mesh, rank: int) -> Tensor:
-    """This rank's part of a whole tensor: a view."""
-    return part(whole, (Sharding(dim, axis) for dim, axis in sharding), mesh, rank)
-
-
-def _chunk_note(tensor: m.Tensor, mesh: Mesh) -> str:
+def _chunk_note(tensor: Value, mesh: Mesh) -> str:
     if not tensor.sharding:
         return ""
     parts = ", ".join(f"dim {dim} over the {mesh.axis_size(axis)} ranks of {axis!r}" for dim, axis in tensor.sharding)
-    return f": this rank's chunk of {tensor.shape}, split on {parts}"
+    return f": this rank's chunk of {list(tensor.shape)}, split on {parts}"
 
 
 def _nest(result: Mapping[str, Any], outputs: Sequence[Tensor]) -> Any:

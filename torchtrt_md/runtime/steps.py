@@ -8,9 +8,9 @@ from __future__ import annotations
 
 import math
 import operator
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Hashable, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any, cast
+from typing import Any, TypeAlias, cast
 
 import torch
 import torch.distributed as dist
@@ -19,24 +19,28 @@ from torch import Tensor
 from torch.fx import GraphModule, Node
 from torch.fx.node import map_arg
 
-from torchtrt_md.bundle.manifest import Binding, Segment
 from torchtrt_md.lowering.attention_math import ring_attention_block
 from torchtrt_md.lowering.ops import bound_args, is_collective
 from torchtrt_md.program import outputs_of, placeholders
 from torchtrt_md.runtime import collective
 from torchtrt_md.runtime.engine import Engine
 from torchtrt_md.runtime.push import Copies, copies_of
-from torchtrt_md.runtime.tensors import ALIGNMENT, dtype_of
+from torchtrt_md.runtime.tensors import ALIGNMENT
+from torchtrt_md.segment import Binding, Segment, Wire
 
 aten, md = torch.ops.aten, torch.ops.torchtrt_md
-Values = dict[str, Any]
+# What a value is called among the steps of a rank: a wire, ("local", ...) within a segment, ("transposed", ...) of a
+# weight.  Who orders the steps and runs them does not look inside.
+Key: TypeAlias = Hashable
+_Name: TypeAlias = tuple[str, str]
+Values: TypeAlias = dict[Key, Any]
 
 
 @dataclass(frozen=True)
 class Slot:
     """A tensor that the executor makes for a step to write: its name, shape and dtype."""
 
-    name: str
+    name: Key
     shape: tuple[int, ...]
     dtype: torch.dtype
 
@@ -65,9 +69,9 @@ class Step:
     """
 
     name: str
-    reads: tuple[str, ...]
+    reads: tuple[Key, ...]
     run: Callable[[Values], None]
-    writes: tuple[str, ...] = ()
+    writes: tuple[Key, ...] = ()
     slots: tuple[Slot, ...] = ()
     communicates: bool = False
     looks: bool = False
@@ -79,7 +83,8 @@ class Step:
 
 def engine_step(segment: Segment, engine: Engine) -> Step:
     """An engine: it reads and writes tensors of PyTorch in place."""
-    keys = {b.source: source_key(b) for b in segment.inputs} | {b.source: b.source for b in segment.outputs}
+    keys: dict[Wire, Key] = {b.source: source_key(b) for b in segment.inputs}
+    keys |= {b.source: b.source for b in segment.outputs}
     bound: tuple[int, ...] = ()
 
     def run(values: Values) -> None:
@@ -94,7 +99,7 @@ def engine_step(segment: Segment, engine: Engine) -> Step:
     return Step(
         name=engine.name,
         reads=tuple(source_key(b) for b in segment.inputs),
-        slots=tuple(Slot(b.source, tuple(b.shape), dtype_of(b.dtype)) for b in segment.outputs),
+        slots=tuple(Slot(b.source, b.shape, b.dtype) for b in segment.outputs),
         run=run,
     )
 
@@ -104,9 +109,9 @@ def _aligned(tensor: Tensor) -> Tensor:
     return tensor if tensor.is_contiguous() and tensor.data_ptr() % ALIGNMENT == 0 else _owned(tensor)
 
 
-def source_key(binding: Binding) -> str:
+def source_key(binding: Binding) -> _Name:
     """The value that a binding reads.  A weight that is taken transposed is another tensor than the weight."""
-    return f"{binding.source} transposed" if binding.transposed else binding.source
+    return ("transposed", binding.source.name) if binding.transposed else binding.source
 
 
 def call_step(segment: Segment, function: Callable[..., Sequence[Tensor]]) -> Step:
@@ -147,14 +152,14 @@ def eager_steps(
         index: of the segment; values that no other segment reads are named after it.
     """
     to_device(graph, device)
-    names: dict[Node, str] = {}
+    names: dict[Node, _Name] = {}
     for node, binding in zip(placeholders(graph), segment.inputs, strict=True):
         names[node] = binding.source
     returned = outputs_of(graph)
     for node, binding in zip(returned, segment.outputs, strict=True):
         names.setdefault(node, binding.source)
     for node in graph.graph.nodes:
-        names.setdefault(node, f"local:{index}/{node.name}")
+        names.setdefault(node, ("local", f"{index}/{node.name}"))
     steps = [
         _step(node, names, graph, groups, coordinates)
         for node in graph.graph.nodes
@@ -168,7 +173,7 @@ def eager_steps(
 
 def _step(
     node: Node,
-    names: Mapping[Node, str],
+    names: Mapping[Node, _Name],
     graph: GraphModule,
     groups: Mapping[str, dist.ProcessGroup],
     coordinates: Mapping[str, int],
@@ -177,7 +182,7 @@ def _step(
     name = names[node]
     if node.op == "get_attr":
         constant = getattr(graph, str(node.target))
-        return Step(name, (), lambda values: values.update({name: constant}), (name,), looks=True, aliases=True)
+        return Step(name[1], (), lambda values: values.update({name: constant}), (name,), looks=True, aliases=True)
     if is_collective(node):
         slot = Slot(name, tuple(node.meta["val"].shape), node.meta["val"].dtype)
         go = collective.runner_of(node, groups)
@@ -186,7 +191,7 @@ def _step(
             go(values[name], values[reads[0]].contiguous())
 
         return Step(
-            name,
+            name[1],
             reads,
             communicate,
             slots=(slot,),
@@ -195,7 +200,7 @@ def _step(
             push=copies_of(node, coordinates[bound_args(node)["axis"]]),
             axis=bound_args(node)["axis"],
         )
-    if node.target is aten.index_select.default and names[node.args[2]].startswith("coordinate:"):  # type: ignore[index]
+    if node.target is aten.index_select.default and names[node.args[2]][0] == "coordinate":  # type: ignore[index]
         return _row_step(node, names, coordinates)
     if node.target is md.ring_attention.default:
         return _ring_step(node, names, reads, coordinates)
@@ -210,7 +215,7 @@ def _step(
     # by the op's schema: a view that passes between parts is no view to the cut, and looks at its operand all the same
     views = node.target is operator.getitem or any(r.alias_info is not None for r in target._schema.returns)
     looks = views and not may_copy
-    return Step(name, reads, call, (name,), looks=looks, aliases=views)
+    return Step(name[1], reads, call, (name,), looks=looks, aliases=views)
 
 
 def _attention(
@@ -220,23 +225,25 @@ def _attention(
     return F.scaled_dot_product_attention(q, k, v, mask, 0.0, is_causal, scale=scale, enable_gqa=enable_gqa)
 
 
-def _ring_step(node: Node, names: Mapping[Node, str], reads: tuple[str, ...], coordinates: Mapping[str, int]) -> Step:
+def _ring_step(
+    node: Node, names: Mapping[Node, _Name], reads: tuple[_Name, ...], coordinates: Mapping[str, int]
+) -> Step:
     q, k, v, coordinate, *rest = cast(tuple[Any, ...], node.args)
     name = names[node]
     # On the host the rank is known, so nothing waits for the GPU to tell it.
-    mine = 0 if coordinate is None else coordinates[names[coordinate].removeprefix("coordinate:")]
+    mine = 0 if coordinate is None else coordinates[names[coordinate][1]]
 
     def call(values: Values) -> None:
         values[name] = ring_attention_block(values[names[q]], values[names[k]], values[names[v]], mine, *rest)
 
-    return Step(name, tuple(r for r in reads if not r.startswith("coordinate:")), call, (name,))
+    return Step(name[1], tuple(r for r in reads if r[0] != "coordinate"), call, (name,))
 
 
-def _row_step(node: Node, names: Mapping[Node, str], coordinates: Mapping[str, int]) -> Step:
+def _row_step(node: Node, names: Mapping[Node, _Name], coordinates: Mapping[str, int]) -> Step:
     """This rank's part of an input, by ``index_select`` in the graph: the host knows the rank, so it is a view."""
     x, dim, coordinate = node.args
     name, source = names[node], names[x]  # type: ignore[index]
-    mine = coordinates[names[coordinate].removeprefix("coordinate:")]  # type: ignore[index]
+    mine = coordinates[names[coordinate][1]]  # type: ignore[index]
 
     # Behind other entries than one it is not in one piece, and what passes between steps is.
     whole = all(extent == 1 for extent in node.meta["val"].shape[:dim])
@@ -244,11 +251,11 @@ def _row_step(node: Node, names: Mapping[Node, str], coordinates: Mapping[str, i
     def look(values: Values) -> None:
         values[name] = values[source].narrow(dim, mine, 1).contiguous()
 
-    return Step(name, (source,), look, (name,), looks=whole, aliases=whole)
+    return Step(name[1], (source,), look, (name,), looks=whole, aliases=whole)
 
 
-def _copy(source: str, target: str) -> Step:
-    return Step(target, (source,), lambda values: values.update({target: values[source].clone()}), (target,))
+def _copy(source: _Name, target: _Name) -> Step:
+    return Step(target[1], (source,), lambda values: values.update({target: values[source].clone()}), (target,))
 
 
 def to_device(graph: GraphModule, device: torch.device) -> None:

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
-from pathlib import Path
 
 import models
 import pytest
@@ -12,18 +11,16 @@ import torch
 import torch.distributed as dist
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from rank_processes import Ranks
 from torch import Tensor
 
 import torchtrt_md as md
-from runtime.rank_processes import Ranks
-from torchtrt_md.build.parts import build_parts
-from torchtrt_md.bundle.from_program import part_segment
 from torchtrt_md.lowering import attention_keys
 from torchtrt_md.lowering.passes import Exchange
-from torchtrt_md.place import Part, place
-from torchtrt_md.program import outputs_of, value_of
-from torchtrt_md.runtime.plan import Plan, plan
-from torchtrt_md.runtime.steps import Slot, Step, Values, eager_steps
+from torchtrt_md.place import place
+from torchtrt_md.runtime.memory import MemoryPlan, plan_memory
+from torchtrt_md.runtime.steps import Key, Slot, Step, Values, eager_steps
+from torchtrt_md.segment import Part, Wire
 
 
 def nothing(values: Values) -> None:
@@ -62,12 +59,12 @@ def reshape(name: str, read: str) -> Step:
 class Checker:
     """What happens before what on two streams, and so what a step may read and write."""
 
-    def __init__(self, steps: Sequence[Step], keep: Sequence[str], push: bool = False) -> None:
-        self.steps, self.keep, self.plan = steps, set(keep), plan(steps, keep, push=push)
+    def __init__(self, steps: Sequence[Step], keep: Sequence[Key], push: bool = False) -> None:
+        self.steps, self.keep, self.plan = steps, set(keep), plan_memory(steps, keep, push=push)
         self.before = self._before()
         self.makers = {v: i for i, s in enumerate(steps) for v in (*s.writes, *(x.name for x in s.slots))}
         self.memory_of = {value: self._memory(value) for value in self.makers}
-        self.accesses: dict[str, set[int]] = {}
+        self.accesses: dict[Key, set[int]] = {}
         for value, maker in self.makers.items():
             readers = {
                 i
@@ -98,7 +95,7 @@ class Checker:
                 reached[index] = set(main)
         return before
 
-    def _memory(self, value: str) -> set[str]:
+    def _memory(self, value: Key) -> set[Key]:
         """The values whose memory this one may be looking at, itself among them."""
         maker = self.steps[self.makers[value]]
         looked_at = [r for r in maker.reads if r in self.makers] if maker.aliases else []
@@ -154,7 +151,7 @@ class Checker:
         shared = self.plan.shared_of
         assert not shared.keys() & (self.plan.block_of.keys() | self.keep)
         for axis, total in self.plan.shared.items():
-            pushed = sorted((self.makers[v], v) for v in shared if shared[v][0] == axis)
+            pushed = sorted(((self.makers[v], v) for v in shared if shared[v][0] == axis), key=lambda made: made[0])
             for number, (index, value) in enumerate(pushed):
                 begin, end = self._extent(value)
                 assert end <= total
@@ -166,12 +163,12 @@ class Checker:
                         assert not late, f"others write {value} where {earlier} lies, which is still read"
                         assert maker in barrier, f"{value} and {earlier} are written at once"
 
-    def _extent(self, value: str) -> tuple[int, int]:
+    def _extent(self, value: Key) -> tuple[int, int]:
         (slot,) = self.steps[self.makers[value]].slots
         offset = self.plan.shared_of[value][1]
         return offset, offset + math.prod(slot.shape) * slot.dtype.itemsize
 
-    def _is_over(self, value: str, index: int) -> None:
+    def _is_over(self, value: Key, index: int) -> None:
         """Can nothing be reading or writing this value when this step writes where it lay?"""
         late = self.accesses[value] - self.before[index]
         if late and self.steps[index].in_place and value in self.steps[index].reads:
@@ -187,7 +184,7 @@ class Checker:
             assert all(i <= at for i, step in enumerate(self.steps) if value in step.reads)
 
 
-def planned(steps: Sequence[Step], keep: Sequence[str], push: bool = False) -> Plan:
+def planned(steps: Sequence[Step], keep: Sequence[Key], push: bool = False) -> MemoryPlan:
     checker = Checker(steps, keep, push)
     checker.check()
     return checker.plan
@@ -379,9 +376,9 @@ def steps_of(parts: Sequence[Part], coordinates: dict[str, int]) -> list[Step]:
     steps: list[Step] = []
     for index, part in enumerate(parts):
         if part.runs == "eager":
-            (built,) = build_parts((part,), Path("unused"), "portable")
+            assert part.graph is not None
             steps += eager_steps(
-                part_segment(built, ""),
+                part.segment,
                 part.graph,
                 groups=groups,  # type: ignore[arg-type]
                 coordinates=coordinates,
@@ -389,9 +386,8 @@ def steps_of(parts: Sequence[Part], coordinates: dict[str, int]) -> list[Step]:
                 index=index,
             )
         else:
-            outputs = zip(outputs_of(part.graph), part.outputs, strict=True)
-            slots = tuple(Slot(name, tuple(value_of(node).shape), value_of(node).dtype) for node, name in outputs)
-            steps.append(Step(part.name, part.inputs, nothing, slots=slots))
+            slots = tuple(Slot(b.source, b.shape, b.dtype) for b in part.segment.outputs)
+            steps.append(Step(part.segment.name, tuple(b.source for b in part.segment.inputs), nothing, slots=slots))
     return steps
 
 
@@ -410,10 +406,10 @@ def check_real_program(rank: int, name: str) -> list[tuple[int, int, int, int]]:
     exchange = Exchange("ulysses", head_groups=2, values_first=True)
     exchanges = dict.fromkeys(attention_keys(captured), exchange) if name == "exchange" else {}
     program = md.lower(captured, placement="split", exchanges=exchanges)
-    steps = steps_of(place(program, "split", rank=rank).parts[rank], {"cp": rank})
+    steps = steps_of(place(program, "split", ranks=[rank]).parts[rank], {"cp": rank})
     found = []
     for push in (False, True):
-        checker = Checker(steps, [f"output:{value.name}" for value in program.outputs], push)
+        checker = Checker(steps, [Wire("output", value.name) for value in program.outputs], push)
         checker.check()
         slots = [slot for step in steps for slot in step.slots]
         found.append(

@@ -9,23 +9,18 @@ from pathlib import Path
 import pytest
 import torch
 from bundle import bundle_samples
+from rank_processes import Ranks
 
-from runtime.rank_processes import Ranks
-from torchtrt_md import errors
+from torchtrt_md import errors, load
 from torchtrt_md.bundle import read_manifest
-from torchtrt_md.runtime import load
-from torchtrt_md.runtime.agree import Agreement
-from torchtrt_md.runtime.loading import read_together
+from torchtrt_md.doors.load import read_together
+from torchtrt_md.launch.agree import Agreement
 
 TIMEOUT = 20.0
 
 
 def read(rank: int, folders: list[str]) -> dict[str, int]:
-    agreement = Agreement(TIMEOUT)
-    try:
-        return read_together(Path(folders[rank]), agreement).mesh
-    finally:
-        agreement.close()
+    return read_together(Path(folders[rank]), Agreement(TIMEOUT)).mesh
 
 
 def load_it(rank: int, folders: list[str]) -> None:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import ctypes
-from collections.abc import Iterable
 from contextlib import nullcontext
 from typing import Any
 
@@ -12,9 +11,9 @@ import torch.distributed as dist
 from torch.distributed.device_mesh import DeviceMesh
 
 from torchtrt_md.errors import CommunicatorError
+from torchtrt_md.launch import private
+from torchtrt_md.launch.watchdog import Watchdog
 from torchtrt_md.mesh import Mesh
-from torchtrt_md.runtime import private
-from torchtrt_md.runtime.watchdog import Watchdog
 
 # A prototype of our own: ctypes.pythonapi.PyCapsule_New is one object that other libraries set up for themselves.
 _new_capsule = ctypes.PYFUNCTYPE(ctypes.py_object, ctypes.c_void_p, ctypes.c_char_p, ctypes.c_void_p)(
@@ -23,24 +22,24 @@ _new_capsule = ctypes.PYFUNCTYPE(ctypes.py_object, ctypes.c_void_p, ctypes.c_cha
 _NAME = b"ncclComm_t"  # a capsule keeps the pointer to its name, so the name must live as long as the module
 
 
-def connect(mesh: Mesh, axes: Iterable[str], device: torch.device, watchdog: Watchdog) -> dict[str, dist.ProcessGroup]:
-    """The group of this rank along each axis, its communicator made.  Collective; every rank passes the same axes.
+def connect(mesh: Mesh, device: torch.device, watchdog: Watchdog) -> dict[str, dist.ProcessGroup]:
+    """The group of this rank along each axis, of more than one rank, its communicator made.  Collective.
 
     PyTorch makes a communicator at a group's first collective, so each group runs a tiny one here.
 
     Raises:
         CommunicatorError: the launch has no NCCL backend, or NCCL fails.
     """
-    axes = list(axes)
+    axes = [axis for axis in mesh.names if mesh.axis_size(axis) > 1]
     if not axes:
         return {}
     groups = {}
     try:
         on_gpu = torch.cuda.device(device) if device.type == "cuda" else nullcontext()
         with on_gpu, watchdog.waiting(f"the NCCL communicators of {mesh}"):
-            device_mesh = _device_mesh(mesh, device.type)
+            own = device_mesh(mesh, device.type)
             for axis in axes:
-                groups[axis] = device_mesh.get_group(axis)
+                groups[axis] = own.get_group(axis)
                 dist.all_reduce(torch.zeros(1, device=device), group=groups[axis])
             if device.type == "cuda":
                 torch.cuda.synchronize(device)
@@ -55,7 +54,7 @@ def connect(mesh: Mesh, axes: Iterable[str], device: torch.device, watchdog: Wat
 _meshes: dict[tuple[Mesh, str], tuple[dist.ProcessGroup, DeviceMesh]] = {}
 
 
-def _device_mesh(mesh: Mesh, device_type: str) -> DeviceMesh:
+def device_mesh(mesh: Mesh, device_type: str) -> DeviceMesh:
     """One DeviceMesh for each mesh of a launch: a program at several shapes needs no new communicators."""
     launch = dist.group.WORLD
     assert launch is not None

@@ -14,7 +14,7 @@ from __future__ import annotations
 from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass, field
 
-from torchtrt_md.runtime.steps import Step
+from torchtrt_md.runtime.steps import Key, Step
 from torchtrt_md.runtime.tensors import ALIGNMENT
 
 
@@ -30,11 +30,11 @@ class Moment:
 
     after: int = -1
     joins: int | None = None
-    releases: list[str] = field(default_factory=list)
+    releases: list[Key] = field(default_factory=list)
 
 
 @dataclass
-class Plan:
+class MemoryPlan:
     """The moments of all steps, and for each slot the block of memory that it lies in.
 
     ``blocks`` are sizes in bytes.  ``marks`` are the steps of the main stream that a collective waits for.
@@ -43,14 +43,14 @@ class Plan:
     """
 
     moments: list[Moment]
-    block_of: dict[str, int]
+    block_of: dict[Key, int]
     blocks: list[int]
     marks: frozenset[int]
-    shared_of: dict[str, tuple[str, int]]
+    shared_of: dict[Key, tuple[str, int]]
     shared: dict[str, int]
 
 
-def plan(steps: Sequence[Step], keep: Sequence[str], *, push: bool = False) -> Plan:
+def plan_memory(steps: Sequence[Step], keep: Sequence[Key], *, push: bool = False) -> MemoryPlan:
     """Plan the steps of a rank.
 
     Args:
@@ -70,16 +70,16 @@ def plan(steps: Sequence[Step], keep: Sequence[str], *, push: bool = False) -> P
         if index < len(steps):
             moments[index].releases.append(value)
     marks = frozenset(m.after for m, s in zip(moments, steps, strict=True) if s.communicates)
-    return Plan(moments, block_of, blocks, marks, shared_of, shared)
+    return MemoryPlan(moments, block_of, blocks, marks, shared_of, shared)
 
 
-def _made(step: Step) -> tuple[str, ...]:
+def _made(step: Step) -> tuple[Key, ...]:
     return (*step.writes, *(slot.name for slot in step.slots))
 
 
-def _bases(steps: Sequence[Step]) -> dict[str, tuple[str, ...]]:
+def _bases(steps: Sequence[Step]) -> dict[Key, tuple[Key, ...]]:
     """Value -> the values whose memory it may be looking at."""
-    bases: dict[str, tuple[str, ...]] = {}
+    bases: dict[Key, tuple[Key, ...]] = {}
     for step in steps:
         seen = tuple(dict.fromkeys(base for value in step.reads for base in bases.get(value, (value,))))
         for value in _made(step):
@@ -90,8 +90,8 @@ def _bases(steps: Sequence[Step]) -> dict[str, tuple[str, ...]]:
 def _join(
     steps: Sequence[Step],
     moments: Sequence[Moment],
-    bases: Mapping[str, tuple[str, ...]],
-    made_by: Mapping[str, int],
+    bases: Mapping[Key, tuple[Key, ...]],
+    made_by: Mapping[Key, int],
 ) -> None:
     """Let steps of the main stream wait for the collectives that they read, and collectives for what made theirs."""
     joined = -1
@@ -106,8 +106,8 @@ def _join(
 
 
 def _free_at(
-    steps: Sequence[Step], moments: Sequence[Moment], bases: Mapping[str, tuple[str, ...]], keep: set[str]
-) -> dict[str, int]:
+    steps: Sequence[Step], moments: Sequence[Moment], bases: Mapping[Key, tuple[Key, ...]], keep: set[Key]
+) -> dict[Key, int]:
     """Value -> the step from which on its memory may be used again, or the value let go of.
 
     Its last reader on the main stream, or where a collective read it (or wrote it, unread) the step that waits for
@@ -121,7 +121,7 @@ def _free_at(
             return index
         return next((at for at, collective in joins if collective >= index), len(steps))
 
-    free: dict[str, int] = {}
+    free: dict[Key, int] = {}
     for index, step in enumerate(steps):
         for value in _made(step):
             free[value] = passed(index)
@@ -135,14 +135,14 @@ def _free_at(
 def _blocks(
     steps: Sequence[Step],
     moments: Sequence[Moment],
-    bases: Mapping[str, tuple[str, ...]],
-    free_at: Mapping[str, int],
-) -> tuple[dict[str, int], list[int]]:
+    bases: Mapping[Key, tuple[Key, ...]],
+    free_at: Mapping[Key, int],
+) -> tuple[dict[Key, int], list[int]]:
     """Give each slot a block: one that is free again, the smallest that is large enough, or a new one."""
     blocks: list[int] = []
-    block_of: dict[str, int] = {}
+    block_of: dict[Key, int] = {}
     available: list[tuple[int, int]] = []  # (block, the step that freed it)
-    freed: dict[int, list[str]] = {}
+    freed: dict[int, list[Key]] = {}
     for value, index in free_at.items():
         freed.setdefault(index, []).append(value)
     slots = {slot.name for step in steps for slot in step.slots}
@@ -173,7 +173,7 @@ def _blocks(
     return block_of, blocks
 
 
-def _wait_for_pytorchs_memory(steps: Sequence[Step], moments: Sequence[Moment], ours: Collection[str]) -> None:
+def _wait_for_pytorchs_memory(steps: Sequence[Step], moments: Sequence[Moment], ours: Collection[Key]) -> None:
     """What a collective writes and a call returns, PyTorch makes on the main stream, of memory just let go of there."""
     last = -1
     for index, step in enumerate(steps):
@@ -184,8 +184,8 @@ def _wait_for_pytorchs_memory(steps: Sequence[Step], moments: Sequence[Moment], 
 
 
 def _shared(
-    steps: Sequence[Step], moments: Sequence[Moment], free_at: Mapping[str, int]
-) -> tuple[dict[str, tuple[str, int]], dict[str, int]]:
+    steps: Sequence[Step], moments: Sequence[Moment], free_at: Mapping[Key, int]
+) -> tuple[dict[Key, tuple[str, int]], dict[str, int]]:
     """For each exchange that copy engines can do, where in the memory that its axis shares its result lies.
 
     Other ranks may write a result once they are behind the barrier of the exchange before it on that axis, which this
@@ -194,7 +194,7 @@ def _shared(
     memory is its own, and must have been read before that one began.  Where it is not, as where there is one exchange
     only, NCCL does those of the axis.
     """
-    found: dict[str, tuple[str, int]] = {}
+    found: dict[Key, tuple[str, int]] = {}
     total: dict[str, int] = {}
     by_axis: dict[str, list[int]] = {}
     for index, step in enumerate(steps):
@@ -225,8 +225,8 @@ def _shared(
 
 def _operand_block(
     step: Step,
-    bases: Mapping[str, tuple[str, ...]],
-    block_of: Mapping[str, int],
+    bases: Mapping[Key, tuple[Key, ...]],
+    block_of: Mapping[Key, int],
     steps: Sequence[Step],
     index: int,
 ) -> int | None:
@@ -240,7 +240,7 @@ def _operand_block(
     return block_of[operand] if readers == [index] else None
 
 
-def _lives_on(value: str, block_of: Mapping[str, int], free_at: Mapping[str, int], index: int) -> bool:
+def _lives_on(value: Key, block_of: Mapping[Key, int], free_at: Mapping[Key, int], index: int) -> bool:
     """Is the block of this value, which is free now, that of another which is not?"""
     return any(
         other != value and block == block_of[value] and free_at.get(other, index + 1) > index

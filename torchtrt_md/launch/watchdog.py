@@ -17,7 +17,9 @@ from contextlib import contextmanager
 from itertools import groupby
 from typing import NamedTuple, Protocol
 
-from torchtrt_md.bundle.manifest import Collective
+from torchtrt_md.mesh import Mesh
+from torchtrt_md.program import dtype_name
+from torchtrt_md.segment import Collective, Segment
 
 EXIT_CODE = 70
 _ABORT_SECONDS = 5.0
@@ -173,9 +175,26 @@ def describe(
     lines = []
     for (op, dtype, elements), run in groupby(collectives, key=lambda c: (c.op, c.dtype, c.elements)):
         times = len(list(run))
-        lines.append(f"  {op} of {elements} x {dtype}{f', {times} times' if times > 1 else ''}")
+        lines.append(f"  {op} of {elements} x {dtype_name(dtype)}{f', {times} times' if times > 1 else ''}")
     if len(lines) > most:
         lines[most - 1 :] = [f"  ... and {len(lines) - most + 1} more"]
     return "\n".join(
         [f"{engine} on axis {axis!r} (ranks {', '.join(map(str, ranks))}); it is in one of, in this order:", *lines]
     )
+
+
+def waits_for(segments: Sequence[Segment], mesh: Mesh, rank: int) -> str:
+    """What a call may be waiting in, for the watchdog."""
+    lines = []
+    for index, segment in enumerate(segments):
+        axes = dict.fromkeys(c.axis for c in segment.collectives)
+        for axis in axes or ([None] if len(segments) == 1 else []):
+            mine = [c for c in segment.collectives if c.axis == axis]
+            ranks = () if axis is None else mesh.ranks(axis, rank)
+            lines.append(describe(named(segment, index), axis, ranks, mine))
+    return "\n".join(lines) or "a program without collectives: its GPU hangs, or works for others"
+
+
+def named(segment: Segment, index: int) -> str:
+    """A segment in messages."""
+    return f"segment {index} ({segment.name or segment.file})"

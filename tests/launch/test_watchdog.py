@@ -8,9 +8,10 @@ from collections.abc import Iterator
 from typing import TypeAlias
 
 import pytest
+import torch
 
-from torchtrt_md.bundle.manifest import Collective
-from torchtrt_md.runtime.watchdog import EXIT_CODE, Watchdog, describe
+from torchtrt_md.launch.watchdog import EXIT_CODE, Watchdog, describe
+from torchtrt_md.segment import Collective
 
 
 class Work:
@@ -128,7 +129,7 @@ def test_a_closed_watchdog_watches_nothing(dog: Dog) -> None:
 def test_the_process_ends_although_its_main_thread_hangs_and_the_abort_too() -> None:
     code = """
 import threading, time
-from torchtrt_md.runtime import watchdog
+from torchtrt_md.launch import watchdog
 watchdog._ABORT_SECONDS = 0.2
 
 class Hangs:
@@ -149,8 +150,8 @@ threading.Event().wait()
 
 
 def test_what_an_engine_may_be_waiting_in() -> None:
-    collectives = [Collective("all_to_all", "cp", 2, "float16", 64, 32)] * 3
-    collectives += [Collective("all_gather", "cp", 2, "float16", 64, 32)]
+    collectives = [Collective("all_to_all", "cp", 2, torch.float16, 64, 32)] * 3
+    collectives += [Collective("all_gather", "cp", 2, torch.float16, 64, 32)]
     said = describe("segment 0", "cp", (1, 3), collectives)
     assert said.splitlines() == [
         "segment 0 on axis 'cp' (ranks 1, 3); it is in one of, in this order:",
@@ -160,7 +161,7 @@ def test_what_an_engine_may_be_waiting_in() -> None:
 
 
 def test_a_long_schedule_is_shortened() -> None:
-    collectives = [Collective("all_reduce", "tp", 2, "float16", n, n) for n in range(30)]
+    collectives = [Collective("all_reduce", "tp", 2, torch.float16, n, n) for n in range(30)]
     lines = describe("segment 0", "tp", (0, 1), collectives).splitlines()
     assert len(lines) == 9
     assert lines[-1] == "  ... and 23 more"

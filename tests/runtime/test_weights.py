@@ -1,0 +1,209 @@
+"""Weights as segments read them: laid out once, held once, and guarded against changes."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Mapping
+
+import models
+import pytest
+import torch
+from torch import Tensor, nn
+from torch.utils import _pytree as pytree
+
+import torchtrt_md as md
+from torchtrt_md.build.part import with_transposed_weights
+from torchtrt_md.errors import InputError
+from torchtrt_md.place import place
+from torchtrt_md.program import ShardedProgram, Sharding, Weight, Weights
+from torchtrt_md.runtime.steps import Key, source_key
+from torchtrt_md.runtime.weights import ModelWeights, WeightGuard, laid_out
+from torchtrt_md.segment import Binding, Segment, Wire
+
+CPU = torch.device("cpu")
+V, W = Wire("weight", "v"), Wire("weight", "w")
+X = Binding("x", Wire("input", "x"), torch.float32, (2, 8))
+AS_IS, TURNED = (Binding("w", W, torch.float32, shape, shape == (8, 16)) for shape in ((16, 8), (8, 16)))
+
+
+def segment(*inputs: Binding) -> Segment:
+    return Segment("engine", "", None, inputs, (), ())
+
+
+class TestLaidOut:
+    def test_a_weight_is_asked_for_once_and_transposed_once(self) -> None:
+        weights, asked = {"w": torch.randn(16, 8)}, []
+
+        def weight_of(name: str) -> Tensor:
+            asked.append(name)
+            return weights[name]
+
+        found = laid_out([segment(X, TURNED), segment(TURNED, AS_IS), segment(AS_IS)], weight_of, CPU)
+        assert asked == ["w"]
+        assert found.keys() == {source_key(TURNED), W}
+        assert torch.equal(found[source_key(TURNED)], weights["w"].t())
+        assert torch.equal(found[W], weights["w"])
+        assert all(block.is_contiguous() for block in found.values())
+
+    def test_what_lies_as_it_is_taken_is_not_copied(self) -> None:
+        aligned = torch.empty(1024)
+        start = (-aligned.data_ptr() % 256) // 4
+        w = aligned[start : start + 128].view(16, 8)
+        assert laid_out([segment(AS_IS)], lambda name: w, CPU)[W].data_ptr() == w.data_ptr()
+
+    def test_who_stores_is_told_of_weights_in_one_layout_as_the_model_sees_them(self) -> None:
+        weights = {"v": torch.randn(16, 8), "w": torch.randn(16, 8)}
+        told: dict[str, Tensor] = {}
+        v = Binding("v", V, torch.float32, (8, 16), transposed=True)
+        segments = [segment(v, AS_IS), segment(v, TURNED)]  # "w" is needed both ways
+        found = laid_out(segments, weights.__getitem__, CPU, told.__setitem__)
+        assert told.keys() == {"v"}
+        assert torch.equal(told["v"], weights["v"])
+        assert told["v"].data_ptr() == found[source_key(v)].data_ptr()
+
+
+def program_of(whole: Mapping[str, Tensor], *weights: Weight, mesh: md.Mesh) -> ShardedProgram:
+    """A program with these weights, of which nothing else is looked at."""
+    return ShardedProgram(
+        mesh=mesh,
+        graphs=(),
+        sources={weight.name: weight for weight in weights},
+        outputs=(),
+        weights=Weights(whole),
+        constants={},
+        strategies={},
+        groups={},
+        out_spec=pytree.tree_structure(()),
+        out_leaves=(),
+    )
+
+
+def stored(owner: Tensor, weight: Weight, seen: Tensor, mesh: md.Mesh) -> bool:
+    """Is the parameter a view of what was laid out, once that is stored?"""
+    ModelWeights(program_of({weight.name: owner}, weight, mesh=mesh), 0).store(weight.name, seen)
+    return owner.untyped_storage().data_ptr() == seen.untyped_storage().data_ptr()
+
+
+class TwoProducts(nn.Module):
+    """Two products of one operand, which lowering joins into one, whose weight is a copy of both."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.a, self.b, self.c = nn.Linear(16, 32), nn.Linear(16, 8), nn.Linear(40, 16)
+
+    def forward(self, x: Tensor) -> Tensor:
+        result: Tensor = self.c(torch.cat([self.a(x), self.b(x)], -1))
+        return result
+
+
+def lay_out(model: nn.Module, x: Tensor) -> tuple[ShardedProgram, Segment, dict[Key, Tensor]]:
+    """The model's weights as one engine takes them, and the model's own made views of them."""
+    program = md.lower(md.capture(model, (x,), mesh=md.Mesh(cp=1)), placement="split")
+    (part,) = place(program, "split").parts[0]
+    taken, weights = with_transposed_weights(part).segment, ModelWeights(program, 0)
+    return program, taken, laid_out([taken], weights.local, CPU, weights.store)
+
+
+def held_bytes(tensors: list[Tensor]) -> int:
+    return sum({t.untyped_storage().data_ptr(): t.untyped_storage().nbytes() for t in tensors}.values())
+
+
+class TestModelWeights:
+    @pytest.mark.parametrize("joined", [False, True])
+    def test_the_models_parameters_and_the_blocks_are_one_memory(self, joined: bool) -> None:
+        torch.manual_seed(0)
+        model, x = (TwoProducts().eval(), torch.randn(3, 16)) if joined else (models.mlp()[0], torch.randn(2, 8, 32))
+        parameters = dict(model.named_parameters())
+        before = {name: (p.detach().clone(), p.dtype, p.requires_grad) for name, p in parameters.items()}
+        with torch.no_grad():
+            expected = model(x)
+        program, taken, blocks = lay_out(model, x)
+        assert any(isinstance(s, Weight) and s.parts for s in program.sources.values()) == joined
+        assert any(b.transposed for b in taken.inputs)
+        assert all(dict(model.named_parameters())[name] is p for name, p in parameters.items())
+        for name, (value, dtype, requires_grad) in before.items():
+            assert (parameters[name].dtype, parameters[name].requires_grad) == (dtype, requires_grad)
+            assert torch.equal(parameters[name], value)  # and so of the same shape
+        with torch.no_grad():
+            torch.testing.assert_close(model(x), expected)
+        assert held_bytes([*parameters.values(), *blocks.values()]) == sum(p.nbytes for p in parameters.values())
+
+    @pytest.mark.parametrize("turned", [False, True])
+    def test_a_whole_parameter_is_stored(self, turned: bool) -> None:
+        seen = torch.randn(8, 16).t() if turned else torch.randn(16, 8)
+        assert stored(nn.Parameter(torch.zeros(16, 8)), Weight("w", (16, 8), torch.float32), seen, md.Mesh(tp=1))
+
+    def test_what_is_no_second_copy_or_not_the_parameters_alone_is_left_alone(self) -> None:
+        whole, one, two = Weight("w", (16, 8), torch.float32), md.Mesh(tp=1), md.Mesh(tp=2)
+        seen = torch.randn(16, 8)
+        assert not stored(torch.zeros(32, 8)[:16], whole, seen, one), "a part of another tensor"
+        assert not stored(nn.Parameter(torch.zeros(32, 8)[:16]), whole, seen, one), "a part of other memory"
+        assert not stored(torch.zeros(8, 16).t(), whole, seen, one), "a view"
+        split = Weight("w", (16, 8), torch.float32, (Sharding(0, "tp"),))
+        assert not stored(nn.Parameter(torch.zeros(16, 8)), split, seen[:8], two), "a rank's part"
+        assert not stored(nn.Parameter(torch.zeros(16, 8)), split, seen, two), "a rank's part, whatever its shape"
+        assert not stored(nn.Parameter(torch.zeros(16, 8)), whole, seen.half(), one), "another dtype"
+        assert not stored(nn.Parameter(torch.zeros(16, 8)), whole, seen.to("meta"), one), "another device"
+        with torch.inference_mode():
+            inference = torch.zeros(16, 8)
+        assert not stored(inference, whole, seen, one)
+
+    def test_of_a_joined_weight_the_parts_of_which_are_split_nothing_is_stored(self) -> None:
+        shardings = (Sharding(0, "tp"),)
+        parts = tuple(Weight(name, (16, 8), torch.float32, shardings) for name in "ab")
+        joined = Weight("a+b", (32, 8), torch.float32, parts=parts)
+        owners = {name: nn.Parameter(torch.randn(16, 8)) for name in "ab"}
+        addresses = {name: owner.data_ptr() for name, owner in owners.items()}
+        weights = ModelWeights(program_of(owners, joined, mesh=md.Mesh(tp=2)), 1)
+        local = weights.local("a+b")
+        assert torch.equal(local, torch.cat([owners["a"][8:], owners["b"][8:]]))
+        weights.store("a+b", local)
+        assert {name: owner.data_ptr() for name, owner in owners.items()} == addresses
+
+
+class TestWeightGuard:
+    def test_a_write_in_place_is_told_by_its_name(self) -> None:
+        model = nn.Sequential(nn.Linear(4, 4), nn.Linear(4, 4))
+        guard = WeightGuard(dict(model.named_parameters()))
+        model(torch.randn(2, 4)).sum().backward()
+        guard.check()  # reading is no change, nor is a gradient
+        with torch.no_grad():
+            model.get_parameter("1.weight").mul_(2)
+        with pytest.raises(InputError, match=r"the weight '1\.weight' was changed after the model was compiled"):
+            guard.check()
+
+    def test_so_is_one_by_an_optimizer_or_by_loading_a_state(self) -> None:
+        for change in (step, load_its_own_state):
+            model = nn.Linear(4, 4)
+            guard = WeightGuard(dict(model.named_parameters()))
+            guard.check()
+            change(model)
+            with pytest.raises(InputError, match="the weight 'weight' was changed"):
+                guard.check()
+
+    def test_being_stored_is_no_change(self) -> None:
+        model = models.mlp()[0]
+        guard = WeightGuard(dict(model.named_parameters()))
+        before = {name: p.data_ptr() for name, p in model.named_parameters()}
+        lay_out(model, torch.randn(2, 8, 32))
+        assert {name: p.data_ptr() for name, p in model.named_parameters()} != before
+        guard.check()
+
+    def test_a_thousand_weights_cost_well_under_a_third_of_a_millisecond(self) -> None:
+        guard = WeightGuard({str(i): nn.Parameter(torch.zeros(1)) for i in range(1000)})
+        assert min(seconds_of(guard) for _ in range(50)) < 0.15e-3
+
+
+def seconds_of(guard: WeightGuard) -> float:
+    start = time.perf_counter()
+    guard.check()
+    return time.perf_counter() - start
+
+
+def step(model: nn.Module) -> None:
+    model(torch.ones(2, 4)).sum().backward()
+    torch.optim.SGD(model.parameters(), lr=0.1).step()
+
+
+def load_its_own_state(model: nn.Module) -> None:
+    model.load_state_dict({name: value + 1 for name, value in model.state_dict().items()})

@@ -1,0 +1,99 @@
+"""Build one part of a placed program: one engine file for all parts that are equal.
+
+The weights are inputs of these engines, not part of them.  So equal blocks of a model, at all depths and on all ranks,
+are one engine; it is built in seconds; and the weights stay where PyTorch has them.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import replace
+
+import msgspec
+import torch
+from torch.fx import GraphModule, Node
+
+from torchtrt_md.build import converters
+from torchtrt_md.build.builder import build_engine, without_converter
+from torchtrt_md.build.cache import EngineCache, engine_key
+from torchtrt_md.build.decompose import decompose, origin
+from torchtrt_md.build.flavour import flavour
+from torchtrt_md.graph.functional import copied
+from torchtrt_md.program import placeholders, value_of
+from torchtrt_md.segment import Part
+
+aten = torch.ops.aten
+
+
+def unconvertible(graph: GraphModule) -> dict[str, str]:
+    """Node of a lowered graph -> why Torch-TensorRT cannot convert it."""
+    converters.register()
+    return {origin(n): f"Torch-TensorRT has no converter for {n.target}" for n in without_converter(decompose(graph))}
+
+
+def build_part(
+    part: Part,
+    target: str,
+    cache: EngineCache,
+    *,
+    transpose_weights: bool = True,
+    progress: Callable[[str], None] = lambda message: None,
+) -> Part:
+    """The part with its engine's file, where it is one; equal parts get one file.
+
+    Args:
+        part: as ``place`` made it.
+        target: as for :func:`torchtrt_md.build`.
+        cache: where engines of earlier builds are, and this will be.
+        transpose_weights: engines take the weights of products as [K,N], which TensorRT-RTX runs faster than [N,K].
+        progress: called with a line where an engine is built.
+
+    Raises:
+        ConversionError: naming the node of the lowered graph that cannot be converted.
+        BuildError: TensorRT cannot build an engine.
+    """
+    if part.runs != "engine":
+        return part
+    if transpose_weights:
+        part = with_transposed_weights(part)
+    assert part.graph is not None
+    size = next((c.ranks for c in part.segment.collectives), 1)
+    key = engine_key(part.digest, axis=part.segment.axis, size=size, target=target, flavour=flavour())
+    found = cache.find(key)
+    if found is None:
+        ops = sum(n.op == "call_function" for n in part.graph.graph.nodes)
+        progress(f"engine of {part.segment.name}: {ops} ops")
+        with cache.unfinished() as file:
+            build_engine(decompose(part.graph), part.segment, file, target, what=part.segment.name)
+            found = cache.store(key, file)
+    return replace(part, engine=found)
+
+
+def with_transposed_weights(part: Part) -> Part:
+    """The part with the weights as [K,N] of which it reads only the transpose."""
+    assert part.graph is not None
+    graph = copied(part.graph)
+    inputs = []
+    for node, binding in zip(placeholders(graph), part.segment.inputs, strict=True):
+        users = list(node.users)
+        if binding.weight is None or not users or not all(map(_is_transpose, users)):
+            inputs.append(binding)
+            continue
+        value = value_of(node)
+        with value.fake_mode:  # type: ignore[attr-defined]
+            node.meta["val"] = torch.empty(value.shape[1], value.shape[0], dtype=value.dtype, device=value.device)
+        for user in users:
+            user.replace_all_uses_with(node)
+            graph.graph.erase_node(user)
+        inputs.append(msgspec.structs.replace(binding, shape=tuple(value_of(node).shape), transposed=True))
+    graph.recompile()
+    return replace(part, graph=graph, segment=msgspec.structs.replace(part.segment, inputs=tuple(inputs)))
+
+
+def _is_transpose(node: Node) -> bool:
+    """Does this node transpose a matrix?"""
+    if node.target is aten.t.default:
+        return value_of(node).ndim == 2
+    if node.target is aten.permute.default:
+        return list(node.args[1]) == [1, 0]  # type: ignore[arg-type]
+    return node.target is aten.transpose.int and value_of(node).ndim == 2 and bool(node.args[1] != node.args[2])

@@ -1,0 +1,113 @@
+"""Build whole programs: one engine for each class of equal ranks, weights and all."""
+
+from __future__ import annotations
+
+import ctypes
+import gc
+from collections.abc import Callable, Collection
+from pathlib import Path
+
+import msgspec
+
+from torchtrt_md.build.builder import build_engine
+from torchtrt_md.build.decompose import bind_weights, decompose
+from torchtrt_md.build.engine import BuiltEngine
+from torchtrt_md.build.flavour import boundary_dtypes, flavour
+from torchtrt_md.errors import BuildError
+from torchtrt_md.lowering.schedule import schedule
+from torchtrt_md.place import PlacedProgram, place
+from torchtrt_md.program import ShardedProgram, Weight, placeholders
+from torchtrt_md.segment import Binding, Part, Segment
+
+
+def build_program(
+    program: ShardedProgram, folder: Path, target: str, ranks: Collection[int], progress: Callable[[str], None]
+) -> list[BuiltEngine]:
+    """Build a lowered program, all of which must be one engine; see :func:`torchtrt_md.build`."""
+    flavour().check_target(target)
+    _check_axes(program)
+    _check_dtypes(program)
+    return build_whole(place(program, "engine", ranks=ranks), folder, target, ranks, progress)
+
+
+def build_whole(
+    placed: PlacedProgram, folder: Path, target: str, ranks: Collection[int], progress: Callable[[str], None]
+) -> list[BuiltEngine]:
+    """Build the one part of each rank with its weights inside.  One class's weights are in memory at a time.
+
+    Args:
+        placed: of which each rank's graph is one part, an engine.
+        folder: for the engine files.
+        ranks: whose engines are wanted.
+
+    Raises:
+        ConversionError: naming the node of the lowered graph that cannot be converted.
+        BuildError: TensorRT cannot build an engine.
+    """
+    program, engines = placed.program, []
+    for parts, members in placed.distinct():
+        classes = [c for c in program.equal_ranks(members) if set(ranks).intersection(c)]
+        if not classes:
+            continue
+        (part,) = parts
+        assert part.graph is not None
+        decomposed = decompose(part.graph)
+        ops = sum(n.op == "call_function" for n in decomposed.graph.nodes)
+        weights = {
+            node.name: binding.source.name
+            for node, binding in zip(placeholders(part.graph), part.segment.inputs, strict=True)
+            if binding.weight is not None
+        }
+        sources = {s.name: s for s in program.sources.values() if isinstance(s, Weight)}
+        segment = without_weights(part)
+        for equal in classes:
+            what = f"rank{'s' if len(equal) > 1 else ''} {', '.join(map(str, equal))}"
+            progress(f"{what}: {ops} ops")
+            held = {node: program.weights.local(sources[w], program.mesh, equal[0]) for node, w in weights.items()}
+            file = folder / f"rank{equal[0]}.engine"
+            layers, seconds = build_engine(bind_weights(decomposed, held), segment, file, target, what=what)
+            engines.append(BuiltEngine(equal, file, segment, target, layers, seconds))
+            del held
+            _release_memory()
+    return engines
+
+
+def without_weights(part: Part) -> Segment:
+    """The segment of an engine that holds its weights, its bindings named as the program's inputs and outputs are."""
+
+    def named(binding: Binding) -> Binding:
+        kind, name = binding.source
+        return msgspec.structs.replace(binding, name=f"coordinate_{name}" if kind == "coordinate" else name)
+
+    s = part.segment
+    inputs = tuple(named(b) for b in s.inputs if b.weight is None)
+    return msgspec.structs.replace(s, inputs=inputs, outputs=tuple(map(named, s.outputs)), name="")
+
+
+def _release_memory() -> None:
+    """Give one rank's weights back to the system before the next rank's are made; glibc would keep them."""
+    gc.collect()
+    libc = ctypes.CDLL(None)
+    if hasattr(libc, "malloc_trim"):
+        libc.malloc_trim(0)
+
+
+def _check_axes(program: ShardedProgram) -> None:
+    for graph, _ in program.distinct():
+        axes = dict.fromkeys(c.axis for c in schedule(graph))
+        if len(axes) > 1:
+            raise BuildError(
+                f"the program communicates over axes {' and '.join(axes)}, and an engine has one communicator",
+                fix="use md.export or md.compile, which run the other axis's collectives between engines",
+            )
+
+
+def _check_dtypes(program: ShardedProgram) -> None:
+    supported = boundary_dtypes(flavour())
+    for what, values in (("input", program.inputs), ("output", program.outputs)):
+        for value in values:
+            if value.dtype not in supported:
+                raise BuildError(
+                    f"{what} {value.name!r} is {value.dtype}, which TensorRT does not have at an engine's boundary",
+                    fix=f"cast it inside or outside the model; supported are {', '.join(map(str, supported))}",
+                )

@@ -1,0 +1,181 @@
+"""What Dynamo calls in place of a graph that was compiled: flat inputs, weights among them.
+
+One graph may serve several modules: equal layers of a model, or two models of one class, which Dynamo tells apart by
+nothing but the weights that it passes.  So a call is of a *set* of weights.  A set is laid out for the engines when it
+is first seen, and what was compiled is shared.
+"""
+
+from __future__ import annotations
+
+import operator
+import weakref
+from collections.abc import Callable, Mapping, Sequence
+from contextlib import AbstractContextManager
+from typing import Any, Protocol
+
+import torch
+from torch import Tensor
+
+from torchtrt_md.capture.dynamo import GraphInput
+from torchtrt_md.capture.dynamo_private import arrived, local_tensor
+from torchtrt_md.errors import InputError
+from torchtrt_md.program import Output
+
+WeightOf = Callable[[str], Tensor]
+
+
+class Compiled(Protocol):
+    """A compiled program, as a :class:`~torchtrt_md.runtime.runner.Runner` is."""
+
+    def call(
+        self, bind: Callable[[], Mapping[str, Tensor]], /, *, weights: Any = None, about: str = ""
+    ) -> Mapping[str, Tensor]:
+        """The outputs by name, of inputs that ``bind`` gives by name, or refuses."""
+
+    def with_weights(self, weight_of: WeightOf, /) -> Any:
+        """A set of weights, laid out as the program reads them.  Collective."""
+
+    def close(self) -> None:
+        """Let go of memory."""
+
+
+class WeightSet:
+    """The weights of one module.
+
+    Args:
+        tensors: as Dynamo passes them; held, so that no other tensors come to lie in their place.
+        laid_out: what the runner made of them; None for those that it was made with.
+    """
+
+    def __init__(self, tensors: Sequence[Tensor], laid_out: Any = None) -> None:
+        self.tensors, self.laid_out = tuple(tensors), laid_out
+        self._locals = [local_tensor(t) for t in tensors]
+        # Writes through a DTensor and through its local part are counted apart.
+        counted = {id(t): t for t in (*tensors, *self._locals) if not t.is_inference()}
+        self._counted = list(counted.values())
+        self._versions, self._places = self._state()
+
+    def _state(self) -> tuple[list[int], list[int]]:
+        return list(map(_version, self._counted)), list(map(Tensor.data_ptr, self._locals))
+
+    def changed(self) -> int | None:
+        """The index of a weight that was written to in place or moved since; None where there is none."""
+        versions, places = self._state()
+        if versions == self._versions and places == self._places:
+            return None
+        for index, (tensor, was) in enumerate(zip(self._locals, self._places, strict=True)):
+            outer = self.tensors[index]
+            written = any(
+                t is outer or t is tensor for t, v in zip(self._counted, self._versions, strict=True) if t._version != v
+            )
+            if written or tensor.data_ptr() != was:
+                return index
+        return None
+
+
+_version = operator.attrgetter("_version")
+
+
+class FlatCall:
+    """A function of a Dynamo graph's flat inputs.  Collective: every rank makes the same calls.
+
+    Args:
+        inputs: of the graph.
+        feeds: name of the program's input -> index among the graph's.
+        weights: index among the graph's -> names of the program's weights that it is.
+        unused: the program's inputs that the graph has not, with what to pass for them.
+        results: for each output of the graph the program's, or the constant that it is.
+        waits: indices of inputs that the graph itself waits for: they may be in flight.
+        outputs: names of the program's outputs.
+        runner: runs the program.
+        around: entered around a run; autocast is off there.
+    """
+
+    def __init__(
+        self,
+        *,
+        inputs: Sequence[GraphInput],
+        feeds: Mapping[str, int],
+        weights: Mapping[int, Sequence[str]],
+        unused: Mapping[str, Tensor],
+        results: Sequence[object],
+        waits: Sequence[int],
+        outputs: Sequence[str],
+        runner: Compiled,
+        around: Callable[[], AbstractContextManager[None]],
+    ) -> None:
+        self._inputs, self._feeds, self._unused, self._results = inputs, feeds, unused, results
+        self._names, self._outputs, self._runner, self._around = weights, outputs, runner, around
+        fed = set(feeds.values())
+        self._waits = sorted(waits)
+        self._values = [(i, inputs[i].name, inputs[i].example.shape, inputs[i].example.dtype) for i in sorted(fed)]
+        self._numbers = [(i, e.name, e.example) for i, e in enumerate(inputs) if isinstance(e.example, (int, float))]
+        self._fixed = [i for i, e in enumerate(inputs) if i not in fed and e.kind != "constant"]
+        first = WeightSet([inputs[i].example for i in self._fixed])
+        self._sets = {tuple(map(id, first.tensors)): first}
+        self._current = first
+        # With torch.compiler.reset() Dynamo lets go of this; the end of the process closes runners by itself.
+        weakref.finalize(self, runner.close).atexit = False
+
+    def __call__(self, *flat: Any) -> list[Any]:
+        """The graph's outputs.
+
+        Raises:
+            InputError: on every rank: what Dynamo passes is not what the graph was compiled for.
+        """
+        ready = [arrived(x) for x in flat]
+        for index in self._waits:
+            torch.ops._c10d_functional.wait_tensor(ready[index])
+        known = self._known(ready) or self._add(ready)
+        number = list(self._sets.values()).index(known)
+
+        def bind() -> Mapping[str, Tensor]:
+            self._check(ready)
+            self._check_unchanged(known)
+            return {**self._unused, **{name: ready[index] for name, index in self._feeds.items()}}
+
+        with self._around():
+            about = f" with weights {number}" if number else ""
+            out = self._runner.call(bind, weights=known.laid_out, about=about)
+        return [out[self._outputs[leaf.index]] if isinstance(leaf, Output) else leaf for leaf in self._results]
+
+    def _known(self, flat: Sequence[Any]) -> WeightSet | None:
+        tensors = [flat[i] for i in self._fixed]
+        if not all(map(operator.is_, tensors, self._current.tensors)):
+            found = self._sets.get(tuple(map(id, tensors)))
+            if found is None:
+                return None
+            self._current = found
+        return self._current
+
+    def _add(self, flat: Sequence[Any]) -> WeightSet:
+        tensors = [flat[i] for i in self._fixed]
+        held = {name: local_tensor(flat[i]).detach() for i, names in self._names.items() for name in names}
+        added = WeightSet(tensors, self._runner.with_weights(held.__getitem__))
+        self._sets[tuple(map(id, tensors))] = self._current = added
+        return added
+
+    def _check(self, flat: Sequence[Any]) -> None:
+        for index, name, shape, dtype in self._values:
+            given = flat[index]
+            if given.shape != shape or given.dtype != dtype:
+                raise _changed(name, f"{dtype} {list(shape)}", f"{given.dtype} {list(given.shape)}")
+        for index, name, number in self._numbers:
+            if flat[index] != number:
+                raise _changed(name, number, flat[index])
+
+    def _check_unchanged(self, known: WeightSet) -> None:
+        changed = known.changed()
+        if changed is not None:
+            raise InputError(
+                f"{self._inputs[self._fixed[changed]].name!r} was changed or replaced after the model was compiled, and"
+                " engines hold what it was",
+                fix="call torch.compiler.reset(), so that the next call compiles with the new values",
+            )
+
+
+def _changed(name: str, was: object, now: object) -> InputError:
+    return InputError(
+        f"the input {name!r} is {now}, and the graph was compiled for {was}",
+        fix="leave Dynamo's guards on: they compile anew for it",
+    )

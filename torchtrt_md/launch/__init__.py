@@ -1,0 +1,125 @@
+"""``Launch``: this process among the ranks of its launch, shared by all programs that it runs.
+
+agree          votes: all ranks go on, or all raise the same error
+watchdog       ends a process whose GPU waits for too long
+communicator   a group for each axis of a mesh, and its binding to engines
+private        the private names of PyTorch that these need
+"""
+
+from __future__ import annotations
+
+import socket
+from collections.abc import Callable
+from typing import TypeVar
+
+import torch
+import torch.distributed as dist
+
+from torchtrt_md.errors import LaunchError
+from torchtrt_md.launch import communicator, private
+from torchtrt_md.launch.agree import Agreement, grouped
+from torchtrt_md.launch.watchdog import Watchdog
+from torchtrt_md.mesh import Mesh
+
+T = TypeVar("T")
+
+
+class Launch:
+    """What the runners of a process have in common.
+
+    There is one for each process group, timeout and device; :meth:`join` gives it.
+
+    Attributes:
+        agreement: the votes of the ranks.
+        device: this rank's GPU, or the CPU.
+        watchdog: of what is enqueued on the device.
+        groups: of the meshes that programs were connected on.
+    """
+
+    def __init__(self, agreement: Agreement, device: torch.device) -> None:
+        self.agreement, self.device = agreement, device
+        self.rank, self.size, self.timeout = agreement.rank, agreement.size, agreement.timeout
+        self.groups: list[dist.ProcessGroup] = []
+        self.watchdog = Watchdog(self.timeout, rank=self.rank, abort=lambda: private.abort(self.groups, device))
+
+    @classmethod
+    def join(cls, timeout: float, *, device: torch.device | None = None, cpu: bool = False) -> Launch:
+        """This process's launch.  The ranks vote on their devices.
+
+        Args:
+            timeout: seconds of silence after which another rank is given up.
+            device: this rank's GPU; the current one by default.
+            cpu: without a GPU, run on the CPU.
+
+        Raises:
+            LaunchError: no process group, no GPU, or one GPU for two ranks.
+        """
+        agreement = Agreement(timeout)
+        found = torch.device("cpu") if cpu and not torch.cuda.is_available() else _own_gpu(agreement, device)
+        held = _launches.setdefault(agreement.board, {})
+        if (timeout, found) not in held:
+            held[timeout, found] = cls(agreement, found)
+        return held[timeout, found]
+
+    def name_program(self, what: str) -> str:
+        """A name that no other program of this process has.  All ranks make theirs in the same order."""
+        self.agreement.board.programs += 1
+        return f"program {self.agreement.board.programs} ({what})"
+
+    def together(self, about: str, step: Callable[[], T]) -> T:
+        """See :meth:`~torchtrt_md.launch.agree.Agreement.together`."""
+        return self.agreement.together(about, step)
+
+    def connect(self, mesh: Mesh) -> dict[str, dist.ProcessGroup]:
+        """This rank's group along each axis of more than one rank, its communicator made.  Collective.
+
+        Raises:
+            MDError: on every rank: a mesh of another size than the launch, or no communicators.
+        """
+
+        def step() -> dict[str, dist.ProcessGroup]:
+            mesh.check_launch(self.size)
+            return communicator.connect(mesh, self.device, self.watchdog)
+
+        groups = self.together("the communicators", step)
+        self.groups += [group for group in groups.values() if group not in self.groups]
+        return groups
+
+    def in_turns(self, about: str, step: Callable[[], T]) -> T:
+        """Do a step on the first rank of each host, then on the others, which find in a cache what those made."""
+        gpus = torch.cuda.device_count() if self.device.type == "cuda" else 0
+        first = (self.rank % gpus if gpus else self.rank) == 0
+        made = [self.together(about, step if mine else lambda: None) for mine in (first, not first)]
+        return next(result for result in made if result is not None)
+
+
+_launches: dict[object, dict[tuple[float, torch.device], Launch]] = {}
+
+
+def _own_gpu(agreement: Agreement, device: torch.device | None) -> torch.device:
+    """This rank's GPU, once every rank has one that no other has."""
+
+    def find() -> tuple[torch.device, str]:
+        if not torch.cuda.is_available():
+            raise LaunchError(
+                f"{socket.gethostname()} has no CUDA GPU that PyTorch can use", fix="run engines on a machine with one"
+            )
+        chosen = torch.device("cuda", torch.cuda.current_device()) if device is None else torch.device(device)
+        if chosen.type != "cuda":
+            raise LaunchError(f"engines cannot run on {chosen}", fix='give device=torch.device("cuda", LOCAL_RANK)')
+        if chosen.index is None:
+            chosen = torch.device("cuda", torch.cuda.current_device())
+        uuid = str(torch.cuda.get_device_properties(chosen).uuid)
+        return chosen, f"{socket.gethostname()} {chosen} ({uuid})"
+
+    chosen, told = agreement.together("finding a GPU", find)
+    gpus = agreement.gather(told, "the ranks' GPUs")
+    if len(set(gpus)) < len(gpus):
+        raise LaunchError(
+            f"ranks share a GPU: {grouped(gpus)}",
+            fix='call torch.cuda.set_device(int(os.environ["LOCAL_RANK"])) first, or pass load(..., device=...)',
+        )
+    return chosen
+
+
+__all__ = ["Launch"]

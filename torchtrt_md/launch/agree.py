@@ -1,0 +1,363 @@
+"""Agreement: all ranks learn that all are fine, or what is wrong on which, before any of them acts.
+
+Ranks vote through the key-value store that the process group was made with.  It works while a GPU hangs, does not
+disturb the order of NCCL's collectives, and needs no group of its own, so nothing about it is collective but the votes.
+
+A vote has a number, and each rank a slot of that number which is written once: by the rank, with what it votes on, its
+error and its value; or by whoever gave it up.  Every rank reads all slots.  So all ranks return, or all raise the same
+error, a rank that comes too late among them.
+
+A rank is given up after ``timeout`` seconds of silence, and at once where its process has ended on this host.  Work is
+not silence: while a rank is in :meth:`Agreement.together` a thread says so, however long the step takes.
+"""
+
+from __future__ import annotations
+
+import base64
+import os
+import pickle
+import socket
+import threading
+import time
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any, NamedTuple, Protocol, TypeVar, cast
+
+import torch.distributed as dist
+from torch.distributed.distributed_c10d import PrefixStore
+
+from torchtrt_md import errors
+from torchtrt_md.errors import LaunchError, MDError, RankMismatchError
+from torchtrt_md.launch import private
+
+T = TypeVar("T")
+_BEAT_SECONDS = 0.5
+_POLL_SECONDS = (0.0, 1e-4, 1e-3, 1e-2, 5e-2)  # between looks at the slots: each for a while, the last from then on
+_LOOKS = 50
+
+
+class Failure(NamedTuple):
+    """An error in the form that travels: ranks may not be able to unpickle each other's exceptions."""
+
+    kind: str
+    problem: str
+    fix: str
+    at: str
+
+    @classmethod
+    def of(cls, error: MDError) -> Failure:
+        return cls(type(error).__name__, error.problem, error.fix, error.at)
+
+
+class Ballot(NamedTuple):
+    """What is in a rank's slot.  ``by`` is the rank that wrote it: another one gave it up, ``about`` says how."""
+
+    by: int
+    about: str
+    failure: Failure | None = None
+    value: Any = None
+
+
+class Together(Protocol):
+    """What the stages need of an agreement; :class:`Alone` is that of a single process."""
+
+    rank: int
+    size: int
+
+    def together(self, about: str, step: Callable[[], T], /) -> T: ...
+
+    def same(self, value: T, about: str, /) -> T: ...
+
+
+class Alone:
+    """One process that answers to nobody, such as an export."""
+
+    rank, size = 0, 1
+
+    def together(self, about: str, step: Callable[[], T], /) -> T:
+        return step()
+
+    def same(self, value: T, about: str, /) -> T:
+        return value
+
+
+class Board:
+    """The slots of a launch's votes: one for each process group and process, which all its agreements share."""
+
+    def __init__(self) -> None:
+        if not dist.is_available() or not dist.is_initialized():
+            raise LaunchError(
+                "there is no process group: this process was not launched as one of several ranks",
+                fix="start it with torchrun --nproc_per_node=N, and call torch.distributed.init_process_group first",
+            )
+        self.rank, self.size = dist.get_rank(), dist.get_world_size()
+        store = PrefixStore("torchtrt_md", private.default_store())
+        # A store may outlive a process group; the count tells the launches of one store apart.
+        self.store = PrefixStore(str(store.add(f"launches of {self.rank}", 1)), store)
+        self.number = self.programs = 0
+        self.store.set(f"process of {self.rank}", _process(os.getpid()))
+        self._working = 0
+        self._beating: threading.Thread | None = None
+
+    def slot(self, rank: int, number: int | None = None) -> str:
+        return f"{self.number if number is None else number}/{rank}"
+
+    def write(self, rank: int, ballot: Ballot) -> Ballot:
+        """Write a slot unless it is written; what it holds then."""
+        text = base64.b64encode(pickle.dumps(ballot)).decode()
+        return _ballot(self.store.compare_set(self.slot(rank), "", text))
+
+    def missing(self) -> list[int]:
+        """The ranks whose slots are empty."""
+        if self.store.check([self.slot(rank) for rank in range(self.size)]):
+            return []
+        return [rank for rank in range(self.size) if not self.store.check([self.slot(rank)])]
+
+    def read(self) -> list[Ballot]:
+        """All slots, each written; the vote is over."""
+        ballots = [_ballot(text) for text in self.store.multi_get([self.slot(rank) for rank in range(self.size)])]
+        if self.number:  # whoever is at this vote has read the one before
+            self.store.delete_key(self.slot(self.rank, self.number - 1))
+        self.number += 1
+        return ballots
+
+    def beats(self, rank: int) -> bytes:
+        """Other at each look while the rank works."""
+        key = f"work of {rank}"
+        return self.store.get(key) if self.store.check([key]) else b""
+
+    def has_ended(self, rank: int) -> bool:
+        """Whether the process of a rank has ended, as far as it can be seen from this host."""
+        key = f"process of {rank}"
+        if not self.store.check([key]):
+            return False
+        told = self.store.get(key).decode()
+        *home, pid, _ = told.split("|")
+        return home == _process(os.getpid()).split("|")[:-2] and _process(int(pid)) != told
+
+    @contextmanager
+    def working(self) -> Iterator[None]:
+        """Say that this rank works, for as long as the body takes."""
+        self._working += 1
+        if self._beating is None:
+            self._beating = threading.Thread(target=self._beat, name="torchtrt_md heartbeat", daemon=True)
+            self._beating.start()
+        try:
+            yield
+        finally:
+            self._working -= 1
+
+    def _beat(self) -> None:
+        store = self.store.clone()  # a client of its own: the other may be in use
+        while True:
+            time.sleep(_BEAT_SECONDS)
+            if self._working:
+                try:
+                    store.add(f"work of {self.rank}", 1)
+                except RuntimeError:  # the store has ended, and with it the launch
+                    return
+
+
+def _ballot(text: bytes) -> Ballot:
+    return cast(Ballot, pickle.loads(base64.b64decode(text)))
+
+
+def _process(pid: int) -> str:
+    """Names a process among those of all hosts, with the time of its start: numbers are used again.  "" if it ended."""
+    try:
+        stat = Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()
+        return "" if stat[0] == "Z" else f"{socket.gethostname()}|{os.readlink('/proc/self/ns/pid')}|{pid}|{stat[19]}"
+    except OSError:
+        return ""
+
+
+_boards: list[tuple[object, Board]] = []  # one, and the process group that it is of
+
+
+def board() -> Board:
+    """The board of the process group of now.
+
+    Raises:
+        LaunchError: there is none.
+    """
+    world = dist.group.WORLD if dist.is_available() and dist.is_initialized() else None
+    if not _boards or _boards[0][0] is not world:
+        _boards[:] = [(world, Board())]
+    return _boards[0][1]
+
+
+class Agreement:
+    """All ranks of the launch, voting.
+
+    Args:
+        timeout: seconds of silence after which another rank is given up.
+
+    Raises:
+        LaunchError: no process group.
+    """
+
+    def __init__(self, timeout: float) -> None:
+        if timeout <= 0:
+            raise LaunchError(f"a timeout of {timeout} s leaves no time to agree", fix="give seconds, more than 0")
+        self.board, self.timeout = board(), timeout
+        self.rank, self.size = self.board.rank, self.board.size
+
+    def vote(self, error: MDError | None, about: str) -> None:
+        """Say whether this rank is fine; return if all are.
+
+        Args:
+            error: what is wrong on this rank, or None.
+            about: what is voted on, for messages; equal on all ranks.
+
+        Raises:
+            MDError: some rank has an error.  Every rank raises the same message, which names the ranks; its
+                class is that of the errors where they agree, else LaunchError.
+            LaunchError: a rank was silent for too long, or voted on something else.
+        """
+        self._exchange(Ballot(self.rank, about, None if error is None else Failure.of(error)), error)
+
+    def together(self, about: str, step: Callable[[], T]) -> T:
+        """Do a step that may fail on some ranks, then vote: it returns on all ranks or raises on all.
+
+        Errors that are not this package's own are voted on as LaunchError, with their class and message.
+
+        Raises:
+            MDError: as :meth:`vote`.
+        """
+        result: T | None = None
+        error: MDError | None = None
+        try:
+            with self.board.working():
+                result = step()
+        except MDError as own:
+            if getattr(own, "agreed", False):  # by a vote within the step, in which all ranks were
+                raise
+            error = own
+        except Exception as other:  # whatever it is, the others must not wait for it
+            error = LaunchError(f"{about} failed: {type(other).__name__}: {other}")
+            error.__cause__ = other
+        self.vote(error, about)
+        return cast(T, result)
+
+    def gather(self, value: T, about: str) -> list[T]:
+        """Every rank's value (a small object that pickles), in rank order.
+
+        Raises:
+            MDError: as :meth:`vote`.
+        """
+        return [cast(T, ballot.value) for ballot in self._exchange(Ballot(self.rank, about, value=value), None)]
+
+    def same(self, value: T, about: str) -> T:
+        """The value, which must be equal on all ranks.
+
+        Raises:
+            RankMismatchError: on every rank, with who has what.
+            MDError: as :meth:`vote`.
+        """
+        found = self.gather(value, about)
+        if any(other != found[0] for other in found):
+            raise _agreed(
+                RankMismatchError(
+                    f"the ranks differ in {about}: {grouped(found)}",
+                    fix="compile and call the same, with the same options and inputs, on every rank",
+                )
+            )
+        return value
+
+    def _exchange(self, mine: Ballot, error: MDError | None) -> list[Ballot]:
+        try:
+            self.board.write(self.rank, mine)
+            self._wait(mine.about)
+            ballots = self.board.read()
+        except RuntimeError as broken:
+            if isinstance(broken, MDError):
+                raise
+            raise LaunchError(
+                f"the store of the launch is gone, in the vote on {mine.about}: {_first_line(broken)}",
+                fix="see the output of rank 0, which holds it: it has failed or ended",
+            ) from broken
+        found = _verdict(ballots)
+        if found is not None:
+            raise _agreed(found) from error
+        return ballots
+
+    def _wait(self, about: str) -> None:
+        """Until all slots are written, by their ranks or by whoever gives them up."""
+        heard = dict.fromkeys(range(self.size), (b"", time.monotonic()))
+        looks = 0
+        while missing := self.board.missing():
+            time.sleep(_POLL_SECONDS[min(looks // _LOOKS, len(_POLL_SECONDS) - 1)])
+            looks += 1
+            if looks % _LOOKS:
+                continue
+            for rank in missing:
+                beats, now = self.board.beats(rank), time.monotonic()
+                if beats != heard[rank][0]:
+                    heard[rank] = beats, now
+                if now - heard[rank][1] > self.timeout:
+                    self._give_up(rank, f"did not come to {about} within {self.timeout:g} s")
+                elif self.board.has_ended(rank):
+                    self._give_up(rank, f"ended before it came to {about}")
+
+    def _give_up(self, rank: int, problem: str) -> None:
+        self.board.write(rank, Ballot(self.rank, problem))
+
+
+def _verdict(ballots: Sequence[Ballot]) -> MDError | None:
+    """What all ranks make of the same slots: the error that each of them raises, or None."""
+    size = len(ballots)
+    lost = [rank for rank, ballot in enumerate(ballots) if ballot.by != rank]
+    failures = {r: b.failure for r, b in enumerate(ballots) if b.by == r and b.failure is not None}
+    if failures:
+        return combined(failures, size)
+    if lost:
+        return LaunchError(
+            "; ".join(f"rank {rank} {ballots[rank].about}" for rank in lost),
+            fix=f"see the output of {_who(lost, 0)}: it has failed, has ended, or does not make this call",
+        )
+    if any(ballot.about != ballots[0].about for ballot in ballots):
+        return LaunchError(
+            f"the ranks are at different steps: {grouped([b.about for b in ballots])}",
+            fix="make the same calls, in the same order, on every rank",
+        )
+    return None
+
+
+def _agreed(error: MDError) -> MDError:
+    """The error, marked as one that every rank raises."""
+    error.agreed = True
+    return error
+
+
+def _first_line(error: BaseException) -> str:
+    return next(iter(str(error).strip().splitlines()), type(error).__name__)
+
+
+def combined(failures: Mapping[int, Failure], size: int) -> MDError:
+    """One error for all ranks, from what failed on some of ``size``."""
+    by_failure: dict[Failure, list[int]] = {}
+    for rank, failure in failures.items():
+        by_failure.setdefault(failure, []).append(rank)
+    kinds = {failure.kind for failure in by_failure}
+    kind = getattr(errors, kinds.pop(), LaunchError) if len(kinds) == 1 else LaunchError
+    problem = "\n".join(f"{_who(ranks, size)}: {failure.problem}" for failure, ranks in by_failure.items())
+    fixes = dict.fromkeys(f.fix for f in by_failure if f.fix)
+    places = dict.fromkeys(f.at for f in by_failure if f.at)
+    return cast(MDError, kind(problem, fix="; ".join(fixes), at="; ".join(places)))
+
+
+def grouped(values: Sequence[object]) -> str:
+    """Ranks by what they have: ``rank 0 has 'a', ranks 1, 2 have 'b'``."""
+    ranks: dict[object, list[int]] = {}
+    for rank, value in enumerate(values):
+        ranks.setdefault(value, []).append(rank)
+    return ", ".join(
+        f"{_who(members, 0)} {'has' if len(members) == 1 else 'have'} {value!r}" for value, members in ranks.items()
+    )
+
+
+def _who(ranks: Sequence[int], size: int) -> str:
+    if len(ranks) == size and size > 1:
+        return "every rank"
+    return f"rank{'s' if len(ranks) > 1 else ''} {', '.join(map(str, ranks))}"

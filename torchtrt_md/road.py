@@ -1,0 +1,268 @@
+"""The road from a captured program to what runs, for any set of ranks: lower, verify, place, build.
+
+    export       all ranks, in one process; weights inside where a rank's program is one engine
+    compile      this rank's, in a launch where the ranks vote after each stage; weights are inputs
+    md.tune      the same, for one choice after another
+
+What cannot be converted is found out in part by trying: an op whose converter fails is kept in PyTorch, the program
+is cut again, and equal engines come from the cache.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import logging
+import time
+from collections.abc import Callable, Collection, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, TypeVar
+
+import torch
+
+from torchtrt_md.choices import Choices, Decision
+from torchtrt_md.errors import BuildError, ConversionError
+from torchtrt_md.launch.agree import Alone, Together
+from torchtrt_md.lowering import attention_keys, lower
+from torchtrt_md.lowering.schedule import schedule
+from torchtrt_md.options import Options
+from torchtrt_md.place import PlacedProgram, place
+from torchtrt_md.place.choose import choose_placement
+from torchtrt_md.program import ShardedProgram
+from torchtrt_md.segment import Part, Runs
+
+if TYPE_CHECKING:
+    from torchtrt_md.build.cache import EngineCache
+    from torchtrt_md.build.engine import BuiltEngine
+
+T = TypeVar("T")
+Verify = Callable[[ShardedProgram], object]
+log = logging.getLogger(__name__)
+_ATTEMPTS = 50  # ops that turn out not to convert, one after another
+
+
+@dataclass(frozen=True)
+class Built:
+    """A program of which some ranks' parts are built.
+
+    Attributes:
+        placed: the program, cut into parts.
+        choices: how it was lowered, cut and built.
+        parts: for each rank its parts in order, with what runs them; () for ranks that were not asked for.
+        engines: where whole programs became engines with their weights inside: one for each class of equal ranks.
+        hits, misses: engines that were in the cache, and those that were not.
+    """
+
+    placed: PlacedProgram
+    choices: Choices
+    parts: tuple[tuple[Part, ...], ...]
+    engines: tuple[BuiltEngine, ...] = ()
+    hits: int = 0
+    misses: int = 0
+
+
+class Road:
+    """The stages from a captured program on.
+
+    Args:
+        program: captured.
+        options: how it is to be compiled.
+        ranks: whose parts are wanted.
+        cache: where engines whose weights are inputs are, and will be.
+        inside: a folder for engines that hold their weights, which a program becomes that is one engine; None where
+            all weights are to be inputs.
+        agreement: of the ranks that walk together; :class:`~torchtrt_md.launch.agree.Alone` for one process.
+        turns: does the building; in a launch one rank of a host after another, who share a cache.
+        progress: called with a line for each engine that is begun.
+    """
+
+    def __init__(
+        self,
+        program: ShardedProgram,
+        options: Options,
+        *,
+        ranks: Collection[int],
+        cache: EngineCache | None = None,
+        inside: Path | None = None,
+        agreement: Together | None = None,
+        turns: Callable[[str, Callable[[], Built]], Built] | None = None,
+        progress: Callable[[str], None] = lambda message: None,
+    ) -> None:
+        self.program, self.options, self.ranks, self.inside = program, options, tuple(ranks), inside
+        self.agreement: Together = agreement or Alone()
+        self._cache, self._turns, self._progress = cache, turns or self.agreement.together, progress
+
+    @property
+    def cache(self) -> EngineCache:
+        """Where engines are.  It loads TensorRT."""
+        if self._cache is None:
+            from torchtrt_md.build.cache import EngineCache
+
+            self._cache = EngineCache(None if self.options.cache is None else Path(self.options.cache))
+        return self._cache
+
+    def default(self, capability: tuple[int, int] | None = None) -> Choices:
+        """What is chosen without timing anything.
+
+        Args:
+            capability: of the GPU that it will run on; None where that is not known, or is no GPU.
+
+        Raises:
+            PlanError: options that do not go together.
+        """
+        name, rings = "", False
+        if self.options.compute == "tensorrt":
+            from torchtrt_md.build.flavour import flavour
+
+            name, rings = flavour().name, capability is not None and flavour().rings(self.options.target)
+        placement, why = choose_placement(
+            self.options.placement,
+            strategies=set(self.program.strategies.values()),
+            compute=self.options.compute,
+            flavour=name,
+            capability=capability,
+            rings=rings,
+        )
+        compute: Runs = "engine" if self.options.compute == "tensorrt" else "inductor"
+        exchange = self.options.exchange
+        exchanges = {} if exchange is None else dict.fromkeys(attention_keys(self.program), exchange)
+        decisions = (Decision("placement", placement, why),)
+        return Choices(placement, compute, exchanges, {}, self.options.transport, decisions)
+
+    def lower(self, choices: Choices, dump: Path | None = None) -> ShardedProgram:
+        """The program in the collective IR; in a launch, the same collectives on all ranks.
+
+        Raises:
+            MDError: of the pass that refused; RankMismatchError where ranks would wait in different collectives.
+        """
+
+        def step() -> ShardedProgram:
+            return lower(self.program, placement=choices.placement, exchanges=choices.exchanges, dump=dump)
+
+        lowered = self._stage("lowering", step)
+        listed = "\n".join(map(str, schedule(lowered.graphs[self.agreement.rank])))
+        self.agreement.same(hashlib.sha256(listed.encode()).hexdigest()[:12], "the hash of their programs' collectives")
+        return lowered
+
+    def verify(self, lowered: ShardedProgram, check: Verify) -> None:
+        """Compare the lowered program with the model.
+
+        Raises:
+            VerificationError: it computes something else.
+        """
+        self._stage("the comparison with the model", lambda: check(lowered))
+
+    def build(self, lowered: ShardedProgram, choices: Choices) -> Built:
+        """Place and build.
+
+        Raises:
+            BuildError: TensorRT cannot build a part, or ``fullgraph`` and an op that no engine can hold.
+        """
+        start = time.perf_counter()
+        built = self._turns("building", lambda: self._built(lowered, choices))
+        log.info("rank %d: building took %.2f s", self.agreement.rank, time.perf_counter() - start)
+        return built
+
+    def _stage(self, about: str, step: Callable[[], T]) -> T:
+        start = time.perf_counter()
+        result = self.agreement.together(about, step)
+        log.info("rank %d: %s took %.2f s", self.agreement.rank, about, time.perf_counter() - start)
+        return result
+
+    def _built(self, lowered: ShardedProgram, choices: Choices) -> Built:
+        if choices.compute != "engine" and "engine" not in choices.runs.values():
+            placed = self._placed(lowered, choices, {}, None)
+            return Built(placed, choices, placed.parts)
+        from torchtrt_md.build.flavour import boundary_dtypes, flavour
+        from torchtrt_md.build.part import unconvertible
+
+        flavour().check_target(self.options.target)
+        keep: dict[str, str] = {}
+        for graph, members in lowered.distinct():
+            if set(members) & set(self.ranks):
+                keep.update(unconvertible(graph))
+        last = ""
+        for _ in range(_ATTEMPTS):
+            placed = self._placed(lowered, choices, keep, boundary_dtypes(flavour()))
+            try:
+                if self.inside is not None and placed.is_one_engine:
+                    return self._whole(placed, choices, self.inside)
+                return self._parts(placed, choices)
+            except ConversionError as error:
+                if self.options.fullgraph or not error.node or error.node in keep:
+                    raise
+                last = keep[error.node] = error.problem
+                log.info("kept in PyTorch: %s", last)
+        raise BuildError(
+            f"more than {_ATTEMPTS} ops turned out not to convert; of the last: {last}",
+            fix="use compute='inductor'",
+        )
+
+    def _placed(
+        self,
+        lowered: ShardedProgram,
+        choices: Choices,
+        keep: Mapping[str, str],
+        boundary: Collection[torch.dtype] | None,
+    ) -> PlacedProgram:
+        return place(
+            lowered,
+            choices.placement,
+            compute=choices.compute,
+            runs=choices.runs,
+            keep=keep,
+            boundary=boundary,
+            fullgraph=self.options.fullgraph,
+            ranks=self.ranks,
+        )
+
+    def _whole(self, placed: PlacedProgram, choices: Choices, folder: Path) -> Built:
+        from torchtrt_md.build.program import build_whole
+
+        engines = build_whole(placed, folder, self.options.target, self.ranks, self._progress)
+        parts: list[tuple[Part, ...]] = [()] * placed.program.mesh.size
+        for engine in engines:
+            for rank in engine.ranks:
+                parts[rank] = (Part(engine.segment, engine=engine.file),)
+        return Built(placed, choices, tuple(parts), tuple(engines))
+
+    def _parts(self, placed: PlacedProgram, choices: Choices) -> Built:
+        from torchtrt_md.build.part import build_part
+
+        cache, target = self.cache, self.options.target
+        hits, misses = cache.hits, cache.misses
+        parts: list[tuple[Part, ...]] = [()] * placed.program.mesh.size
+        for cut, members in placed.distinct():
+            built = tuple(
+                build_part(p, target, cache, transpose_weights=self.options.transpose_weights, progress=self._progress)
+                for p in cut
+            )
+            for rank in members:
+                parts[rank] = built
+        return Built(placed, choices, tuple(parts), (), cache.hits - hits, cache.misses - misses)
+
+
+def summary_of(name: str, built: Built, rank: int) -> str:
+    """What runs where on a rank, and why, for people."""
+    placed, parts, choices = built.placed, built.parts[rank], built.choices
+    counts = {runs: sum(p.runs == runs for p in parts) for runs in ("engine", "inductor", "eager")}
+    told = ", ".join(f"{count} {runs}" for runs, count in counts.items() if count)
+    different = len({p.engine for p in parts if p.runs == "engine"})
+    lines = [
+        f"{name} on {placed.program.mesh}, placement {placed.placement}: {len(parts)} parts ({told});"
+        f" {different} different engine{'s' if different != 1 else ''}, {built.hits} of them from the cache",
+    ]
+    if choices.tuned_on:
+        lines.append(f"  timed on {choices.tuned_on}")
+    for decision in choices.decisions:
+        times = ", ".join(f"{candidate} {ms:.3f} ms" for candidate, ms in decision.times_ms.items())
+        lines.append(f"  {decision.what}: {decision.chosen}, {decision.why}" + (f" ({times})" if times else ""))
+    return "\n".join([*lines, *(f"  {line}" for line in kept_lines(placed))])
+
+
+def kept_lines(placed: PlacedProgram) -> list[str]:
+    """A line for each kind of op that stays in PyTorch although the placement would not put it there."""
+    return [
+        f"in PyTorch: {kept.count} x {kept.op}: {kept.reason}" + (f", at {kept.at}" if kept.at else "")
+        for kept in placed.kept
+    ]

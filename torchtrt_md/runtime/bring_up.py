@@ -1,0 +1,208 @@
+"""The one way up: a launch, parts and weights -> what runs them, for a bundle and for what was just built.
+
+Each step is voted on by all ranks; no engine runs before all ranks' engines took their communicators.
+"""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+from torch.fx import GraphModule
+
+from torchtrt_md.graph.functional import copied
+from torchtrt_md.launch import Launch, communicator
+from torchtrt_md.launch.watchdog import named
+from torchtrt_md.mesh import Mesh
+from torchtrt_md.runtime.engine import Engine, deserialize, runtime_cache, scratch_bytes
+from torchtrt_md.runtime.executor import Executor
+from torchtrt_md.runtime.push import Shared
+from torchtrt_md.runtime.steps import Key, Step, call_step, eager_steps, engine_step
+from torchtrt_md.runtime.weights import Stored, WeightOf, laid_out
+from torchtrt_md.segment import Part, Segment, Wire
+
+_RING = "ring_attention"  # in schedules: a ring that is one layer of an engine
+_RING_SHAPE = (128, 8, 8, 256)  # head_dim, heads, key/value heads and tokens of each rank, in the self-test
+
+
+def bring_up(
+    launch: Launch,
+    mesh: Mesh,
+    parts: Sequence[Part],
+    weight_of: WeightOf,
+    outputs: Sequence[Wire],
+    *,
+    target: str,
+    transport: str = "nccl",
+    overlap: bool = True,
+    stored: Stored | None = None,
+) -> Executor:
+    """What runs this rank's parts.  Collective.
+
+    Args:
+        parts: in order, their engines built.
+        weight_of: gives this rank's part of a weight that a segment reads, on any device.
+        stored: is told of weights that lie on the device in another layout; see :func:`laid_out`.
+        outputs: what a call returns: of the program, or what a part writes.
+        target: what the engines were built for.
+        transport: what does the exchanges between segments: ``nccl``, or the GPUs' ``copy`` engines.
+        overlap: run collectives of PyTorch on a stream of their own.
+
+    Raises:
+        MDError: on every rank, naming the ranks that failed.
+    """
+    groups = launch.connect(mesh)
+    loaded = launch.together("loading the engines", lambda: _load_engines(parts, launch.device, target))
+    engines = launch.together("making the engines' contexts", lambda: _make_engines(parts, loaded, launch.device))
+    launch.together("binding the communicators", lambda: bind_engines(engines, groups, launch.device))
+    _check_rings([part.segment for part in parts], launch, groups, target)
+    return launch.together(
+        "assembling the program",
+        lambda: assemble(
+            parts,
+            engines,
+            mesh=mesh,
+            rank=launch.rank,
+            groups=groups,
+            device=launch.device,
+            weights=laid_out([part.segment for part in parts], weight_of, launch.device, stored),
+            outputs=outputs,
+            overlap=overlap,
+            transport=transport,
+        ),
+    )
+
+
+@functools.cache
+def _runtime(device: torch.device) -> tuple[Any, Any]:
+    """TensorRT's runtime and logger, one for each GPU: it complains of every further logger."""
+    from torchtrt_md.build.flavour import flavour
+
+    trt = flavour().trt
+    with torch.cuda.device(device):
+        logger = trt.Logger(trt.Logger.WARNING)
+        return trt.Runtime(logger), logger
+
+
+def _load_engines(parts: Sequence[Part], device: torch.device, target: str) -> dict[Path, Any]:
+    """TensorRT's engines by their files, each loaded once."""
+    files = dict.fromkeys(part.engine for part in parts if part.engine is not None)
+    if not files:
+        return {}
+    runtime, _ = _runtime(device)
+    capability = ".".join(map(str, torch.cuda.get_device_capability(device)))
+    built_for = f"{target} (this GPU: {torch.cuda.get_device_name(device)}, {capability})"
+    with torch.cuda.device(device):
+        return {file: deserialize(runtime, file, built_for) for file in files}
+
+
+def _make_engines(parts: Sequence[Part], loaded: Mapping[Path, Any], device: torch.device) -> dict[int, Engine]:
+    """Contexts for the engines among these parts, by their place; several share the memory of their activations.
+
+    Raises:
+        LaunchError: no memory for them.
+    """
+    engines = {i: loaded[part.engine] for i, part in enumerate(parts) if part.engine is not None}
+    scratch = cache = None
+    if len(engines) > 1:  # they run one after another
+        size = max(map(scratch_bytes, engines.values()))
+        scratch = torch.empty(max(size, 1), dtype=torch.uint8, device=device)
+        cache = runtime_cache(next(iter(engines.values())))
+    keep = _runtime(device) if engines else None
+    return {
+        i: Engine(parts[i].segment, engine, named(parts[i].segment, i), keep, scratch, cache)
+        for i, engine in engines.items()
+    }
+
+
+def bind_engines(engines: Mapping[int, Engine], groups: Mapping[str, dist.ProcessGroup], device: torch.device) -> None:
+    """Give every engine that communicates its communicator.
+
+    Raises:
+        CommunicatorError: one refuses it.
+    """
+    for engine in engines.values():
+        axis = engine.segment.axis
+        if axis is not None:
+            engine.communicator = communicator.bind(engine.context, groups[axis], device, engine=engine.name, axis=axis)
+
+
+def _check_rings(
+    segments: Sequence[Segment], launch: Launch, groups: Mapping[str, dist.ProcessGroup], target: str
+) -> None:
+    """Where an engine has ring attention in it, see on a small one that these GPUs compute it right.  Collective.
+
+    Raises:
+        MDError: on every rank: they do not.
+    """
+    from torchtrt_md.runtime.selftest import check_ring
+
+    rings = {(c.axis, c.ranks, c.dtype) for s in segments if s.runs == "engine" for c in s.collectives if c.op == _RING}
+    for axis, size, dtype in sorted(rings, key=str):
+        check_ring(axis, size, dtype, *_RING_SHAPE, group=groups[axis], launch=launch, target=target)
+
+
+def assemble(
+    parts: Sequence[Part],
+    engines: Mapping[int, Engine],
+    *,
+    mesh: Mesh,
+    rank: int,
+    groups: Mapping[str, dist.ProcessGroup],
+    device: torch.device,
+    weights: Mapping[Key, Tensor],
+    outputs: Sequence[Wire],
+    overlap: bool = True,
+    transport: str = "nccl",
+) -> Executor:
+    """The executor of these parts; see :func:`bring_up`.
+
+    Args:
+        engines: of the parts that are engines, by their place, bound to their communicators.
+        groups: axis -> this rank's group along it.
+        weights: as segments read them, of :func:`laid_out`.
+    """
+    coordinates = {axis: mesh.coordinate(rank, axis) for axis in mesh.names}
+    fixed = {**weights}
+    for axis, at in coordinates.items():
+        fixed[Wire("coordinate", axis)] = torch.tensor([at], dtype=torch.int32, device=device)
+    steps: list[Step] = []
+    compiled: dict[str, Callable[..., Sequence[Tensor]]] = {}
+    for index, part in enumerate(parts):
+        if index in engines:
+            steps.append(engine_step(part.segment, engines[index]))
+            continue
+        assert part.graph is not None, f"{named(part.segment, index)} has nothing that runs it"
+        if part.runs == "inductor":
+            if part.digest not in compiled:
+                compiled[part.digest] = _compiled(part.segment, part.graph, fixed, device)
+            steps.append(call_step(part.segment, compiled[part.digest]))
+        else:
+            steps += eager_steps(
+                part.segment, copied(part.graph), groups=groups, coordinates=coordinates, device=device, index=index
+            )
+    return Executor(
+        steps,
+        fixed=fixed,
+        outputs=outputs,
+        device=device,
+        overlap=overlap,
+        share=(lambda axis, size: Shared(size, groups[axis], device)) if transport == "copy" else None,
+    )
+
+
+def _compiled(
+    segment: Segment, graph: GraphModule, fixed: Mapping[Key, Tensor], device: torch.device
+) -> Callable[..., Sequence[Tensor]]:
+    from torchtrt_md.runtime.inductor import compile_graph
+
+    examples = [
+        fixed[b.source] if b.source in fixed else torch.empty(b.shape, dtype=b.dtype, device=device)
+        for b in segment.inputs
+    ]
+    return compile_graph(graph, examples, device)

@@ -1,0 +1,161 @@
+"""A rank's weights as its segments read them, held once.
+
+An engine may take a weight as [K, N] where the model has [N, K], and one joined of several.  Such a block is a copy,
+and where the model's own weight is on the same device there would be two.  So the model's parameter is then made a
+view of the block: its values, shape and dtype stay, its strides change.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from operator import attrgetter
+
+import torch
+from torch import Tensor
+
+from torchtrt_md.errors import InputError, RankMismatchError
+from torchtrt_md.launch.agree import Agreement
+from torchtrt_md.program import ShardedProgram, Weight
+from torchtrt_md.runtime.signature import prepared
+from torchtrt_md.runtime.steps import Key, source_key
+from torchtrt_md.segment import Segment
+
+WeightOf = Callable[[str], Tensor]
+Stored = Callable[[str, Tensor], None]
+_CHUNK = 1 << 18  # words that are summed at once; what they make stays in a cache
+
+
+def laid_out(
+    segments: Sequence[Segment], weight_of: WeightOf, device: torch.device, stored: Stored | None = None
+) -> dict[Key, Tensor]:
+    """The weights as the segments take them, on the device: contiguous, and transposed where one is taken so.
+
+    Args:
+        weight_of: gives this rank's part of a weight, on any device.  It is asked once for each.
+        stored: called with each weight that lies on the device in another layout only, seen as ``weight_of`` gave it.
+    """
+    layouts: dict[str, dict[Key, bool]] = {}
+    for binding in (b for segment in segments for b in segment.inputs if b.weight is not None):
+        layouts.setdefault(binding.source.name, {})[source_key(binding)] = binding.transposed
+    found: dict[Key, Tensor] = {}
+    for name, keys in layouts.items():
+        weight = weight_of(name)
+        blocks = {key: prepared((weight.t() if turned else weight).to(device)) for key, turned in keys.items()}
+        found |= blocks
+        if stored is not None and len(keys) == 1:
+            ((key, turned),) = keys.items()
+            stored(name, blocks[key].t() if turned else blocks[key])
+        del weight
+    return found
+
+
+class ModelWeights:
+    """The weights of a program whose model is in this process."""
+
+    def __init__(self, program: ShardedProgram, rank: int) -> None:
+        self.program, self.rank = program, rank
+        self.sources = {s.name: s for s in program.sources.values() if isinstance(s, Weight)}
+
+    def local(self, name: str) -> Tensor:
+        """This rank's part of a weight; a copy only where it is joined of several."""
+        return self.program.weights.local(self.sources[name], self.program.mesh, self.rank)
+
+    def store(self, name: str, seen: Tensor) -> None:
+        """Let the model's own parameter be this view of a block, where it would else be a second copy of it."""
+        source = self.sources[name]
+        views = (
+            torch.split(seen, [part.shape[0] for part in source.parts])
+            if _is_whole(source) and source.parts
+            else (seen,)
+        )
+        for part, view in zip(source.parts or (source,), views, strict=False):
+            owner = self.program.weights.whole.get(part.name)
+            if owner is not None and _is_whole(part) and _is_sole(owner, view):
+                owner.data = view
+
+
+def _is_whole(weight: Weight) -> bool:
+    """Has every rank all of it?"""
+    return not weight.shardings and all(map(_is_whole, weight.parts))
+
+
+def _is_sole(owner: Tensor, view: Tensor) -> bool:
+    """Does the parameter alone hold its memory, which is not this block's, so that the view can take its place?"""
+    alike = (owner.shape, owner.dtype, owner.device) == (view.shape, view.dtype, view.device)
+    storage = owner.untyped_storage()
+    return (
+        alike
+        and owner._base is None
+        and not owner.is_inference()
+        and storage.nbytes() == owner.nbytes
+        and storage.data_ptr() != view.untyped_storage().data_ptr()
+    )
+
+
+_version, _address = attrgetter("_version"), Tensor.data_ptr
+
+
+class WeightGuard:
+    """Tells when a weight was written to in place or replaced, of which engines may hold a copy laid out for them.
+
+    Args:
+        weights: name -> the model's tensor.  Inference tensors count no writes and are told by their address alone.
+    """
+
+    def __init__(self, weights: Mapping[str, Tensor]) -> None:
+        self._names = [name for name, w in weights.items() if not w.is_inference()]
+        self._counted = [weights[name] for name in self._names]
+        self._versions = list(map(_version, self._counted))
+
+    def check(self) -> None:
+        """Raises InputError: a weight was changed.  What is written through ``.data`` is not seen."""
+        if list(map(_version, self._counted)) == self._versions:
+            return
+        found = zip(self._names, self._counted, self._versions, strict=True)
+        name = next(name for name, weight, version in found if weight._version != version)
+        raise InputError(
+            f"the weight {name!r} was changed after the model was compiled, and engines may hold what it was",
+            fix="compile the model again",
+        )
+
+
+def check_equal(program: ShardedProgram, agreement: Agreement) -> None:
+    """Refuse weights that differ between ranks which the program says hold the same.  Collective.
+
+    Raises:
+        RankMismatchError: on every rank, naming the weight and who has what.
+    """
+    mesh = program.mesh
+    weights = [s for s in program.sources.values() if isinstance(s, Weight) and not s.parts]
+
+    def sums() -> list[int]:
+        return [checksum(program.weights.local(w, mesh, agreement.rank)) for w in weights]
+
+    found = agreement.gather(agreement.together("the checksums of the weights", sums), "the weights")
+    for index, weight in enumerate(weights):
+        axes = [s.axis for s in weight.shardings]
+        parts: dict[tuple[int, ...], dict[int, int]] = {}
+        for rank, of in enumerate(found):
+            parts.setdefault(tuple(mesh.coordinate(rank, a) for a in axes), {})[rank] = of[index]
+        for held in parts.values():
+            if len(set(held.values())) > 1:
+                raise RankMismatchError(
+                    f"the weight {weight.name!r} is not the same on ranks that hold the same part of it: by checksum, "
+                    + ", ".join(f"rank {rank} has {value:016x}" for rank, value in held.items()),
+                    fix="load the same checkpoint on every rank, or seed them alike; broadcast what rank 0 has",
+                )
+
+
+def checksum(tensor: Tensor) -> int:
+    """A number of 64 bits that tells tensors of one dtype and shape apart, by their bits and where these are."""
+    flat = tensor.detach().contiguous().reshape(-1)
+    flat = (torch.view_as_real(flat.resolve_conj()).reshape(-1) if flat.is_complex() else flat).view(torch.uint8)
+    whole = flat.numel() // 8 * 8
+    words = (flat[:whole].clone() if flat.data_ptr() % 8 else flat[:whole]).view(torch.int64)
+    factors = torch.arange(1, _CHUNK + 1, device=flat.device) * 0x9E3779B1 + 1
+    sums = [(chunk * factors[: chunk.numel()]).sum() for chunk in torch.split(words, _CHUNK)]
+    sums.append((flat[whole:].long() * factors[: flat.numel() - whole]).sum())
+    total = 0
+    for value in torch.stack(sums).tolist():
+        total = (total * 0x100000001B3 + value) % (1 << 64)
+    return total
