@@ -515,7 +515,7 @@ def test_the_backend_by_its_name(ranks: Ranks) -> None:
 
 
 def test_the_entry_point() -> None:
-    project = tomllib.loads((Path(__file__).parents[1] / "pyproject.toml").read_text())
+    project = tomllib.loads((Path(__file__).parents[2] / "pyproject.toml").read_text())
     entry = project["project"]["entry-points"]["torch_dynamo_backends"]
     assert entry == {"torchtrt_md": "torchtrt_md.doors.dynamo:backend"}
     assert "torchtrt_md" in torch._dynamo.list_backends(exclude_tags=())

@@ -2,8 +2,10 @@
 
 write       files + manifest -> a folder, all of it or nothing
 read        a folder -> a manifest that is whole, and files that are what it says
-structure   what makes a manifest consistent; both of the above ask it
-graph       graphs of ops that run in PyTorch <-> JSON
+files       opens plain files inside the folder, and nothing else
+structure   what makes a manifest consistent; writing and reading ask it
+rendezvous  whether the ranks meet at their collectives
+limits      how large anything in a bundle may be
 weights     a rank's weights <-> safetensors
 """
 

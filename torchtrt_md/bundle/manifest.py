@@ -82,7 +82,8 @@ def to_json(value: Any) -> str:
 
 
 def _from_json(kind: type, name: Any) -> Any:
-    found = getattr(torch, name, None) if kind is torch.dtype and isinstance(name, str) else None
-    if not isinstance(found, torch.dtype):
-        raise ValueError(f"PyTorch has no dtype {name!r}")
+    # getattr would import some modules of these names, and torch.half has another name of its own
+    found = vars(torch).get(name) if kind is torch.dtype and isinstance(name, str) else None
+    if not isinstance(found, torch.dtype) or dtype_name(found) != name:
+        raise ValueError(f"it has the dtype {name!r}, which PyTorch {torch.__version__} lacks")
     return found

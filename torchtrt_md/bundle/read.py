@@ -8,9 +8,14 @@ from pathlib import Path
 
 import msgspec
 
+from torchtrt_md.bundle.files import digest, read_bytes
+from torchtrt_md.bundle.limits import MAX_MANIFEST_BYTES
 from torchtrt_md.bundle.manifest import MANIFEST, SCHEMA, Manifest, decode
 from torchtrt_md.bundle.structure import check_structure
 from torchtrt_md.errors import BundleError
+
+# What msgspec raises for bytes that are no JSON of the right form: bad UTF-8 and deep nesting have errors of their own.
+NO_JSON = (msgspec.DecodeError, UnicodeDecodeError, RecursionError)
 
 
 class _Schema(msgspec.Struct):
@@ -36,7 +41,7 @@ def parse_manifest(text: bytes, path: Path) -> Manifest:
     """
     try:
         schema = msgspec.json.decode(text, type=_Schema).schema
-    except msgspec.DecodeError as error:
+    except NO_JSON as error:
         raise BundleError(f"{path} is not a bundle's manifest: {error}", fix="export the bundle again") from error
     if schema != SCHEMA:
         raise BundleError(
@@ -46,7 +51,7 @@ def parse_manifest(text: bytes, path: Path) -> Manifest:
         )
     try:
         manifest = decode(text)
-    except msgspec.DecodeError as error:
+    except NO_JSON as error:
         raise BundleError(f"{path} does not follow schema {SCHEMA}: {error}", fix="export the bundle again") from error
     check_structure(manifest)
     return manifest
@@ -75,24 +80,26 @@ def check_files(folder: Path | str, manifest: Manifest, only: Iterable[str] | No
         only: paths within the bundle, :func:`rank_files` for those of one rank; None checks every file.
 
     Raises:
-        BundleError: a file that is missing or changed, with the expected and the found hash.
+        BundleError: a file that is missing, is no plain file, or is changed, with the expected and the found hash.
     """
     for name in manifest.files if only is None else dict.fromkeys(only):
-        path, expected = Path(folder) / name, manifest.files.get(name)
-        if expected is None:
-            raise BundleError(f"{name!r} is not among the files of {folder}", fix="export the bundle again")
-        try:
-            with path.open("rb") as file:
-                found = hashlib.file_digest(file, "sha256").hexdigest()
-        except OSError as error:
-            raise BundleError(
-                f"{path} cannot be read: {error.strerror or error}", fix="copy the whole bundle folder to every host"
-            ) from error
-        if found != expected:
-            raise BundleError(
-                f"{path} is damaged: its sha256 is {found} and the manifest says {expected}",
-                fix="copy the bundle again, whole, or export it again",
-            )
+        _check_listed(folder, manifest, name)
+        _check_digest(folder, manifest, name, digest(folder, name))
+
+
+def read_file(folder: Path | str, manifest: Manifest, name: str, limit: int) -> bytes:
+    """The bytes of a file of the bundle, those that its sha256 in the manifest is of.
+
+    Args:
+        limit: the most bytes that it may have.
+
+    Raises:
+        BundleError: as :func:`check_files`, or a file of more than ``limit`` bytes.
+    """
+    _check_listed(folder, manifest, name)
+    data = read_bytes(folder, name, limit)
+    _check_digest(folder, manifest, name, hashlib.sha256(data).hexdigest())
+    return data
 
 
 def check_versions(manifest: Manifest) -> None:
@@ -118,12 +125,24 @@ def check_versions(manifest: Manifest) -> None:
         )
 
 
-def _manifest_bytes(folder: Path | str) -> bytes:
-    path = Path(folder) / MANIFEST
-    try:
-        return path.read_bytes()
-    except OSError as error:
+def _check_listed(folder: Path | str, manifest: Manifest, name: str) -> None:
+    if name not in manifest.files:
+        raise BundleError(f"{name!r} is not among the files of {folder}", fix="export the bundle again")
+
+
+def _check_digest(folder: Path | str, manifest: Manifest, name: str, found: str) -> None:
+    expected = manifest.files[name]
+    if found != expected:
         raise BundleError(
-            f"there is no bundle at {folder}: {path} cannot be read ({error.strerror or error})",
-            fix="give the folder that the export wrote, whole",
+            f"{Path(folder) / name} is damaged: its sha256 is {found} and the manifest says {expected}",
+            fix="copy the bundle again, whole, or export it again",
+        )
+
+
+def _manifest_bytes(folder: Path | str) -> bytes:
+    try:
+        return read_bytes(folder, MANIFEST, MAX_MANIFEST_BYTES)
+    except BundleError as error:
+        raise BundleError(
+            f"there is no bundle at {folder}: {error.problem}", fix="give the folder that the export wrote, whole"
         ) from error

@@ -2,27 +2,45 @@
 
 A runner trusts a checked manifest: each wire has one producer that runs before its consumers, each shape
 follows from the mesh, an engine's collectives are all on the axis of the communicator it will get, and a rank whose
-segments take weights has a file of them.
+segments take weights has a file of them, and the ranks meet at their collectives.  Every size is bounded, and the work
+is linear in the manifest's: it may be anybody's.
 """
 
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
-from pathlib import PurePosixPath
-from typing import Any, TypeAlias, get_args
+import re
+import reprlib
+from collections.abc import Iterable, Sequence
+from typing import Any, NamedTuple, TypeAlias, get_args
 
 import torch
 
+from torchtrt_md.bundle.files import check_path
+from torchtrt_md.bundle.limits import MAX_AXES, MAX_DEPTH, MAX_RANKS, MAX_TENSOR_BYTES, check_shape
 from torchtrt_md.bundle.manifest import Manifest
+from torchtrt_md.bundle.rendezvous import check_rendezvous
 from torchtrt_md.errors import BundleError, MeshError
+from torchtrt_md.lowering.ops import COLLECTIVES
 from torchtrt_md.mesh import Mesh
+from torchtrt_md.options import CHOICES
 from torchtrt_md.parallel import Placement
 from torchtrt_md.program import Value, dtype_name
-from torchtrt_md.segment import Binding, Segment, Wire
+from torchtrt_md.segment import Binding, Collective, Segment, Wire
 
-Expected: TypeAlias = dict[Wire, tuple[torch.dtype, tuple[int, ...]]]
 _REBUILD = "export the bundle again; do not edit manifest.json by hand"
+# What a schedule names: the ops of the IR that communicate, and a ring that is one op of an engine.
+_COLLECTIVES = {op._schema.name.split("::")[1] for op in COLLECTIVES} | {"ring_attention"}
+_SHA256 = re.compile("[0-9a-f]{64}")
+
+Known: TypeAlias = tuple[torch.dtype, tuple[int, ...]]  # the dtype and shape of a wire
+
+
+class _Wires(NamedTuple):
+    """The wires that every rank has: the program's inputs and this rank's coordinates, and its outputs."""
+
+    given: dict[Wire, Known]
+    outputs: dict[Wire, Known]
 
 
 def mesh_of(manifest: Manifest) -> Mesh:
@@ -31,6 +49,11 @@ def mesh_of(manifest: Manifest) -> Mesh:
     Raises:
         BundleError: it is not one.
     """
+    if len(manifest.mesh) > MAX_AXES:
+        raise BundleError(f"the manifest's mesh has {len(manifest.mesh)} axes, more than {MAX_AXES}", fix=_REBUILD)
+    for axis in manifest.mesh:
+        if not axis.isidentifier() or axis == "self":  # which Mesh(self=2) cannot have
+            raise BundleError(f"the manifest's mesh has an axis {axis!r}, which is no name of an axis", fix=_REBUILD)
     try:
         return Mesh(**manifest.mesh)
     except MeshError as error:
@@ -65,29 +88,32 @@ def check_structure(manifest: Manifest) -> None:
     for what, number in (("segments", len(manifest.ranks)), ("weights", len(manifest.weights))):
         if number != mesh.size:
             raise BundleError(f"the manifest has {what} for {number} ranks and {mesh} has {mesh.size}", fix=_REBUILD)
-    if manifest.placement not in get_args(Placement):
-        raise BundleError(
-            f"the manifest's placement is {manifest.placement!r}, which is none of {', '.join(get_args(Placement))}",
-            fix=_REBUILD,
-        )
-    for path in manifest.files:
-        check_path(path)
+    if mesh.size > MAX_RANKS:
+        raise BundleError(f"the manifest has {mesh.size} ranks, more than {MAX_RANKS}", fix=_REBUILD)
+    _check_choice("placement", manifest.placement, get_args(Placement))
+    _check_choice("transport", manifest.transport, CHOICES["transport"])
+    _check_files(manifest)
     _check_names(manifest)
     _check_times(manifest)
+    wires = _wires(manifest, mesh)
     for rank, segments in enumerate(manifest.ranks):
-        _check_rank(manifest, mesh, rank, segments)
+        _check_rank(manifest, mesh, wires, rank, segments)
+    check_rendezvous(mesh, manifest.ranks)
     _check_result(manifest.result, len(manifest.outputs))
 
 
-def check_path(path: str) -> None:
-    """Refuse a path that is not a plain relative one inside the bundle.
+def _check_choice(what: str, found: str, choices: Iterable[object]) -> None:
+    if found not in choices:
+        raise BundleError(
+            f"the manifest's {what} is {found!r}, which is none of {', '.join(map(str, choices))}", fix=_REBUILD
+        )
 
-    Raises:
-        BundleError: naming the path.
-    """
-    parts = PurePosixPath(path).parts
-    if not parts or PurePosixPath(path).is_absolute() or ".." in parts or "\\" in path or ":" in path or "\0" in path:
-        raise BundleError(f"the manifest names the file {path!r}, which is not inside the bundle", fix=_REBUILD)
+
+def _check_files(manifest: Manifest) -> None:
+    for path, digest in manifest.files.items():
+        check_path(path)
+        if path == "manifest.json" or not _SHA256.fullmatch(digest):
+            raise BundleError(f"the manifest gives the file {path!r} the sha256 {digest[:80]!r}", fix=_REBUILD)
 
 
 def _check_names(manifest: Manifest) -> None:
@@ -96,9 +122,30 @@ def _check_names(manifest: Manifest) -> None:
         ("output", [t.name for t in manifest.outputs]),
         ("positional argument", manifest.positional),
     ):
-        twice = sorted({name for name in names if names.count(name) > 1})
-        if twice:
-            raise BundleError(f"the manifest has more than one {kind} {twice[0]!r}", fix=_REBUILD)
+        twice = _twice(names)
+        if twice is not None:
+            raise BundleError(f"the manifest has more than one {kind} {twice!r}", fix=_REBUILD)
+        if "" in names:
+            raise BundleError(f"the manifest has an {kind} without a name", fix=_REBUILD)
+
+
+def _twice(names: Iterable[str]) -> str | None:
+    """The first name that comes a second time."""
+    seen: set[str] = set()
+    for name in names:
+        if name in seen:
+            return name
+        seen.add(name)
+    return None
+
+
+def _wires(manifest: Manifest, mesh: Mesh) -> _Wires:
+    for kind, tensors in (("input", manifest.inputs), ("output", manifest.outputs)):
+        for tensor in tensors:
+            check_shape(tensor.shape, tensor.dtype.itemsize, f"the {kind} {tensor.name!r}")
+    given: dict[Wire, Known] = {Wire("coordinate", axis): (torch.int32, (1,)) for axis in mesh.names}
+    given |= {Wire("input", v.name): (v.dtype, local_shape(v, mesh)) for v in manifest.inputs}
+    return _Wires(given, {Wire("output", v.name): (v.dtype, local_shape(v, mesh)) for v in manifest.outputs})
 
 
 def _check_times(manifest: Manifest) -> None:
@@ -112,43 +159,39 @@ def _check_times(manifest: Manifest) -> None:
                 )
 
 
-def _check_rank(manifest: Manifest, mesh: Mesh, rank: int, segments: Sequence[Segment]) -> None:
-    expected: Expected = {Wire("coordinate", axis): (torch.int32, (1,)) for axis in mesh.names}
-    expected |= {Wire("input", v.name): (v.dtype, local_shape(v, mesh)) for v in manifest.inputs}
-    outputs: Expected = {Wire("output", v.name): (v.dtype, local_shape(v, mesh)) for v in manifest.outputs}
+def _check_rank(manifest: Manifest, mesh: Mesh, wires: _Wires, rank: int, segments: Sequence[Segment]) -> None:
     weights = manifest.weights[rank]
     if weights is not None and weights not in manifest.files:
         raise BundleError(
             f"the weights of rank {rank} are in {weights!r}, which is not among the manifest's files", fix=_REBUILD
         )
-    live = set(expected)
-    expected |= outputs
+    made: dict[Wire, Known] = {}  # by a segment before, of weights: taken by one
     for index, segment in enumerate(segments):
         where = f"segment {index} of rank {rank}"
         _check_segment(manifest, mesh, segment, where)
         for binding in segment.inputs:
+            source = binding.source
             if binding.weight is not None:
                 if weights is None:
-                    raise BundleError(
-                        f"{where} reads '{binding.source}', and rank {rank} has no file of weights", fix=_REBUILD
-                    )
-                expected.setdefault(binding.source, (binding.dtype, binding.source_shape))
-            elif binding.source not in live:
-                raise BundleError(f"{where} reads '{binding.source}', which nothing before it makes", fix=_REBUILD)
-            _check_binding(binding, expected, where)
+                    raise BundleError(f"{where} reads '{source}', and rank {rank} has no file of weights", fix=_REBUILD)
+                made.setdefault(source, (binding.dtype, binding.source_shape))
+            known = made.get(source) or wires.given.get(source)
+            if known is None:
+                raise BundleError(f"{where} reads '{source}', which nothing before it makes", fix=_REBUILD)
+            _check_binding(binding, known, where)
         for binding in segment.outputs:
-            if binding.source not in outputs and binding.source.kind != "value":
+            source = binding.source
+            if source not in wires.outputs and source.kind != "value":
                 raise BundleError(
-                    f"{where} writes '{binding.source}', which is no output of the program and no value", fix=_REBUILD
+                    f"{where} writes '{source}', which is no output of the program and no value", fix=_REBUILD
                 )
-            if binding.source in live:
-                raise BundleError(f"{where} writes '{binding.source}' a second time", fix=_REBUILD)
-            expected.setdefault(binding.source, (binding.dtype, binding.shape))
-            _check_binding(binding, expected, where)
-            live.add(binding.source)
-    missing = sorted(set(outputs) - live)
-    if missing:
-        raise BundleError(f"no segment of rank {rank} writes '{missing[0]}'", fix=_REBUILD)
+            if source in made:
+                raise BundleError(f"{where} writes '{source}' a second time", fix=_REBUILD)
+            made[source] = wires.outputs.get(source) or (binding.dtype, binding.shape)
+            _check_binding(binding, made[source], where)
+    missing = next((output for output in wires.outputs if output not in made), None)
+    if missing is not None:
+        raise BundleError(f"no segment of rank {rank} writes '{missing}'", fix=_REBUILD)
 
 
 def _check_segment(manifest: Manifest, mesh: Mesh, segment: Segment, where: str) -> None:
@@ -157,9 +200,11 @@ def _check_segment(manifest: Manifest, mesh: Mesh, segment: Segment, where: str)
     _check_communication(mesh, segment, where)
     # An engine finds all its tensors by name, a graph its inputs only; what it returns has an order.
     names = [b.name for b in (*segment.inputs, *(segment.outputs if segment.runs == "engine" else ()))]
-    if len(set(names)) != len(names):
-        raise BundleError(f"{where} binds a tensor of its {_noun(segment)} twice: {names}", fix=_REBUILD)
+    twice = _twice(names)
+    if twice is not None:
+        raise BundleError(f"{where} binds a tensor of its {_noun(segment)} twice: {twice!r}", fix=_REBUILD)
     for binding in (*segment.inputs, *segment.outputs):
+        check_shape(binding.shape, binding.dtype.itemsize, f"{where}: '{binding.source}'")
         if binding.transposed and (binding.weight is None or len(binding.shape) != 2):
             raise BundleError(
                 f"{where} takes '{binding.source}' of shape {list(binding.shape)} transposed, and only weights of two"
@@ -186,14 +231,23 @@ def _check_communication(mesh: Mesh, segment: Segment, where: str) -> None:
             )
         if c.axis not in mesh.axes or c.ranks != mesh.axis_size(c.axis):
             raise BundleError(f"{where} has a {c.op} over {c.ranks} ranks of axis {c.axis!r} of {mesh}", fix=_REBUILD)
+        _check_collective(c, where)
+
+
+def _check_collective(c: Collective, where: str) -> None:
+    if c.op not in _COLLECTIVES:
+        raise BundleError(f"{where} has the collective {c.op!r}, which is none of {sorted(_COLLECTIVES)}", fix=_REBUILD)
+    check_shape([c.elements], c.dtype.itemsize, f"the operand of a {c.op} of {where}")
+    if not 0 <= c.bytes_sent <= MAX_TENSOR_BYTES * c.ranks:
+        raise BundleError(f"a {c.op} of {where} sends {c.bytes_sent} bytes", fix=_REBUILD)
 
 
 def _noun(segment: Segment) -> str:
     return "engine" if segment.runs == "engine" else "graph"
 
 
-def _check_binding(binding: Binding, expected: Expected, where: str) -> None:
-    dtype, shape = expected[binding.source]
+def _check_binding(binding: Binding, known: Known, where: str) -> None:
+    dtype, shape = known
     found = binding.source_shape
     if (binding.dtype, found) != (dtype, shape):
         raise BundleError(
@@ -203,15 +257,19 @@ def _check_binding(binding: Binding, expected: Expected, where: str) -> None:
         )
 
 
-def _check_result(result: Any, outputs: int) -> None:
+def _check_result(result: Any, outputs: int, depth: int = 0) -> None:
     kind, value = next(iter(result.items())) if isinstance(result, dict) and len(result) == 1 else (None, None)
+    if depth > MAX_DEPTH:
+        raise BundleError(f"the manifest's result is nested deeper than {MAX_DEPTH}", fix=_REBUILD)
     if kind in ("tuple", "list") and isinstance(value, list):
         for part in value:
-            _check_result(part, outputs)
+            _check_result(part, outputs, depth + 1)
     elif kind == "dict" and isinstance(value, dict):
         for part in value.values():
-            _check_result(part, outputs)
-    elif kind == "output" and isinstance(value, int) and 0 <= value < outputs:
+            _check_result(part, outputs, depth + 1)
+    elif kind == "output" and type(value) is int and 0 <= value < outputs:
         pass
-    elif kind != "constant":
-        raise BundleError(f"the manifest's result has a part that is not understood: {result!r}", fix=_REBUILD)
+    elif kind != "constant" or not isinstance(value, (type(None), bool, int, float, str)):
+        raise BundleError(
+            f"the manifest's result has a part that is not understood: {reprlib.repr(result)}", fix=_REBUILD
+        )

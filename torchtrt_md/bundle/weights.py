@@ -17,6 +17,7 @@ import msgspec
 import torch
 from torch import Tensor
 
+from torchtrt_md.bundle.files import plain_file
 from torchtrt_md.bundle.manifest import Manifest
 from torchtrt_md.errors import BundleError
 from torchtrt_md.program import dtype_name
@@ -120,20 +121,23 @@ def rank_weights(folder: Path | str, manifest: Manifest, rank: int, device: torc
     Where ``Binding.transposed``, the segment takes the transpose of what is returned here.
 
     Raises:
-        BundleError: as :func:`load_weights` and :func:`check_weights`.
+        BundleError: as :func:`load_weights` and :func:`check_weights`, or a link in place of the file.
     """
     bindings = [b for segment in manifest.ranks[rank] for b in segment.inputs if b.weight is not None]
     path = manifest.weights[rank]
     if path is None or not bindings:
         return {}
-    check_weights(Path(folder) / path, bindings)
-    return load_weights(Path(folder) / path, dict.fromkeys(b.weight for b in bindings if b.weight is not None), device)
+    file = plain_file(folder, path)
+    check_weights(file, bindings)
+    return load_weights(file, dict.fromkeys(b.weight for b in bindings if b.weight is not None), device)
 
 
 @contextmanager
 def _opened(file: Path, device: torch.device) -> Iterator[Any]:
     from safetensors import SafetensorError, safe_open  # only programs with weights of their own need it
 
+    if file.exists() and not file.is_file():  # the library would wait for a pipe to be written
+        raise BundleError(f"{file} is no plain file", fix="copy the bundle again, whole, or export it again")
     try:
         with safe_open(file, framework="pt", device=str(device)) as stored:
             yield stored

@@ -11,6 +11,7 @@ from pathlib import Path
 
 import msgspec
 
+from torchtrt_md.bundle.limits import MAX_MANIFEST_BYTES
 from torchtrt_md.bundle.manifest import MANIFEST, Manifest, encode
 from torchtrt_md.bundle.structure import check_structure
 from torchtrt_md.errors import BundleError
@@ -45,6 +46,12 @@ def write_bundle(folder: Path | str, manifest: Manifest, files: Mapping[str, Pat
     names = {key: forms[key].format(digest) for key, digest in digests.items()}
     written = _finished(manifest, names, {names[key]: digest for key, digest in digests.items()})
     check_structure(written)
+    text = encode(written)
+    if len(text) > MAX_MANIFEST_BYTES:
+        raise BundleError(
+            f"the manifest has {len(text)} bytes, and at most {MAX_MANIFEST_BYTES} are read",
+            fix="export for fewer ranks, or in fewer parts",
+        )
 
     folder.parent.mkdir(parents=True, exist_ok=True)
     unfinished = folder.parent / f".{folder.name}.{uuid.uuid4().hex[:8]}.unfinished"
@@ -52,7 +59,7 @@ def write_bundle(folder: Path | str, manifest: Manifest, files: Mapping[str, Pat
         unfinished.mkdir()
         for key, path in files.items():
             _link_or_copy(path, unfinished / names[key])
-        (unfinished / MANIFEST).write_bytes(encode(written))
+        (unfinished / MANIFEST).write_bytes(text)
         _put_in_place(unfinished, folder)
     finally:
         shutil.rmtree(unfinished, ignore_errors=True)

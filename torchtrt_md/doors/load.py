@@ -7,8 +7,16 @@ from typing import get_args
 
 import torch
 
+from torchtrt_md.bundle.limits import MAX_GRAPH_BYTES
 from torchtrt_md.bundle.manifest import Manifest
-from torchtrt_md.bundle.read import check_files, check_versions, manifest_digest, rank_files, read_manifest
+from torchtrt_md.bundle.read import (
+    check_files,
+    check_versions,
+    manifest_digest,
+    rank_files,
+    read_file,
+    read_manifest,
+)
 from torchtrt_md.bundle.structure import mesh_of
 from torchtrt_md.bundle.weights import rank_weights
 from torchtrt_md.errors import LaunchError
@@ -59,7 +67,7 @@ def load(
     engines = any(segment.runs == "engine" for segments in manifest.ranks for segment in segments)
     launch = Launch.join(timeout, device=device, cpu=not engines)
     mesh, segments = mesh_of(manifest), manifest.ranks[launch.rank]
-    parts = launch.together("reading the graphs", lambda: [_part(folder, segment) for segment in segments])
+    parts = launch.together("reading the graphs", lambda: [_part(folder, manifest, segment) for segment in segments])
     weights = launch.together("reading the weights", lambda: rank_weights(folder, manifest, launch.rank, launch.device))
     executor = bring_up(
         launch,
@@ -107,10 +115,9 @@ def read_together(folder: Path, agreement: Agreement) -> Manifest:
     return manifest
 
 
-def _part(folder: Path, segment: Segment) -> Part:
-    file = folder / segment.file
+def _part(folder: Path, manifest: Manifest, segment: Segment) -> Part:
     if segment.runs == "engine":
-        return Part(segment, engine=file)
-    graph = graph_from_json(file.read_bytes(), segment.file)
+        return Part(segment, engine=folder / segment.file)
+    graph = graph_from_json(read_file(folder, manifest, segment.file, MAX_GRAPH_BYTES), segment.file)
     check_bindings(graph, segment, segment.file)
     return Part(segment, graph)

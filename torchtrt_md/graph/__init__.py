@@ -4,5 +4,9 @@ functional   a graph without in-place ops
 rewrite      insert a node, replace one by another
 source       the user's own line of a node
 text         a canonical text and its digest: equal graphs have equal ones
-json         a graph as JSON, and back
+json         a graph as JSON, and back; whether it is its segment's
+schema       the form of that JSON
+reader       from it to a graph, believing nothing
+allowed      what a graph of a bundle may call
+values       whether it says the truth of the shapes of its values
 """

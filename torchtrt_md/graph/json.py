@@ -2,126 +2,54 @@
 
     graph_to_json     GraphModule -> bytes; equal graphs give equal bytes
     graph_from_json   bytes -> GraphModule that computes the same bits
+    check_bindings    a graph, and the segment that runs it
 
-A graph is a list of nodes as in torch.fx: ``placeholder``, ``get_attr``, ``call_function``, ``output``.  What it calls
-is named ``namespace.name.overload``, as PyTorch prints it, so any version of PyTorch that has the op can read it.
-None, booleans, integers, finite floats (always with a point or an exponent) and strings are what they are in JSON;
-everything else is an object whose ``kind`` says what:
-
-    {"kind": "node", "name": "add_1"}           the value of another node
-    {"kind": "list", "items": [...]}            a list; "tuple" likewise
-    {"kind": "float", "name": "inf"}            a float that JSON lacks: inf, -inf, nan
-    {"kind": "torch", "name": "bfloat16"}       torch.bfloat16; layouts and memory formats likewise
-    {"kind": "device", "name": "cuda:0"}        a device
-
-Nothing is unpickled, and no text of the file becomes code: torch.fx makes Python of names, so they are checked to be
-plain ones.
+The form is in :mod:`torchtrt_md.graph.schema`, reading in :mod:`torchtrt_md.graph.reader`, and what a graph may call in
+:mod:`torchtrt_md.graph.allowed`.
 """
 
 from __future__ import annotations
 
-import keyword
 import math
 import operator
-from collections.abc import Callable, Mapping, Sequence
-from typing import Any, Literal, TypeAlias
+from collections.abc import Mapping, Sequence
+from typing import Any, Literal
 
 import msgspec
 import torch
 from torch import Tensor
-from torch.fx import Graph, GraphModule, Node
+from torch.fx import GraphModule, Node
 
 import torchtrt_md.lowering.ops  # noqa: F401  registers torch.ops.torchtrt_md
 from torchtrt_md.errors import BundleError
-from torchtrt_md.graph.source import source_line
-from torchtrt_md.program import dtype_name, outputs_of, placeholders
-from torchtrt_md.segment import Segment
-
-GRAPH_SCHEMA = 1
-NAMESPACES = ("aten", "prims", "torchtrt_md")
-MAX_CONSTANT_BYTES = 1 << 20
-
-_GETITEM = "operator.getitem"
-_INTEGERS = range(-(1 << 63), 1 << 64)  # what PyTorch's ops take, signed or not
-_REBUILD = "export the bundle again; do not edit its graphs by hand"
-
-
-class _Tagged(msgspec.Struct, frozen=True, forbid_unknown_fields=True, tag_field="kind"):
-    pass
-
-
-class NodeName(_Tagged, frozen=True, tag="node"):
-    name: str
-
-
-class ListOf(_Tagged, frozen=True, tag="list"):
-    items: list[Argument]
-
-
-class TupleOf(_Tagged, frozen=True, tag="tuple"):
-    items: list[Argument]
-
-
-class SpecialFloat(_Tagged, frozen=True, tag="float"):
-    name: Literal["inf", "-inf", "nan"]
-
-
-class TorchName(_Tagged, frozen=True, tag="torch"):
-    name: str
-
-
-class DeviceName(_Tagged, frozen=True, tag="device"):
-    name: str
-
-
-Argument: TypeAlias = (
-    bool | int | float | str | NodeName | ListOf | TupleOf | SpecialFloat | TorchName | DeviceName | None
+from torchtrt_md.graph.allowed import NAMESPACES, check_call, check_op, find_op
+from torchtrt_md.graph.reader import graph_from_json
+from torchtrt_md.graph.schema import (
+    GETITEM,
+    GRAPH_SCHEMA,
+    INTEGERS,
+    MAX_CONSTANT_BYTES,
+    Argument,
+    Constant,
+    DeviceName,
+    GraphFile,
+    ListOf,
+    NodeEntry,
+    NodeName,
+    Spec,
+    SpecialFloat,
+    TensorSpec,
+    TorchName,
+    TupleOf,
 )
+from torchtrt_md.graph.source import source_line
+from torchtrt_md.lowering.schedule import schedule
+from torchtrt_md.program import dtype_name, outputs_of, placeholders
+from torchtrt_md.segment import Collective, Segment
 
+__all__ = ["check_bindings", "graph_from_json", "graph_to_json"]
 
-class TensorSpec(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
-    """What is known of a node's tensor before it is computed.  ``dtype`` is PyTorch's name ("bfloat16")."""
-
-    dtype: str
-    shape: list[int]
-    strides: list[int]
-
-
-Spec: TypeAlias = TensorSpec | list[TensorSpec | None] | None
-
-
-class NodeEntry(msgspec.Struct, frozen=True, forbid_unknown_fields=True, omit_defaults=True):
-    """One node.  ``source_line`` is the user's own line that it comes from, "" where that is not known."""
-
-    op: Literal["placeholder", "get_attr", "call_function", "output"]
-    name: str
-    target: str
-    args: list[Argument] = []
-    kwargs: dict[str, Argument] = {}
-    value: Spec = None
-    source_line: str = ""
-
-
-class Constant(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
-    """A small tensor that the graph holds: its elements' bytes in row-major order, little-endian, as base64."""
-
-    dtype: str
-    shape: list[int]
-    data: bytes
-
-
-class GraphFile(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
-    """The whole file.  ``constants`` are the tensors that ``get_attr`` nodes name."""
-
-    schema: int
-    nodes: list[NodeEntry]
-    constants: dict[str, Constant]
-
-
-class _Schema(msgspec.Struct):
-    """The one field that every schema has, so that a newer graph is refused by its number."""
-
-    schema: int
+_REBUILD = "export the bundle again; do not edit its graphs by hand"
 
 
 def graph_to_json(graph: GraphModule) -> bytes:
@@ -132,8 +60,8 @@ def graph_to_json(graph: GraphModule) -> bytes:
             Tensors that it holds are written into the file; weights are better placeholders.
 
     Raises:
-        BundleError: an op of another namespace, an argument or value of a kind that has no place in the file, or
-            constants of more than 1 MiB in all.
+        BundleError: an op or argument that no graph of a bundle has, a value of a kind that has no place in the file,
+            constants of more than 1 MiB in all, or a graph that could not be read again.
     """
     nodes = [_entry(node) for node in graph.graph.nodes]
     held: dict[str, Tensor] = {}
@@ -142,48 +70,21 @@ def graph_to_json(graph: GraphModule) -> bytes:
             held[str(node.target)] = _held(graph, node)
     _check_size(held)
     constants = {target: _constant(tensor) for target, tensor in held.items()}
-    return msgspec.json.encode(GraphFile(GRAPH_SCHEMA, nodes, constants))
-
-
-def graph_from_json(data: bytes, what: str = "the graph") -> GraphModule:
-    """The graph of :func:`graph_to_json`.
-
-    Nodes have their names, order and arguments of before.  Their ``meta`` has
-
-        spec         :class:`TensorSpec`, a tuple of them (None where an op gives none), or None where nothing is known
-        val          the same as tensors without memory, on device ``meta``
-        source_line  the user's line, or ""
-
-    Constants are contiguous buffers of the module, on the CPU.
-
-    Args:
-        what: names the graph in messages.
-
-    Raises:
-        BundleError: not a graph, of another schema, or one that this PyTorch cannot run.
-    """
-    parsed = _parse(data, what)
+    data = msgspec.json.encode(GraphFile(GRAPH_SCHEMA, nodes, constants))
     try:
-        constants = {target: _tensor(constant) for target, constant in parsed.constants.items()}
-        graph, nodes = Graph(), dict[str, Node]()
-        for entry in parsed.nodes:
-            if entry.name in nodes:
-                raise BundleError(f"two nodes are named {entry.name!r}", fix=_REBUILD)
-            nodes[entry.name] = _add(graph, entry, nodes, constants)
-        if [at for at, entry in enumerate(parsed.nodes) if entry.op == "output"] != [len(parsed.nodes) - 1]:
-            raise BundleError("its last node, and no other, must be the output", fix=_REBUILD)
-        return GraphModule(constants, graph)
+        graph_from_json(data)  # what could not be read is not written
     except BundleError as error:
-        raise BundleError(f"{what} cannot be read: {error.problem}", fix=error.fix, at=error.at) from error
-    except (AttributeError, KeyError, RuntimeError, TypeError, ValueError) as error:  # what torch.fx makes of nonsense
-        raise BundleError(f"{what} cannot be read: {error}", fix=_REBUILD) from error
+        raise BundleError(
+            f"the graph has no place in a bundle: {error.problem}", fix="report this model", at=error.at
+        ) from error
+    return data
 
 
 def check_bindings(graph: GraphModule, segment: Segment, what: str = "the graph") -> None:
-    """Refuse a graph that does not take and return what the segment's bindings say, in their order.
+    """Refuse a graph that does not take, return and communicate what its segment says, in its order.
 
     Raises:
-        BundleError: naming the binding and both values that disagree.
+        BundleError: naming the binding or collective, and both values that disagree.
     """
     for kind, nodes, bindings in (
         ("takes", placeholders(graph), segment.inputs),
@@ -205,9 +106,23 @@ def check_bindings(graph: GraphModule, segment: Segment, what: str = "the graph"
                     f" binds {binding.name!r} ({binding.source}) as {dtype_name(binding.dtype)} {list(binding.shape)}",
                     fix=_REBUILD,
                 )
+    found_in, listed = schedule(graph), list(segment.collectives)
+    if found_in != listed:
+        at = next(
+            (i for i, (a, b) in enumerate(zip(found_in, listed, strict=False)) if a != b),
+            min(len(found_in), len(listed)),
+        )
+        raise BundleError(
+            f"collective {at} of {what} is {_collective(found_in, at)}, and of its segment {_collective(listed, at)}",
+            fix=_REBUILD,
+        )
 
 
-# Writing
+def _collective(collectives: Sequence[Collective], at: int) -> str:
+    if at >= len(collectives):
+        return "missing"
+    c = collectives[at]
+    return f"{c.op} of {c.elements} {dtype_name(c.dtype)} over {c.ranks} ranks of axis {c.axis!r}"
 
 
 def _entry(node: Node) -> NodeEntry:
@@ -240,14 +155,16 @@ def _target_name(node: Node) -> str:
     if node.op != "call_function":
         return str(target)
     if target is operator.getitem:
-        return _GETITEM
+        return GETITEM
     name = str(target)
     if not isinstance(target, torch._ops.OpOverload) or target.namespace not in NAMESPACES:
         raise BundleError(
             f"calls {name}, which is no op of {', '.join(NAMESPACES)}", fix="lower the program before it is bundled"
         )
-    if _function(name) is not target:
+    if find_op(name) is not target:
         raise BundleError(f"calls {name}, which torch.ops does not have under that name", fix="use an op of torch.ops")
+    check_op(target)
+    check_call(node)
     return name
 
 
@@ -278,7 +195,7 @@ def _argument(value: Any) -> Argument:
 
 
 def _integer(value: int) -> int:
-    if value not in _INTEGERS:
+    if value not in INTEGERS:
         raise BundleError(f"has the argument {value}, which is beyond 64 bits", fix="use a 64-bit integer")
     return int(value)
 
@@ -333,135 +250,3 @@ def _check_size(held: Mapping[str, Tensor]) -> None:
 def _constant(tensor: Tensor) -> Constant:
     flat = tensor.cpu().resolve_conj().resolve_neg().contiguous().reshape(-1)
     return Constant(dtype_name(tensor.dtype), list(tensor.shape), flat.view(torch.uint8).numpy().tobytes())
-
-
-# Reading
-
-
-def _parse(data: bytes, what: str) -> GraphFile:
-    try:
-        schema = msgspec.json.decode(data, type=_Schema).schema
-        if schema != GRAPH_SCHEMA:
-            raise BundleError(
-                f"{what} has schema {schema} and this version of torchtrt_md reads graphs of schema {GRAPH_SCHEMA}",
-                fix="install the version of torchtrt_md that wrote the bundle, or export it again",
-            )
-        return msgspec.json.decode(data, type=GraphFile)
-    except (msgspec.DecodeError, RecursionError) as error:  # ValidationError is one of the first
-        raise BundleError(f"{what} is not a graph: {error}", fix=_REBUILD) from error
-
-
-def _add(graph: Graph, entry: NodeEntry, nodes: Mapping[str, Node], constants: Mapping[str, Tensor]) -> Node:
-    _check_name(entry.name, "node")
-    for name in entry.kwargs:
-        _check_name(name, "argument")
-    target = _target(entry, constants)
-    try:
-        node = graph.create_node(
-            entry.op,
-            target,
-            tuple(_value(argument, nodes) for argument in entry.args),
-            {name: _value(argument, nodes) for name, argument in entry.kwargs.items()},
-            name=entry.name,
-        )
-        if node.name != entry.name:  # torch.fx renames what Python or it itself has another meaning for
-            raise BundleError("its name is not one that a node can have", fix=_REBUILD)
-        node.meta["spec"] = tuple(entry.value) if isinstance(entry.value, list) else entry.value
-        if entry.value is not None:
-            node.meta["val"] = _meta_value(entry.value)
-    except BundleError as error:
-        raise BundleError(f"node {entry.name!r}: {error.problem}", fix=error.fix, at=entry.source_line) from error
-    node.meta["source_line"] = entry.source_line
-    return node
-
-
-def _target(entry: NodeEntry, constants: Mapping[str, Tensor]) -> str | Callable[..., Any]:
-    if entry.op == "call_function":
-        function = operator.getitem if entry.target == _GETITEM else _function(entry.target)
-        if function is None:
-            raise BundleError(
-                f"node {entry.name!r} calls {entry.target}, which PyTorch {torch.__version__} lacks or which is no op"
-                f" of {', '.join(NAMESPACES)}",
-                fix="install the PyTorch that wrote the bundle (versions.torch in its manifest.json)",
-                at=entry.source_line,
-            )
-        return function
-    if entry.op == "get_attr":
-        if entry.target not in constants:
-            raise BundleError(
-                f"node {entry.name!r} reads the constant {entry.target!r}, which is missing", fix=_REBUILD
-            )
-        for part in entry.target.split("."):
-            _check_name(part, "constant")
-    else:
-        _check_name(entry.target, entry.op)
-    return entry.target
-
-
-def _function(name: str) -> torch._ops.OpOverload[Any, Any] | None:
-    """The op ``namespace.name.overload``, or None where there is none."""
-    namespace, *rest = name.split(".")
-    if namespace not in NAMESPACES or len(rest) != 2:
-        return None
-    found: object = getattr(torch.ops, namespace)
-    for part in rest:
-        found = getattr(found, part, None)
-    return found if isinstance(found, torch._ops.OpOverload) else None
-
-
-def _check_name(name: str, what: str) -> None:
-    """Names become Python when torch.fx compiles a graph."""
-    if not (name.isascii() and name.isidentifier()) or keyword.iskeyword(name):
-        raise BundleError(f"the name {name!r} of a {what} is not a plain one", fix=_REBUILD)
-
-
-def _value(argument: Argument, nodes: Mapping[str, Node]) -> Any:
-    match argument:
-        case NodeName(name):
-            if name not in nodes:
-                raise BundleError(f"reads {name!r}, which no node before it makes", fix=_REBUILD)
-            return nodes[name]
-        case ListOf(items):
-            return [_value(item, nodes) for item in items]
-        case TupleOf(items):
-            return tuple(_value(item, nodes) for item in items)
-        case SpecialFloat(name):
-            return float(name)
-        case TorchName(name):
-            return _torch_value(name, (torch.dtype, torch.layout, torch.memory_format))
-        case DeviceName(name):
-            try:
-                return torch.device(name)
-            except RuntimeError as error:
-                raise BundleError(f"has the device {name!r}, which PyTorch does not know", fix=_REBUILD) from error
-    return argument
-
-
-def _torch_value(name: str, kinds: tuple[type, ...]) -> Any:
-    value = getattr(torch, name, None)
-    if not isinstance(value, kinds):
-        raise BundleError(
-            f"has torch.{name}, which PyTorch {torch.__version__} lacks or which is no {kinds[0].__name__}",
-            fix="install the PyTorch that wrote the bundle (versions.torch in its manifest.json)",
-        )
-    return value
-
-
-def _meta_value(spec: TensorSpec | Sequence[TensorSpec | None]) -> Any:
-    if not isinstance(spec, TensorSpec):
-        return tuple(None if part is None else _meta_value(part) for part in spec)
-    if len(spec.shape) != len(spec.strides) or min((*spec.shape, *spec.strides), default=0) < 0:
-        raise BundleError(f"has shape {spec.shape} and strides {spec.strides}", fix=_REBUILD)
-    return torch.empty_strided(spec.shape, spec.strides, dtype=_torch_value(spec.dtype, (torch.dtype,)), device="meta")
-
-
-def _tensor(constant: Constant) -> Tensor:
-    dtype = _torch_value(constant.dtype, (torch.dtype,))
-    if min(constant.shape, default=0) < 0 or len(constant.data) != math.prod(constant.shape) * dtype.itemsize:
-        raise BundleError(
-            f"a constant of {constant.dtype} {constant.shape} has {len(constant.data)} bytes", fix=_REBUILD
-        )
-    flat = torch.empty(len(constant.data), dtype=torch.uint8)  # aligned for every dtype
-    if constant.data:
-        flat.copy_(torch.frombuffer(bytearray(constant.data), dtype=torch.uint8))
-    return flat.view(dtype).reshape(constant.shape)
