@@ -1,5 +1,8 @@
 """diffusers' FLUX transformer, small, with random weights: the model of `make demo`.
 
+    torchtrt-md export examples/flux.py --mesh cp=4 --strategy ulysses -o flux.mdtrt
+    torchrun --nproc_per_node=4 -m torchtrt_md.run flux.mdtrt --verify examples/flux.py
+
 A model file has one function, ``model``, that returns (model, args, kwargs).  Environment variables make this
 one as large as the real one: FLUX_HEADS=24 FLUX_LAYERS=4 FLUX_SINGLE_LAYERS=8 FLUX_IMAGE_TOKENS=4096
 FLUX_TEXT_TOKENS=512 is FLUX.1 at 1024 x 1024 with 12 of its 57 blocks.

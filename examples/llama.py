@@ -1,6 +1,7 @@
 """transformers' Llama, small, with random weights and grouped-query attention.
 
     torchtrt-md export examples/llama.py --mesh tp=4 -o llama.mdtrt
+    torchrun --nproc_per_node=4 -m torchtrt_md.run llama.mdtrt --verify examples/llama.py
 
 LLAMA_HIDDEN=4096 LLAMA_HEADS=32 LLAMA_KV_HEADS=8 LLAMA_LAYERS=8 LLAMA_TOKENS=2048 LLAMA_INTERMEDIATE=14336
 LLAMA_VOCABULARY=128256 has the width of Llama 3 8B.

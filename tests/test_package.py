@@ -7,6 +7,7 @@ import subprocess
 import sys
 import sysconfig
 import venv
+import zipfile
 from pathlib import Path
 
 import pytest
@@ -49,10 +50,29 @@ def test_all_public_names_are_there() -> None:
         "import torchtrt_md as md, torchtrt_md.verification, torchtrt_md.doors.export, torchtrt_md.runtime,"
         " torchtrt_md.doors.compile;"
         "names = 'Mesh ContextParallel TensorParallel Split Gather capture lower verify build export load compile"
-        " VerificationError MDError'.split();"
+        " Runner InputError VerificationError MDError'.split();"
         "assert all(callable(getattr(md, n)) for n in names); assert set(names) <= set(dir(md))"
     )
     _python(code)
+
+
+def test_only_public_names_are_listed() -> None:
+    code = (
+        "import types, torchtrt_md as md; from torchtrt_md import errors;"
+        "assert dir(md) == sorted(md.__all__); assert len(set(dir(md))) == len(dir(md));"
+        "values = {n: getattr(md, n) for n in dir(md)};"  # each is found
+        "assert not [n for n, v in values.items() if isinstance(v, types.ModuleType)];"
+        "assert [n for n in values if n.startswith('_')] == ['__version__'];"
+        "raised = {n for n, v in vars(errors).items() if isinstance(v, type) and issubclass(v, errors.MDError)};"
+        "assert len(raised) > 10; assert raised <= set(dir(md)), raised - set(dir(md));"
+        "names = {}; exec('from torchtrt_md import *', names); assert set(md.__all__) <= set(names)"
+    )
+    _python(code)
+
+
+@pytest.mark.parametrize("name", ["Runner", "load", "compile"])
+def test_a_name_is_the_same_however_it_is_imported(name: str) -> None:
+    _python(f"import torchtrt_md as md; from torchtrt_md import {name}; assert {name} is md.{name}")
 
 
 @pytest.mark.parametrize("how", ["wheel", "folder", "editable"])
@@ -66,7 +86,13 @@ def test_installed_in_every_way(how: str, tmp_path: Path) -> None:
         wheels = tmp_path / "wheels"
         build = [sys.executable, "-m", "build", "--wheel", "--no-isolation", "--outdir", str(wheels), str(ROOT)]
         subprocess.run(build, check=True, capture_output=True, timeout=300)
-        what = [str(next(wheels.glob("*.whl")))]
+        (wheel,) = wheels.glob("*.whl")
+        what = [str(wheel)]
+        with zipfile.ZipFile(wheel) as files:
+            (text,) = (files.read(name) for name in files.namelist() if name.endswith("/licenses/LICENSE"))
+        assert text == (ROOT / "LICENSE").read_bytes()
+        assert b"Apache License" in text
+        assert b"END OF TERMS AND CONDITIONS" in text
     elif how == "editable":
         what = ["-e", str(ROOT)]
     # Build tools and dependencies come from this environment; its own .pth files, of an editable install, do not.

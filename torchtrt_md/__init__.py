@@ -9,32 +9,80 @@ import importlib
 from typing import TYPE_CHECKING, Any
 
 # Functions that are named as their packages are bound here, before anything can bind the package instead.
-from torchtrt_md.build import build as build
-from torchtrt_md.capture import capture as capture
-from torchtrt_md.errors import MDError as MDError
-from torchtrt_md.errors import VerificationError as VerificationError
-from torchtrt_md.mesh import Mesh as Mesh
-from torchtrt_md.parallel import ContextParallel as ContextParallel
-from torchtrt_md.parallel import Gather as Gather
-from torchtrt_md.parallel import Split as Split
-from torchtrt_md.parallel import TensorParallel as TensorParallel
+from torchtrt_md.build import build
+from torchtrt_md.capture import capture
+from torchtrt_md.errors import (
+    BuildError,
+    BundleError,
+    CaptureError,
+    CollectiveError,
+    CommunicatorError,
+    ConversionError,
+    InputError,
+    LaunchError,
+    MDError,
+    MeshError,
+    OptionError,
+    PlanError,
+    RankMismatchError,
+    ShardingError,
+    TargetError,
+    VerificationError,
+)
+from torchtrt_md.mesh import Mesh
+from torchtrt_md.parallel import ContextParallel, Gather, Split, TensorParallel
 
 if TYPE_CHECKING:
-    from torchtrt_md.doors.compile import compile as compile
-    from torchtrt_md.doors.export import export as export
-    from torchtrt_md.doors.load import load as load
-    from torchtrt_md.lowering import lower as lower
-    from torchtrt_md.verification import verify as verify
+    from torchtrt_md.doors.compile import compile
+    from torchtrt_md.doors.export import export
+    from torchtrt_md.doors.load import load
+    from torchtrt_md.lowering import lower
+    from torchtrt_md.runtime.runner import Runner
+    from torchtrt_md.verification import verify
 
 __version__ = "0.1.0"
 
-# These stages import DTensor or TensorRT, so they are imported when they are first used.
+__all__ = [
+    "BuildError",
+    "BundleError",
+    "CaptureError",
+    "CollectiveError",
+    "CommunicatorError",
+    "ContextParallel",
+    "ConversionError",
+    "Gather",
+    "InputError",
+    "LaunchError",
+    "MDError",
+    "Mesh",
+    "MeshError",
+    "OptionError",
+    "PlanError",
+    "RankMismatchError",
+    "Runner",
+    "ShardingError",
+    "Split",
+    "TargetError",
+    "TensorParallel",
+    "VerificationError",
+    "__version__",
+    "build",
+    "capture",
+    "compile",
+    "export",
+    "load",
+    "lower",
+    "verify",
+]
+
+# These import DTensor or TensorRT, so they are imported when they are first used.
 _HOMES = {
     "compile": "doors.compile",
     "lower": "lowering",
     "verify": "verification",
     "export": "doors.export",
     "load": "doors.load",
+    "Runner": "runtime.runner",
 }
 
 
@@ -45,4 +93,4 @@ def __getattr__(name: str) -> Any:
 
 
 def __dir__() -> list[str]:
-    return sorted([*globals(), *_HOMES])
+    return sorted(__all__)

@@ -150,7 +150,9 @@ def test_a_parallelized_model_and_its_weights(ranks: Ranks) -> None:
         assert max(errors) < 1e-5
         assert verified == 4, "three shapes, and once more after the reset"
         assert fine == ""
-        assert changed.startswith("InputError: every rank: 'up.weight' was changed or replaced after the model was compiled")
+        assert changed.startswith(
+            "InputError: every rank: 'up.weight' was changed or replaced after the model was compiled"
+        )
 
 
 def wrong_lowering(rank: int) -> str:

@@ -5,10 +5,10 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from types import TracebackType
-from typing import Any, Literal, Self
+from typing import Any, Literal, Self, TypeVar
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from torchtrt_md.bundle.manifest import Manifest
 from torchtrt_md.choices import Choices
@@ -17,6 +17,7 @@ from torchtrt_md.launch import Launch
 from torchtrt_md.launch.watchdog import waits_for
 from torchtrt_md.runtime.executor import Executor
 from torchtrt_md.runtime.graphs import Budget, Graphs
+from torchtrt_md.runtime.module import as_module
 from torchtrt_md.runtime.signature import Signature, prepared
 from torchtrt_md.runtime.steps import Key
 from torchtrt_md.runtime.weights import WeightOf, laid_out
@@ -24,6 +25,7 @@ from torchtrt_md.segment import Wire
 
 Check = Literal["always", "first"]
 MAX_GRAPHS = 8
+M = TypeVar("M", bound=nn.Module)
 
 
 @dataclass(frozen=True)
@@ -228,6 +230,25 @@ class Runner:
         graphs = self._own.graphs
         held = [c for c in graphs.captured.values() if c is not None] if graphs else []
         return {wire.name: t for wire, t in held[-1].inputs.items() if isinstance(wire, Wire)} if held else {}
+
+    def as_module(self, model: M) -> M:
+        """A module to put where the model is, which runs this runner: ``pipe.transformer = runner.as_module(...)``.
+
+        Args:
+            model: what was compiled or exported.  It is not changed; parameters, ``config``, methods and all else but
+                ``forward`` are the model's.  Its weights are not read, so with a bundle they may be on ``meta``.
+
+        Returns:
+            A module of a subclass of the model's class.  It is called like the model, with all arguments by position
+            or by name: those that were built in must have the values that were built in, and one that is left out
+            has the model's default.  It takes and returns what a call of the runner does, and raises what that
+            raises.  What would change it (``to`` another device or dtype, ``train``, ``load_state_dict``, adapters),
+            a copy, and pickling are refused with MDError.
+
+        Raises:
+            InputError: ``forward`` of this model does not take what was compiled.
+        """
+        return as_module(self, model)
 
     def settle(self) -> bool:
         """Whether all calls are done, so far as the watchdog knows."""
