@@ -15,6 +15,7 @@ from torchtrt_md.errors import MDError as MDError
 from torchtrt_md.errors import VerificationError as VerificationError
 from torchtrt_md.mesh import Mesh as Mesh
 from torchtrt_md.parallel import ContextParallel as ContextParallel
+from torchtrt_md.parallel import DataParallel as DataParallel
 from torchtrt_md.parallel import Gather as Gather
 from torchtrt_md.parallel import Split as Split
 from torchtrt_md.parallel import TensorParallel as TensorParallel

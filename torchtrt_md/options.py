@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any, Literal, Self
 
 from torchtrt_md.errors import OptionError
 from torchtrt_md.mesh import Mesh
-from torchtrt_md.parallel import ContextParallel, Parallel, TensorParallel
+from torchtrt_md.parallel import PARALLELS, Parallel
 
 if TYPE_CHECKING:
     from torch.distributed.device_mesh import DeviceMesh
@@ -87,7 +87,7 @@ class Options:
     report: bool = True
 
     def __post_init__(self) -> None:
-        single = isinstance(self.parallel, (ContextParallel, TensorParallel))
+        single = isinstance(self.parallel, PARALLELS)
         parallel = (self.parallel,) if single or not isinstance(self.parallel, Sequence) else tuple(self.parallel)
         object.__setattr__(self, "parallel", parallel)
         for name, choices in CHOICES.items():
@@ -131,8 +131,8 @@ class Options:
             ("mesh", self.mesh is None or isinstance(self.mesh, (Mesh, DeviceMesh)), "a Mesh or a DeviceMesh"),
             (
                 "parallel",
-                all(isinstance(p, (ContextParallel, TensorParallel)) for p in self.parallels),
-                "a ContextParallel, a TensorParallel, or a list of them",
+                all(isinstance(p, PARALLELS) for p in self.parallels),
+                "a ContextParallel, a TensorParallel, a DataParallel, or a list of them",
             ),
             ("max_graphs", whole and self.max_graphs >= 1, "a whole number of at least 1"),
             ("target", isinstance(self.target, str), '"portable", "current" or a GPU such as "sm90"'),

@@ -5,15 +5,22 @@ Tests in ``tests/capture/test_torch_private.py`` name the feature that goes when
 
 from __future__ import annotations
 
+import traceback
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 
 import torch.distributed as dist
 from torch._subclasses.fake_tensor import FakeTensorMode as FakeTensorMode
+from torch._subclasses.fake_tensor import is_fake as is_fake
 from torch.distributed.device_mesh import DeviceMesh
+from torch.fx.experimental.proxy_tensor import PythonKeyTracer
 from torch.testing._internal.distributed.fake_pg import FakeStore
 
+from torchtrt_md.graph.source import told_frames
+from torchtrt_md.mesh import axis_names
+
 _COORDINATE = "_coordinate_on_dim"
+_FRAMES = "_filter_traceback_frames"
 
 
 @contextmanager
@@ -40,8 +47,8 @@ def coordinates(where: Mapping[str, int]) -> Iterator[None]:
     """
 
     def read(device_mesh: DeviceMesh) -> tuple[int, ...] | None:
-        names = device_mesh.mesh_dim_names or ()
-        if names and all(name in where for name in names):
+        names = axis_names(device_mesh)
+        if all(name in where for name in names):
             return tuple(where[name] for name in names)
         own: tuple[int, ...] | None = device_mesh.__dict__[_COORDINATE]
         return own
@@ -54,3 +61,21 @@ def coordinates(where: Mapping[str, int]) -> Iterator[None]:
         yield
     finally:
         delattr(DeviceMesh, _COORDINATE)
+
+
+@contextmanager
+def told_stacks() -> Iterator[None]:
+    """Let nodes that are traced record the user's innermost frame, whatever its function is called.
+
+    PyTorch keeps frames of functions named ``forward`` only.  Without this, an error in a function that several
+    modules share would cite the line that calls it.
+    """
+
+    def keep(_: PythonKeyTracer, stack: traceback.StackSummary) -> traceback.StackSummary:
+        return traceback.StackSummary.from_list(told_frames(stack))
+
+    setattr(PythonKeyTracer, _FRAMES, keep)
+    try:
+        yield
+    finally:
+        delattr(PythonKeyTracer, _FRAMES)
