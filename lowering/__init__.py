@@ -34,6 +34,7 @@ import msgspec
 import torch
 from torch.fx import GraphModule, Node
 
+from torchtrt_md.checks import check_lower
 from torchtrt_md.lowering import (
     allgather_kv,
     cancel_inverse,
@@ -103,7 +104,7 @@ def lower(
     *,
     placement: Placement = "engine",
     exchanges: Mapping[str, Exchange] | None = None,
-    dump: Path | None = None,
+    dump: str | Path | None = None,
 ) -> ShardedProgram:
     """The program in the collective IR; the captured one is left as it was.
 
@@ -115,11 +116,14 @@ def lower(
         dump: a folder for the graph before and after each pass that rewrote something.
 
     Raises:
+        OptionError: an argument of another type, or a value that it cannot have.
         CollectiveError: a collective in a form that is not understood.
         ShardingError: an op that mixes positions of a split sequence, or heads that do not divide.
     """
+    check_lower(program, placement, exchanges, dump)
     if program.lowered:
         return program
+    dump = None if dump is None else Path(dump)
     context = PassContext(program.mesh, program.strategies, program.groups, placement, exchanges or {})
     lowered: dict[int, GraphModule] = {}
     counts: dict[str, int] = {}

@@ -24,13 +24,14 @@ from torchtrt_md.errors import (
     MeshError,
     OptionError,
     PlanError,
+    PlanWarning,
     RankMismatchError,
     ShardingError,
     TargetError,
     VerificationError,
 )
 from torchtrt_md.mesh import Mesh
-from torchtrt_md.parallel import ContextParallel, Gather, Split, TensorParallel
+from torchtrt_md.parallel import ContextParallel, DataParallel, Gather, Split, TensorParallel
 
 if TYPE_CHECKING:
     from torchtrt_md.doors.compile import compile
@@ -50,6 +51,7 @@ __all__ = [
     "CommunicatorError",
     "ContextParallel",
     "ConversionError",
+    "DataParallel",
     "Gather",
     "InputError",
     "LaunchError",
@@ -58,6 +60,7 @@ __all__ = [
     "MeshError",
     "OptionError",
     "PlanError",
+    "PlanWarning",
     "RankMismatchError",
     "Runner",
     "ShardingError",

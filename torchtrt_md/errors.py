@@ -39,6 +39,10 @@ class PlanError(MDError, ValueError):
     """A parallel plan that does not fit the model."""
 
 
+class PlanWarning(UserWarning):
+    """An entry of a plan that applied to nothing in the call that was captured."""
+
+
 class CaptureError(MDError):
     """The model could not be traced into one graph per rank."""
 

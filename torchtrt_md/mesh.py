@@ -8,6 +8,8 @@ all ranks and can be stored.  Rank ``r`` sits at the row-major coordinate of ``r
 from __future__ import annotations
 
 import math
+import re
+from collections.abc import Mapping
 from typing import TYPE_CHECKING
 
 from torchtrt_md.errors import MeshError
@@ -16,17 +18,44 @@ if TYPE_CHECKING:
     from torch.distributed.device_mesh import DeviceMesh
 
 
+# Axis names become parts of the names of graph inputs and of engine bindings.
+_NAME = re.compile(r"[A-Za-z_][A-Za-z0-9_]*")
+_SIZE = re.compile(r"[0-9]{1,9}")
+
+
+def axis_names(device_mesh: DeviceMesh) -> tuple[str, ...]:
+    """The names of a ``DeviceMesh``'s dims: its own, or ``dim0``, ``dim1`` and so on where it has none."""
+    return tuple(device_mesh.mesh_dim_names or (f"dim{i}" for i in range(device_mesh.ndim)))
+
+
 class Mesh:
     """Ordered axis names and sizes: ``Mesh(cp=2, tp=2)`` has 4 ranks, ``tp`` varying fastest.
 
+    ``Mesh({"cp": 2, "tp": 2})`` is the same, for names that are not written in the source.
+
     Raises:
-        MeshError: no axis, or a size that is not a positive integer.
+        MeshError: no axis, a name that is no identifier, or a size that is not a positive integer.
     """
 
-    def __init__(self, **axes: int) -> None:
+    def __init__(self, axes: Mapping[str, int] | None = None, /, **named: int) -> None:
+        if axes is not None and not isinstance(axes, Mapping):
+            text = isinstance(axes, str)
+            raise MeshError(
+                f"{axes!r} is not a mapping of axis names to sizes",
+                fix=f"write Mesh.parse({axes!r})" if text else 'name the axes: Mesh(cp=4), or Mesh({"cp": 4})',
+            )
+        twice = next((name for name in named if name in (axes or {})), None)
+        if twice is not None:
+            raise MeshError(f"axis {twice!r} of the mesh is given twice", fix="name each axis once")
+        axes = {**(axes or {}), **named}
         if not axes:
             raise MeshError("a mesh needs at least one axis", fix="name one, e.g. Mesh(cp=4)")
         for name, size in axes.items():
+            if not isinstance(name, str) or not _NAME.fullmatch(name):
+                raise MeshError(
+                    f"an axis of the mesh has the name {name!r}",
+                    fix="use letters, digits and _, and begin with no digit: cp, tp_2",
+                )
             if not isinstance(size, int) or isinstance(size, bool) or size < 1:
                 raise MeshError(
                     f"axis {name!r} of the mesh has size {size!r}",
@@ -42,12 +71,12 @@ class Mesh:
             MeshError: the text is not of that form.
         """
         axes: dict[str, int] = {}
-        for part in text.split(","):
+        for part in text.split(",") if isinstance(text, str) else [""]:
             name, _, size = (piece.strip() for piece in part.partition("="))
-            if not name.isidentifier() or not size.isdigit() or name in axes:
+            if not _NAME.fullmatch(name) or not _SIZE.fullmatch(size) or name in axes:
                 raise MeshError(f"{text!r} is not a mesh", fix="write each axis once, as name=size: cp=2,tp=2")
             axes[name] = int(size)
-        return cls(**axes)
+        return cls(axes)
 
     @property
     def names(self) -> tuple[str, ...]:
@@ -71,7 +100,7 @@ class Mesh:
         if axis not in self.axes:
             raise MeshError(
                 f"the mesh has no axis {axis!r}; it has {', '.join(map(repr, self.axes))}",
-                fix=f"name one of these, or make the mesh with {axis}=...",
+                fix=f"name one of these, or make the mesh with an axis {axis!r} too",
             )
         return self.axes[axis]
 
@@ -102,21 +131,18 @@ class Mesh:
 
     @classmethod
     def from_device_mesh(cls, device_mesh: DeviceMesh) -> Mesh:
-        """The mesh with a ``DeviceMesh``'s names and sizes.
+        """The mesh with a ``DeviceMesh``'s names, as :func:`axis_names` has them, and sizes.
 
         Raises:
-            MeshError: it has unnamed dimensions, or its ranks are not 0 .. n-1 in row-major order.
+            MeshError: its ranks are not 0 .. n-1 in row-major order.
         """
-        names = device_mesh.mesh_dim_names
-        if not names:
-            raise MeshError("the DeviceMesh has no axis names", fix="pass mesh_dim_names=... to init_device_mesh")
         ranks = device_mesh.mesh.flatten().tolist()
         if ranks != list(range(len(ranks))):
             raise MeshError(
                 f"the DeviceMesh holds ranks {ranks}",
                 fix="make it with init_device_mesh over the whole launch, so that they are 0 .. n-1 in order",
             )
-        return cls(**dict(zip(names, device_mesh.mesh.shape, strict=True)))
+        return cls(dict(zip(axis_names(device_mesh), device_mesh.mesh.shape, strict=True)))
 
     def to_device_mesh(self, device_type: str = "cuda") -> DeviceMesh:
         """A ``DeviceMesh`` of this shape over the initialized process group.

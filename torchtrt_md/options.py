@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any, Literal, Self
 
 from torchtrt_md.errors import OptionError
 from torchtrt_md.mesh import Mesh
-from torchtrt_md.parallel import ContextParallel, Gather, Parallel, Split, TensorParallel
+from torchtrt_md.parallel import PARALLELS, Gather, Parallel, Split
 
 if TYPE_CHECKING:
     from torch.distributed.device_mesh import DeviceMesh
@@ -87,7 +87,7 @@ class Options:
     report: bool = True
 
     def __post_init__(self) -> None:
-        single = isinstance(self.parallel, (ContextParallel, TensorParallel))
+        single = isinstance(self.parallel, PARALLELS)
         parallel = (self.parallel,) if single or not isinstance(self.parallel, Sequence) else tuple(self.parallel)
         object.__setattr__(self, "parallel", parallel)
         for name, choices in CHOICES.items():
@@ -126,7 +126,8 @@ class Options:
         if self.mesh is not None and not isinstance(self.mesh, Mesh):
             own["mesh"] = (self.mesh.mesh_dim_names, tuple(self.mesh.mesh.shape))
         own["parallel"] = [
-            (type(p).__name__, p.axis, getattr(p, "strategy", ""), _told(p.plan)) for p in self.parallels
+            (type(p).__name__, p.axis, getattr(p, "strategy", ""), _told(getattr(p, "plan", None)))
+            for p in self.parallels
         ]
         return ", ".join(f"{name}={value!r}" for name, value in own.items())
 
@@ -141,8 +142,8 @@ class Options:
             ("mesh", self.mesh is None or isinstance(self.mesh, (Mesh, DeviceMesh)), "a Mesh or a DeviceMesh"),
             (
                 "parallel",
-                all(isinstance(p, (ContextParallel, TensorParallel)) for p in self.parallels),
-                "a ContextParallel, a TensorParallel, or a list of them",
+                all(isinstance(p, PARALLELS) for p in self.parallels),
+                "a ContextParallel, a TensorParallel, a DataParallel, or a list of them",
             ),
             ("max_graphs", whole and self.max_graphs >= 1, "a whole number of at least 1"),
             ("target", isinstance(self.target, str), '"portable", "current" or a GPU such as "sm90"'),

@@ -16,18 +16,43 @@ Placement: TypeAlias = Literal["engine", "split"]
 
 @dataclass(frozen=True)
 class Split:
-    """Split a module's argument (or, with ``output``, its result) along ``dim`` over the axis."""
+    """Split a module's argument (or, with ``output``, its result) along ``dim`` over the axis.
+
+    Args:
+        dim: the dimension, counted from the end where negative.
+        output: split a result, which the plan names by its index: ``{0: Split(1, output=True)}``.
+        ndim: split only a tensor of this many dims, as diffusers' ``expected_dims``.
+
+    Raises:
+        PlanError: an argument of another type.
+    """
 
     dim: int
     output: bool = False
-    ndim: int | None = None  # split only a tensor of this many dims, as diffusers' expected_dims
+    ndim: int | None = None
+
+    def __post_init__(self) -> None:
+        if not _is_int(self.dim):
+            raise PlanError(f"a Split has the dim {self.dim!r}", fix="give the dimension as an integer: md.Split(1)")
+        if not isinstance(self.output, bool):
+            raise PlanError(f"a Split has output={self.output!r}", fix="pass output=True to split a module's result")
+        if self.ndim is not None and not _is_int(self.ndim):
+            raise PlanError(f"a Split has ndim={self.ndim!r}", fix="give the number of dims: md.Split(1, ndim=3)")
 
 
 @dataclass(frozen=True)
 class Gather:
-    """Gather a module's result along ``dim`` from the axis, so that every rank has the whole."""
+    """Gather a module's result along ``dim`` from the axis, so that every rank has the whole.
+
+    Raises:
+        PlanError: ``dim`` is no integer.
+    """
 
     dim: int
+
+    def __post_init__(self) -> None:
+        if not _is_int(self.dim):
+            raise PlanError(f"a Gather has the dim {self.dim!r}", fix="give the dimension as an integer: md.Gather(1)")
 
 
 ModulePlan: TypeAlias = "Mapping[str | int, Split | Sequence[Split]] | Gather | Sequence[Gather | None]"
@@ -50,7 +75,7 @@ class ContextParallel:
             itself, ``*`` stands for any one part of a name.  ``None`` takes the model's own ``_cp_plan``.
 
     Raises:
-        PlanError: an unknown strategy.
+        PlanError: an unknown strategy, or an argument of another type.
     """
 
     axis: str
@@ -58,6 +83,7 @@ class ContextParallel:
     plan: Mapping[str, Any] | None = None
 
     def __post_init__(self) -> None:
+        _check(self, self.axis, self.plan)
         if self.strategy not in STRATEGIES:
             raise PlanError(
                 f"there is no context-parallel strategy {self.strategy!r}", fix=f"use one of {', '.join(STRATEGIES)}"
@@ -73,10 +99,56 @@ class TensorParallel:
         plan: module name -> ``ParallelStyle`` of ``torch.distributed.tensor.parallel``, or the name of one
             in transformers' and diffusers' plans (``"colwise"``, ``"rowwise"``, ...).  ``None`` takes the
             model's own ``tp_plan`` (transformers) or ``_tp_plan`` (diffusers).
+
+    Raises:
+        PlanError: an argument of another type.
     """
 
     axis: str
     plan: Mapping[str, Any] | None = None
 
+    def __post_init__(self) -> None:
+        _check(self, self.axis, self.plan)
 
-Parallel: TypeAlias = "ContextParallel | TensorParallel"
+
+@dataclass(frozen=True)
+class DataParallel:
+    """Nothing is split or sent along this axis: each rank along it computes the whole, for data of its own.
+
+    It says that this is meant.  An axis of the mesh that nothing uses is refused otherwise.
+
+    Args:
+        axis: the mesh axis.
+
+    Raises:
+        PlanError: an argument of another type.
+    """
+
+    axis: str
+
+    def __post_init__(self) -> None:
+        _check(self, self.axis, None)
+
+
+Parallel: TypeAlias = "ContextParallel | TensorParallel | DataParallel"
+PARALLELS = (ContextParallel, TensorParallel, DataParallel)
+
+
+def _is_int(value: object) -> bool:
+    return isinstance(value, int) and not isinstance(value, bool)
+
+
+def _check(parallel: Parallel, axis: object, plan: object) -> None:
+    kind = type(parallel).__name__
+    if not isinstance(axis, str):
+        raise PlanError(f"the axis of {kind} is {axis!r}", fix=f'name an axis of the mesh: {kind}("cp")')
+    if plan is not None and not isinstance(plan, Mapping):
+        raise PlanError(
+            f"the plan of {kind}({axis!r}) is a {type(plan).__name__}", fix="pass a dict: module name -> what it does"
+        )
+    name = next((name for name in plan or () if not isinstance(name, str)), "")
+    if not isinstance(name, str):
+        raise PlanError(
+            f"the plan of {kind}({axis!r}) names a module {name!r}",
+            fix='name modules as model.named_modules() does; "" is the model itself',
+        )

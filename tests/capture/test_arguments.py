@@ -256,3 +256,16 @@ def test_through_a_bundle(tmp_path: Path) -> None:
     assert bound["y"] is Y
     with pytest.raises(InputError, match="flag is False, and the bundle was built with flag=True"):
         Signature(manifest).bind((X, False, Y), {}, CPU)
+
+
+@pytest.mark.parametrize(
+    ("make", "problem"),
+    [
+        (lambda x: x.to_sparse(), "'x' is a sparse_coo tensor"),
+        (lambda x: torch.nested.nested_tensor([x, x[:1]]), "'x' is a nested tensor"),
+        (lambda x: torch.quantize_per_tensor(x, 0.1, 0, torch.qint8), "'x' is a quantized tensor"),
+    ],
+)
+def test_tensors_that_are_not_one_block_of_numbers(make: Any, problem: str) -> None:
+    with pytest.raises(CaptureError, match=problem):
+        md.capture(Optional(), (make(X),), mesh=ONE)

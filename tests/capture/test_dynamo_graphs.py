@@ -17,7 +17,7 @@ from torch.distributed.tensor import DTensor
 from torch.distributed.tensor.parallel import ColwiseParallel, RowwiseParallel, parallelize_module
 from torch.fx import GraphModule
 
-from torchtrt_md.capture import dynamo_private
+from torchtrt_md.capture import dynamo_private, torch_private
 from torchtrt_md.capture.dynamo import capture_graph, graph_inputs
 from torchtrt_md.doors.dynamo import run_rank
 from torchtrt_md.lowering import lower
@@ -381,7 +381,7 @@ def test_leaving_dynamo_without_which_nothing_can_be_compiled_in_a_backend() -> 
 def resolve(rank: int) -> tuple[list[int], bool]:
     device_mesh = init_device_mesh("cpu", (1, 2), mesh_dim_names=("cp", "tp"))
     group = device_mesh.get_group("tp")
-    root = dynamo_private.root_mesh(device_mesh["tp"])
+    root = torch_private.root_mesh(device_mesh["tp"])
     return list(dynamo_private.group_ranks(group.group_name)), root is device_mesh
 
 

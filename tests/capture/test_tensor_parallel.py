@@ -93,10 +93,20 @@ def test_plans_that_do_not_fit() -> None:
     assert "'up'" in error.value.fix
     with pytest.raises(PlanError, match="style 'diagonal'"):
         md.capture(model, args, mesh=TP2, parallel=md.TensorParallel("tp", plan={"up": "diagonal"}))
+    with pytest.raises(PlanError, match="module 'up' twice: by 'up' and by '\\*'"):
+        md.capture(model, args, mesh=TP2, parallel=md.TensorParallel("tp", plan={"up": "colwise", "*": "rowwise"}))
     with pytest.raises(PlanError, match="axis 'tp' is given twice"):
         md.capture(
             model, args, mesh=TP2, parallel=[md.TensorParallel("tp", plan=PLAN), md.ContextParallel("tp", plan={})]
         )
+
+
+def test_a_style_that_does_not_fit_its_module() -> None:
+    """PyTorch's own exceptions, of several classes, name neither the module nor the plan."""
+    model, x = nn.Sequential(nn.LayerNorm(8), nn.Linear(8, 8)), torch.randn(2, 8)
+    with pytest.raises(PlanError, match="style ColwiseParallel does not fit module '0', a LayerNorm") as caught:
+        md.capture(model, (x,), mesh=TP2, parallel=md.TensorParallel("tp", plan={"0": "colwise"}))
+    assert isinstance(caught.value.__cause__, NotImplementedError)
 
 
 def test_tied_weights_are_one() -> None:
@@ -106,13 +116,17 @@ def test_tied_weights_are_one() -> None:
             self.a = nn.Linear(16, 16, bias=False)
             self.b = nn.Linear(16, 16, bias=False)
             self.b.weight = self.a.weight
+            self.c = nn.Linear(16, 16)
 
         def forward(self, x: torch.Tensor) -> torch.Tensor:
-            result: torch.Tensor = self.b(torch.relu(self.a(x)))
+            result: torch.Tensor = self.c(self.b(torch.relu(self.a(x))))
             return result
 
     torch.manual_seed(0)
     model, x = Tied().eval(), torch.randn(3, 16)
-    for plan in ({"a": ColwiseParallel(), "b": RowwiseParallel()}, {"a": "replicate"}):
+    for plan in (
+        {"a": ColwiseParallel(), "b": RowwiseParallel()},
+        {"a": "replicate", "c": "colwise_gather_output"},
+    ):
         program = md.capture(model, (x,), mesh=TP2, parallel=md.TensorParallel("tp", plan=plan))
         assert md.verify(program, model, (x,)).error <= 1e-5

@@ -6,8 +6,9 @@ import torch
 import torch.distributed as dist
 from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
 from torch.distributed.tensor import DTensor, Replicate, Shard
+from torch.fx.experimental.proxy_tensor import PythonKeyTracer, make_fx
 
-from torchtrt_md.capture.torch_private import FakeTensorMode, coordinates, fake_ranks
+from torchtrt_md.capture.torch_private import FakeTensorMode, coordinates, fake_ranks, is_fake, told_stacks
 
 
 def test_fake_ranks_without_which_tensor_parallel_capture_needs_a_launch() -> None:
@@ -32,3 +33,22 @@ def test_coordinates_without_which_only_one_rank_can_be_captured() -> None:
 def test_fake_tensors_without_which_nothing_can_be_traced() -> None:
     with FakeTensorMode(allow_non_fake_inputs=True):
         assert torch.empty(3).sum().shape == ()
+
+
+def test_is_fake_without_which_models_would_keep_fake_tensors() -> None:
+    with FakeTensorMode():
+        assert is_fake(torch.empty(3))
+    assert not is_fake(torch.empty(3))
+    assert not is_fake("text")
+
+
+def test_told_stacks_without_which_errors_cite_functions_named_forward_only() -> None:
+    def other(x: torch.Tensor) -> torch.Tensor:
+        return x + 1
+
+    before = PythonKeyTracer._filter_traceback_frames
+    with told_stacks():
+        graph = make_fx(other, record_stack_traces=True)(torch.ones(2))
+    (add,) = graph.graph.find_nodes(op="call_function", target=torch.ops.aten.add.Tensor)
+    assert "in other" in (add.stack_trace or "")
+    assert PythonKeyTracer._filter_traceback_frames is before

@@ -161,7 +161,9 @@ def test_engine_placement_is_one_engine() -> None:
 
 def test_a_second_axis_communicates_between_engines() -> None:
     model, args, kwargs = models.llama(torch.float32)
-    program = md.capture(model, args, kwargs, mesh=md.Mesh(dp=2, tp=2), parallel=md.TensorParallel("tp"))
+    program = md.capture(
+        model, args, kwargs, mesh=md.Mesh(dp=2, tp=2), parallel=[md.TensorParallel("tp"), md.DataParallel("dp")]
+    )
     lowered = md.lower(program)
     graph = lowered.graphs[0]
     first = next(n for n in graph.graph.nodes if is_collective(n))

@@ -9,6 +9,8 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from torchtrt_md.checks import check_build
+
 if TYPE_CHECKING:
     from torchtrt_md.build.engine import BuiltEngine
     from torchtrt_md.program import ShardedProgram
@@ -32,9 +34,11 @@ def build(
         progress: called with a line for each engine begun.
 
     Raises:
+        OptionError: an argument of another type, or a rank that the mesh has not.
         TargetError: the installed TensorRT cannot build for the target.
         BuildError: TensorRT cannot build the program, with the op and the user's line where it is known.
     """
+    check_build(program, folder, target, ranks, progress)
     from torchtrt_md.build.program import build_program  # loads TensorRT
     from torchtrt_md.lowering import lower
 

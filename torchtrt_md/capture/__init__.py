@@ -8,6 +8,8 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
+from torchtrt_md.checks import as_parallels, check_call, check_mesh, check_weights
+
 if TYPE_CHECKING:
     from torch import Tensor, nn
 
@@ -32,15 +34,24 @@ def capture(
         args: example positional arguments; tensors give the shapes and dtypes, all else is built in.
         kwargs: example keyword arguments.
         mesh: the mesh of the launch that the program is for.
-        parallel: what is parallel: a :class:`ContextParallel`, a :class:`TensorParallel`, or several.
+        parallel: what is parallel: a :class:`ContextParallel`, a :class:`TensorParallel`, or several.  An axis of the
+            mesh that nothing else uses needs a :class:`DataParallel`.
         weights: dense weights by name, for a model whose parameters are DTensors already: this process
             holds one rank's shards only, and other ranks' engines need the whole.
 
     Raises:
-        MeshError: an axis that the mesh lacks.
+        OptionError: an argument of another type.
+        MeshError: an axis that the mesh lacks, or that nothing uses.
         PlanError: a plan that does not fit the model.
         CaptureError: the model cannot be traced.
+
+    Warns:
+        PlanWarning: an entry of a plan that applied to nothing in this call.
     """
+    check_call(model, args, kwargs)
+    check_mesh(mesh)
+    check_weights(weights)
+    parallels = as_parallels(parallel)
     from torchtrt_md.capture.model import capture_model  # DTensor takes half a second to import
 
-    return capture_model(model, args, dict(kwargs or {}), mesh, parallel, weights)
+    return capture_model(model, args, dict(kwargs or {}), mesh, parallels, weights)

@@ -71,6 +71,8 @@ class Arguments:
         tensors = {name: leaf for name, leaf in by_name.items() if isinstance(leaf, Tensor)}
         if not tensors:
             raise CaptureError("no argument is a tensor", fix="pass example tensors as args or kwargs")
+        for name, tensor in tensors.items():
+            _check_plain(name, tensor)
         constants = {name: leaf for name, leaf in by_name.items() if comparable(leaf)}
         return cls(tensors, constants, tuple(positional), tuple(leaves), tuple(names), spec)
 
@@ -87,6 +89,19 @@ class Arguments:
         ]
         args, kwargs = pytree.tree_unflatten(leaves, self.spec)
         return args, kwargs
+
+
+def _check_plain(name: str, tensor: Tensor) -> None:
+    """Refuse tensors that are not one block of numbers, which is all that an engine takes."""
+    if tensor.layout != torch.strided or tensor.is_nested:
+        kind = "nested" if tensor.is_nested else str(tensor.layout).removeprefix("torch.")
+        raise CaptureError(f"argument {name!r} is a {kind} tensor", fix="pass a dense one: to_dense(), or padded")
+    if tensor.is_quantized:
+        raise CaptureError(f"argument {name!r} is a quantized tensor", fix="pass dequantize() of it")
+    if hasattr(tensor, "device_mesh"):
+        raise CaptureError(
+            f"argument {name!r} is a DTensor", fix="pass the whole tensor (full_tensor()); the plan says what is split"
+        )
 
 
 def named_leaves(argument: str, value: Any) -> Iterator[tuple[str, Any]]:

@@ -13,6 +13,7 @@ from torch import Tensor
 from torch.overrides import TorchFunctionMode
 
 from torchtrt_md.errors import CaptureError
+from torchtrt_md.graph.source import running_line
 from torchtrt_md.lowering import ops
 
 
@@ -57,17 +58,58 @@ def _attention(
     enable_gqa: bool = False,
 ) -> Tensor:
     if dropout_p:
-        raise CaptureError(f"attention with dropout_p={dropout_p}", fix="call model.eval() before capturing")
-    if query.dim() == 4:
+        raise CaptureError(
+            f"attention with dropout_p={dropout_p}", fix="call model.eval() before capturing", at=running_line()
+        )
+    if query.dim() == key.dim() == value.dim() == 4:
+        query, key, value = _alike(query, key, value, enable_gqa)
         out: Tensor = ops.attention(query, key, value, attn_mask, is_causal, scale, enable_gqa)
         return out
-    if query.dim() == 3 and key.dim() == 3 and (attn_mask is None or attn_mask.dim() < 3):
+    if query.dim() == key.dim() == value.dim() == 3 and (attn_mask is None or attn_mask.dim() < 3):
         # [B, S, D] is one head; only the mask of a whole batch would need a place for it.
-        out = ops.attention(
-            query.unsqueeze(1), key.unsqueeze(1), value.unsqueeze(1), attn_mask, is_causal, scale, False
-        )
+        query, key, value = _alike(query.unsqueeze(1), key.unsqueeze(1), value.unsqueeze(1), False)
+        out = ops.attention(query, key, value, attn_mask, is_causal, scale, False)
         return out.squeeze(1)
     raise CaptureError(
-        f"attention over queries of {query.dim()} dims: {list(query.shape)}",
+        f"attention over queries of {query.dim()} dims: {list(query.shape)}, with keys {list(key.shape)} and values"
+        f" {list(value.shape)}",
         fix="shape query, key and value as [batch, heads, tokens, head_dim]",
+        at=running_line(),
     )
+
+
+def _alike(query: Tensor, key: Tensor, value: Tensor, enable_gqa: bool) -> tuple[Tensor, Tensor, Tensor]:
+    """The operands [B, H, S, D] with one batch, and as many heads of values as of keys: PyTorch broadcasts them.
+
+    Raises:
+        CaptureError: shapes that PyTorch does not take either.
+    """
+    operands = (query, key, value)
+    batches, heads = ({t.shape[dim] for t in operands} for dim in (0, 1))
+    of_query, of_key = query.shape[1], key.shape[1]
+    grouped = enable_gqa and of_key == value.shape[1] and of_query % of_key == 0
+    problem = ""
+    if len(batches - {1}) > 1:
+        problem = f"batches of {_listed(batches)}"
+    elif key.shape[2] != value.shape[2]:
+        problem = f"{key.shape[2]} keys for {value.shape[2]} values"
+    elif query.shape[3] != key.shape[3]:
+        problem = f"a head_dim of {query.shape[3]} for queries and {key.shape[3]} for keys"
+    elif not grouped and (enable_gqa or len(heads - {1}) > 1):
+        problem = f"{of_query} heads of queries, {of_key} of keys and {value.shape[1]} of values"
+    if problem:
+        raise CaptureError(
+            f"an attention has {problem}: queries {list(query.shape)}, keys {list(key.shape)}, values"
+            f" {list(value.shape)}",
+            fix="shape them as [batch, heads, tokens, head_dim], and expand keys and values to the heads of the"
+            " queries; with enable_gqa=True their heads must divide these",
+            at=running_line(),
+        )
+    batch = max(batches)
+    sizes = [(batch, t.shape[1] if grouped else max(heads)) for t in operands]
+    alike = [t if t.shape[:2] == size else t.expand(*size, -1, -1) for t, size in zip(operands, sizes, strict=True)]
+    return alike[0], alike[1], alike[2]
+
+
+def _listed(sizes: set[int]) -> str:
+    return " and ".join(map(str, sorted(sizes)))

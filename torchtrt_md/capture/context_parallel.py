@@ -1,6 +1,7 @@
 """Apply a context-parallel plan: module hooks that insert ``shard`` and ``all_gather``.
 
-The model's code then runs on, and is traced with, the local shapes.
+The model's code then runs on, and is traced with, the local shapes.  Every entry of the plan keeps whether it applied
+to something, so that none is ignored in silence.
 """
 
 from __future__ import annotations
@@ -8,18 +9,86 @@ from __future__ import annotations
 import difflib
 import fnmatch
 import inspect
+import warnings
 from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from torchtrt_md.errors import PlanError
+from torchtrt_md.errors import PlanError, PlanWarning
+from torchtrt_md.graph.source import running_line
 from torchtrt_md.lowering import ops
 from torchtrt_md.parallel import ContextParallel, Gather, Split
 
 
-def apply(model: nn.Module, parallel: ContextParallel, size: int) -> None:
+@dataclass
+class Entry:
+    """One entry of a plan: what one split or gather is for, whatever number of modules its pattern stands for.
+
+    Attributes:
+        name: in words, for messages.
+        axis, size: along which it splits or gathers, over how many ranks.
+        splits: and does not gather.
+        undeclared: it names an argument that only ``**kwargs`` would take.
+        applied: it was found, in some module, by the time that the model was traced.
+        why: what kept it from that.
+    """
+
+    name: str
+    axis: str
+    size: int
+    splits: bool
+    undeclared: bool = False
+    applied: bool = False
+    why: str = "its module is never called"
+
+
+@dataclass(frozen=True)
+class AppliedPlan:
+    """A plan whose hooks are on a model; after a trace, :meth:`check_used` says what it missed.
+
+    Attributes:
+        model: the model's name.
+        entries: of the plan.
+        own: the plan is the model's own, which has entries for arguments of every kind of call.
+    """
+
+    model: str
+    entries: tuple[Entry, ...]
+    own: bool
+
+    def check_used(self) -> None:
+        """
+        Raises:
+            PlanError: nothing was split, or an entry names an argument that does not exist.
+
+        Warns:
+            PlanWarning: an entry of the user's plan applied to nothing.
+        """
+        missed = [entry for entry in self.entries if not entry.applied]
+        for entry in missed:
+            if entry.undeclared and not self.own:
+                raise PlanError(
+                    f"the plan splits {entry.name}, which is never passed: it is none of the declared arguments, and"
+                    " no call had it among its **kwargs",
+                    fix="correct the name; " + entry.why if entry.why else "correct the name",
+                )
+        if not any(entry.applied for entry in self.entries if entry.splits):
+            raise PlanError(
+                f"the plan splits nothing of {self.model}"
+                + "".join(f"; {entry.name}: {entry.why}" for entry in missed if entry.splits),
+                fix="split the arguments that hold the sequence: {'': {'name': md.Split(dim)}}",
+            )
+        for entry in missed if not self.own else ():
+            what = "splits" if entry.splits else "gathers"
+            warnings.warn(
+                f"the plan {what} {entry.name}, and that did not happen: {entry.why}", PlanWarning, stacklevel=4
+            )
+
+
+def apply(model: nn.Module, parallel: ContextParallel, size: int) -> AppliedPlan:
     """Hook the model by the plan; ``size`` is the number of ranks along the axis.
 
     Raises:
@@ -28,16 +97,29 @@ def apply(model: nn.Module, parallel: ContextParallel, size: int) -> None:
     plan = parallel.plan if parallel.plan is not None else getattr(model, "_cp_plan", None)
     if not plan:
         raise PlanError(
-            f"{type(model).__name__} has no context-parallel plan of its own (_cp_plan)",
-            fix='pass one: ContextParallel("cp", plan={"": {"x": md.Split(1)}, "proj_out": md.Gather(1)})',
+            f"{type(model).__name__} has no context-parallel plan of its own (_cp_plan)"
+            if parallel.plan is None
+            else f"the plan of ContextParallel({parallel.axis!r}) is empty",
+            fix=f"pass one: {_example(model, parallel.axis)}",
         )
+    hooks = _Hooks(parallel.axis, size)
     for name, entry in plan.items():
-        for path, module in modules_named(model, name):
-            if isinstance(entry, Mapping):
-                _hook_splits(module, path, {key: _splits(s) for key, s in entry.items()}, parallel.axis, size)
-            else:
-                gathers = list(entry) if isinstance(entry, (list, tuple)) else [entry]
-                _hook_gathers(module, path, [_gather(g) for g in gathers], parallel.axis, size)
+        modules = modules_named(model, name)
+        if isinstance(entry, Mapping):
+            hooks.add_splits(modules, name, {key: _splits(s) for key, s in entry.items()})
+        else:
+            gathers = list(entry) if isinstance(entry, (list, tuple)) else [entry]
+            hooks.add_gathers(modules, name, [_gather(g) for g in gathers])
+    return AppliedPlan(type(model).__name__, tuple(hooks.entries), own=parallel.plan is None)
+
+
+def _example(model: nn.Module, axis: str) -> str:
+    """A plan in the model's own names, for a message."""
+    argument = next(iter(inspect.signature(model.forward).parameters), "x")
+    last = next((name for name, _ in reversed(list(model.named_children()))), "")
+    gather = f'"{last}": md.Gather(1)' if last else ""
+    splits = f'"": {{"{argument}": md.Split(1)}}'
+    return f'ContextParallel("{axis}", plan={{{", ".join(filter(None, (splits, gather)))}}})'
 
 
 def modules_named(model: nn.Module, pattern: str) -> list[tuple[str, nn.Module]]:
@@ -50,14 +132,18 @@ def modules_named(model: nn.Module, pattern: str) -> list[tuple[str, nn.Module]]
     found = [
         (name, module)
         for name, module in model.named_modules()
-        if len(name.split(".")) == len(parts) and all(map(fnmatch.fnmatchcase, name.split("."), parts))
+        if bool(name) == bool(pattern)  # the model itself has no name, which * would fit
+        and len(name.split(".")) == len(parts)
+        and all(map(fnmatch.fnmatchcase, name.split("."), parts))
     ]
     if not found:
         names = [name for name, _ in model.named_modules() if name]
         close = difflib.get_close_matches(pattern, names, n=3) or names[:3]
         raise PlanError(
             f"the plan names a module {pattern!r} that {type(model).__name__} does not have",
-            fix=f"use a name from model.named_modules(), such as {', '.join(map(repr, close))}",
+            fix=f"use a name from model.named_modules(), such as {', '.join(map(repr, close))}"
+            if close
+            else 'the model has no modules in it: name the model itself, as ""',
         )
     return found
 
@@ -66,7 +152,13 @@ def _splits(entry: Any) -> Split | list[Split]:
     if isinstance(entry, Split):
         return entry
     if isinstance(entry, (list, tuple)):
-        return [s for s in map(_splits, entry) if isinstance(s, Split)]
+        found = [_splits(one) for one in entry]
+        if not all(isinstance(one, Split) and not one.output for one in found):
+            raise PlanError(
+                f"{entry!r} does not say how to split a list of tensors",
+                fix="give one md.Split(dim) for each; results are split one by one, by index",
+            )
+        return found  # type: ignore[return-value]
     if hasattr(entry, "split_dim"):  # diffusers' ContextParallelInput
         return Split(entry.split_dim, output=entry.split_output, ndim=entry.expected_dims)
     raise PlanError(f"{entry!r} does not say how to split", fix="use md.Split(dim)")
@@ -80,94 +172,212 @@ def _gather(entry: Any) -> Gather | None:
     raise PlanError(f"{entry!r} does not say where to gather", fix="use md.Gather(dim)")
 
 
-def _hook_splits(
-    module: nn.Module, path: str, entries: Mapping[str | int, Split | list[Split]], axis: str, size: int
-) -> None:
-    signature = inspect.signature(module.forward)
-    open_ended = any(p.kind is p.VAR_KEYWORD for p in signature.parameters.values())
-    by_argument: dict[str, Split | list[Split]] = {}
-    by_result: dict[str | int, Split] = {}
-    for key, split in entries.items():
-        if isinstance(split, Split) and split.output:
-            by_result[key] = split
-        elif isinstance(key, str) and (key in signature.parameters or open_ended):
-            by_argument[key] = split
-        else:
+class _Hooks:
+    """Puts the hooks of one plan on modules."""
+
+    def __init__(self, axis: str, size: int) -> None:
+        self.axis, self.size = axis, size
+        self.entries: list[Entry] = []
+        self._taken: dict[tuple[str, str | int, bool], str] = {}  # (module, what, splits) -> pattern
+
+    def add_splits(
+        self, modules: Sequence[tuple[str, nn.Module]], pattern: str, splits: Mapping[str | int, Split | list[Split]]
+    ) -> None:
+        of_arguments: dict[str, tuple[Split | list[Split], Entry]] = {}
+        of_results: dict[int, tuple[Split, Entry]] = {}
+        for key, split in splits.items():
+            for path, module in modules:
+                self._take(path, key, pattern, splits=True)
+                _check_key(key, split, path, module)
+            if isinstance(key, int):
+                assert isinstance(split, Split)
+                of_results[key] = split, self._entry(f"result {key} of {_shown(pattern)}", splits=True)
+            else:
+                undeclared = not any(key in inspect.signature(m.forward).parameters for _, m in modules)
+                entry = self._entry(f"argument {key!r} of {_shown(pattern)}", splits=True, undeclared=undeclared)
+                of_arguments[key] = split, entry
+        for path, module in modules:
+            if of_arguments:
+                # Before DTensor's hooks, as the hooks of results are behind them: those take and return plain tensors.
+                hook = _argument_hook(module, path, of_arguments)
+                module.register_forward_pre_hook(hook, with_kwargs=True, prepend=True)
+            if of_results:
+                module.register_forward_hook(_result_hook(path, of_results, _split))
+
+    def add_gathers(
+        self, modules: Sequence[tuple[str, nn.Module]], pattern: str, gathers: Sequence[Gather | None]
+    ) -> None:
+        of_results: dict[int, tuple[Gather, Entry]] = {}
+        for index, gather in enumerate(gathers):
+            if gather is not None:
+                for path, _ in modules:
+                    self._take(path, index, pattern, splits=False)
+                of_results[index] = gather, self._entry(f"result {index} of {_shown(pattern)}", splits=False)
+        for path, module in modules:
+            module.register_forward_hook(_result_hook(path, of_results, _gathered))
+
+    def _entry(self, name: str, splits: bool, undeclared: bool = False) -> Entry:
+        self.entries.append(Entry(name, self.axis, self.size, splits, undeclared))
+        return self.entries[-1]
+
+    def _take(self, path: str, key: str | int, pattern: str, splits: bool) -> None:
+        other = self._taken.setdefault((path, key, splits), pattern)
+        if other != pattern:
+            what = f"argument {key!r}" if isinstance(key, str) else f"result {key}"
             raise PlanError(
-                f"the plan splits argument {key!r} of {_shown(path)}, which takes {', '.join(signature.parameters)}",
-                fix="name one of these, or say md.Split(dim, output=True) with the index of a result",
+                f"the plan {'splits' if splits else 'gathers'} {what} of {_shown(path)} twice: by {other!r} and by"
+                f" {pattern!r}",
+                fix="let one of the two names stand for it",
             )
+
+
+def _check_key(key: str | int, split: Split | list[Split], path: str, module: nn.Module) -> None:
+    """An argument is named by its name, a result by its index.
+
+    Raises:
+        PlanError: the module does not take the argument, or the other of the two is meant.
+    """
+    parameters = inspect.signature(module.forward).parameters
+    output = isinstance(split, Split) and split.output
+    declared = ", ".join(parameters) or "no arguments"
+    if output and not isinstance(key, int):
+        raise PlanError(
+            f"the plan splits a result of {_shown(path)} by the name {key!r}; results have an index",
+            fix=f"write {{0: {split}}} for the first result"
+            + (f", or leave out output=True to split the argument {key!r}" if key in parameters else ""),
+        )
+    if isinstance(key, int) and not output:
+        raise PlanError(
+            f"the plan splits {key} of {_shown(path)}, which is no argument's name; it takes {declared}",
+            fix=f"write md.Split(dim, output=True) to split result {key}, or name the argument",
+        )
+    if isinstance(key, str) and key not in parameters:
+        if any(p.kind is p.VAR_KEYWORD for p in parameters.values()):
+            return
+        close = difflib.get_close_matches(key, parameters, n=1)
+        raise PlanError(
+            f"the plan splits argument {key!r} of {_shown(path)}, which takes {declared}",
+            fix=f"name one of these{f', such as {close[0]!r}' if close else ''}, or say md.Split(dim, output=True) with"
+            " the index of a result",
+        )
+
+
+def _argument_hook(
+    module: nn.Module, path: str, splits: Mapping[str, tuple[Split | list[Split], Entry]]
+) -> Callable[..., tuple[Any, dict[str, Any]]]:
+    signature = inspect.signature(module.forward)
+    extra = next((p.name for p in signature.parameters.values() if p.kind is p.VAR_KEYWORD), "")
 
     def split_arguments(_: nn.Module, args: Any, kwargs: dict[str, Any]) -> tuple[Any, dict[str, Any]]:
         bound = signature.bind(*args, **kwargs)
-        extra = next((p.name for p in signature.parameters.values() if p.kind is p.VAR_KEYWORD), None)
-        for key, split in by_argument.items():
-            where = bound.arguments if key in signature.parameters else bound.arguments.get(extra or "", {})
-            if where.get(key) is not None:
-                where[key] = _split(where[key], split, f"argument {key!r} of {_shown(path)}", axis, size)
+        for key, (split, entry) in splits.items():
+            where = bound.arguments if key in signature.parameters else bound.arguments.get(extra, {})
+            if where.get(key) is None:
+                others = f"{_shown(path)} takes {', '.join(signature.parameters)}"
+                entry.why = others if entry.undeclared else f"it is {'None' if key in where else 'not passed'}"
+            else:
+                where[key] = _split(where[key], split, entry, f"argument {key!r} of {_shown(path)}", inner=bool(path))
         return bound.args, bound.kwargs
 
-    def split_results(_: nn.Module, args: Any, result: Any) -> Any:
-        def at(index: int, value: Any) -> Any:
-            if index not in by_result:
-                return value
-            return _split(value, by_result[index], f"result {index} of {_shown(path)}", axis, size)
-
-        return _map_results(result, at, path)
-
-    if by_argument:
-        module.register_forward_pre_hook(split_arguments, with_kwargs=True)
-    if by_result:
-        module.register_forward_hook(split_results)
+    return split_arguments
 
 
-def _hook_gathers(module: nn.Module, path: str, entries: Sequence[Gather | None], axis: str, size: int) -> None:
-    def gather_results(_: nn.Module, args: Any, result: Any) -> Any:
-        def at(index: int, value: Any) -> Any:
-            entry = entries[index] if index < len(entries) else None
-            if entry is None or size == 1:
-                return value
-            return ops.all_gather(value, _dim(value, entry.dim, f"result {index} of {_shown(path)}"), axis, size)
+def _result_hook(
+    path: str, entries: Mapping[int, tuple[Any, Entry]], change: Callable[..., Any]
+) -> Callable[[nn.Module, Any, Any], Any]:
+    """Change the results of a module that have an entry."""
 
-        return _map_results(result, at, path)
+    def change_results(_: nn.Module, args: Any, result: Any) -> Any:
+        if not isinstance(result, (Tensor, tuple, list)):
+            raise PlanError(
+                f"{_shown(path)} returns a {type(result).__name__}, not a tensor or a tuple of them",
+                fix="split or gather at a module that returns tensors; models of diffusers and transformers do with"
+                " return_dict=False",
+                at=running_line(),
+            )
+        results = [result] if isinstance(result, Tensor) else list(result)
+        for index, (what, entry) in entries.items():
+            if not 0 <= index < len(results):
+                raise PlanError(
+                    f"the plan {'splits' if entry.splits else 'gathers'} result {index} of {_shown(path)}, which"
+                    f" returns {'one tensor' if isinstance(result, Tensor) else f'{len(results)} values'}",
+                    fix="results are counted from 0" + ("" if len(results) > 1 else ": the plan's first is the only"),
+                    at=running_line(),
+                )
+            results[index] = change(results[index], what, entry, f"result {index} of {_shown(path)}")
+        if isinstance(result, Tensor):
+            return results[0]
+        return type(result)(*results) if hasattr(result, "_fields") else type(result)(results)
 
-    module.register_forward_hook(gather_results)
+    return change_results
 
 
-def _map_results(result: Any, at: Callable[[int, Any], Any], path: str) -> Any:
-    if isinstance(result, Tensor):
-        return at(0, result)
-    if isinstance(result, (tuple, list)):
-        return type(result)(at(i, value) for i, value in enumerate(result))
-    raise PlanError(
-        f"{_shown(path)} returns a {type(result).__name__}, not a tensor or a tuple of them",
-        fix="split or gather at a module that returns tensors",
+def _gathered(value: Any, gather: Gather, entry: Entry, what: str) -> Any:
+    dim = _dim(value, gather.dim, what)
+    entry.applied = True
+    return value if entry.size == 1 else ops.all_gather(value, dim, entry.axis, entry.size)
+
+
+def _split(value: Any, split: Split | list[Split], entry: Entry, what: str, inner: bool = True) -> Any:
+    if isinstance(split, list):
+        if not isinstance(value, (tuple, list)) or len(value) != len(split):
+            found = f"{len(value)} values" if isinstance(value, (tuple, list)) else f"a {type(value).__name__}"
+            found = "one tensor" if isinstance(value, Tensor) else found
+            raise PlanError(
+                f"{what} is {found}, and the plan has {len(split)} splits for it",
+                fix="give one md.Split for each",
+                at=running_line(),
+            )
+        return type(value)(_split(v, s, entry, what, inner) for v, s in zip(value, split, strict=True))
+    if split.ndim is not None and isinstance(value, Tensor) and value.dim() != split.ndim:
+        entry.why = f"it has {value.dim()} dims, and the plan splits it where it has {split.ndim}"
+        return value
+    dim = _dim(value, split.dim, what)
+    entry.applied = True
+    if entry.size == 1:
+        return value
+    if value.shape[dim] % entry.size:
+        raise _indivisible(value.shape[dim], dim, entry, what, inner)
+    return torch.ops.torchtrt_md.shard(value, dim, entry.axis, entry.size)
+
+
+def _indivisible(extent: int, dim: int, entry: Entry, what: str, inner: bool) -> PlanError:
+    """Every rank gets an equal part.  What to do depends on who chose the length: the user, or the model."""
+    size = entry.size
+    lower, upper = extent - extent % size, extent + size - extent % size
+    if inner:
+        wanted = f"{upper} or {lower}" if lower else f"{upper}"
+        fix = (
+            f"choose inputs of the model with which it is a multiple of {size}, as {wanted} is.  A token that the model"
+            " adds by itself, as a class token, counts and cannot be padded: split before it is added, or leave this"
+            " out of the plan.  What the plan has split once must not be split again"
+        )
+    else:
+        fix = f"pad to {upper}" + (f" or cut to {lower}" if lower else "")
+    divisors = [str(ranks) for ranks in range(2, min(extent, 64) + 1) if extent % ranks == 0]
+    fix += f"; or use an axis of {' or '.join(divisors)} ranks" if divisors else ""
+    return PlanError(
+        f"{what} has {extent} on dim {dim}, which does not divide by the {size} ranks of axis {entry.axis!r}:"
+        f" {extent % size} left over",
+        fix=fix,
+        at=running_line(),
     )
 
 
-def _split(value: Any, split: Split | list[Split], what: str, axis: str, size: int) -> Any:
-    if isinstance(split, list):
-        if not isinstance(value, (tuple, list)) or len(value) != len(split):
-            raise PlanError(f"{what} is not a list of {len(split)} tensors", fix="give one md.Split for each")
-        return type(value)(_split(v, s, what, axis, size) for v, s in zip(value, split, strict=True))
+def _dim(value: Any, dim: int, what: str) -> int:
+    """The plan's dim of a value, counted from the left."""
     if not isinstance(value, Tensor):
-        raise PlanError(f"{what} is a {type(value).__name__}, not a tensor", fix="split tensors only")
-    if size == 1 or (split.ndim is not None and value.dim() != split.ndim):
-        return value
-    dim = _dim(value, split.dim, what)
-    extent = value.shape[dim]
-    if extent % size:
         raise PlanError(
-            f"{what} has {extent} on dim {dim}, which does not divide by the {size} ranks of axis {axis!r}:"
-            f" {extent % size} left over",
-            fix=f"pad to {extent + size - extent % size} or cut to {extent - extent % size}",
+            f"{what} is a {type(value).__name__}, not a tensor",
+            fix="name a tensor in the plan; for a list of tensors, give a list",
+            at=running_line(),
         )
-    return torch.ops.torchtrt_md.shard(value, dim, axis, size)
-
-
-def _dim(value: Tensor, dim: int, what: str) -> int:
     if not -value.dim() <= dim < value.dim():
-        raise PlanError(f"{what} has {value.dim()} dims and the plan says dim {dim}", fix="correct the plan's dim")
+        raise PlanError(
+            f"{what} has {value.dim()} dims and the plan says dim {dim}",
+            fix="correct the plan's dim" + (f": -{value.dim()} to {value.dim() - 1}" if value.dim() else ""),
+            at=running_line(),
+        )
     return dim % value.dim()
 
 

@@ -29,8 +29,8 @@ from torch.utils import _pytree as pytree
 from torchtrt_md.capture import tensor_parallel
 from torchtrt_md.capture.arguments import Scalar
 from torchtrt_md.capture.attention import WholeAttention
-from torchtrt_md.capture.dynamo_private import arrived, group_ranks, is_weight, root_mesh, source_path
-from torchtrt_md.capture.torch_private import FakeTensorMode
+from torchtrt_md.capture.dynamo_private import arrived, group_ranks, is_weight, source_path
+from torchtrt_md.capture.torch_private import FakeTensorMode, root_mesh
 from torchtrt_md.capture.trace import LocalWeight, as_placed, fake, recorded
 from torchtrt_md.errors import CaptureError, CollectiveError
 from torchtrt_md.graph.source import source_line

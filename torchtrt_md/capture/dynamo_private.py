@@ -19,7 +19,6 @@ from torch._dynamo.exc import ShortenTraceback
 from torch._dynamo.source import is_from_unspecialized_param_buffer_source
 from torch._guards import tracing
 from torch.distributed._functional_collectives import AsyncCollectiveTensor
-from torch.distributed.device_mesh import DeviceMesh
 from torch.distributed.tensor import DTensor
 from torch.fx import GraphModule, Node
 
@@ -124,14 +123,6 @@ def group_ranks(name: str) -> Sequence[int]:
     """
     group: Any = name  # typed as a str of its own
     return dist.get_process_group_ranks(_resolve_process_group(group))
-
-
-def root_mesh(device_mesh: DeviceMesh) -> DeviceMesh:
-    """The mesh that a slice such as ``mesh["tp"]`` was taken from.
-
-    Without it, a model that was parallelized on one axis of a larger mesh would need the mesh to be given again.
-    """
-    return device_mesh._get_root_mesh()
 
 
 def local_tensor(tensor: Tensor) -> Tensor:

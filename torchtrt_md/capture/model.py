@@ -22,10 +22,12 @@ from torch.distributed.tensor import DTensor
 
 from torchtrt_md.capture import context_parallel, tensor_parallel
 from torchtrt_md.capture.arguments import Arguments
-from torchtrt_md.capture.torch_private import coordinates, fake_ranks
+from torchtrt_md.capture.axes import check_axes, check_axes_used
+from torchtrt_md.capture.kept_state import KeptState
+from torchtrt_md.capture.torch_private import as_written, coordinates, fake_ranks
 from torchtrt_md.capture.trace import LocalWeight, Trace, same_graph, trace
-from torchtrt_md.errors import MeshError, PlanError
-from torchtrt_md.mesh import Mesh
+from torchtrt_md.errors import CaptureError, MeshError, PlanError
+from torchtrt_md.mesh import Mesh, axis_names
 from torchtrt_md.parallel import ContextParallel, Parallel, TensorParallel
 from torchtrt_md.program import ShardedProgram, Value, Weight, Weights
 
@@ -35,39 +37,47 @@ def capture_model(
     args: Sequence[Any],
     kwargs: Mapping[str, Any],
     mesh: Mesh,
-    parallel: Parallel | Sequence[Parallel],
+    parallels: Sequence[Parallel],
     weights: Mapping[str, Tensor] | None,
 ) -> ShardedProgram:
     """See :func:`torchtrt_md.capture`."""
-    parallels = [parallel] if isinstance(parallel, (ContextParallel, TensorParallel)) else list(parallel)
-    _check_axes(parallels, mesh)
+    with as_written(model):
+        return _captured(model, args, kwargs, mesh, parallels, weights)
+
+
+def _captured(
+    model: nn.Module,
+    args: Sequence[Any],
+    kwargs: Mapping[str, Any],
+    mesh: Mesh,
+    parallels: Sequence[Parallel],
+    weights: Mapping[str, Tensor] | None,
+) -> ShardedProgram:
+    check_axes(parallels, mesh)
     arguments = Arguments.of(model, args, kwargs)
     own = next((p.device_mesh for p in model.parameters() if isinstance(p, DTensor)), None)
     with _device_mesh(mesh, parallels, own, arguments.device.type) as device_mesh:
         shadow = _shadow(model, without_memory=any(isinstance(p, TensorParallel) for p in parallels))
-        for p in parallels:
+        plans: list[context_parallel.AppliedPlan] = []
+        # Tensor parallelism first: the other's hooks go around DTensor's.
+        for p in sorted(parallels, key=lambda p: not isinstance(p, TensorParallel)):
             if isinstance(p, TensorParallel):
                 assert device_mesh is not None
                 tensor_parallel.apply(shadow, p, device_mesh)
-            else:
-                context_parallel.apply(shadow, p, mesh.axis_size(p.axis))
+            elif isinstance(p, ContextParallel):
+                plans.append(context_parallel.apply(shadow, p, mesh.axis_size(p.axis)))
         local = _local_weights(shadow, mesh, arguments.device)
+        kept = KeptState(shadow)
         traces = []
         for rank in range(mesh.size if device_mesh is not None else 1):
-            with coordinates({axis: mesh.coordinate(rank, axis) for axis in mesh.names}):
+            with coordinates({axis: mesh.coordinate(rank, axis) for axis in mesh.names}), kept:
                 traces.append(trace(shadow, arguments, local))
         groups = _groups(device_mesh)
+    for plan in plans:
+        plan.check_used()
+    check_axes_used(mesh, parallels, own, traces[0], groups)
     traces = traces if device_mesh is not None else traces * mesh.size
     return _program(traces, mesh, parallels, groups, _weights(model, mesh, weights), arguments)
-
-
-def _check_axes(parallels: Sequence[Parallel], mesh: Mesh) -> None:
-    seen: set[str] = set()
-    for p in parallels:
-        mesh.axis_size(p.axis)
-        if p.axis in seen:
-            raise PlanError(f"axis {p.axis!r} is given twice", fix="give each kind of parallelism its own axis")
-        seen.add(p.axis)
 
 
 @contextmanager
@@ -76,7 +86,7 @@ def _device_mesh(
 ) -> Iterator[DeviceMesh | None]:
     """The mesh that DTensor traces on: the user's own, or a fake one; None where none is needed."""
     if own is not None:
-        for axis, size in zip(own.mesh_dim_names or (), own.mesh.shape, strict=False):
+        for axis, size in zip(axis_names(own), own.mesh.shape, strict=True):
             if mesh.axis_size(axis) != size:
                 raise MeshError(
                     f"the model was parallelized over {size} ranks on axis {axis!r}, and {mesh} has"
@@ -94,13 +104,24 @@ def _device_mesh(
 def _groups(device_mesh: DeviceMesh | None) -> dict[str, str]:
     if device_mesh is None:
         return {}
-    return {device_mesh.get_group(name).group_name: name for name in device_mesh.mesh_dim_names or ()}
+    return {device_mesh.get_group(dim).group_name: name for dim, name in enumerate(axis_names(device_mesh))}
 
 
 def _shadow(model: nn.Module, without_memory: bool) -> nn.Module:
-    """A copy of the modules that shares all parameters and buffers, or holds their shapes only."""
+    """A copy of the modules that shares all parameters and buffers, or holds their shapes only.
+
+    Raises:
+        CaptureError: a module holds what cannot be copied.
+    """
     shared = {id(t): t for t in [*model.parameters(), *model.buffers()]}
-    shadow = copy.deepcopy(model, dict(shared))
+    # Process groups and meshes are not to be copied: they are how the ranks know each other.
+    links = {
+        id(v): v for m in model.modules() for v in vars(m).values() if isinstance(v, (dist.ProcessGroup, DeviceMesh))
+    }
+    try:
+        shadow = copy.deepcopy(model, {**shared, **links})
+    except Exception as error:  # any class may refuse to be copied, in its own way
+        raise _uncopied(model, {**shared, **links}, error) from error
     if without_memory:
         empty = {
             key: t if isinstance(t, DTensor) else nn.Parameter(t.detach().to("meta"), requires_grad=False)
@@ -112,6 +133,28 @@ def _shadow(model: nn.Module, without_memory: bool) -> nn.Module:
                 if parameter is not None:
                     module.register_parameter(name, empty[id(parameter)])
     return shadow
+
+
+def _uncopied(model: nn.Module, shared: Mapping[int, object], error: Exception) -> CaptureError:
+    """The error that names the attribute which cannot be copied."""
+    own = frozenset(vars(nn.Module()))
+    for path, module in model.named_modules():
+        for name, value in vars(module).items():
+            if name not in own:
+                try:
+                    copy.deepcopy(value, dict(shared))
+                except Exception:  # this is the one
+                    where = f"{path}.{name}".lstrip(".")
+                    return CaptureError(
+                        f"{type(model).__name__} holds a {type(value).__name__} in {where!r}, which cannot be copied:"
+                        f" {error}",
+                        fix="capture traces a copy of the modules, so that yours stay as they are: keep this outside"
+                        " of the module, or give its class a __deepcopy__",
+                    )
+    return CaptureError(
+        f"{type(model).__name__} cannot be copied: {error}",
+        fix="capture traces a copy of the modules: make copy.deepcopy(model) work",
+    )
 
 
 def _local_weights(shadow: nn.Module, mesh: Mesh, device: torch.device) -> list[LocalWeight]:

@@ -22,7 +22,7 @@ from torch.distributed.tensor.parallel import (
 
 from torchtrt_md.capture.context_parallel import modules_named
 from torchtrt_md.errors import PlanError
-from torchtrt_md.mesh import Mesh
+from torchtrt_md.mesh import Mesh, axis_names
 from torchtrt_md.parallel import TensorParallel
 from torchtrt_md.program import Sharding
 
@@ -47,7 +47,8 @@ def apply(shadow: nn.Module, parallel: TensorParallel, device_mesh: DeviceMesh) 
     """Parallelize the shadow in place.
 
     Raises:
-        PlanError: there is no plan, it names what is not there, or heads do not divide by the axis.
+        PlanError: there is no plan, it names what is not there or one module twice, a style does not fit its module,
+            or heads do not divide by the axis.
     """
     plan = parallel.plan
     if plan is None:
@@ -55,16 +56,42 @@ def apply(shadow: nn.Module, parallel: TensorParallel, device_mesh: DeviceMesh) 
     if not plan:
         raise PlanError(
             f"{type(shadow).__name__} has no tensor-parallel plan of its own (tp_plan or _tp_plan)",
-            fix='pass one: TensorParallel("tp", plan={"up": ColwiseParallel(), "down": RowwiseParallel()})',
+            fix=f"pass one: {_example(shadow, parallel.axis)}",
         )
     mesh = device_mesh[parallel.axis]
     _check_heads(shadow, mesh.size(), parallel.axis)
+    taken: dict[str, str] = {}
     for name, entry in plan.items():
         style = _style(name, entry)
         for path, module in modules_named(shadow, name):
+            if taken.setdefault(path, name) != name:
+                raise PlanError(
+                    f"the plan names module {path!r} twice: by {taken[path]!r} and by {name!r}",
+                    fix="let one of the two names stand for it",
+                )
             if style is not None:
                 _check_weights(module, path, style, mesh.size(), parallel.axis)
-                parallelize_module(module, mesh, style, src_data_rank=None)
+                _parallelize(module, path, mesh, style)
+
+
+def _parallelize(module: nn.Module, path: str, mesh: DeviceMesh, style: ParallelStyle) -> None:
+    try:
+        parallelize_module(module, mesh, style, src_data_rank=None)
+    except Exception as error:  # PyTorch has several for a style that does not fit
+        reason = next(iter(str(error).strip().splitlines()), "")
+        raise PlanError(
+            f"the style {type(style).__name__} does not fit module {path!r}, a {type(module).__name__}:"
+            f" {type(error).__name__}: {reason}",
+            fix="ColwiseParallel and RowwiseParallel are for nn.Linear and nn.Embedding, SequenceParallel for norms;"
+            " or leave the module out of the plan",
+        ) from error
+
+
+def _example(model: nn.Module, axis: str) -> str:
+    """A plan in the model's own names, for a message."""
+    linear = [name for name, module in model.named_modules() if isinstance(module, nn.Linear)]
+    up, down = linear[:2] if len(linear) > 1 else ("up", "down")
+    return f'TensorParallel("{axis}", plan={{"{up}": "colwise", "{down}": "rowwise"}})'
 
 
 def _style(name: str, entry: Any) -> ParallelStyle | None:
@@ -113,14 +140,8 @@ def shardings(name: str, parameter: DTensor, mesh: Mesh) -> tuple[Sharding, ...]
     Raises:
         PlanError: a placement other than replicated or evenly sharded.
     """
-    axes = parameter.device_mesh.mesh_dim_names or ()
-    if len(axes) != len(parameter.placements):
-        raise PlanError(
-            f"parameter {name!r} is a DTensor on a DeviceMesh without axis names",
-            fix="pass mesh_dim_names=... to init_device_mesh",
-        )
     found = []
-    for axis, placement in zip(axes, parameter.placements, strict=True):
+    for axis, placement in zip(axis_names(parameter.device_mesh), parameter.placements, strict=True):
         if isinstance(placement, Replicate):
             continue
         # A subclass of Shard orders its parts otherwise than Sharding says.

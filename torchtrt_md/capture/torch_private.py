@@ -5,18 +5,27 @@ Tests in ``tests/capture/test_torch_private.py`` name the feature that goes when
 
 from __future__ import annotations
 
+import traceback
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from itertools import count
+from typing import Any
 
 import torch.distributed as dist
 import torch.distributed.distributed_c10d as c10d
+from torch import nn
 from torch._C._distributed_c10d import _unregister_process_group
 from torch._subclasses.fake_tensor import FakeTensorMode as FakeTensorMode
+from torch._subclasses.fake_tensor import is_fake as is_fake
 from torch.distributed.device_mesh import DeviceMesh
+from torch.fx.experimental.proxy_tensor import PythonKeyTracer
 from torch.testing._internal.distributed.fake_pg import FakeStore
 
+from torchtrt_md.graph.source import told_frames
+from torchtrt_md.mesh import axis_names
+
 _COORDINATE = "_coordinate_on_dim"
+_FRAMES = "_filter_traceback_frames"
 
 
 @contextmanager
@@ -64,6 +73,33 @@ def _no_launch() -> Iterator[None]:
 
 
 @contextmanager
+def as_written(model: nn.Module) -> Iterator[None]:
+    """The model without what ``torch.compile`` put in place of its calls, or of its submodules'.
+
+    Without it, ``model.forward = torch.compile(model.forward)``, the usual form in transformers, could not be captured:
+    the copy that is traced would call the compiled function, which is bound to the model itself.
+    """
+    held: list[tuple[nn.Module, str, Any]] = []
+    for module in model.modules():
+        forward: Any = vars(module).get("forward")
+        if hasattr(forward, "_torchdynamo_orig_callable"):
+            held.append((module, "forward", forward))
+            original = forward._torchdynamo_orig_callable
+            if getattr(original, "__func__", None) is type(module).forward:
+                del module.forward
+            else:
+                module.forward = original
+        if vars(module).get("_compiled_call_impl") is not None:
+            held.append((module, "_compiled_call_impl", module._compiled_call_impl))
+            module._compiled_call_impl = None
+    try:
+        yield
+    finally:
+        for module, name, value in held:
+            setattr(module, name, value)
+
+
+@contextmanager
 def coordinates(where: Mapping[str, int]) -> Iterator[None]:
     """Let DTensor believe that this process stands at these coordinates, by axis name.
 
@@ -73,8 +109,8 @@ def coordinates(where: Mapping[str, int]) -> Iterator[None]:
     """
 
     def read(device_mesh: DeviceMesh) -> tuple[int, ...] | None:
-        names = device_mesh.mesh_dim_names or ()
-        if names and all(name in where for name in names):
+        names = axis_names(device_mesh)
+        if all(name in where for name in names):
             return tuple(where[name] for name in names)
         own: tuple[int, ...] | None = device_mesh.__dict__[_COORDINATE]
         return own
@@ -87,3 +123,29 @@ def coordinates(where: Mapping[str, int]) -> Iterator[None]:
         yield
     finally:
         delattr(DeviceMesh, _COORDINATE)
+
+
+@contextmanager
+def told_stacks() -> Iterator[None]:
+    """Let nodes that are traced record the user's innermost frame, whatever its function is called.
+
+    PyTorch keeps frames of functions named ``forward`` only.  Without this, an error in a function that several
+    modules share would cite the line that calls it.
+    """
+
+    def keep(_: PythonKeyTracer, stack: traceback.StackSummary) -> traceback.StackSummary:
+        return traceback.StackSummary.from_list(told_frames(stack))
+
+    setattr(PythonKeyTracer, _FRAMES, keep)
+    try:
+        yield
+    finally:
+        delattr(PythonKeyTracer, _FRAMES)
+
+
+def root_mesh(device_mesh: DeviceMesh) -> DeviceMesh:
+    """The mesh that a slice such as ``mesh["tp"]`` was taken from.
+
+    Without it, a model that was parallelized on one axis of a larger mesh would need the mesh to be given again.
+    """
+    return device_mesh._get_root_mesh()

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import hashlib
-import traceback
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 
@@ -16,10 +15,12 @@ from torch.utils import _pytree as pytree
 
 from torchtrt_md.capture.arguments import Arguments, Scalar
 from torchtrt_md.capture.attention import WholeAttention
-from torchtrt_md.capture.torch_private import FakeTensorMode
+from torchtrt_md.capture.quiet import quiet
+from torchtrt_md.capture.torch_private import FakeTensorMode, told_stacks
+from torchtrt_md.capture.written_collectives import refuse_written
 from torchtrt_md.errors import CaptureError, MDError
 from torchtrt_md.graph.functional import functional, mutates
-from torchtrt_md.graph.source import MACHINERY, source_line
+from torchtrt_md.graph.source import error_line, source_line
 from torchtrt_md.program import Output, Source, Value, Weight, placeholders
 
 
@@ -97,7 +98,10 @@ def recorded(
         CaptureError: it does what cannot be one graph.
     """
     try:
-        graph = make_fx(call, tracing_mode="fake", _allow_non_fake_inputs=True, record_stack_traces=True)(*inputs)
+        with quiet(), told_stacks():
+            graph = make_fx(call, tracing_mode="fake", _allow_non_fake_inputs=True, record_stack_traces=True)(*inputs)
+            refuse_written(graph)
+            graph = functional(graph, inputs)
     except MDError:
         raise
     except Exception as error:  # whatever the model's code raised, the user's line is what helps
@@ -106,9 +110,8 @@ def recorded(
             f"{what} could not be traced: {type(error).__name__}: {reason}",
             fix="make the model's forward depend on shapes only, not on the values of tensors;"
             " under a plan, local shapes must fit it too",
-            at=(line or _user_line)(error),
+            at=(line or error_line)(error),
         ) from error
-    graph = functional(graph, inputs)
     _check(graph)
     return graph
 
@@ -174,14 +177,6 @@ def _check(graph: GraphModule) -> None:
                 fix="pass the buffer in and return the new value",
                 at=next(filter(None, lines), ""),
             )
-
-
-def _user_line(error: BaseException) -> str:
-    frames = traceback.extract_tb(error.__traceback__)
-    for frame in reversed(frames):
-        if not MACHINERY.search(frame.filename):
-            return f"{frame.filename}:{frame.lineno} in {frame.name}: {frame.line}"
-    return ""
 
 
 def same_graph(a: GraphModule, b: GraphModule) -> bool:

@@ -8,10 +8,13 @@ from typing import Any
 import torch
 import torch.distributed as dist
 from torch import Tensor, nn
+from torch.distributed.device_mesh import DeviceMesh
+from torch.distributed.tensor import DTensor
 from torch.utils import _pytree as pytree
 
 from torchtrt_md.bundle.from_program import manifest_of
 from torchtrt_md.capture import capture
+from torchtrt_md.capture.torch_private import root_mesh
 from torchtrt_md.choices import Choices
 from torchtrt_md.errors import LaunchError
 from torchtrt_md.launch import Launch
@@ -37,8 +40,8 @@ def compile(
             engines take weights as inputs they read the model's own.
         args: example positional arguments; tensors give the shapes and dtypes, all else is built in.
         kwargs: example keyword arguments.
-        options: as :class:`torchtrt_md.options.Options` has them; ``mesh`` is needed, and ``parallel`` where the
-            model is dense.
+        options: as :class:`torchtrt_md.options.Options` has them; where the model is dense
+            ``mesh`` and ``parallel`` are needed.
 
     Returns:
         A runner that is called like the model and returns what the model returns.
@@ -48,10 +51,7 @@ def compile(
         MDError: of the stage that failed, the same on every rank.
     """
     chosen = Options.of(options)
-    if chosen.mesh is None:
-        raise LaunchError("compile needs a mesh", fix="pass mesh=md.Mesh(cp=4), or the DeviceMesh of the launch")
-
-    mesh = chosen.mesh if isinstance(chosen.mesh, Mesh) else Mesh.from_device_mesh(chosen.mesh)
+    mesh = _mesh(chosen, model)
 
     def captured() -> ShardedProgram:
         return capture(model, args, kwargs, mesh=mesh, parallel=chosen.parallels)
@@ -62,10 +62,22 @@ def compile(
         if dist.get_rank() == 0:  # it runs the graphs of all ranks
             verify(program, model, args, kwargs)
 
-    dense = not any(hasattr(p, "device_mesh") for p in model.parameters())
+    dense = _own_mesh(model) is None
     return compile_program(
         captured, chosen, verify=verify if dense else None, name=type(model).__name__, store_weights=True
     )
+
+
+def _own_mesh(model: nn.Module) -> DeviceMesh | None:
+    """The mesh that ``parallelize_module`` was given; None of a dense model."""
+    return next((root_mesh(p.device_mesh) for p in model.parameters() if isinstance(p, DTensor)), None)
+
+
+def _mesh(options: Options, model: nn.Module) -> Mesh:
+    mesh = options.mesh or _own_mesh(model)
+    if mesh is None:
+        raise LaunchError("compile needs a mesh", fix="pass mesh=md.Mesh(cp=4), or the DeviceMesh of the launch")
+    return mesh if isinstance(mesh, Mesh) else Mesh.from_device_mesh(mesh)
 
 
 def compile_program(

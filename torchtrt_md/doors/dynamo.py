@@ -41,8 +41,8 @@ from torchtrt_md.capture.dynamo_private import (
     graph_break,
     outside_dynamo,
     passed_on,
-    root_mesh,
 )
+from torchtrt_md.capture.torch_private import root_mesh
 from torchtrt_md.doors.flat_call import Compiled, FlatCall
 from torchtrt_md.errors import CaptureError, MDError, OptionError, PlanError, VerificationError
 from torchtrt_md.launch import communicator

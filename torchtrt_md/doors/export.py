@@ -19,6 +19,7 @@ from torchtrt_md.bundle import check_destination, manifest, write_bundle
 from torchtrt_md.bundle.from_program import manifest_of
 from torchtrt_md.bundle.weights import save_weights
 from torchtrt_md.capture import capture
+from torchtrt_md.checks import check_export
 from torchtrt_md.choices import Choices
 from torchtrt_md.errors import BundleError
 from torchtrt_md.graph.json import graph_to_json
@@ -95,6 +96,21 @@ def export(
     Raises:
         MDError: of the stage that failed; nothing is written then.
     """
+    check_export(
+        model=model,
+        args=args,
+        kwargs=kwargs,
+        mesh=mesh,
+        parallel=parallel,
+        out=out,
+        target=target,
+        check=check,
+        placement=placement,
+        choices=choices,
+        dense=dense,
+        dump=dump,
+        progress=progress,
+    )
     out = Path(out)
     options = Options(mesh=mesh, parallel=parallel, placement=placement, compute=compute, target=target, check=check)
     check_destination(out)

@@ -21,6 +21,7 @@ from torch.utils import _pytree as pytree
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from torchtrt_md.capture.arguments import Arguments
+from torchtrt_md.checks import check_verify
 from torchtrt_md.errors import VerificationError
 from torchtrt_md.lowering import lower
 from torchtrt_md.program import Output, ShardedProgram, Weight, Weights, dtype_name, part
@@ -64,8 +65,10 @@ def verify(
         kwargs: keyword arguments.
 
     Raises:
+        OptionError: an argument of another type.
         VerificationError: the program computes something else, or less accurately.
     """
+    check_verify(program, model, args, kwargs)
     start = time.perf_counter()
     program = lower(program)
     kwargs = dict(kwargs or {})

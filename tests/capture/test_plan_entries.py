@@ -1,0 +1,187 @@
+"""Every entry of a context-parallel plan applies to something, or is refused or warned of by name."""
+
+from __future__ import annotations
+
+import warnings
+from typing import Any, NamedTuple
+
+import models
+import pytest
+import torch
+from torch import Tensor, nn
+
+import torchtrt_md as md
+from torchtrt_md.errors import PlanError, PlanWarning
+from torchtrt_md.program import ShardedProgram
+
+CP2 = md.Mesh(cp=2)
+X = torch.randn(2, 8, 4)
+
+
+class Pair(NamedTuple):
+    first: Tensor
+    second: Tensor
+
+
+class Block(nn.Module):
+    def forward(self, x: Tensor, mask: Tensor | None = None, **kwargs: Any) -> Pair:
+        bias = kwargs.get("bias", 0.0)
+        return Pair(x + 1, x * 2 + bias)
+
+
+class Model(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.blocks = nn.ModuleList([Block(), Block()])
+        self.proj = nn.Linear(4, 4)
+        self.unused = nn.Linear(4, 4)
+
+    def forward(self, x: Tensor, y: Tensor | None = None) -> Tensor:
+        for block in self.blocks:
+            x = block(x, bias=x * 3).second
+        result: Tensor = self.proj(x)
+        return result
+
+
+def capture(plan: dict[str, Any], x: Tensor = X, mesh: md.Mesh = CP2) -> ShardedProgram:
+    return md.capture(Model().eval(), (x,), mesh=mesh, parallel=md.ContextParallel("cp", plan=plan))
+
+
+WHOLE = {"": {"x": md.Split(1)}, "proj": md.Gather(1)}
+
+
+@pytest.mark.parametrize(
+    ("plan", "problem", "fix"),
+    [
+        ({"": {"x": md.Split(1, output=True)}}, "a result of the model by the name 'x'", "leave out output=True"),
+        ({"": {0: md.Split(1)}}, "splits 0 of the model, which is no argument's name; it takes x, y", "output=True"),
+        (
+            {**WHOLE, "": {"x": md.Split(1), 5: md.Split(1, output=True)}},
+            "result 5 of the model, .* one tensor",
+            "only",
+        ),
+        ({**WHOLE, "proj": [None, md.Gather(1)]}, "gathers result 1 of module 'proj', .* one tensor", "only"),
+        ({**WHOLE, "blocks.*": [None, None, md.Gather(1)]}, "result 2 of module 'blocks.0', .* 2 values", "from 0"),
+        (
+            {**WHOLE, "blocks.1": {"biass": md.Split(1)}},
+            "argument 'biass' of module 'blocks.1', .* never passed",
+            "x, m",
+        ),
+        ({"": {"x": md.Split(1, ndim=4)}, "proj": md.Gather(1)}, "nothing of Model; .*'x'.*: it has 3 dims", "split"),
+        ({"": {"y": md.Split(1)}}, "splits nothing of Model; argument 'y' of the model: it is not passed", "split"),
+        ({"proj": md.Gather(1)}, "the plan splits nothing of Model", "split"),
+        (
+            {"blocks.*": {"x": md.Split(1)}, "blocks.0": {"x": md.Split(1)}},
+            r"argument 'x' of module 'blocks.0' twice: by 'blocks.\*' and by 'blocks.0'",
+            "one of the two",
+        ),
+        ({"blocks.0": md.Gather(1), "*.0": md.Gather(1)}, "gathers result 0 of module 'blocks.0' twice", "one of the"),
+        (
+            {"": {"x": [md.Split(1), md.Split(1)]}},
+            "'x' of the model is one tensor, and the plan has 2 splits",
+            "for each",
+        ),
+        ({"": {"x": [md.Split(1, output=True)]}}, "does not say how to split a list", "one md.Split"),
+        ({}, r"the plan of ContextParallel\('cp'\) is empty", '"x": md.Split(1)'),
+    ],
+)
+def test_entries_that_cannot_apply(plan: dict[str, Any], problem: str, fix: str) -> None:
+    with pytest.raises(PlanError, match=problem) as caught:
+        capture(plan)
+    assert fix in caught.value.fix
+
+
+@pytest.mark.parametrize(
+    ("entries", "warning"),
+    [
+        ({"blocks.0": {"mask": md.Split(1)}}, "argument 'mask' of module 'blocks.0', .* it is not passed"),
+        ({"unused": md.Gather(1)}, "gathers result 0 of module 'unused', .* its module is never called"),
+        ({"": {"x": md.Split(1), "y": md.Split(1)}}, "argument 'y' of the model, .* it is not passed"),
+        ({"blocks.*": {"mask": md.Split(1, ndim=2)}}, r"argument 'mask' of module 'blocks.\*'"),
+    ],
+)
+def test_entries_that_did_not_apply_in_this_call_are_warned_of(entries: dict[str, Any], warning: str) -> None:
+    with pytest.warns(PlanWarning, match=warning) as caught:
+        capture({**WHOLE, **entries})
+    assert len(caught) == 1
+
+
+def test_an_argument_that_only_kwargs_takes_may_be_split_where_it_is_passed() -> None:
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        program = capture({"blocks.0": {"bias": md.Split(1), "x": md.Split(1)}, "proj": md.Gather(1)})
+    shards = program.graphs[0].graph.find_nodes(op="call_function", target=torch.ops.torchtrt_md.shard.default)
+    assert len(list(shards)) == 2
+
+
+def test_a_named_tuple_of_results_stays_one() -> None:
+    model = Model().eval()
+    plan = {"": {"x": md.Split(1)}, "blocks.1": [None, md.Gather(1)]}
+    program = md.lower(md.capture(model, (X,), mesh=CP2, parallel=md.ContextParallel("cp", plan=plan)))
+    assert md.verify(program, model, (X,)).error <= 1e-5
+
+
+def test_a_models_own_plan_may_have_entries_for_other_calls() -> None:
+    model, args, kwargs = models.wan()
+    with warnings.catch_warnings():
+        warnings.simplefilter("error", PlanWarning)
+        md.capture(model, args, kwargs, mesh=CP2, parallel=md.ContextParallel("cp"))
+
+
+def test_on_one_rank_a_plan_is_checked_as_on_more() -> None:
+    with pytest.raises(PlanError, match="gathers result 1 of module 'proj'"):
+        capture({**WHOLE, "proj": [None, md.Gather(1)]}, mesh=md.Mesh(cp=1))
+    capture(WHOLE, mesh=md.Mesh(cp=1))
+
+
+def test_a_hint_in_the_models_own_names() -> None:
+    model, args, _ = models.mlp()
+    with pytest.raises(PlanError) as caught:
+        md.capture(model, args, mesh=md.Mesh(seq=2), parallel=md.ContextParallel("seq"))
+    assert 'ContextParallel("seq", plan={"": {"x": md.Split(1)}, "down": md.Gather(1)})' in caught.value.fix
+    with pytest.raises(PlanError) as caught:
+        md.capture(model, args, mesh=md.Mesh(tp=2), parallel=md.TensorParallel("tp"))
+    assert 'TensorParallel("tp", plan={"up": "colwise", "down": "rowwise"})' in caught.value.fix
+
+
+class ClassToken(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.token = nn.Parameter(torch.zeros(1, 1, 4))
+        self.block = nn.Linear(4, 4)
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = torch.cat([self.token.expand(x.shape[0], -1, -1), x], dim=1)
+        result: Tensor = self.block(x)
+        return result
+
+
+def test_a_length_that_the_model_makes_is_not_to_be_padded() -> None:
+    parallel = md.ContextParallel("cp", plan={"block": {"input": md.Split(1)}})
+    with pytest.raises(
+        PlanError, match=r"argument 'input' of module 'block' has 9 on dim 1, .* the 2 ranks of axis 'cp': 1 left over"
+    ) as caught:
+        md.capture(ClassToken(), (X,), mesh=CP2, parallel=parallel)
+    assert "pad to" not in caught.value.fix
+    assert "class token, counts and cannot be padded" in caught.value.fix
+    assert "an axis of 3 or 9 ranks" in caught.value.fix
+    assert "in forward: result: Tensor = self.block(x)" in caught.value.at
+
+
+@pytest.mark.parametrize(
+    ("kind", "given", "problem"),
+    [
+        (md.Split, {"dim": "1"}, "a Split has the dim '1'"),
+        (md.Split, {"dim": True}, "a Split has the dim True"),
+        (md.Split, {"dim": 1, "output": 1}, "a Split has output=1"),
+        (md.Split, {"dim": 1, "ndim": "3"}, "a Split has ndim='3'"),
+        (md.Gather, {"dim": None}, "a Gather has the dim None"),
+        (md.ContextParallel, {"axis": 0}, "the axis of ContextParallel is 0"),
+        (md.ContextParallel, {"axis": "cp", "plan": ["x"]}, "the plan of ContextParallel.* is a list"),
+        (md.TensorParallel, {"axis": "tp", "plan": {0: "colwise"}}, "names a module 0"),
+        (md.DataParallel, {"axis": None}, "the axis of DataParallel is None"),
+    ],
+)
+def test_wrong_types_in_a_plan(kind: type, given: dict[str, Any], problem: str) -> None:
+    with pytest.raises(PlanError, match=problem):
+        kind(**given)

@@ -1,0 +1,169 @@
+"""What the arguments of the stages must be, checked before anything is done with them.
+
+A wrong type would otherwise be an error from deep inside, or no error at all.  All raise OptionError, which names the
+argument and says what to pass.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from torchtrt_md.errors import OptionError
+from torchtrt_md.mesh import Mesh
+from torchtrt_md.parallel import PARALLELS, Parallel
+
+PLACEMENTS = ("auto", "engine", "split")
+
+
+def check_call(model: object, args: object, kwargs: object) -> None:
+    """A model, and the arguments to call it with."""
+    from torch import Tensor, nn
+
+    if isinstance(model, type) and issubclass(model, nn.Module):
+        raise refused("model", f"the class {model.__name__}", f"an instance of it: {model.__name__}(...)")
+    check_type("model", model, nn.Module, "a torch.nn.Module")
+    check_type(
+        "args", args, (tuple, list), "args=(x,)" if isinstance(args, Tensor) else "a tuple of tensors and values"
+    )
+    if kwargs is not None:
+        check_type("kwargs", kwargs, Mapping, "a dict: the name of an argument -> its value")
+        assert isinstance(kwargs, Mapping)
+        for name in kwargs:
+            check_type("kwargs", name, str, "the names of arguments as its keys")
+
+
+def check_mesh(mesh: object) -> None:
+    """The mesh of a launch."""
+    allowed = "a Mesh: Mesh(cp=4)"
+    if isinstance(mesh, str):
+        allowed = f"Mesh.parse({mesh!r})"
+    elif hasattr(mesh, "mesh_dim_names"):
+        allowed = "Mesh.from_device_mesh(...) of it"
+    check_type("mesh", mesh, Mesh, allowed)
+
+
+def as_parallels(parallel: object) -> tuple[Parallel, ...]:
+    """What is parallel, given as one or as several."""
+    several = tuple(parallel) if isinstance(parallel, (tuple, list)) else (parallel,)
+    for one in several:
+        check_type("parallel", one, PARALLELS, 'ContextParallel("cp"), TensorParallel("tp"), or a list of such')
+    return several
+
+
+def check_weights(weights: object) -> None:
+    """Dense weights by name."""
+    from torch import Tensor
+
+    if weights is not None:
+        check_type("weights", weights, Mapping, "what state_dict() of the dense model returns")
+        assert isinstance(weights, Mapping)
+        for value in weights.values():
+            check_type("weights", value, Tensor, "tensors by name, as state_dict() of the dense model returns them")
+
+
+def check_lower(program: object, placement: object, exchanges: object, dump: object) -> None:
+    """The arguments of ``lower``."""
+    from torchtrt_md.lowering.passes import Exchange
+
+    check_program(program)
+    check_choice("placement", placement, PLACEMENTS[1:])
+    if exchanges is not None:
+        check_type("exchanges", exchanges, Mapping, "a dict: attention_key -> Exchange")
+        assert isinstance(exchanges, Mapping)
+        for value in exchanges.values():
+            check_type("exchanges", value, Exchange, "a lowering.passes.Exchange for each attention_key")
+    if dump is not None:
+        check_folder("dump", dump)
+
+
+def check_verify(program: object, model: object, args: object, kwargs: object) -> None:
+    """The arguments of ``verify``."""
+    check_program(program)
+    check_call(model, args, kwargs)
+
+
+def check_build(program: object, folder: object, target: object, ranks: object, progress: object) -> None:
+    """The arguments of ``build``."""
+    check_program(program)
+    check_folder("folder", folder)
+    check_type("target", target, str, '"portable", "current" or a GPU such as "sm90"')
+    if ranks is not None:
+        check_type("ranks", ranks, (list, tuple, set, frozenset, range), "a list of ranks")
+        for rank in ranks:  # type: ignore[attr-defined]
+            check_choice("ranks", rank, range(program.mesh.size))  # type: ignore[attr-defined]
+    if not callable(progress):
+        raise refused("progress", _shown(progress), "a function that takes one line of text")
+
+
+def check_export(
+    *,
+    model: object,
+    args: object,
+    kwargs: object,
+    mesh: object,
+    parallel: object,
+    out: object,
+    target: object,
+    check: object,
+    placement: object,
+    choices: object,
+    dense: object,
+    dump: object,
+    progress: object,
+) -> None:
+    """The arguments of ``export``."""
+    from torch import nn
+
+    from torchtrt_md.choices import Choices
+
+    check_call(model, args, kwargs)
+    check_mesh(mesh)
+    as_parallels(parallel)
+    check_folder("out", out)
+    check_type("target", target, str, '"portable", "current" or a GPU such as "sm90"')
+    check_choice("check", check, (True, False))
+    check_choice("placement", placement, PLACEMENTS)
+    if choices is not None:
+        check_type("choices", choices, Choices, "the choices of a runner that md.compile(..., tune=True) made")
+    if dense is not None:
+        check_type("dense", dense, nn.Module, "the dense model, as it was before parallelize_module")
+    if dump is not None:
+        check_folder("dump", dump)
+    if not callable(progress):
+        raise refused("progress", _shown(progress), "a function that takes (stage, detail, seconds)")
+
+
+def check_program(program: object) -> None:
+    """A captured or lowered program."""
+    from torchtrt_md.program import ShardedProgram
+
+    check_type("program", program, ShardedProgram, "what torchtrt_md.capture or torchtrt_md.lower returned")
+
+
+def check_folder(name: str, value: object) -> None:
+    """A folder, as text or a path."""
+    check_type(name, value, (str, Path), "a folder, as text or a pathlib.Path")
+
+
+def check_choice(name: str, value: object, choices: Any) -> None:
+    """One of a few values."""
+    # 1 == True, but is another choice.
+    if not any(type(value) is type(choice) and value == choice for choice in choices):
+        raise refused(name, _shown(value), " or ".join(map(repr, choices)))
+
+
+def check_type(name: str, value: object, types: type | tuple[type, ...], allowed: str) -> None:
+    """An instance of one of the types; ``allowed`` says in words what that is."""
+    if not isinstance(value, types):
+        raise refused(name, _shown(value), allowed)
+
+
+def refused(name: str, shown: str, allowed: str) -> OptionError:
+    """The error for an argument that is something else than what it may be."""
+    return OptionError(f"{name!r} cannot be {shown}", fix=f"pass {allowed}")
+
+
+def _shown(value: object) -> str:
+    return repr(value) if isinstance(value, (str, int, float, type(None))) else f"a {type(value).__name__}"
