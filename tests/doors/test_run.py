@@ -91,17 +91,18 @@ def test_the_example_must_be_the_bundle_s() -> None:
 
 
 def rank_reports(*errors: float) -> list[RankReport]:
+    places = {"y": "at [0]"}
     return [
-        RankReport(rank, "host", "H200", 1 << 20, {"y": error}, Timing.of([1.0 + rank, 2.0 + rank, 9.0]))
+        RankReport(rank, "host", "H200", 1 << 20, {"y": error}, Timing.of([1.0 + rank, 2.0 + rank, 9.0]), places)
         for rank, error in enumerate(errors)
     ]
 
 
 def test_the_worst_rank_is_named() -> None:
-    compared = Comparison("float64", {"y": 4e-3}, {"y": 6e-3}, {})
+    compared = Comparison("float64", {"y": 4e-3}, {"y": 6e-3}, {}, {})
     check_errors(rank_reports(5e-3, 6e-3), compared)
     for wrong in (7e-3, float("inf")):
-        with pytest.raises(VerificationError, match=r"output 'y' of rank 1 .* 0.006 is allowed"):
+        with pytest.raises(VerificationError, match=r"output 'y' of rank 1 .* 0.006 is allowed.*; at \[0\]"):
             check_errors(rank_reports(5e-3, wrong), compared)
 
 

@@ -26,8 +26,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-import torch.distributed as dist
-from torch import Tensor, nn
+from torch import nn
 from torch.distributed.tensor.parallel import ColwiseParallel, RowwiseParallel, parallelize_module
 
 import torchtrt_md as md
@@ -102,9 +101,7 @@ def through(door: Door, at: Rank) -> Found:
             found.message = f"runs as {', '.join(sorted(ran))}"
         else:
             runner = None
-            compiled = torch.compile(
-                sharded(model, door.how, at), backend="torchtrt_md", options=door.options(at.size)
-            )
+            compiled = torch.compile(sharded(model, door.how, at), backend="torchtrt_md", options=door.options(at.size))
             with torch.no_grad():
                 results = [first_tensor(compiled(*args, **kwargs)).clone() for _ in range(4)]
     at.synchronize()

@@ -48,7 +48,7 @@ def graph_of(part: Part) -> torch.fx.GraphModule:
 
 def assert_computes_the_same(placed: PlacedProgram) -> None:
     program, inputs = placed.program, random_inputs(placed.program)
-    wide = Precision(torch.float32, torch.float64)
+    wide = Precision(torch.float64)
     expected, found = simulate(program, inputs, precision=wide), simulate(joined(placed), inputs, precision=wide)
     for rank, (want, have) in enumerate(zip(expected, found, strict=True)):
         for a, b in zip(want, have, strict=True):

@@ -1,76 +1,249 @@
-"""The dense model as a reference, on the CPU: the same code that runs it on a GPU."""
+"""The comparer: no part of a tensor hides an error, and rounding is not taken for one."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
 
 import pytest
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
-from torchtrt_md.errors import VerificationError
-from torchtrt_md.verification.compare import FP32_TOLERANCE, check_useful, dense_reference, limit, relative_error
+from torchtrt_md.verification import compare
+from torchtrt_md.verification.compare import (
+    FP32_TOLERANCE,
+    engine_ratio,
+    limit,
+    ratio,
+    relative_error,
+    rounding,
+    structure,
+    structure_tolerance,
+)
 
-CPU = torch.device("cpu")
-
-
-def first(returned: Tensor) -> dict[str, Tensor]:
-    return {"y": returned}
-
-
-class Model(nn.Module):
-    """A linear layer that may hold on to a dtype, as models do that cast inside."""
-
-    def __init__(self, dtype: torch.dtype, inner: torch.dtype | None = None) -> None:
-        super().__init__()
-        torch.manual_seed(0)
-        self.linear = nn.Linear(64, 64, dtype=dtype)
-        self.inner = inner
-
-    def forward(self, x: Tensor, *, scale: float) -> Tensor:
-        result: Tensor = self.linear(x if self.inner is None else x.to(self.inner)) * scale
-        return result
+EXACT = structure_tolerance(torch.float64)
+FP64 = torch.finfo(torch.float64).eps
+DTYPES = [torch.bfloat16, torch.float16, torch.float32]
+BATCH, TOKENS, HEADS, WIDTH = 2, 24, 4, 16
 
 
-@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float32])
-def test_the_reference_is_finer_than_the_model(dtype: torch.dtype) -> None:
-    model, x = Model(dtype), torch.randn(8, 64, dtype=dtype)
-    exact = nn.functional.linear(x.double(), model.linear.weight.double(), model.linear.bias.double()) * 2
-    reference = dense_reference(model, (x,), {"scale": 2}, first, CPU)
-    assert reference.precision == reference.outputs["y"].dtype == torch.float64
-    assert relative_error(reference.outputs["y"], exact.detach()) < 1e-12
-    eps = torch.finfo(dtype).eps
-    assert eps / 20 < reference.dense_errors["y"] < 2 * eps
+class Outputs:
+    """Products of random operands: the reference, the dense model's own, and a program's, whose sums are halved."""
+
+    def __init__(self, dtype: torch.dtype, seed: int = 0, *, masked: bool = False, tokens: int = TOKENS) -> None:
+        generator = torch.Generator().manual_seed(seed)
+        x = torch.randn(BATCH, tokens, 256, generator=generator)
+        w = torch.randn(HEADS * WIDTH, 256, generator=generator) / 16
+        x[:, tokens // 2] *= 1e-3  # a token and a channel of another scale
+        w[3] *= 1e3
+        x, w = x.to(dtype), w.to(dtype)
+        self.dtype, self.finer = dtype, FP64 / torch.finfo(dtype).eps
+        self.reference, self.dense = (self._product(x.to(d), w.to(d)) for d in (torch.float64, dtype))
+        self.exact, self.program = (self._halves(x.to(d), w.to(d)) for d in (torch.float64, dtype))
+        if masked:
+            for t in (self.reference, self.dense, self.exact, self.program):
+                t[..., -3:] = torch.finfo(dtype).min
+                t[0, 1, 0, :2] = -torch.inf
+
+    @staticmethod
+    def _product(x: Tensor, w: Tensor) -> Tensor:
+        return (x @ w.t()).reshape(*x.shape[:-1], HEADS, WIDTH)
+
+    def _halves(self, x: Tensor, w: Tensor) -> Tensor:
+        (a, b), (c, d) = x.chunk(2, -1), w.chunk(2, -1)
+        return self._product(a.contiguous(), c.contiguous()) + self._product(b.contiguous(), d.contiguous())
+
+    def structure(self, value: Tensor) -> float:
+        return structure(value, self.reference, self.dense, self.finer).error
+
+    def rounding(self, value: Tensor) -> float:
+        return rounding(value.to(self.dtype), self.reference, self.dense, self.dtype).error
 
 
-def test_a_model_that_cannot_run_in_fp64_runs_in_fp32() -> None:
-    reference = dense_reference(
-        Model(torch.bfloat16, torch.float32).to(torch.float32), (torch.randn(8, 64),), {"scale": 2}, first, CPU
-    )
-    assert reference.precision == reference.outputs["y"].dtype == torch.float32
-    assert reference.dense_errors["y"] == 0.0
+@pytest.mark.parametrize("masked", [False, True])
+@pytest.mark.parametrize("seed", range(4))
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_no_right_program_is_refused(dtype: torch.dtype, seed: int, masked: bool) -> None:
+    for tokens in (2, TOKENS):
+        made = Outputs(dtype, seed, masked=masked, tokens=tokens)
+        assert made.structure(made.exact) < EXACT / 10
+        assert made.rounding(made.program) <= ratio(dtype)
+        assert made.rounding(made.dense) <= ratio(dtype)
+        assert relative_error(made.exact, made.reference) < 1e-13
+        assert relative_error(made.program, made.dense) < 8 * torch.finfo(dtype).eps
 
 
-def test_a_model_that_runs_in_neither() -> None:
-    model = Model(torch.bfloat16, torch.bfloat16)
-    with pytest.raises(VerificationError, match=r"Model gives no reference: in torch.float64: .*; in torch.float32: "):
-        dense_reference(model, (torch.randn(8, 64),), {"scale": 2}, first, CPU)
+def _scaled(where: Callable[[Tensor], Tensor]) -> Callable[[Tensor, float], Tensor]:
+    return lambda t, size: torch.where(where(t), t * (1 + size), t)
 
 
-def test_integer_outputs_are_those_of_the_model_s_own_dtype() -> None:
-    class Pick(nn.Module):
-        def forward(self, x: Tensor) -> Tensor:
-            return x.argmax(-1)
+def _at(*index: int | slice) -> Callable[[Tensor], Tensor]:
+    def where(t: Tensor) -> Tensor:
+        mask = torch.zeros_like(t, dtype=torch.bool)
+        mask[index] = True
+        return mask & t.isfinite()
 
-    x = torch.randn(8, 64)
-    reference = dense_reference(Pick(), (x,), {}, first, CPU)
-    assert torch.equal(reference.outputs["y"], x.argmax(-1))
-    assert reference.dense_errors["y"] == 0.0
+    return where
 
 
-def test_errors() -> None:
-    x = torch.randn(64, dtype=torch.float64)
+def _flipped(t: Tensor, _: float) -> Tensor:
+    return torch.where(_at(0, 5, 2, 7)(t), -t, t)
+
+
+def _swapped(t: Tensor, _: float) -> Tensor:
+    """Two tokens of about the same norm."""
+    order = list(range(t.shape[1]))
+    order[4], order[6] = 6, 4
+    return t[:, order]
+
+
+def _small(t: Tensor) -> Tensor:
+    return (t.abs() < t.abs().median()) & t.isfinite()
+
+
+FAULTS: dict[str, Callable[[Tensor, float], Tensor]] = {
+    "an element": _scaled(_at(1, 3, 2, 9)),
+    "a row": _scaled(_at(0, 7, 1)),
+    "a token": _scaled(_at(slice(None), 9)),
+    "a small token": _scaled(_at(slice(None), TOKENS // 2)),
+    "a head": _scaled(_at(slice(None), slice(None), 2)),
+    "a channel": _scaled(_at(slice(None), slice(None), 1, 5)),
+    "a rank's part": _scaled(_at(slice(None), slice(TOKENS // 2, None))),
+    "the small half": _scaled(_small),
+    "beside the masked": _scaled(lambda t: (t > -1e4) & (torch.arange(WIDTH) > WIDTH - 6)),
+}
+
+
+@pytest.mark.parametrize("size", [1.0, 1e-6])
+@pytest.mark.parametrize("fault", FAULTS)
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_structure_finds_an_error_in_any_part(dtype: torch.dtype, fault: str, size: float) -> None:
+    for masked in (False, True):
+        made = Outputs(dtype, masked=masked)
+        assert made.structure(FAULTS[fault](made.exact, size)) > EXACT
+
+
+# An element alone may be off by some roundings; a part of many elements less so.  A token of a much smaller scale than
+# the others is left to structure: other tokens' small elements, of its magnitude, round as much as it is large.
+@pytest.mark.parametrize("fault", [fault for fault in FAULTS if fault != "a small token"])
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_rounding_finds_what_is_larger_than_rounding(dtype: torch.dtype, fault: str) -> None:
+    for masked in (False, True):
+        made = Outputs(dtype, masked=masked)
+        size = {torch.bfloat16: 0.25, torch.float16: 0.03, torch.float32: 1e-2}[dtype]
+        assert made.rounding(FAULTS[fault](made.program.double(), size)) > ratio(dtype)
+        assert relative_error(FAULTS[fault](made.exact, 0.5), made.reference) > 1e-2
+
+
+@pytest.mark.parametrize("change", [_flipped, _swapped])
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_signs_and_order_are_seen(dtype: torch.dtype, change: Callable[[Tensor, float], Tensor]) -> None:
+    for masked in (False, True):
+        made = Outputs(dtype, masked=masked)
+        assert made.structure(change(made.exact, 0)) > EXACT
+        assert made.rounding(change(made.program, 0)) > ratio(dtype)
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_small_elements_set_to_zero_are_seen(dtype: torch.dtype) -> None:
+    made = Outputs(dtype)
+    small = made.reference.abs() < made.reference.abs().quantile(0.05)
+    assert made.structure(made.exact.masked_fill(small, 0)) > EXACT
+    assert made.structure(made.exact.masked_fill(made.reference.abs() == made.reference.abs().min(), 0)) > EXACT
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_what_cancels_has_the_error_of_its_terms(dtype: torch.dtype) -> None:
+    """Rows that are almost zero after a subtraction: their errors are those of what was subtracted."""
+    generator = torch.Generator().manual_seed(0)
+    x = torch.randn(64, 256, generator=generator).to(dtype)
+
+    def centred(x: Tensor, order: Tensor) -> Tensor:
+        x = torch.cat([x[:32], torch.ones_like(x[32:]) / 3])
+        return x - x[:, order].sum(-1, keepdim=True) / 256
+
+    plain, shuffled = torch.arange(256), torch.randperm(256, generator=generator)
+    reference, dense = centred(x.double(), plain), centred(x, plain)
+    finer = FP64 / torch.finfo(dtype).eps
+    assert structure(centred(x.double(), shuffled), reference, dense, finer).error < EXACT
+    assert rounding(centred(x, shuffled), reference, dense, dtype).error <= ratio(dtype)
+
+
+def test_zeros_and_nothing() -> None:
+    x = torch.zeros(4, 8, dtype=torch.float64)
+    assert relative_error(x, x) == structure(x, x, x.float(), 1e-9).error == 0.0
+    assert rounding(x.float(), x, x.float(), torch.float32).error == 0.0
+    wrong = x.clone()
+    wrong[2, 3] = 1e-6
+    assert relative_error(wrong, x) == structure(wrong, x, x.float(), 1e-9).error == float("inf")
+    assert rounding(wrong.float(), x, x.float(), torch.float32).error == float("inf")
+    half = torch.randn(4, 8, dtype=torch.float64)
+    half[2:] = 0
+    wrong = half.clone()
+    wrong[3, 1] = 1e-6
+    assert structure(half, half, half.float(), 1e-9).error == 0.0
+    found = structure(wrong, half, half.float(), 1e-9)
+    assert found.error > EXACT
+    assert found.place == "at [3, 1] it is 1e-06 and should be 0"
+    assert relative_error(x[:0], x[:0]) == 0.0
+    assert relative_error(x[0, 0], x[0, 0]) == 0.0
+
+
+def test_what_is_not_finite() -> None:
+    x = torch.randn(4, 8, dtype=torch.float64)
+    x[0, 0], x[1, 1] = torch.inf, torch.nan
+    assert relative_error(x, x) == 0.0
+    for index, value in (((0, 0), -torch.inf), ((0, 0), 1.0), ((1, 1), 1.0), ((2, 2), torch.nan), ((3, 3), torch.inf)):
+        wrong = x.clone()
+        wrong[index] = value
+        assert relative_error(wrong, x) == float("inf")
+    overflown = torch.full((4,), 1e5, dtype=torch.float64)
+    for program in (torch.full((4,), torch.inf).half(), torch.full((4,), 65504.0).half()):
+        assert rounding(program, overflown, overflown.half(), torch.float16).error == pytest.approx(0, abs=100)
+
+
+def test_the_place_is_named() -> None:
+    made = Outputs(torch.bfloat16)
+    wrong = FAULTS["a head"](made.program.double(), 1.0)
+    found = rounding(wrong.bfloat16(), made.reference, made.dense, torch.bfloat16)
+    assert "index 2 of dim 2" in found.place
+    assert f"and should be {found.expected:.9g}" in found.place
+    assert found.index is not None
+    assert found.index[2] == 2
+    assert "of shape [2] and" not in compare.SAME.place
+
+
+def test_integers() -> None:
+    x = torch.arange(100)
+    assert relative_error(x, x) == 0.0
+    wrong = x.clone()
+    wrong[7] = 0
+    assert relative_error(wrong, x) == 0.01
+    assert structure(wrong, x, x, 1.0).error == 0.0, "a near tie"
+    assert structure(wrong[:8], x[:8] + 0, x[:8], 1.0).place == ""
+    assert structure(x + 1, x, x, 1.0).error == float("inf")
+    assert structure(x[:1] + 1, x[:1], x[:1], 1.0).error == float("inf")
+
+
+def test_complex_numbers() -> None:
+    x = torch.randn(16, 16, dtype=torch.complex128)
+    assert structure(x + 1e-17, x, x.to(torch.complex64), 1e-9).error < EXACT
+    for wrong in (x.conj(), x * 1j, x * (1 + 1e-6)):
+        assert structure(wrong, x, x.to(torch.complex64), 1e-9).error > EXACT
+
+
+def test_errors_are_relative() -> None:
+    x = torch.randn(64, 64, dtype=torch.float64)
     assert relative_error(x.float(), x) < 1e-7
-    assert relative_error(x * 1.01, x) == pytest.approx(0.01)
+    assert relative_error(x * 1.01, x) == pytest.approx(0.01, rel=0.5)
     assert relative_error(x[:3], x) == float("inf")
     assert relative_error(torch.full_like(x, float("nan")), x) == float("inf")
-    assert relative_error(torch.tensor([1, 2, 3, 4]), torch.tensor([1, 2, 3, 5])) == 0.25
+
+
+def test_blocks_are_joined(monkeypatch: pytest.MonkeyPatch) -> None:
+    made = Outputs(torch.bfloat16)
+    whole = made.rounding(made.program), made.structure(FAULTS["a row"](made.exact, 1.0))
+    monkeypatch.setattr(compare, "_BLOCK", 300)
+    assert (made.rounding(made.program), made.structure(FAULTS["a row"](made.exact, 1.0))) == pytest.approx(whole)
 
 
 def test_limits() -> None:
@@ -78,23 +251,4 @@ def test_limits() -> None:
     assert limit(torch.float32, 1e-7) == FP32_TOLERANCE
     assert limit(torch.float32, 4e-3) == pytest.approx(6e-3), "computed in 16 bits and returned in 32"
     assert limit(torch.int64, 0.0) == 0.0
-
-
-@pytest.mark.parametrize(("value", "message"), [(0.0, "is all zeros"), (float("nan"), "is not finite")])
-def test_a_useless_reference(value: float, message: str) -> None:
-    with pytest.raises(VerificationError, match=message):
-        check_useful({"y": torch.full((3,), value)})
-
-
-def test_tf32_is_off_meanwhile_and_then_as_it_was() -> None:
-    seen = []
-
-    class Look(nn.Module):
-        def forward(self, x: Tensor) -> Tensor:
-            seen.append((torch.backends.cuda.matmul.allow_tf32, torch.backends.cudnn.allow_tf32))
-            return x
-
-    before = torch.backends.cuda.matmul.allow_tf32, torch.backends.cudnn.allow_tf32
-    dense_reference(Look(), (torch.ones(2),), {}, first, CPU)
-    assert set(seen) == {(False, False)}
-    assert (torch.backends.cuda.matmul.allow_tf32, torch.backends.cudnn.allow_tf32) == before
+    assert ratio(torch.bfloat16) == engine_ratio(torch.bfloat16) < ratio(torch.float32) < engine_ratio(torch.float32)

@@ -228,23 +228,24 @@ def test_poison_spreads() -> None:
         assert result.isnan().all()
 
 
-WIDE = Precision(torch.bfloat16, torch.float64)
+WIDE = Precision(torch.float64)
 
 
 def test_what_the_program_narrows_is_computed_wide() -> None:
-    """Weights, constants, casts and collectives alike; what has another dtype stays."""
+    """Weights, constants, casts, promotions and collectives alike; integers stay, and what is made of them is wide."""
     constant = torch.tensor([1 / 3] * 4).bfloat16()
 
     def forward(x: Tensor, y: Tensor, n: Tensor) -> list[Tensor]:
         cast = y.to(torch.bfloat16) / 3
         made = torch.full((4,), 1 / 3, dtype=torch.bfloat16)
         joined = torch.cat([x, constant]) * 2
-        return [total(x / 3), cast, made, joined, total(constant), y / 3, n + 1]
+        promoted = (x * y) @ (x.float() / 3).unsqueeze(1)
+        return [total(x / 3), cast, made, joined, total(constant), y / 3, n + 1, promoted, n / 3]
 
     x, y, n = torch.tensor([1.0, 2, 3, 4]).bfloat16(), torch.tensor([1.0, 2, 3, 4]), torch.arange(4)
     graph = graphs.trace(forward, x, y, n)
     narrow = graphs.run_ranks(graph, CP, x, y, n)
-    assert [t.dtype for t in narrow[0]] == [torch.bfloat16] * 5 + [torch.float32, torch.int64]
+    assert [t.dtype for t in narrow[0]] == [*[torch.bfloat16] * 5, torch.float32, torch.int64, *[torch.float32] * 2]
     exact = x.double()
     for wide in graphs.run_ranks(graph, CP, x, y, n, precision=WIDE):
         expected = [
@@ -253,11 +254,13 @@ def test_what_the_program_narrows_is_computed_wide() -> None:
             torch.full((4,), 1 / 3).double(),
             torch.cat([exact, constant.double()]) * 2,
             constant.double() * 2,
-            y / 3,
+            exact / 3,
             n + 1,
+            (exact * exact) @ (exact / 3).unsqueeze(1),
+            n.double() / 3,
         ]
         for number, (a, b) in enumerate(zip(wide, expected, strict=True)):
-            torch.testing.assert_close(a, b, rtol=1e-7 if number == 2 else 1e-15, atol=0)
+            torch.testing.assert_close(a, b, rtol=1e-7 if number in (2, 8) else 1e-15, atol=0)
     assert not narrow[0][0].double().equal(exact / 3 * 2)
 
 

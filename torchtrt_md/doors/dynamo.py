@@ -49,6 +49,7 @@ from torchtrt_md.launch import communicator
 from torchtrt_md.lowering.ops import use_device_mesh
 from torchtrt_md.options import Options
 from torchtrt_md.program import Coordinate, Output, ShardedProgram, Value, Weight, outputs_of, placeholders
+from torchtrt_md.verification.compare import relative_error
 
 if TYPE_CHECKING:
     from torchtrt_md.runtime.graphs import Budget
@@ -463,12 +464,5 @@ def _limit(program: ShardedProgram) -> float:
 
 
 def _close(a: Tensor, b: Tensor, limit: float) -> bool:
-    """Equal up to ``limit``; what is not finite is equal in place and kind."""
-    if not a.is_floating_point():
-        return torch.equal(a, b)
-    a, b = a.double(), b.double()
-    finite = a.isfinite()
-    if not torch.equal(finite, b.isfinite()) or not torch.equal(a[~finite].nan_to_num(), b[~finite].nan_to_num()):
-        return False
-    difference, size = (torch.linalg.vector_norm(t[finite]) for t in (a - b, b))
-    return bool(difference <= limit * size)
+    """Equal up to ``limit`` in every part; what is not finite is equal in place and kind."""
+    return relative_error(a, b) <= (limit if a.is_floating_point() or a.is_complex() else 0.0)

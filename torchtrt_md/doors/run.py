@@ -24,11 +24,12 @@ from torchtrt_md.bundle.read import manifest_digest, read_manifest
 from torchtrt_md.bundle.structure import mesh_of
 from torchtrt_md.doors.load import load
 from torchtrt_md.errors import InputError, LaunchError, MDError, VerificationError
-from torchtrt_md.program import dtype_name, part
+from torchtrt_md.program import part
 from torchtrt_md.runtime.report import RankReport, Timing, rank_report, report
 from torchtrt_md.runtime.runner import Runner
 from torchtrt_md.runtime.signature import Signature
-from torchtrt_md.verification.compare import Reference, dense_reference, limit, relative_error
+from torchtrt_md.verification.compare import engine_ratio, rounding
+from torchtrt_md.verification.dense import Reference, dense_reference, precision_name
 
 WARM_UP = 5
 _SHUTDOWN_SECONDS = 30.0
@@ -37,12 +38,17 @@ app = typer.Typer(add_completion=False, pretty_exceptions_enable=False)
 
 
 class Comparison(NamedTuple):
-    """What was compared: nothing, where ``reference`` is None."""
+    """What was compared, by output: nothing, where ``reference`` is None.
+
+    An error is that of the output's worst part: the dense model's own, times how many times further off the engine is
+    there.  ``places`` says which part, and both values.
+    """
 
     reference: str | None
     dense_errors: dict[str, float]
     limits: dict[str, float]
     errors: dict[str, float]
+    places: dict[str, str]
 
 
 @app.command()
@@ -103,12 +109,12 @@ def run_bundle(
     runner = load(bundle, device=device, timeout=timeout, check="first", cuda_graph=cuda_graph)
     if verify is None:
         inputs = random_inputs(runner.signature, runner.rank, device, seed)
-        compared = Comparison(None, {}, {}, {})
+        compared = Comparison(None, {}, {}, {}, {})
         _check_finite(runner, runner(**inputs))
     else:
         inputs, compared = _compare(runner, verify, seed, model_device)
     timing = _time(runner, inputs, iterations) if iterations else None
-    mine = rank_report(runner, bundle, compared.errors, timing)
+    mine = rank_report(runner, bundle, compared.errors, timing, compared.places)
     ranks = runner.agreement.gather(mine, "the ranks' reports")
     whole = report(
         runner.manifest,
@@ -203,7 +209,7 @@ def check_errors(ranks: Sequence[RankReport], compared: Comparison) -> None:
             problems.append(
                 f"output {name!r} of rank {worst.rank} differs from the dense model in {compared.reference} by"
                 f" {worst.errors[name]:.3g}, relative; {allowed:.3g} is allowed, and the dense model's own error is"
-                f" {compared.dense_errors[name]:.3g}"
+                f" {compared.dense_errors[name]:.3g}; {worst.places[name]}"
             )
     if problems:
         raise VerificationError(
@@ -237,26 +243,42 @@ def _compare(runner: Runner, file: Path, seed: int, model_device: str) -> tuple[
     torch.cuda.empty_cache()
 
     outputs = signature.flat(runner(**inputs))
-    told = agreement.gather(
-        None if reference is None else (reference.dense_errors, reference.precision), "the dense model's errors"
-    )[0]
+    told = agreement.gather(None if reference is None else _told(reference), "the dense model's errors")[0]
     assert told is not None, "rank 0 holds the reference"
-    dense_errors, precision = told
-    errors = {}
+    precision, terms = told
+    compared = Comparison(precision_name(precision), {}, {}, {}, {})
     for t in signature.outputs:
-        own = outputs[t.name]
-        dtype = precision if own.is_floating_point() else own.dtype
-        expected = _broadcast(None if reference is None else reference.outputs[t.name], t.shape, dtype, device)
-        errors[t.name] = relative_error(own, part(expected, t.sharding, signature.mesh, runner.rank))
-    limits = {t.name: limit(t.dtype, dense_errors[t.name]) for t in signature.outputs}
-    return inputs, Comparison(dtype_name(precision), dense_errors, limits, errors)
+        own, (unit, ratio, coarse) = outputs[t.name], terms[t.name]
+        dtype = precision if precision is not None and own.is_floating_point() else own.dtype
+        expected, sample = (
+            part(_broadcast(whole, t.shape, dtype, device), t.sharding, signature.mesh, runner.rank)
+            for whole in _wholes(reference, t.name)
+        )
+        found = rounding(own, expected, sample, coarse)
+        compared.dense_errors[t.name], compared.limits[t.name] = unit, ratio * unit
+        compared.errors[t.name], compared.places[t.name] = found.error * unit, found.place
+    return inputs, compared
+
+
+_Terms = dict[str, tuple[float, float, torch.dtype]]
+
+
+def _told(reference: Reference) -> tuple[torch.dtype | None, _Terms]:
+    """What every rank must know of the reference beside its tensors: its dtype; by output unit, ratio and dtype."""
+    terms = {n: (s.unit, max(s.ratio, engine_ratio(s.coarse)), s.coarse) for n, s in reference.samples.items()}
+    return reference.precision, terms
+
+
+def _wholes(reference: Reference | None, name: str) -> tuple[Tensor | None, Tensor | None]:
+    """The reference of an output and its sample of rounding; nothing on the ranks that do not hold them."""
+    return (None, None) if reference is None else (reference.outputs[name], reference.samples[name].value)
 
 
 def _broadcast(tensor: Tensor | None, shape: Sequence[int], dtype: torch.dtype, device: torch.device) -> Tensor:
     """Rank 0's tensor, on every rank."""
     if tensor is None:
         tensor = torch.empty(tuple(shape), dtype=dtype, device=device)
-    tensor = tensor.contiguous()
+    tensor = tensor.to(dtype).contiguous()
     dist.broadcast(tensor, src=0)
     return tensor
 

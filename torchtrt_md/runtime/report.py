@@ -28,7 +28,7 @@ class Timing(msgspec.Struct, frozen=True):
 
 
 class RankReport(msgspec.Struct, frozen=True):
-    """One rank.  ``errors`` are relative, by output; empty where nothing was compared."""
+    """One rank.  ``errors`` are relative, by output, and ``places`` where; empty where nothing was compared."""
 
     rank: int
     host: str
@@ -36,6 +36,7 @@ class RankReport(msgspec.Struct, frozen=True):
     engine_bytes: int
     errors: dict[str, float]
     timing: Timing | None
+    places: dict[str, str] = {}
 
 
 class RunReport(msgspec.Struct, frozen=True):
@@ -92,7 +93,9 @@ class RunReport(msgspec.Struct, frozen=True):
             console.print(f"slowest rank: {self.median_ms:.3f} ms, median of {self.iterations}")
 
 
-def rank_report(runner: Runner, folder: Path, errors: dict[str, float], timing: Timing | None) -> RankReport:
+def rank_report(
+    runner: Runner, folder: Path, errors: dict[str, float], timing: Timing | None, places: dict[str, str]
+) -> RankReport:
     """This rank's part."""
     engines = {s.file for s in runner.manifest.ranks[runner.rank] if s.runs == "engine"}
     return RankReport(
@@ -102,6 +105,7 @@ def rank_report(runner: Runner, folder: Path, errors: dict[str, float], timing: 
         engine_bytes=sum((folder / engine).stat().st_size for engine in engines),
         errors=errors,
         timing=timing,
+        places=places,
     )
 
 

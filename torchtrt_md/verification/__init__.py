@@ -2,15 +2,19 @@
 
 Two questions, answered apart because 16-bit rounding would hide a wrong answer to the first:
 
-    structure   Does it compute the same function?  Program and model both in fp64: equal to 1e-5.
-    rounding    Is it as accurate as the model?     Both in their own dtype, against the model in fp64:
-                the program's error is at most 1.5 times the model's own; in fp32 they agree within 1e-5.
+    structure   Does it compute the same function?  Program and model both in fp64: every element is equal to 1e-8.
+    rounding    Is it as accurate as the model?     Both in their own dtype, against the model in fp64: in every part
+                of an output the program is at most 1.5 times as far off as the model itself, in fp32 32 times.
+
+``compare`` says what a part is, and how an element's error is measured where terms cancel.  ``dense`` says how the
+model is run in fp64, and what happens where it cannot be.  ``draw`` says which inputs tell programs apart; where the
+given ones do not, structure is asked of both, and rounding of those that were drawn.
 """
 
 from __future__ import annotations
 
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -18,31 +22,46 @@ import torch
 from torch import Tensor, nn
 from torch.distributed.tensor import DTensor
 from torch.utils import _pytree as pytree
-from torch.utils._python_dispatch import TorchDispatchMode
 
 from torchtrt_md.capture.arguments import Arguments
 from torchtrt_md.checks import check_verify
 from torchtrt_md.errors import VerificationError
 from torchtrt_md.lowering import lower
-from torchtrt_md.program import Output, ShardedProgram, Weight, Weights, dtype_name, part
-from torchtrt_md.verification.simulate import EXACT, Precision, simulate
-
-STRUCTURE_TOLERANCE = 1e-5
-ROUNDING_RATIO = 1.5
+from torchtrt_md.program import Output, ShardedProgram, Value, Weight, Weights, dtype_name, part
+from torchtrt_md.verification.compare import rounding, structure, structure_tolerance
+from torchtrt_md.verification.dense import (
+    Sample,
+    captured,
+    check_finite,
+    precision_name,
+    run,
+    samples,
+    weights_of,
+    widest,
+)
+from torchtrt_md.verification.draw import draw
+from torchtrt_md.verification.simulate import Precision, interpret, simulate
 
 
 @dataclass(frozen=True)
 class Report:
-    """What ``verify`` measured.  Errors are ``norm(difference) / norm(reference)``, the worst of all outputs.
+    """What ``verify`` measured.
 
     Attributes:
-        error: the program in its own dtype, worst rank: against the dense model in fp32, for 16-bit models
-            against the dense model in fp64.
-        dense_error: the dense model in its own dtype against itself in fp64.
-        structure_error: program against dense model, both in fp64, worst rank.
+        error: the program in its own dtype, in the worst part of the outputs of the worst rank: ``dense_error``, times
+            how many times further off than the dense model the program is in that part.
+        dense_error: the dense model in its own dtype against itself in ``precision``, relative, in the worst part of
+            the worst output.
+        structure_error: program against dense model, both in ``precision``, relative: of the worst element.  NaN
+            where ``precision`` is None, and nothing finer than rounding could be seen.
         per_rank: ``error`` of each rank.
         dtype: the model's own dtype.
         seconds: how long it took.
+        worst: where ``error`` is: output, rank, part, element, and both values.
+        structure_worst: where ``structure_error`` is.
+        precision: the dtype of the reference: float64; or float32, or None for the model's own dtype, where ops have
+            no kernels for what is finer.
+        notes: what limits the proof: why ``precision`` is not float64, which inputs were drawn or could not be.
     """
 
     error: float
@@ -51,6 +70,10 @@ class Report:
     per_rank: tuple[float, ...]
     dtype: torch.dtype
     seconds: float
+    worst: str = ""
+    structure_worst: str = ""
+    precision: torch.dtype | None = torch.float64
+    notes: tuple[str, ...] = ()
 
 
 def verify(
@@ -66,45 +89,197 @@ def verify(
 
     Raises:
         OptionError: an argument of another type.
-        VerificationError: the program computes something else, or less accurately.
+        VerificationError: the program computes something else, or less accurately; or nothing can be compared.
+        RankMismatchError: ranks reach different collectives.
     """
     check_verify(program, model, args, kwargs)
     start = time.perf_counter()
     program = lower(program)
-    kwargs = dict(kwargs or {})
-    weights = _dense_weights(program, model)
-    inputs = Arguments.of(model, args, kwargs).tensors
-    _check_inputs(program, inputs)
-    dtype = _dtype(weights, inputs)
-    wide = Precision(dtype, torch.float64)
-    reference = _run_dense(program, model, args, kwargs, wide)
-    _check_finite(reference)
+    proof = _Proof.of(program, model, args, dict(kwargs or {}))
+    trials, notes = _trials(proof)
+    if trials[0].limited:
+        notes.append(f"compared in {precision_name(trials[0].precision)}: {trials[0].limited}")
+    structures = [_structure(proof, trial) for trial in trials]
+    errors, dense_error = _rounding(proof, trials[0])
+    worst_structure = max(structures, key=lambda found: found.error)
+    per_rank = tuple(max(found.error for found in rank) if rank else 0.0 for rank in errors)
+    flat = [found for rank in errors for found in rank]
+    return Report(
+        error=max(per_rank),
+        dense_error=dense_error,
+        structure_error=worst_structure.error,
+        per_rank=per_rank,
+        dtype=_dtype(proof.weights, proof.arguments.tensors),
+        seconds=time.perf_counter() - start,
+        worst=max(flat, key=lambda found: found.error).place if flat else "",
+        structure_worst=worst_structure.place,
+        precision=trials[0].precision,
+        notes=tuple(notes),
+    )
 
-    exact = simulate(program, inputs, weights=weights, precision=wide)
-    structure = _errors(program, exact, reference)
-    if not max(structure) <= STRUCTURE_TOLERANCE:
-        raise VerificationError(
-            f"the program does not compute what {type(model).__name__} computes: computed in fp64, the outputs of"
-            f" {_worst(structure)}, relative, where {STRUCTURE_TOLERANCE:g} is rounding",
-            fix="look at the plan: every tensor with a sequence must be split, and gathered where it is returned",
-        )
-    dense = _run_dense(program, model, args, kwargs, EXACT)
-    own = simulate(program, inputs, weights=weights)
-    dense_error = max(_relative(a, b) for a, b in zip(dense, reference, strict=True))
-    if dtype == torch.float32:
-        errors = _errors(program, own, dense)
-        limit = STRUCTURE_TOLERANCE
-    else:
-        errors = _errors(program, own, reference)
-        limit = max(ROUNDING_RATIO * dense_error, STRUCTURE_TOLERANCE)
-    if not max(errors) <= limit:
-        raise VerificationError(
-            f"the program rounds more than {type(model).__name__} in {dtype_name(dtype)}: the outputs of"
-            f" {_worst(errors)}, relative, where {limit:.3g} is allowed and the dense model's own error is"
-            f" {dense_error:.3g}",
-            fix="reduce in a wider dtype, or use another strategy",
-        )
-    return Report(max(errors), dense_error, max(structure), tuple(errors), dtype, time.perf_counter() - start)
+
+@dataclass(frozen=True)
+class _Proof:
+    """What is compared.  ``dense`` is the captured graph of ``model``."""
+
+    program: ShardedProgram
+    model: nn.Module
+    weights: Weights
+    arguments: Arguments
+    dense: ShardedProgram
+
+    @property
+    def name(self) -> str:
+        return type(self.model).__name__
+
+    @classmethod
+    def of(cls, program: ShardedProgram, model: nn.Module, args: Sequence[Any], kwargs: Mapping[str, Any]) -> _Proof:
+        weights = _dense_weights(program, model)
+        arguments = Arguments.of(model, args, kwargs)
+        _check_inputs(program, arguments.tensors)
+        dense = captured(model, args, kwargs)
+        _check_result(program, dense, type(model).__name__)
+        return cls(program, model, weights, arguments, dense)
+
+
+@dataclass(frozen=True)
+class _Trial:
+    """What dense model and program compute from some inputs.
+
+    Attributes:
+        inputs: by name.
+        own: the outputs of the dense model in its own dtype, by PyTorch.
+        reference: the same in ``precision``.
+        samples: what rounding does to them.
+        exact: the outputs of each rank of the program in ``precision``.
+        limited: why ``precision`` is not float64.
+    """
+
+    inputs: Mapping[str, Tensor]
+    own: Sequence[Tensor]
+    reference: Sequence[Tensor]
+    samples: Sequence[Sample]
+    exact: Sequence[Sequence[Tensor]]
+    precision: torch.dtype | None
+    limited: str
+
+
+@dataclass(frozen=True)
+class _Found:
+    """A relative error, and where it is."""
+
+    error: float
+    place: str
+
+
+def _trials(proof: _Proof) -> tuple[list[_Trial], list[str]]:
+    """With the inputs that tell programs apart best first, and the given ones among them; and what there is to say."""
+    given = proof.arguments.tensors
+    drawn = draw(proof.dense, given)
+    if not drawn:
+        return [_trial(proof, given)], []
+    names = ", ".join(map(repr, drawn))
+    try:
+        first = _reference(proof, {**given, **drawn})
+    except VerificationError as error:  # a model need not take what was drawn
+        return [_trial(proof, given)], [f"{names} cannot tell programs apart, and others do not fit: {error.problem}"]
+    note = f"{names} cannot tell programs apart, so others were drawn too"
+    return [_with_program(proof, *first), _trial(proof, given)], [note]
+
+
+def _trial(proof: _Proof, inputs: Mapping[str, Tensor]) -> _Trial:
+    return _with_program(proof, *_reference(proof, inputs))
+
+
+def _reference(proof: _Proof, inputs: Mapping[str, Tensor]) -> tuple[Mapping[str, Tensor], list[Tensor]]:
+    """The inputs, and what the dense model makes of them in its own dtype."""
+    args, kwargs = proof.arguments.call_with(inputs)
+    own = [t for t in pytree.tree_leaves(run(proof.model, args, kwargs)) if isinstance(t, Tensor)]
+    return inputs, [t.detach().clone() for t in own]
+
+
+def _with_program(proof: _Proof, inputs: Mapping[str, Tensor], own: list[Tensor]) -> _Trial:
+    def both(precision: Precision) -> tuple[tuple[Tensor, ...], list[tuple[Tensor, ...]]]:
+        reference = interpret(proof.dense, inputs, weights=proof.weights, precision=precision)
+        return reference, simulate(proof.program, inputs, weights=proof.weights, precision=precision)
+
+    (reference, exact), wide, limited = widest(both)
+    check_finite({v.name: t for v, t in zip(proof.program.outputs, reference, strict=True)})
+    made = samples(proof.dense, inputs, proof.weights, own, reference, wide)
+    return _Trial(inputs, own, reference, made, exact, wide, limited)
+
+
+def _structure(proof: _Proof, trial: _Trial) -> _Found:
+    """Is it the same function?
+
+    Raises:
+        VerificationError: it is not.
+    """
+    if trial.precision is None:
+        return _Found(float("nan"), "")
+    worst = _Found(0.0, "")
+    for rank, output, value, reference, sample in _parts(proof, trial, trial.exact):
+        difference = structure(value, reference, _part(sample.value, output, proof.program, rank), sample.finer)
+        place = f"{output.name!r} of rank {rank}: {difference.place}"
+        tolerance = structure_tolerance(value.dtype)
+        if not difference.error <= tolerance:
+            raise VerificationError(
+                f"the program does not compute what {proof.name} computes: in"
+                f" {precision_name(trial.precision)}, {place}, an error of {difference.error:.3g}, relative, where"
+                f" {tolerance:g} is rounding",
+                fix="look at the plan: every tensor with a sequence must be split, and gathered where it is returned",
+            )
+        if difference.error >= worst.error:
+            worst = _Found(difference.error, place)
+    return worst
+
+
+def _rounding(proof: _Proof, trial: _Trial) -> tuple[list[list[_Found]], float]:
+    """Is it as accurate?  The errors of each rank, by output, and the dense model's own.
+
+    Raises:
+        VerificationError: it is not; or the captured graph of the dense model is not what the model computes.
+    """
+    graph = interpret(proof.dense, trial.inputs, weights=proof.weights)
+    for index, (value, own, reference, sample) in enumerate(
+        zip(graph, trial.own, trial.reference, trial.samples, strict=True)
+    ):
+        difference = rounding(value, reference, sample.value, sample.coarse)
+        if not torch.equal(value, own) and not difference.error <= sample.ratio:
+            raise VerificationError(
+                f"{proof.name} computes something else than what is captured of it: output {index}, {difference.place}",
+                fix="report it, with the model",
+            )
+    program = simulate(proof.program, trial.inputs, weights=proof.weights)
+    found: list[list[_Found]] = [[] for _ in program]
+    for rank, output, value, reference, sample in _parts(proof, trial, program):
+        own = _part(sample.value, output, proof.program, rank)
+        difference = rounding(value, reference, own, sample.coarse)
+        place = f"{output.name!r} of rank {rank}: {difference.place}"
+        if not difference.error <= sample.ratio:
+            raise VerificationError(
+                f"the program rounds more than {proof.name} in {dtype_name(output.dtype)}: {place}; there it is"
+                f" {difference.error:.3g} times as far off as the dense model, where {sample.ratio:g} times is allowed"
+                f" and the dense model's own error is {sample.error:.3g}, relative",
+                fix="reduce in a wider dtype, or use another strategy",
+            )
+        found[rank].append(_Found(difference.error * sample.unit, place))
+    return found, max((sample.error for sample in trial.samples), default=0.0)
+
+
+def _parts(
+    proof: _Proof, trial: _Trial, ranks: Sequence[Sequence[Tensor]]
+) -> Iterator[tuple[int, Value, Tensor, Tensor, Sample]]:
+    """Rank, output, value, what it should be, and its sample, of every output of every rank."""
+    for rank, values in enumerate(ranks):
+        outputs = zip(proof.program.outputs, values, trial.reference, trial.samples, strict=True)
+        for output, value, whole, sample in outputs:
+            yield rank, output, value, _part(whole, output, proof.program, rank), sample
+
+
+def _part(whole: Tensor, output: Value, program: ShardedProgram, rank: int) -> Tensor:
+    """A rank's part of an output."""
+    return part(whole, output.sharding, program.mesh, rank)
 
 
 def _dense_weights(program: ShardedProgram, model: nn.Module) -> Weights:
@@ -113,20 +288,14 @@ def _dense_weights(program: ShardedProgram, model: nn.Module) -> Weights:
     Raises:
         VerificationError: the model is sharded itself, or a weight of the program is another.
     """
-    tensors = {
-        name: t.detach()
-        for name, t in [
-            *model.named_parameters(remove_duplicate=False),
-            *model.named_buffers(remove_duplicate=False),
-        ]
-    }
+    dense, mesh = weights_of(model), program.mesh
+    tensors = dense.whole
     sharded = next((name for name, t in tensors.items() if isinstance(t, DTensor)), None)
     if sharded is not None:
         raise VerificationError(
             f"parameter {sharded!r} of the model to compare with is a DTensor",
             fix="pass the dense model, as it was before parallelize_module; md.export(..., dense=...)",
         )
-    dense, mesh = Weights(tensors), program.mesh
     for source in program.sources.values():
         if not isinstance(source, Weight) or source.parts:  # the parts are among the sources themselves
             continue
@@ -157,6 +326,15 @@ def _check_inputs(program: ShardedProgram, inputs: Mapping[str, Tensor]) -> None
         )
 
 
+def _check_result(program: ShardedProgram, dense: ShardedProgram, name: str) -> None:
+    expected, found = ([None if isinstance(leaf, Output) else leaf for leaf in p.out_leaves] for p in (program, dense))
+    if dense.out_spec != program.out_spec or found != expected:
+        raise VerificationError(
+            f"{name} returns {found} in {dense.out_spec}, and the program {expected} in {program.out_spec}",
+            fix="return no numbers that depend on the length of the sequence; under a plan they are those of one rank",
+        )
+
+
 def _dtype(weights: Weights, inputs: Mapping[str, Tensor]) -> torch.dtype:
     """The floating dtype that most of the model's weights are in; of the inputs, where it has none."""
     counts: dict[torch.dtype, int] = {}
@@ -164,75 +342,3 @@ def _dtype(weights: Weights, inputs: Mapping[str, Tensor]) -> torch.dtype:
         if t.is_floating_point():
             counts[t.dtype] = counts.get(t.dtype, 0) + t.numel()
     return max(counts, key=lambda d: counts[d]) if counts else torch.float32
-
-
-class _Widened(TorchDispatchMode):  # type: ignore[no-untyped-call]
-    """Run ops in the wide dtype wherever the model names the narrow one, as the simulator does for the program."""
-
-    def __init__(self, precision: Precision) -> None:
-        super().__init__()  # type: ignore[no-untyped-call]
-        self.precision = precision
-
-    def __torch_dispatch__(
-        self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
-    ) -> Any:
-        of = self.precision.of
-        return func(*(of(a) for a in args), **{key: of(value) for key, value in (kwargs or {}).items()})
-
-
-def _run_dense(
-    program: ShardedProgram, model: nn.Module, args: Sequence[Any], kwargs: Mapping[str, Any], precision: Precision
-) -> list[Tensor]:
-    weights = {name: precision.of(t.detach()) for name, t in [*model.named_parameters(), *model.named_buffers()]}
-    args, kwargs = pytree.tree_map(precision.of, (tuple(args), dict(kwargs)))
-    with torch.no_grad(), _Widened(precision):
-        result = torch.func.functional_call(model, weights, tuple(args), dict(kwargs))
-    leaves, spec = pytree.tree_flatten(result)
-    expected = [None if isinstance(leaf, Output) else leaf for leaf in program.out_leaves]
-    found = [None if isinstance(leaf, Tensor) else leaf for leaf in leaves]
-    if spec != program.out_spec or found != expected:
-        raise VerificationError(
-            f"{type(model).__name__} returns {found} in {spec}, and the program {expected} in {program.out_spec}",
-            fix="return no numbers that depend on the length of the sequence; under a plan they are those of one rank",
-        )
-    return [t.clone() for t in leaves if isinstance(t, Tensor)]
-
-
-def _check_finite(reference: Sequence[Tensor]) -> None:
-    for index, t in enumerate(reference):
-        if not t.isfinite().all():
-            raise VerificationError(
-                f"output {index} of the dense model is not finite, so nothing can be compared with it",
-                fix="verify with arguments on which the model's result is finite",
-            )
-        if t.numel() and not t.any():
-            raise VerificationError(
-                f"output {index} of the dense model is all zeros, which would hide any error",
-                fix="verify with random arguments and weights",
-            )
-
-
-def _errors(program: ShardedProgram, ranks: Sequence[Sequence[Tensor]], reference: Sequence[Tensor]) -> list[float]:
-    """The relative error of each rank, over all outputs."""
-    return [
-        max(
-            _relative(value, part(whole, spec.sharding, program.mesh, rank))
-            for value, whole, spec in zip(values, reference, program.outputs, strict=True)
-        )
-        for rank, values in enumerate(ranks)
-    ]
-
-
-def _relative(value: Tensor, reference: Tensor) -> float:
-    if value.shape != reference.shape:
-        return float("inf")
-    if not reference.is_floating_point():
-        return 0.0 if torch.equal(value, reference) else float("inf")
-    difference = (value.double() - reference.double()).norm()
-    error = float(difference / reference.double().norm())
-    return error if error == error else float("inf")  # NaN must not pass for small
-
-
-def _worst(errors: Sequence[float]) -> str:
-    worst = max(range(len(errors)), key=lambda rank: errors[rank])
-    return f"rank {worst} differ by {errors[worst]:.3g}"

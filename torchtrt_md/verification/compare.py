@@ -1,89 +1,170 @@
-"""The dense model on one GPU as the reference for the engines' outputs, and how close they must come."""
+"""Compare a tensor with its reference so that no part of it can hide an error.
+
+One norm over a whole tensor is decided by its largest elements: logits at -1e9 hide that all others are wrong.  Here
+each element is measured in its own unit, what rounding may leave there, and every part is judged by itself.
+
+**The unit.**  Rounding errors are relative to the terms of a sum, not to its result: an element that is small because
+terms cancelled has the error of its neighbours.  So the unit of an element is the root mean square, over its *peers*,
+of a sample of rounding: how far the dense model in its own dtype is from the dense model in fp64.  Peers share a slice
+(an index of one dim or of two: a token, a head, a channel) and have about the element's magnitude, in buckets of four
+binades; where fewer than half of a slice's nonzero elements are as small, the next larger buckets join, as they must
+after cancellation, but none that is 2**24 and more above: those are another scale (a mask), whose rounding says
+nothing here.  An element belongs to several slices and takes the largest of their units, since channels or tokens of
+a larger scale round more.  A multiple of its own magnitude comes on top.
+
+**The parts.**  Each element, each slice, each slice by magnitude, and the whole by magnitude.  A part's
+error is the root mean square of its elements' errors in their units, over a slack for chance: ``Slack``.
+
+**The questions.**  ``structure``: both in fp64, where a right program leaves 1e-12 or so and a wrong one 1e-6 or more,
+so every element alone must be right.  ``rounding``: both in the model's own dtype, where an element alone says little
+and the parts are compared with the dense model's own.  ``relative_error``: no sample of rounding is at hand; the unit
+is the magnitude of the peers.  Integers and booleans have no rounding: they are equal, or as many differ as of the
+dense model's own.
+
+Tensors are read in blocks, so that comparing needs little memory beside them.  They may be on a CPU or a GPU.
+"""
 
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
-from typing import Any, NamedTuple
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from itertools import combinations
+from typing import NamedTuple
 
 import torch
-from torch import Tensor, nn
-from torch.utils import _pytree as pytree
+from torch import Tensor
 
-from torchtrt_md.errors import VerificationError
-
-# Engines round in another order than the dense model, not more: half as much again is what that may cost.
+# Of the elements of one part, relative, in fp64.  Kernels sum in other orders, which leaves 1e-12 in deep models.
+STRUCTURE_TOLERANCE = 1e-8
+# The same where the ops have no fp64 kernels.
+STRUCTURE_TOLERANCE_FP32 = 1e-4
+# A 16-bit model rounds what it stores, and so does the program; half as much again is what another order may cost.
 ROUNDING_RATIO = 1.5
-# TensorRT's fp32 kernels sum in other orders over long products; TF32, off in both, would show as 1e-3.
+# An fp32 model's error is of the order of its sums alone, which differs by kernel and by how many ranks share a sum.
+# One op in TF32 or a 16-bit dtype is thousands of times worse.
+FP32_RATIO = 32.0
+# TensorRT's fp32 kernels sum in other orders over long products.
+FP32_ENGINE_RATIO = 512.0
 FP32_TOLERANCE = 1e-4
 
+_BLOCK = 1 << 22
+_COLUMNS = 256
+_BUCKETS = 512  # of fp64's 2 ** 11 binades, 2 ** 2 each
+_BINADES_SHIFT = 2
+_REACH = 6  # buckets above its own from which an element's unit may come
+_FEW = 8
+_NOISE_FACTOR = 64.0  # structure: how much the sample of rounding, scaled to fp64, may be too small by
+_HUGE = 1e150  # squares must stay finite
 
-class Reference(NamedTuple):
-    """What the dense model computes.
+
+class Slack(NamedTuple):
+    """How far chance alone may take a part beyond its unit, as a factor of the root mean square.
+
+    The largest of 1e8 normal errors is 6 units; the errors in a slice have one cause in common and may be far fewer
+    than its elements; small parts scatter.
+    """
+
+    element: float
+    part: float
+    whole: float
+
+    def of_part(self, count: Tensor) -> Tensor:
+        return self.part + (self.element - self.part) / count.clamp(min=1).sqrt()
+
+    def of_whole(self, count: Tensor) -> Tensor:
+        return self.whole + (self.element - self.whole) / count.clamp(min=1).sqrt()
+
+
+_EACH = Slack(1.0, math.inf, math.inf)
+_CHANCE = Slack(8.0, 4.0, 1.0)
+_WITHOUT_SAMPLE = Slack(8.0, 2.0, 1.0)
+
+
+@dataclass(frozen=True)
+class Difference:
+    """How far a tensor is from its reference, in the worst of its parts.
 
     Attributes:
-        outputs: by name, computed in ``precision``; integer outputs are those of the model's own dtype.
-        dense_errors: the error of the model in its own dtype, by output.
-        precision: what the outputs were computed in.
+        error: of the worst part, in units; infinite where shapes differ or one is finite and the other is not.
+        part: which part that is, in words.
+        index: the worst element; None where there is none.
+        value: what it is.
+        expected: what it should be.
     """
 
-    outputs: dict[str, Tensor]
-    dense_errors: dict[str, float]
-    precision: torch.dtype
+    error: float
+    part: str = ""
+    index: tuple[int, ...] | None = None
+    value: float | complex = 0.0
+    expected: float | complex = 0.0
+
+    @property
+    def place(self) -> str:
+        """The part, the worst element and both values."""
+        if self.index is None:
+            return self.part
+        element = f"at {list(self.index)} it is {self.value:.9g} and should be {self.expected:.9g}"
+        return f"{self.part}: {element}" if self.part else element
 
 
-def dense_reference(
-    model: nn.Module,
-    args: Sequence[Any],
-    kwargs: Mapping[str, Any],
-    flat: Callable[[Any], dict[str, Tensor]],
-    device: torch.device,
-) -> Reference:
-    """Run the dense model in its own dtype, then in fp64, or in fp32 where fp64 does not fit or run.
+SAME = Difference(0.0)
 
-    The model is moved to ``device`` and converted in place, so that it is there once; discard it afterwards.
+
+def structure(value: Tensor, reference: Tensor, sample: Tensor, finer: float) -> Difference:
+    """Is it the same function?  Every element by itself, relative to its magnitude and to what cancelled there.
 
     Args:
-        flat: the output tensors, by name, of what the model returns.
-
-    Raises:
-        VerificationError: the model runs in neither, or its outputs are no use as a reference.
+        value, reference: computed in fp64 (or the widest dtype that there is).
+        sample: the reference with rounding of the dense model's own dtype.
+        finer: epsilon of the dtype of ``value`` over that of the sample.
     """
-    with torch.no_grad(), _no_tf32():
-        model.to(device)
-        own = flat(model(*_placed(args, device, None), **_placed(kwargs, device, None)))
-        reasons = []
-        for precision in (torch.float64, torch.float32):
-            wide = _widened(model, args, kwargs, flat, device, precision)
-            if isinstance(wide, str):
-                reasons.append(wide)
-                continue
-            outputs = {name: wide[name] if value.is_floating_point() else value for name, value in own.items()}
-            check_useful(outputs)
-            return Reference(outputs, {n: relative_error(own[n], outputs[n]) for n in own}, precision)
-    raise VerificationError(
-        f"{type(model).__name__} gives no reference: {'; '.join(reasons)}",
-        fix="verify with smaller inputs, or run without --verify",
-    )
+    tolerance = structure_tolerance(value.dtype)
+    if value.shape == reference.shape and not _inexact(reference):
+        return _counted(value, reference, None)  # computed in fp64, there is no near tie to excuse
+    return _compared(value, reference, sample, relative=1.0, factor=_NOISE_FACTOR * finer / tolerance, slack=_EACH)
+
+
+def structure_tolerance(dtype: torch.dtype) -> float:
+    """The largest error that :func:`structure` may find, computed in this dtype."""
+    return STRUCTURE_TOLERANCE if dtype in (torch.float64, torch.complex128) else STRUCTURE_TOLERANCE_FP32
+
+
+def rounding(value: Tensor, reference: Tensor, sample: Tensor, coarse: torch.dtype) -> Difference:
+    """Is it as accurate as the dense model?  The unit is the dense model's own error.
+
+    Args:
+        value: in the model's own dtype.
+        reference: in fp64 (or the widest dtype that there is).
+        sample: what the dense model gives in its own dtype.
+        coarse: the coarsest floating dtype that the output is computed in.
+    """
+    return _compared(value, reference, sample, relative=_eps(coarse), factor=1.0, slack=_CHANCE)
 
 
 def relative_error(value: Tensor, reference: Tensor) -> float:
-    """``norm(value - reference) / norm(reference)``; for integers and booleans the fraction that differs.
+    """The error of the worst part, relative to the magnitude of its peers; of integers, the fraction that differs.
 
-    Infinite where the shapes differ or anything is not finite: NaN must not pass for small.
+    One slice counts for half, and one element for an eighth, as that is how far chance takes them.  Infinite where
+    the shapes differ, or where one is finite and the other is not.
     """
-    if value.shape != reference.shape:
-        return float("inf")
-    if not reference.is_floating_point():
+    if value.shape == reference.shape and not _inexact(reference):
         return float((value != reference).double().mean()) if value.numel() else 0.0
-    wide = reference.double()
-    error = float((value.double() - wide).norm() / wide.norm())
-    return float("inf") if math.isnan(error) else error
+    return _compared(value, reference, None, relative=0.0, factor=1.0, slack=_WITHOUT_SAMPLE).error
+
+
+def ratio(coarse: torch.dtype) -> float:
+    """How many units :func:`rounding` may find in what is computed in this dtype."""
+    return ROUNDING_RATIO if _eps(coarse) > torch.finfo(torch.float32).eps else FP32_RATIO
+
+
+def engine_ratio(coarse: torch.dtype) -> float:
+    """The same of an engine."""
+    return ROUNDING_RATIO if ratio(coarse) == ROUNDING_RATIO else FP32_ENGINE_RATIO
 
 
 def limit(dtype: torch.dtype, dense_error: float) -> float:
-    """The largest relative error that an engine's output of this dtype may have.
+    """The largest :func:`relative_error` of an output of this dtype, where the dense model's own is ``dense_error``.
 
     An fp32 output of a model that computes in 16 bits is as coarse as the model, hence the larger of both.
     """
@@ -92,62 +173,272 @@ def limit(dtype: torch.dtype, dense_error: float) -> float:
     return max(ROUNDING_RATIO * dense_error, FP32_TOLERANCE if dtype.itemsize >= 4 else 0.0)
 
 
-def check_useful(outputs: Mapping[str, Tensor]) -> None:
-    """Refuse a reference that would hide errors.
+def _compared(
+    value: Tensor, reference: Tensor, sample: Tensor | None, *, relative: float, factor: float, slack: Slack
+) -> Difference:
+    """The worst part; an element's unit is ``relative`` of its magnitude plus ``factor`` of its peers' rounding."""
+    if value.shape != reference.shape:
+        return Difference(math.inf, f"of shape {list(value.shape)}, and should be of {list(reference.shape)}")
+    if not value.numel():
+        return SAME
+    if not _inexact(reference):
+        return _counted(value, reference, sample)
+    if reference.is_complex():
+        value, reference = _pairs(value), _pairs(reference)
+        sample = None if sample is None else _pairs(sample)
+    cells = _Cells(reference)
+    infinite = _first_not_finite(cells, value, sample)
+    if infinite is not None:
+        return _element(math.inf, infinite, value, reference)
+    return _Judge(cells, value, sample, relative, factor, slack).worst()
 
-    Raises:
-        VerificationError: naming the output.
+
+def _counted(value: Tensor, reference: Tensor, sample: Tensor | None) -> Difference:
+    """Integers: none may differ where the dense model's own do not; argmax and its kin may flip as often as its own."""
+    wrong = value != reference
+    found = int(wrong.sum())
+    if not found:
+        return SAME
+    if sample is not None:
+        own = int((sample != reference).sum())
+        # Near ties are rare, and whether a sample has any is chance.
+        chance = min(4 * math.sqrt(own + 1), value.numel() // 4)
+        if found <= ROUNDING_RATIO * own + chance:
+            return SAME
+    return _element(math.inf, int(wrong.reshape(-1).int().argmax()), value, reference)
+
+
+class _Cells:
+    """The elements of a tensor by slice and by magnitude, block by block.
+
+    The tensor is read as a matrix whose rows are indices of the leading dims and whose columns are those of the
+    trailing ones.  What is summed over rows and over columns, by magnitude, gives the sums over the slices of every
+    dim, at the cost of two.
     """
-    for name, t in outputs.items():
-        if not t.is_floating_point():
+
+    def __init__(self, reference: Tensor) -> None:
+        self.reference, self.shape, self.device = reference, tuple(reference.shape), reference.device
+        split = len(self.shape) - 1
+        while split > 0 and math.prod(self.shape[split:]) < _COLUMNS:
+            split -= 1
+        self.split = max(split, 0)
+        self.sides = (self.shape[: self.split], self.shape[self.split :])
+        self.matrix = reference.reshape(math.prod(self.sides[0]), math.prod(self.sides[1]))
+        self.buckets = self._present()
+        self.position = torch.zeros(_BUCKETS, dtype=torch.int32, device=self.device)
+        self.position[self.buckets] = torch.arange(len(self.buckets), dtype=torch.int32, device=self.device)
+        rows, columns = self.matrix.shape
+        self.rows = torch.arange(rows, dtype=torch.int32, device=self.device).unsqueeze(1) * len(self.buckets)
+        self.columns = torch.arange(columns, dtype=torch.int32, device=self.device) * len(self.buckets)
+        # A slice of few elements says little, and one that is everything says it twice.
+        elements = reference.numel()
+        of_side = [range(self.split), range(self.split, len(self.shape))]
+        slices = [s for side in of_side for n in (1, 2) for s in combinations(side, n)]
+        self.dims: list[tuple[int, ...]] = [
+            s for s in slices if all(self.shape[d] > 1 for d in s) and elements >= _FEW * self.slices(s)
+        ]
+
+    def slices(self, dims: tuple[int, ...]) -> int:
+        """How many slices there are along these dims together."""
+        return math.prod(self.shape[d] for d in dims)
+
+    def blocks(self) -> Iterator[slice]:
+        step = max(1, _BLOCK // self.matrix.shape[1])
+        for start in range(0, self.matrix.shape[0], step):
+            yield slice(start, start + step)
+
+    def of(self, block: slice) -> tuple[Tensor, Tensor]:
+        """The cells of the block's elements in the sums over rows and over columns: slice, then bucket."""
+        position = self.position[_bucket(self.matrix[block])]
+        return position + self.rows[block], position + self.columns
+
+    def sums(self) -> tuple[Tensor, Tensor]:
+        """Zeros, [rows x buckets] and [columns x buckets]."""
+        width = len(self.buckets)
+        rows, columns = (torch.zeros(n * width, dtype=torch.float64, device=self.device) for n in self.matrix.shape)
+        return rows, columns
+
+    def by_slice(self, sums: tuple[Tensor, Tensor]) -> dict[tuple[int, ...], Tensor]:
+        """Dims -> sums [slices, buckets]; no dims is the whole."""
+        width = len(self.buckets)
+        whole = sums[0].reshape(-1, width).sum(0, keepdim=True)
+        found: dict[tuple[int, ...], Tensor] = {(): whole}
+        for dims in self.dims:
+            side, own = self._of_side(dims)
+            table = sums[side].reshape(*self.sides[side], width)
+            others = [d for d in range(len(self.sides[side])) if d not in own]
+            found[dims] = (table.sum(others) if others else table).reshape(-1, width)
+        return found
+
+    def largest(self, tables: Mapping[tuple[int, ...], Tensor]) -> tuple[Tensor, Tensor]:
+        """What an element finds in the tables of its leading and of its trailing dims: the largest."""
+        width = len(self.buckets)
+        found = [torch.zeros(*sizes, width, dtype=torch.float64, device=self.device) for sizes in self.sides]
+        for dims in self.dims or [()]:
+            side, own = self._of_side(dims)
+            view = [size if d in own else 1 for d, size in enumerate(self.sides[side])]
+            found[side] = torch.maximum(found[side], tables[dims].reshape(*view, width))
+        return found[0].reshape(-1), found[1].reshape(-1)
+
+    def _of_side(self, dims: tuple[int, ...]) -> tuple[int, list[int]]:
+        side = int(bool(dims) and dims[0] >= self.split)
+        return side, [d - self.split * side for d in dims]
+
+    def _present(self) -> Tensor:
+        counts = torch.zeros(_BUCKETS, dtype=torch.long, device=self.device)
+        for block in self.blocks():
+            counts += torch.bincount(_bucket(self.matrix[block]).reshape(-1), minlength=_BUCKETS)
+        return counts.nonzero().reshape(-1)
+
+
+class _Judge:
+    """The errors of all parts, in their elements' units."""
+
+    def __init__(
+        self, cells: _Cells, value: Tensor, sample: Tensor | None, relative: float, factor: float, slack: Slack
+    ) -> None:
+        self.cells, self.slack = cells, slack
+        self.original = value
+        self.value = value.reshape(cells.matrix.shape)
+        self.sample = None if sample is None else sample.reshape(cells.matrix.shape)
+        self.relative, self.factor = relative, factor
+        self.counts, self.squares = cells.sums(), cells.sums()
+        self.largest, self.largest_at = -1.0, 0
+
+    def worst(self) -> Difference:
+        units = self._units()
+        for block in self.cells.blocks():
+            self._add(block, units)
+        error, part = self.largest / self.slack.element, ""
+        counts, squares = self.cells.by_slice(self.counts), self.cells.by_slice(self.squares)
+        for dims in self.cells.dims:
+            found, name = self._worst_part(dims, counts[dims], squares[dims])
+            if found > error:
+                error, part = found, name
+        whole, name = self._worst_part((), counts[()], squares[()])
+        if whole > self.slack.part * error:  # else a slice says better where it is
+            part = name
+        return _element(max(error, whole), self.largest_at, self.original, self.cells.reference, part)
+
+    def _units(self) -> tuple[Tensor, Tensor]:
+        """The unit of each cell, among its row's slices and among its column's."""
+        squares = self.cells.sums()
+        for block in self.cells.blocks():
+            reference = self.cells.matrix[block].double()
+            size = reference if self.sample is None else self.sample[block].double() - reference
+            weight = size.nan_to_num(0.0, _HUGE, -_HUGE).clamp_(-_HUGE, _HUGE).square_().reshape(-1)
+            for count, square, cells in zip(self.counts, squares, self.cells.of(block), strict=True):
+                count += torch.bincount(cells.reshape(-1), minlength=len(count))
+                square += torch.bincount(cells.reshape(-1), weight, minlength=len(square))
+        n, s = self.cells.by_slice(self.counts), self.cells.by_slice(squares)
+        return self.cells.largest({dims: _peers(n[dims], s[dims], self.cells.buckets) for dims in n})
+
+    def _add(self, block: slice, units: tuple[Tensor, Tensor]) -> None:
+        reference = self.cells.matrix[block].double()
+        error = (self.value[block].double() - reference).abs_()
+        error.nan_to_num_(0.0, 0.0)  # both are infinite: they have been seen to be equal
+        cells = self.cells.of(block)
+        unit = torch.maximum(units[0][cells[0]], units[1][cells[1]])
+        unit = unit.mul_(self.factor).add_(reference.abs(), alpha=self.relative)
+        error = error.div_(unit).nan_to_num_(0.0, math.inf)  # 0 / 0 is right where nothing may be left
+        largest, at = error.reshape(-1).max(0)
+        if float(largest) > self.largest:
+            self.largest, self.largest_at = float(largest), block.start * error.shape[1] + int(at)
+        if self.slack.part == math.inf:
+            return
+        weight = error.clamp_(max=_HUGE).square_().reshape(-1)
+        for square, c in zip(self.squares, cells, strict=True):
+            square += torch.bincount(c.reshape(-1), weight, minlength=len(square))
+
+    def _worst_part(self, dims: tuple[int, ...], counts: Tensor, squares: Tensor) -> tuple[float, str]:
+        """The worst slice along some dims, whole or of one magnitude."""
+        slack = self.slack.of_part if dims else self.slack.of_whole
+        errors = []
+        for n, s in ((counts, squares), (counts.sum(1, keepdim=True), squares.sum(1, keepdim=True))):
+            errors.append((s / n.clamp(min=1)).sqrt() / slack(n))
+        table = torch.cat(errors, 1)
+        error, at = table.reshape(-1).max(0)
+        index, bucket = divmod(int(at), table.shape[1])
+        name = "all of it"
+        for dim in reversed(dims):
+            index, at_dim = divmod(index, self.cells.shape[dim])
+            name = f"index {at_dim} of dim {dim}" + (f", {name}" if name != "all of it" else "")
+        if bucket < len(self.cells.buckets):
+            name += _magnitude(int(self.cells.buckets[bucket]))
+        return float(error), name
+
+
+def _peers(counts: Tensor, squares: Tensor, buckets: Tensor) -> Tensor:
+    """The unit of each cell: the larger of its own elements' and its peers' root mean square."""
+    numbers = buckets.tolist()
+    own = torch.where(counts >= _FEW, squares / counts.clamp(min=1), 0.0)
+    nonzero = [i for i, number in enumerate(numbers) if number]
+    half = counts[:, nonzero].sum(1) / 2
+    units = torch.zeros_like(squares)
+    for i, number in enumerate(numbers):
+        # Zeros may be what is left of terms that cancelled: their peers are the smallest elements that there are.
+        at = number or (numbers[nonzero[0]] if nonzero else 0)
+        near = [j for j in nonzero if abs(numbers[j] - at) <= 1]
+        n, s = counts[:, near].sum(1), squares[:, near].sum(1)
+        below = counts[:, [j for j in nonzero if numbers[j] <= at + 1]].sum(1)
+        for j in (j for j in nonzero if at + 1 < numbers[j] <= at + _REACH):
+            joins = (below < half) | (n < _FEW)
+            n, s = n + joins * counts[:, j], s + joins * squares[:, j]
+            below = below + counts[:, j]
+        # Few of them may all be rounded well by chance.
+        units[:, i] = torch.maximum(own[:, i], s / n.clamp(min=1) * (1 + 4 / n.clamp(min=1)).square())
+    return units.sqrt_()
+
+
+def _bucket(values: Tensor) -> Tensor:
+    """The binades of fp64 numbers, by fours; 0 is zero."""
+    bits = values.to(torch.float64, memory_format=torch.contiguous_format).view(torch.int64)
+    return (bits >> (52 + _BINADES_SHIFT)) & (_BUCKETS - 1)
+
+
+def _magnitude(bucket: int) -> str:
+    if not bucket:
+        return ", where it should be zero"
+    low = (bucket << _BINADES_SHIFT) - 1023
+    return f", of magnitude {2.0**low:.2g} to {2.0 ** min(low + (1 << _BINADES_SHIFT), 1023):.2g}"
+
+
+def _first_not_finite(cells: _Cells, value: Tensor, sample: Tensor | None) -> int | None:
+    """An element that is not finite as its reference is not, unless the sample's is not finite either: it overflows."""
+    shape = cells.matrix.shape
+    for block in cells.blocks():
+        v, r = value.reshape(shape)[block], cells.matrix[block]
+        if bool(v.isfinite().all()) and bool(r.isfinite().all()):
             continue
-        if not bool(t.isfinite().all()):
-            raise VerificationError(
-                f"{name!r} of the dense model is not finite", fix="use arguments on which the model's result is finite"
-            )
-        if not bool(t.any()):
-            raise VerificationError(
-                f"{name!r} of the dense model is all zeros, which would hide any error",
-                fix="use random arguments and weights",
-            )
+        same = (v.isfinite() & r.isfinite()) | (v.double() == r.double()) | (v.isnan() & r.isnan())
+        if sample is not None:
+            same |= ~sample.reshape(shape)[block].isfinite() & r.isfinite()
+        if not bool(same.all()):
+            first: int = block.start * shape[1]
+            return first + int((~same).reshape(-1).int().argmax())
+    return None
 
 
-def _widened(
-    model: nn.Module,
-    args: Sequence[Any],
-    kwargs: Mapping[str, Any],
-    flat: Callable[[Any], dict[str, Tensor]],
-    device: torch.device,
-    precision: torch.dtype,
-) -> dict[str, Tensor] | str:
-    """The model's outputs, computed in ``precision``, or why there are none."""
-    try:
-        model.to(precision)
-        return flat(model(*_placed(args, device, precision), **_placed(kwargs, device, precision)))
-    except RuntimeError as error:  # out of memory, or a cast to a fixed dtype inside the model
-        reason = f"in {precision}: {str(error).splitlines()[0]}"
-    if device.type == "cuda":
-        torch.cuda.empty_cache()  # only now, when the error's frames have let go of their tensors
-    return reason
+def _element(error: float, at: int, value: Tensor, reference: Tensor, part: str = "") -> Difference:
+    index = tuple(int(i) for i in torch.unravel_index(torch.tensor(at), reference.shape))
+    got, expected = (t.reshape(-1)[at].item() for t in (value, reference))
+    return Difference(error, part, index, got, expected)
 
 
-def _placed(arguments: Any, device: torch.device, precision: torch.dtype | None) -> Any:
-    """The arguments on the device, their floating tensors in ``precision`` unless it is None."""
-
-    def place(leaf: Any) -> Any:
-        if not isinstance(leaf, Tensor):
-            return leaf
-        return leaf.to(device, precision if precision is not None and leaf.is_floating_point() else leaf.dtype)
-
-    return pytree.tree_map(place, arguments)
+def _pairs(tensor: Tensor) -> Tensor:
+    """Complex numbers as pairs of fp64 numbers."""
+    return torch.view_as_real(tensor.to(torch.complex128).resolve_conj())
 
 
-@contextmanager
-def _no_tf32() -> Iterator[None]:
-    matmul, cudnn = torch.backends.cuda.matmul, torch.backends.cudnn
-    before = matmul.allow_tf32, cudnn.allow_tf32
-    matmul.allow_tf32 = cudnn.allow_tf32 = False
-    try:
-        yield
-    finally:
-        matmul.allow_tf32, cudnn.allow_tf32 = before
+def _inexact(tensor: Tensor) -> bool:
+    return tensor.is_floating_point() or tensor.is_complex()
+
+
+def _eps(dtype: torch.dtype) -> float:
+    return float(torch.finfo(dtype).eps)
+
+
+def coarsest(dtypes: Sequence[torch.dtype]) -> torch.dtype:
+    """The floating or complex dtype with the largest epsilon; float64 where there is none."""
+    inexact = [d for d in dtypes if d.is_floating_point or d.is_complex]
+    return max(inexact, key=_eps, default=torch.float64)

@@ -7,6 +7,7 @@ here that is an error that names both nodes.
 
 from __future__ import annotations
 
+import zlib
 from collections.abc import Callable, Generator, Mapping, Sequence
 from dataclasses import dataclass
 from functools import reduce
@@ -16,8 +17,9 @@ import torch
 from torch import Tensor
 from torch.fx import GraphModule, Node
 from torch.fx.node import map_arg
+from torch.utils import _pytree as pytree
 
-from torchtrt_md.errors import RankMismatchError
+from torchtrt_md.errors import RankMismatchError, VerificationError
 from torchtrt_md.graph.source import source_line
 from torchtrt_md.lowering.ops import bound_args, causal_rows, is_collective
 from torchtrt_md.mesh import Mesh
@@ -28,19 +30,44 @@ md = torch.ops.torchtrt_md
 
 @dataclass(frozen=True)
 class Precision:
-    """Compute in ``wide`` wherever the program says ``narrow``; the program itself where they are equal."""
+    """Compute in ``wide`` wherever the program says some floating dtype, and in complex numbers of it likewise.
 
-    narrow: torch.dtype
-    wide: torch.dtype
+    All of them, not the model's own alone: where a model mixes dtypes, by casts or by promotion, the narrow ones would
+    round and those that were widened would meet them in ops that take one dtype.  Plain numbers stay what they were
+    when the model was traced: an eps or a ``torch.finfo(x.dtype).min`` is that of the model's own dtype.
+
+    Attributes:
+        wide: None for the program as it is.
+        jitter: change each weight and input by one rounding, at random: what that changes of a result is what
+            rounding may change.
+    """
+
+    wide: torch.dtype | None
+    jitter: bool = False
 
     def of(self, x: Any) -> Any:
         """A tensor or dtype in the precision that is computed in; all else as it is."""
         if isinstance(x, Tensor):
-            return x.to(self.wide) if x.dtype == self.narrow else x
-        return self.wide if x is self.narrow else x
+            return x.to(self.of(x.dtype))
+        if self.wide is None or not isinstance(x, torch.dtype):
+            return x
+        return self.wide if x.is_floating_point else self.wide.to_complex() if x.is_complex else x
+
+    def results(self, results: Any) -> Any:
+        """What an op returns: some make their result in PyTorch's default dtype, as a quotient of integers."""
+        return results if self.wide is None else pytree.tree_map(self.of, results)
+
+    def given(self, x: Tensor, name: str) -> Tensor:
+        """A weight or an input."""
+        x = self.of(x)
+        if not self.jitter or not (x.is_floating_point() or x.is_complex()):
+            return x
+        generator = torch.Generator().manual_seed(zlib.crc32(name.encode()))
+        signs = torch.randint(0, 2, x.shape, generator=generator, dtype=torch.int8).mul_(2).sub_(1).to(x.device)
+        return (x + x * signs * torch.finfo(x.dtype).eps).to(x.dtype)
 
 
-EXACT = Precision(torch.float32, torch.float32)
+EXACT = Precision(None)
 
 
 @dataclass(frozen=True)
@@ -90,6 +117,7 @@ def simulate(
 
     Raises:
         RankMismatchError: ranks reach different collectives.
+        VerificationError: an op cannot be run.
     """
     assert program.lowered, "simulate takes a lowered program"
     ranks = {
@@ -108,6 +136,21 @@ def simulate(
     return [done[rank] for rank in sorted(done)]
 
 
+def interpret(
+    program: ShardedProgram, inputs: Mapping[str, Tensor], *, weights: Weights, precision: Precision = EXACT
+) -> tuple[Tensor, ...]:
+    """The outputs of a program of one rank, as it was captured.
+
+    Raises:
+        VerificationError: an op cannot be run.
+    """
+    (graph,) = program.graphs
+    ranks = {0: _run(graph, _feed(program, inputs, weights, 0, precision), precision)}
+    done: dict[int, tuple[Tensor, ...]] = {}
+    _advance(0, ranks, None, {}, done)
+    return done[0]
+
+
 def _feed(
     program: ShardedProgram, inputs: Mapping[str, Tensor], weights: Weights, rank: int, precision: Precision
 ) -> Callable[[str], Tensor]:
@@ -122,8 +165,7 @@ def _feed(
         else:
             assert isinstance(source, Coordinate)
             return torch.tensor([program.mesh.coordinate(rank, source.axis)], dtype=torch.int32, device=device)
-        result: Tensor = precision.of(tensor)
-        return result
+        return precision.given(tensor, source.name)
 
     return feed
 
@@ -150,12 +192,30 @@ def _run(graph: GraphModule, feed: Callable[[str], Tensor], precision: Precision
             return tuple(map_arg(node.args[0], value))
         else:
             args, kwargs = map_arg((node.args, node.kwargs), value)
-            wide = {name: precision.of(a) for name, a in kwargs.items()}
-            env[node] = node.target(*(precision.of(a) for a in args), **wide)
+            env[node] = _computed(node, args, kwargs, precision)
         for operand in node.all_input_nodes:  # activations of all ranks at once would not fit for long
             if last_use[operand] is node:
                 env.pop(operand, None)
     raise AssertionError("the graph has no output node")
+
+
+def _computed(node: Node, args: tuple[Any, ...], kwargs: Mapping[str, Any], precision: Precision) -> Any:
+    try:
+        result = node.target(*map(precision.of, args), **{k: precision.of(a) for k, a in kwargs.items()})  # type: ignore[operator]
+    except Exception as error:  # of any kernel, of any library
+        reason = next(iter(str(error).strip().splitlines()), "")
+        of = "its own dtype" if precision.wide is None else dtype_name(precision.wide)
+        raise VerificationError(
+            f"{node.name} = {node.target} could not be run on {_devices(args)} in {of}: {type(error).__name__}:"
+            f" {reason}",
+            fix="give the op a kernel for what it is called with, or leave verification out: check=False, --no-verify",
+            at=source_line(node),
+        ) from error
+    return precision.results(result)
+
+
+def _devices(args: tuple[Any, ...]) -> str:
+    return ", ".join(sorted({str(leaf.device) for leaf in pytree.tree_leaves(args) if isinstance(leaf, Tensor)}))
 
 
 def _advance(

@@ -1,0 +1,241 @@
+"""The dense model as the reference, on a CPU or a GPU.
+
+It is run twice: by PyTorch in its own dtype, and in fp64 as the graph that is captured of it at one rank.  The model
+itself cannot be run in fp64 to compare with: an eps or a mask value that its code takes from a tensor's dtype
+(``torch.finfo(x.dtype).min``, the default eps of ``nn.RMSNorm``) would be fp64's, and a cast to a fixed dtype would
+stay narrow.  In the graph such numbers are those of the model's own dtype, as they are in the program.  That the graph
+is the model is shown apart: in the model's own dtype it gives what the model gives.
+
+Where an op has no kernel in fp64, all is run in fp32; where not in that either, in the model's own dtype.  What
+rounding does to an output then has no finer reference: it is sampled by changing every weight and input by one
+rounding.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from typing import Any, NamedTuple, TypeVar
+
+import torch
+from torch import Tensor, nn
+from torch.fx import Node
+from torch.utils import _pytree as pytree
+
+from torchtrt_md.capture import capture
+from torchtrt_md.errors import MDError, VerificationError
+from torchtrt_md.mesh import Mesh
+from torchtrt_md.program import Output, ShardedProgram, Weights, dtype_name, outputs_of
+from torchtrt_md.verification.compare import FP32_RATIO, coarsest, ratio, relative_error
+from torchtrt_md.verification.simulate import Precision, interpret
+
+T = TypeVar("T")
+# A 16-bit dtype that leaves less than this behind was only a dtype of what is stored, not of what is computed.
+_16_BIT_NOISE = 2e-5
+
+
+@dataclass(frozen=True)
+class Sample:
+    """Of one output, what rounding does to it.
+
+    Attributes:
+        value: the output with the rounding of the dense model's own dtype.
+        coarse: the dtype that it is computed in, the coarsest of several.
+        finer: epsilon of the reference's dtype over that of ``coarse``.
+        ratio: how many times the unit the program may be off.
+        error: of the dense model's own output, relative, in its worst part.
+    """
+
+    value: Tensor
+    coarse: torch.dtype
+    finer: float
+    ratio: float
+    error: float
+
+    @property
+    def unit(self) -> float:
+        """The relative error that one unit stands for."""
+        return max(self.error, float(torch.finfo(self.coarse).eps) / 4)
+
+
+def captured(model: nn.Module, args: Sequence[Any], kwargs: Mapping[str, Any]) -> ShardedProgram:
+    """The graph of the dense model."""
+    return capture(model, args, kwargs, mesh=Mesh(dense=1))
+
+
+def weights_of(model: nn.Module) -> Weights:
+    """By name, each under all of its names."""
+    named = [*model.named_parameters(remove_duplicate=False), *model.named_buffers(remove_duplicate=False)]
+    return Weights({name: t.detach() for name, t in named})
+
+
+def run(model: nn.Module, args: Sequence[Any], kwargs: Mapping[str, Any]) -> Any:
+    """What the model returns.
+
+    Raises:
+        VerificationError: it cannot be called with these arguments.
+    """
+    try:
+        with torch.no_grad():
+            return model(*args, **kwargs)
+    except MDError:
+        raise
+    except Exception as error:  # of the user's code
+        reason = next(iter(str(error).strip().splitlines()), "")
+        raise VerificationError(
+            f"the dense {type(model).__name__} cannot be run to compare with: {type(error).__name__}: {reason}",
+            fix="verify with arguments that the model itself takes, of the shapes that were captured",
+        ) from error
+
+
+def widest(compute: Callable[[Precision], T]) -> tuple[T, torch.dtype | None, str]:
+    """The result in fp64, or in fp32, or in the model's own dtype (None); and why in none that is finer.
+
+    Raises:
+        VerificationError: an op cannot be run in any.
+    """
+    reasons: list[str] = []
+    for wide in (torch.float64, torch.float32):
+        try:
+            return compute(Precision(wide)), wide, "; ".join(reasons)
+        except VerificationError as error:
+            reasons.append(error.problem)
+        torch.cuda.empty_cache()  # only now, when the error's frames have let go of their tensors
+    return compute(Precision(None)), None, "; ".join(reasons)
+
+
+def samples(
+    program: ShardedProgram,
+    inputs: Mapping[str, Tensor],
+    weights: Weights,
+    own: Sequence[Tensor],
+    outputs: Sequence[Tensor],
+    wide: torch.dtype | None,
+) -> list[Sample]:
+    """What rounding does to each output of the dense model.
+
+    Args:
+        own: the outputs in the model's own dtype.
+        outputs: those in the dtype ``wide``.
+    """
+    jittered: tuple[Tensor, ...] = ()
+    found = []
+    for index, (node, value, reference) in enumerate(zip(outputs_of(program.graphs[0]), own, outputs, strict=True)):
+        coarse = coarsest(_computed_in(node))
+        error = _own_error(value, reference)
+        finer = 1.0 if wide is None else torch.finfo(wide).eps / torch.finfo(coarse).eps
+        if finer >= 1.0:
+            jittered = jittered or interpret(program, inputs, weights=weights, precision=Precision(wide, jitter=True))
+            # It says the order of magnitude only: what kernels round in between is not in it.
+            found.append(Sample(jittered[index], coarse, 1.0, FP32_RATIO, error))
+            continue
+        if error < _16_BIT_NOISE and coarse not in (torch.float64, torch.float32):
+            coarse, finer = torch.float32, finer * torch.finfo(coarse).eps / torch.finfo(torch.float32).eps
+        found.append(Sample(value, coarse, finer, ratio(coarse), error))
+    return found
+
+
+def check_finite(outputs: Mapping[str, Tensor]) -> None:
+    """Refuse a reference with which nothing can be compared; infinities are compared where others are finite.
+
+    Raises:
+        VerificationError: naming the output.
+    """
+    for name, t in outputs.items():
+        if not (t.is_floating_point() or t.is_complex()) or not t.numel():
+            continue
+        if bool(t.isnan().any()) or not bool(t.isfinite().any()):
+            raise VerificationError(
+                f"{name!r} of the dense model is not finite, so nothing can be compared with it",
+                fix="use arguments on which the model's result is finite",
+            )
+
+
+class Reference(NamedTuple):
+    """What the dense model computes, by output.
+
+    Attributes:
+        outputs: computed in ``precision``, integers included.
+        samples: what rounding does to them.
+        precision: None for the model's own dtype.
+        limited: why it is not fp64.
+    """
+
+    outputs: dict[str, Tensor]
+    samples: dict[str, Sample]
+    precision: torch.dtype | None
+    limited: str
+
+
+def dense_reference(
+    model: nn.Module,
+    args: Sequence[Any],
+    kwargs: Mapping[str, Any],
+    flat: Callable[[Any], dict[str, Tensor]],
+    device: torch.device,
+) -> Reference:
+    """Run the dense model on one GPU: in its own dtype, then in the widest that there is.
+
+    The model is moved to ``device`` in place.  Weights are widened one at a time.
+
+    Args:
+        flat: the output tensors, by name, of what the model returns.
+
+    Raises:
+        VerificationError: the model does not run, or its outputs are no use as a reference.
+    """
+    with torch.no_grad(), _no_tf32():
+        model.to(device)
+        args, kwargs = pytree.tree_map(lambda x: x.to(device) if isinstance(x, Tensor) else x, (tuple(args), kwargs))
+        own = run(model, args, kwargs)
+        program, weights = captured(model, args, kwargs), weights_of(model)
+        inputs = _inputs(model, args, kwargs)
+        found, wide, limited = widest(lambda p: interpret(program, inputs, weights=weights, precision=p))
+        leaves = [found[leaf.index] if isinstance(leaf, Output) else leaf for leaf in program.out_leaves]
+        outputs = flat(pytree.tree_unflatten(leaves, program.out_spec))
+        check_finite(outputs)
+        own_leaves = [t for t in pytree.tree_leaves(own) if isinstance(t, Tensor)]
+        made = samples(program, inputs, weights, own_leaves, found, wide)
+        by_tensor = {id(t): s for t, s in zip(found, made, strict=True)}
+        return Reference(outputs, {name: by_tensor[id(t)] for name, t in outputs.items()}, wide, limited)
+
+
+def precision_name(wide: torch.dtype | None) -> str:
+    """For messages."""
+    return "its own dtype" if wide is None else dtype_name(wide)
+
+
+def _inputs(model: nn.Module, args: Sequence[Any], kwargs: Mapping[str, Any]) -> dict[str, Tensor]:
+    from torchtrt_md.capture.arguments import Arguments
+
+    return dict(Arguments.of(model, args, kwargs).tensors)
+
+
+def _own_error(value: Tensor, reference: Tensor) -> float:
+    """Of what does not overflow."""
+    return relative_error(torch.where(value.isfinite(), value, reference.to(value.dtype)), reference)
+
+
+def _computed_in(node: Node) -> list[torch.dtype]:
+    """The dtypes of all that an output is computed from; weights and inputs, which are as they are, left out."""
+    seen, todo = {node}, [node]
+    dtypes = []
+    while todo:
+        at = todo.pop()
+        if at.op == "call_function":
+            dtypes += [v.dtype for v in pytree.tree_leaves(at.meta.get("val")) if isinstance(v, Tensor)]
+        todo += [n for n in at.all_input_nodes if n not in seen]
+        seen.update(at.all_input_nodes)
+    return dtypes
+
+
+@contextmanager
+def _no_tf32() -> Iterator[None]:
+    matmul, cudnn = torch.backends.cuda.matmul, torch.backends.cudnn
+    before = matmul.allow_tf32, cudnn.allow_tf32
+    matmul.allow_tf32 = cudnn.allow_tf32 = False
+    try:
+        yield
+    finally:
+        matmul.allow_tf32, cudnn.allow_tf32 = before

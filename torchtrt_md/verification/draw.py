@@ -1,0 +1,128 @@
+"""Inputs that tell programs apart, for examples that do not: zeros, constants, equal rows.
+
+Attention to the wrong tokens is right where all tokens are equal.  An example whose slices along some dim are all equal
+is drawn anew, from a fixed seed, so that it is as valid as it was:
+
+    floating    normal where all are zero; else each multiplied by a number from [0.5, 1), which keeps signs, zeros
+                and infinities, as masks have them
+    integers    from the range of the example; where the model does nothing with them but look something up, from all
+                that can be looked up
+    booleans    as they are
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+
+import torch
+from torch import Tensor
+from torch.fx import Node
+
+from torchtrt_md.program import ShardedProgram, Value, placeholders, value_of
+
+_SEED = 0
+aten = torch.ops.aten
+# What hands on the same numbers.
+_MOVES = {
+    aten.view,
+    aten._unsafe_view,
+    aten.reshape,
+    aten.unsqueeze,
+    aten.squeeze,
+    aten.expand,
+    aten.permute,
+    aten.transpose,
+    aten.t,
+    aten.clone,
+    aten.alias,
+    aten.detach,
+    aten.slice,
+    aten.select,
+    aten.cat,
+    aten.stack,
+    aten.repeat,
+}
+# What takes any number.
+_COMPARISONS = {aten.eq, aten.ne, aten.lt, aten.le, aten.gt, aten.ge}
+
+
+def draw(dense: ShardedProgram, inputs: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """New tensors for those of the inputs that cannot tell programs apart; empty where all can.
+
+    Args:
+        dense: the captured graph of the dense model, which says what integers are for.
+        inputs: the examples, by name.
+    """
+    generator = torch.Generator().manual_seed(_SEED)
+    drawn = {}
+    for node in placeholders(dense.graphs[0]):
+        source = dense.sources[node.name]
+        if isinstance(source, Value) and repeats(inputs[source.name]):
+            example = inputs[source.name].detach()
+            new = _drawn(example, node, generator)
+            if not repeats(new) or not torch.equal(new.cpu(), example.cpu()):
+                drawn[source.name] = new
+    return drawn
+
+
+def repeats(tensor: Tensor) -> bool:
+    """Are all slices along some dim equal?"""
+    if tensor.dtype.itemsize == 1 and tensor.is_floating_point():
+        tensor = tensor.float()  # float8 has no comparisons
+    return any(
+        size > 1 and bool((tensor == tensor.narrow(dim, 0, 1)).all()) for dim, size in enumerate(tensor.shape)
+    ) and bool(tensor.numel())
+
+
+def _drawn(example: Tensor, node: Node, generator: torch.Generator) -> Tensor:
+    shape, dtype = example.shape, example.dtype
+    if dtype == torch.bool:
+        return example
+    if dtype.is_floating_point or dtype.is_complex:
+        if not bool(example.ne(0).any() if dtype.itemsize > 1 else example.float().any()):
+            of = dtype if dtype.is_complex else torch.float32
+            return torch.randn(shape, generator=generator, dtype=of).to(example.device, dtype)
+        factor = (1 + torch.rand(shape, generator=generator)) / 2
+        return (example * factor.to(example.device, dtype)).to(dtype) if dtype.itemsize > 1 else example
+    low, high = int(example.min()), int(example.max())
+    looked_up = _looked_up(node)
+    if looked_up is not None and low >= 0:
+        low, high = 0, looked_up - 1
+    return torch.randint(low, high + 1, shape, generator=generator).to(example.device, dtype)
+
+
+def _looked_up(node: Node) -> int | None:
+    """The size of the smallest dim that this value is an index of; None where it may be anything else."""
+    sizes: list[int] = []
+    todo, seen = [node], {node}
+    while todo:
+        at = todo.pop()
+        for user in at.users:
+            packet = getattr(user.target, "overloadpacket", None)
+            if packet in _MOVES or (packet == aten._to_copy and not value_of(user).is_floating_point()):
+                todo += [user] if user not in seen else []
+                seen.add(user)
+            elif packet in (aten.embedding, aten.index_select, aten.gather, aten.index):
+                size = _indexed(user, at)
+                if size is None:
+                    return None
+                sizes.append(size)
+            elif packet not in _COMPARISONS:
+                return None
+    return min(sizes, default=None)
+
+
+def _indexed(user: Node, index: Node) -> int | None:
+    """The size of the dim of the user's first operand that ``index`` is looked up in."""
+    table = user.args[0]
+    if not isinstance(table, Node) or table is index:
+        return None
+    shape, packet = value_of(table).shape, user.target.overloadpacket  # type: ignore[union-attr]
+    if packet == aten.embedding:
+        return int(shape[0])
+    if packet == aten.index:
+        where = user.args[1]
+        assert isinstance(where, (list, tuple))
+        return min(int(shape[dim]) for dim, node in enumerate(where) if node is index)
+    dim = user.args[1]
+    return int(shape[dim]) if isinstance(dim, int) and len(user.args) > 2 and user.args[2] is index else None
