@@ -4,13 +4,16 @@ VENV   ?= .venv
 BIN    := $(VENV)/bin
 READY  := $(VENV)/.ready
 
-.PHONY: demo test lint install clean
+.PHONY: demo test gpu-test lint install clean
 
 demo: $(READY)
 	$(BIN)/torchtrt-md export examples/flux.py --mesh cp=4 --strategy ulysses -o flux.mdtrt
 
 test: $(READY)
 	$(BIN)/python -m pytest -q
+
+gpu-test: $(READY)
+	$(BIN)/python -m pytest -q tests/gpu
 
 lint: $(READY)
 	$(BIN)/ruff check .

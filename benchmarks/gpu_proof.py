@@ -16,17 +16,50 @@ import subprocess
 import sys
 import tempfile
 import time
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Annotated, Any
 
 import torch
 import typer
 
-sys.path.insert(0, str(Path(__file__).resolve().parents[1] / "tests"))
-
-from gpu import cases
-
+ROOT = Path(__file__).resolve().parents[1]
+# The width of the real models, with fewer blocks; the examples' own defaults are small.
+FULL = {
+    "FLUX_HEADS": "24",
+    "FLUX_LAYERS": "4",
+    "FLUX_SINGLE_LAYERS": "8",
+    "FLUX_IMAGE_TOKENS": "4096",
+    "FLUX_TEXT_TOKENS": "512",
+    "LLAMA_HIDDEN": "4096",
+    "LLAMA_INTERMEDIATE": "14336",
+    "LLAMA_HEADS": "32",
+    "LLAMA_KV_HEADS": "8",
+    "LLAMA_LAYERS": "8",
+    "LLAMA_TOKENS": "2048",
+    "LLAMA_VOCABULARY": "32000",
+}
 _LOG_TAIL = 3000
+
+
+@dataclass(frozen=True)
+class Case:
+    """A model file, an axis and a strategy."""
+
+    model: str
+    axis: str
+    strategy: str = ""
+
+    @property
+    def name(self) -> str:
+        return f"{self.model}-{self.strategy or self.axis}"
+
+    @property
+    def file(self) -> str:
+        return f"examples/{self.model}.py"  # from ROOT, where children run
+
+
+CASES = (Case("flux", "cp", "ulysses"), Case("flux", "cp", "allgather_kv"), Case("llama", "tp"))
 
 
 def main(
@@ -42,7 +75,7 @@ def main(
 ) -> None:
     wanted = ranks or [2, 4]
     gpus = torch.cuda.device_count()
-    jobs = [(case, count) for count in wanted for case in cases.CASES]
+    jobs = [(case, count) for count in wanted for case in CASES]
     with tempfile.TemporaryDirectory(prefix="gpu-proof-") as folder:
         bundles = {job: Path(folder) / f"{job[0].name}-{job[1]}.mdtrt" for job in jobs}
         exports = _export_all(bundles, gpus, full=not small, verify=verify, model_device=model_device)
@@ -54,7 +87,7 @@ def main(
         for job, bundle in bundles.items():
             result: dict[str, Any] = {"case": job[0].name, "ranks": job[1], "export": exports[job], "run": None}
             if exports[job]["passed"] and not export_only:
-                done, report = cases.run(
+                done, report = _run(
                     job[0],
                     job[1],
                     bundle,
@@ -76,7 +109,7 @@ def main(
             "python": platform.python_version(),
             "torch": str(torch.__version__),
         },
-        "size": "the examples' own" if small else cases.FULL,
+        "size": "the examples' own" if small else FULL,
         "dense_ms_on_one_gpu": dense,
         "results": results,
     }
@@ -90,17 +123,52 @@ def main(
     raise typer.Exit(1 if failed else 0)
 
 
+def _environment(full: bool, gpu: int | None = None) -> dict[str, str]:
+    """The environment of a child process."""
+    env = {**os.environ, "PYTHONUNBUFFERED": "1"} | (FULL if full else {})
+    return env if gpu is None else {**env, "CUDA_VISIBLE_DEVICES": str(gpu)}
+
+
+def _export_command(case: Case, ranks: int, bundle: Path, *, model_device: str, verify: bool) -> list[str]:
+    """The command that makes the bundle, and its report beside it."""
+    command = [sys.executable, "-m", "torchtrt_md", "export", case.file, "--mesh", f"{case.axis}={ranks}"]
+    if case.strategy:
+        command += ["--strategy", case.strategy]
+    command += ["--out", str(bundle), "--model-device", model_device, "--report", f"{bundle}.export.json"]
+    return command if verify else [*command, "--no-verify"]
+
+
+def _run(
+    case: Case, ranks: int, bundle: Path, *, full: bool, seconds: int, iterations: int, model_device: str
+) -> tuple[subprocess.CompletedProcess[str], dict[str, Any] | None]:
+    """Run a bundle against the dense model; the finished process and its report."""
+    report = Path(f"{bundle}.run.json")
+    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", f"--nproc_per_node={ranks}"]
+    command += ["-m", "torchtrt_md.run", str(bundle), "--verify", case.file, "--report", str(report)]
+    command += ["--iterations", str(iterations), "--timeout", "120", "--model-device", model_device]
+    # timeout(1) ends torchrun and, through it, all ranks; a kill follows where they hang.
+    done = subprocess.run(
+        ["timeout", "--kill-after=20", str(seconds), *command],
+        env=_environment(full),
+        cwd=ROOT,
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+    return done, json.loads(report.read_text()) if report.exists() else None
+
+
 def _export_all(
-    bundles: dict[tuple[cases.Case, int], Path], gpus: int, *, full: bool, verify: bool, model_device: str
-) -> dict[tuple[cases.Case, int], dict[str, Any]]:
+    bundles: dict[tuple[Case, int], Path], gpus: int, *, full: bool, verify: bool, model_device: str
+) -> dict[tuple[Case, int], dict[str, Any]]:
     running = {}
     for index, ((case, ranks), bundle) in enumerate(bundles.items()):
-        command = cases.export_command(case, ranks, bundle, model_device=model_device, verify=verify)
+        command = _export_command(case, ranks, bundle, model_device=model_device, verify=verify)
         with Path(f"{bundle}.log").open("w") as log:
             process = subprocess.Popen(
                 ["timeout", "--kill-after=10", "330", *command],
-                env=cases.environment(full, gpu=index % max(gpus, 1)),
-                cwd=cases.ROOT,
+                env=_environment(full, gpu=index % max(gpus, 1)),
+                cwd=ROOT,
                 stdout=log,
                 stderr=subprocess.STDOUT,
             )
@@ -128,8 +196,8 @@ gpu_proof.time_dense({model!r}, {device!r})
 """
     done = subprocess.run(
         ["timeout", "120", sys.executable, "-c", code],
-        env=cases.environment(full, gpu=0),
-        cwd=cases.ROOT,
+        env=_environment(full, gpu=0),
+        cwd=ROOT,
         capture_output=True,
         text=True,
         check=False,
@@ -141,7 +209,7 @@ def time_dense(model: str, device: str) -> None:
     """Print the median of 30 calls, each between two events."""
     from torchtrt_md.doors.user_file import load_user_file
 
-    module, args, kwargs = load_user_file(cases.ROOT / "examples" / f"{model}.py", 0, device)
+    module, args, kwargs = load_user_file(ROOT / "examples" / f"{model}.py", 0, device)
     module.cuda()
     args = tuple(a.cuda() if isinstance(a, torch.Tensor) else a for a in args)
     kwargs = {k: a.cuda() if isinstance(a, torch.Tensor) else a for k, a in kwargs.items()}

@@ -166,20 +166,29 @@ def _source_of(node: Node, program: ShardedProgram) -> Source:
     return Weight("+".join(weight.name for weight in parts), shape, parts[0].dtype, parts=tuple(parts))
 
 
-def attention_keys(program: ShardedProgram) -> tuple[str, ...]:
-    """The different attentions over a split sequence, by ``attention_key``, in order.
+def attention_order(program: ShardedProgram) -> tuple[str, ...]:
+    """The ``attention_key`` of each attention over a split sequence, in order; that of the first rank's graph.
 
     Raises:
         as :func:`lower`.
     """
-    context = PassContext(program.mesh, program.strategies, program.groups)
-    keys: dict[str, None] = {}
-    for graph, _ in program.distinct():
-        new = copy.deepcopy(graph)
-        run_passes(PASSES, new, context, last="sequence")
-        for node in new.graph.find_nodes(op="call_function", target=torch.ops.torchtrt_md.context_attention.default):
-            keys.setdefault(choose_strategy.attention_key(node))
-    return tuple(keys)
+    return _attention_order(program, program.graphs[0])
+
+
+def attention_keys(program: ShardedProgram) -> tuple[str, ...]:
+    """The different ones of all graphs.
+
+    Raises:
+        as :func:`lower`.
+    """
+    return tuple(dict.fromkeys(key for graph, _ in program.distinct() for key in _attention_order(program, graph)))
+
+
+def _attention_order(program: ShardedProgram, graph: GraphModule) -> tuple[str, ...]:
+    new = copy.deepcopy(graph)
+    run_passes(PASSES, new, PassContext(program.mesh, program.strategies, program.groups), last="sequence")
+    nodes = new.graph.find_nodes(op="call_function", target=torch.ops.torchtrt_md.context_attention.default)
+    return tuple(choose_strategy.attention_key(node) for node in nodes)
 
 
 def _outputs(program: ShardedProgram, graph: GraphModule) -> tuple[Value, ...]:
@@ -195,4 +204,4 @@ def _outputs(program: ShardedProgram, graph: GraphModule) -> tuple[Value, ...]:
     return tuple(values)
 
 
-__all__ = ["PASSES", "attention_keys", "lower"]
+__all__ = ["PASSES", "attention_keys", "attention_order", "lower"]

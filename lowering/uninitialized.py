@@ -14,7 +14,7 @@ from torch.fx import GraphModule
 from torchtrt_md.lowering.passes import PassContext
 
 aten = torch.ops.aten
-_FILLED = {
+FILLED = {
     aten.empty.memory_format: aten.full.default,
     aten.empty_like.default: aten.full_like.default,
     aten.new_empty.default: aten.new_full.default,
@@ -25,8 +25,8 @@ _KEYWORDS = ("dtype", "device")
 def run(graph: GraphModule, context: PassContext) -> int:
     count = 0
     for node in graph.graph.nodes:
-        if node.target in _FILLED:
-            node.target = _FILLED[node.target]
+        if node.target in FILLED:
+            node.target = FILLED[node.target]
             node.args = (*node.args, 0)
             # full() takes its dtype from the value where it is not told
             kept = {key: value for key, value in node.kwargs.items() if key in _KEYWORDS}

@@ -23,9 +23,13 @@ _NAME = re.compile(r"[A-Za-z_][A-Za-z0-9_]*")
 _SIZE = re.compile(r"[0-9]{1,9}")
 
 
+OF_A_CAPTURE = " of "  # between axis and mesh in the names of the fake meshes that captures make
+
+
 def axis_names(device_mesh: DeviceMesh) -> tuple[str, ...]:
     """The names of a ``DeviceMesh``'s dims: its own, or ``dim0``, ``dim1`` and so on where it has none."""
-    return tuple(device_mesh.mesh_dim_names or (f"dim{i}" for i in range(device_mesh.ndim)))
+    names = device_mesh.mesh_dim_names or tuple(f"dim{i}" for i in range(device_mesh.ndim))
+    return tuple(name.partition(OF_A_CAPTURE)[0] for name in names)
 
 
 class Mesh:

@@ -45,6 +45,7 @@ class Options:
             or where the hardware suggests (``"auto"``).
         compute: what runs all that is not attention or a collective.
         tune: time the candidates on the GPUs and keep the fastest; ``"tensorrt"`` restricts them to TensorRT.
+        tune_seconds: after these no further candidate is begun.
         cuda_graph: capture each step in a CUDA graph and replay it.
         static_outputs: return what a CUDA graph writes, which the next call overwrites, and not a copy of it.
         max_graphs: how many CUDA graphs, one for each signature of the inputs, are kept.
@@ -71,6 +72,7 @@ class Options:
     placement: Literal["auto", "engine", "split"] = "auto"
     compute: Literal["tensorrt", "inductor"] = "tensorrt"
     tune: bool | Literal["tensorrt"] = False
+    tune_seconds: float = 60.0
     cuda_graph: bool = False
     static_outputs: bool = False
     max_graphs: int = 8
@@ -137,7 +139,6 @@ class Options:
         from torchtrt_md.lowering.passes import Exchange
 
         whole = isinstance(self.max_graphs, int) and not isinstance(self.max_graphs, bool)
-        number = isinstance(self.timeout, (int, float)) and not isinstance(self.timeout, bool)
         for name, fine, allowed in (
             ("mesh", self.mesh is None or isinstance(self.mesh, (Mesh, DeviceMesh)), "a Mesh or a DeviceMesh"),
             (
@@ -148,11 +149,20 @@ class Options:
             ("max_graphs", whole and self.max_graphs >= 1, "a whole number of at least 1"),
             ("target", isinstance(self.target, str), '"portable", "current" or a GPU such as "sm90"'),
             ("cache", self.cache is None or isinstance(self.cache, (str, Path)), "a folder"),
-            ("timeout", number and self.timeout > 0, "seconds, more than 0"),
+            (
+                "tune_seconds",
+                _is_number(self.tune_seconds) and self.tune_seconds > 0,
+                "seconds, more than 0",
+            ),
+            ("timeout", _is_number(self.timeout) and self.timeout > 0, "seconds, more than 0"),
             ("exchange", self.exchange is None or isinstance(self.exchange, Exchange), "a lowering.passes.Exchange"),
         ):
             if not fine:
                 raise _refused(name, getattr(self, name), allowed)
+
+
+def _is_number(value: object) -> bool:
+    return isinstance(value, (int, float)) and not isinstance(value, bool)
 
 
 def _told(entry: Any) -> Any:

@@ -1,49 +1,103 @@
-"""Choose by timing on the GPUs: how attentions exchange, and what each segment runs as.
+"""Choose by timing: how attentions exchange, and what each segment runs as, in bounded time.
 
-    1. each different compute segment alone, in TensorRT and compiled by Inductor: which of them 2 is timed with
-    2. each different attention: every way of exchange, in a whole step                 -> the fastest
-    3. each different compute segment between these, as in 1                            -> the faster
-    4. whole steps: the mixture of 3, TensorRT alone, Inductor alone, one engine        -> the fastest
+    1. each way of exchange, for each different attention: one block around it, by each transport   -> the fastest
+    2. each different compute segment alone, in TensorRT and compiled by Inductor                   -> the faster
+    3. whole steps: what 1 and 2 chose, what is chosen without timing, and each compute alone       -> the fastest
 
-Every time is a median over CUDA graph replays, and the largest of any rank; so all ranks decide alike, and the tuned
-program is at least as fast, as measured here, as the best of TensorRT alone and Inductor alone.
+Equal blocks are timed once, so that the time does not grow with a model's depth.  Every time is the largest of any
+rank's median, so all ranks decide alike.  Whole steps are timed in the order above: what the seconds that are allowed
+do not suffice for is left out, and said.
 """
 
 from __future__ import annotations
 
 import gc
 import hashlib
+import logging
 import os
-from collections.abc import Callable, Mapping
+import socket
+import time
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import replace
+from pathlib import Path
 from statistics import median
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Protocol
 
 import msgspec
 import torch
 from torch import Tensor
 
 import torchtrt_md
-from torchtrt_md.build.flavour import flavour
 from torchtrt_md.choices import Choices, Decision
 from torchtrt_md.errors import LaunchError, MDError
 from torchtrt_md.graph.text import graph_digest
-from torchtrt_md.lowering import attention_keys
+from torchtrt_md.lowering import attention_order
 from torchtrt_md.lowering.passes import Exchange
+from torchtrt_md.place.partition import ATTENTION
+from torchtrt_md.program import Value
 from torchtrt_md.runtime.executor import Executor
 from torchtrt_md.runtime.graphs import Budget, Graphs
 from torchtrt_md.runtime.steps import Key
-from torchtrt_md.segment import Part, Runs, Wire
+from torchtrt_md.segment import Binding, Part, Runs, Wire
 
 if TYPE_CHECKING:
     from torchtrt_md.doors.compile import Session
     from torchtrt_md.road import Built
 
+log = logging.getLogger(__name__)
 WARM_UP, REPEATS, FEWEST = 3, 20, 5
-SECONDS = 1.0  # for each candidate, where the fewest repeats leave it
+SECONDS = 0.3  # for each candidate, where the fewest repeats leave it
 _STEP = "a whole step"
 _TENSORRT, _INDUCTOR = "TensorRT", "Inductor"
 _TRANSPORTS = {"nccl": "NCCL", "copy": "copy engines"}
+
+
+class Clock(Protocol):
+    """What times candidates."""
+
+    @property
+    def transports(self) -> Sequence[str]:
+        """What exchanges are tried by: ``nccl``, ``copy``."""
+
+    def now(self) -> float:
+        """Seconds, monotonic."""
+
+    def milliseconds(self, executor: Executor, inputs: Mapping[Key, Tensor]) -> list[float]:
+        """Of some calls.  Collective."""
+
+
+class GpuClock:
+    """Times replays of CUDA graphs between events."""
+
+    transports = tuple(_TRANSPORTS)
+
+    def __init__(self, session: Session) -> None:
+        self.device, self.agreement = session.launch.device, session.launch.agreement
+
+    def now(self) -> float:
+        return time.monotonic()
+
+    def milliseconds(self, executor: Executor, inputs: Mapping[Key, Tensor]) -> list[float]:
+        stream: torch.cuda.Stream = torch.cuda.Stream(self.device)  # type: ignore[no-untyped-call]
+        stream.wait_stream(torch.cuda.current_stream(self.device))
+        with torch.cuda.device(self.device), torch.cuda.stream(stream), torch.no_grad():
+            run = Graphs(executor.run, Budget(1), self.device)
+            for _ in range(WARM_UP):
+                run(inputs)
+            first = self._timed(run, inputs, stream, 1)
+            # the slowest's, so that all ranks repeat equally often
+            slowest = max(self.agreement.gather(first[0], "a first time"))
+            repeats = min(REPEATS, max(FEWEST, int(SECONDS * 1e3 / max(slowest, 1e-3))))
+            return self._timed(run, inputs, stream, repeats)
+
+    def _timed(self, run: Graphs, inputs: Mapping[Key, Tensor], stream: torch.cuda.Stream, repeats: int) -> list[float]:
+        events = [[torch.cuda.Event(enable_timing=True) for _ in range(2)] for _ in range(repeats)]  # type: ignore[no-untyped-call]
+        for begin, end in events:
+            begin.record(stream)
+            run(inputs)
+            end.record(stream)
+        stream.synchronize()
+        return [begin.elapsed_time(end) for begin, end in events]
 
 
 def candidates(strategy: str) -> dict[str, Exchange]:
@@ -63,21 +117,27 @@ def candidates(strategy: str) -> dict[str, Exchange]:
     return {name: e for name, e in found.items() if strategy in ("auto", e.strategy)}
 
 
-def tune(session: Session, plan: Choices) -> Choices:
+def tune(session: Session, default: Choices, clock: Clock | None = None) -> Choices:
     """The fastest choices that are found, or were found for this program on these GPUs before.  Collective.
+
+    Args:
+        session: of the program.
+        default: what is chosen without timing.
+        clock: times candidates; by default the GPU's.
 
     Raises:
         LaunchError: there is no GPU to time on.
     """
-    if session.launch.device.type != "cuda":
+    launch = session.launch
+    if clock is None and launch.device.type != "cuda":
         raise LaunchError("tune=True times candidates on GPUs, and there is none", fix="leave out tune")
-    file = session.road.cache.folder / "choices" / f"{_key(session, plan)}.json"
+    file = session.road.cache.folder / "choices" / f"{_key(session, default)}.json"
     # What rank 0 has counts for all: they must not choose differently.
-    held = session.launch.agreement.gather(file.read_bytes() if file.exists() else b"", "choices made before")[0]
-    if held:
-        return msgspec.json.decode(held, type=Choices)
-    tuned = _timed(session, plan)
-    if session.launch.rank == 0:
+    held = launch.agreement.gather(_read(file), "choices made before")[0]
+    if held is not None:
+        return held
+    tuned = _Tuner(session, clock or GpuClock(session)).choose(default)
+    if launch.rank == 0:
         file.parent.mkdir(parents=True, exist_ok=True)
         unfinished = file.with_suffix(f".{os.getpid()}")
         unfinished.write_bytes(msgspec.json.encode(tuned))
@@ -85,199 +145,259 @@ def tune(session: Session, plan: Choices) -> Choices:
     return tuned
 
 
-def _key(session: Session, plan: Choices) -> str:
+def _read(file: Path) -> Choices | None:
+    """Choices that were kept; None where there are none, or the file is damaged."""
+    try:
+        return msgspec.json.decode(file.read_bytes(), type=Choices)
+    except (OSError, msgspec.DecodeError, UnicodeDecodeError):
+        return None
+
+
+def _key(session: Session, default: Choices) -> str:
     """All that the choices depend on, in hexadecimal."""
-    options = session.options
+    options, launch = session.options, session.launch
+    gpu = torch.cuda.get_device_name(launch.device) if launch.device.type == "cuda" else "cpu"
+    flavour: tuple[str, ...] = ()
+    if options.compute == "tensorrt":
+        from torchtrt_md.build.flavour import flavour as installed
+
+        flavour = (installed().name, installed().version)
     parts = (
-        graph_digest(session.road.lower(replace(plan, placement="split")).graphs[session.launch.rank]),
+        graph_digest(session.road.lower(replace(default, placement="split")).graphs[launch.rank]),
         sorted(session.program.strategies.items()),
         list(session.program.mesh.axes.items()),
-        torch.cuda.get_device_name(session.launch.device),
-        (flavour().name, flavour().version, str(torch.__version__), torchtrt_md.__version__),
+        # where the ranks are: what is sent between hosts is another matter
+        launch.agreement.gather((_host_number(session), gpu), "where the ranks are"),
+        (flavour, str(torch.__version__), torchtrt_md.__version__),
         (options.tune, options.placement, options.target, str(options.exchange), options.transpose_weights),
+        (options.transport, options.overlap, options.compute, options.fullgraph),
     )
     return hashlib.sha256(repr(parts).encode()).hexdigest()
 
 
-def _timed(session: Session, plan: Choices) -> Choices:
-    mixed = session.options.tune is True
-    timer = _Timer(session)
-    split = replace(plan, placement="split", compute="engine", decisions=())
-    if mixed:  # so that exchanges are compared around segments that run as they will
-        _, decisions = _segments(session, split)
-        total = {name: sum(d.times_ms[name] for d in decisions) for name in (_TENSORRT, _INDUCTOR)}
-        if total[_INDUCTOR] < total[_TENSORRT]:
-            split = replace(split, compute="inductor")
-    split, decisions = _exchanges(session, split, timer)
-    split = replace(split, compute="engine")
-    if mixed:
-        split, decided = _segments(session, split)
-        decisions += decided
-    steps: dict[str, Choices] = {"TensorRT, attention in PyTorch": replace(split, runs={})}
-    if session.options.placement != "split":
-        steps["TensorRT, one engine"] = replace(split, placement="engine", exchanges={}, runs={})
-    if mixed:
-        steps["TensorRT and Inductor, as timed"] = split
-        steps["Inductor, attention in PyTorch"] = replace(split, compute="inductor", runs={})
-    if session.options.placement == "engine":
-        steps = {name: p for name, p in steps.items() if p.placement == "engine"}
-    times = {name: timer.step(candidate) for name, candidate in steps.items()}
-    possible = {name: ms for name, ms in times.items() if ms is not None}
-    if not possible:
-        return plan
-    best = min(possible, key=lambda name: possible[name])
-    decisions.append(Decision(_STEP, best, "the fastest", possible))
-    return replace(steps[best], decisions=tuple(decisions), tuned_on=torch.cuda.get_device_name(session.launch.device))
+def _host_number(session: Session) -> int:
+    """Which of the launch's hosts this is: the choices hold for another launch of the same form."""
+    hosts = session.launch.agreement.gather(socket.gethostname(), "the ranks' hosts")
+    return list(dict.fromkeys(hosts)).index(socket.gethostname())
 
 
-def _exchanges(session: Session, plan: Choices, timer: _Timer) -> tuple[Choices, list[Decision]]:
-    """The fastest way of exchange of each attention in turn, the others being as they are."""
-    decisions = []
-    if session.options.exchange is not None or session.options.placement == "engine":
-        return plan, []
-    for key in attention_keys(session.program):
-        axis = key.rsplit(" ", 1)[1].split("=")[0]
-        times = {}
-        tried = {
-            f"{name} by {_TRANSPORTS[transport]}": replace(
-                plan, exchanges={**plan.exchanges, key: exchange}, transport=transport
-            )
-            for name, exchange in candidates(session.program.strategies[axis]).items()
-            for transport in ("nccl", "copy")
-        }
-        for name, candidate in tried.items():
-            ms = timer.step(candidate)
+class _Tuner:
+    """One search, until its time is up."""
+
+    def __init__(self, session: Session, clock: Clock) -> None:
+        self.session, self.clock, self.rank = session, clock, session.launch.rank
+        self.agreement = session.launch.agreement
+        self.until = clock.now() + session.options.tune_seconds
+
+    def choose(self, default: Choices) -> Choices:
+        """What is fastest of what there was time for; ``default`` where nothing could be timed."""
+        mixed = self.session.options.tune is True and self.session.options.compute == "tensorrt"
+        compute: Runs = "inductor" if mixed else default.compute
+        split = replace(default, placement="split", compute=compute, runs={}, decisions=())
+        decisions: list[Decision] = []
+        if self.session.options.placement != "engine":
+            split, decisions = self._exchanges(split)
+        steps: dict[str, Choices] = {}
+        if mixed and self.session.options.placement != "engine":
+            split, decided = self._segments(split)
+            decisions += decided
+            steps["TensorRT and Inductor, as timed"] = split
+        steps["as without timing"] = replace(default, decisions=())
+        if self.session.options.placement != "engine":
+            if mixed:
+                steps["Inductor, attention in PyTorch"] = replace(split, compute="inductor", runs={})
+            if default.compute == "engine":
+                steps["TensorRT, attention in PyTorch"] = replace(split, compute="engine", runs={})
+        if self.session.options.placement != "split" and default.compute == "engine":
+            steps["TensorRT, one engine"] = replace(default, placement="engine", exchanges={}, runs={}, decisions=())
+        steps = {name: choices for name, choices in steps.items() if choices not in _before(steps, name)}
+        times, left_out = self._steps(steps)
+        if not times:
+            return default
+        best = min(times, key=lambda name: times[name])
+        why = "the fastest" + (f"; no time was left for {', '.join(left_out)}" if left_out else "")
+        decisions.append(Decision(_STEP, best, why, times))
+        device = self.session.launch.device
+        gpu = torch.cuda.get_device_name(device) if device.type == "cuda" else "CPU"
+        return replace(steps[best], decisions=tuple(decisions), tuned_on=gpu)
+
+    def _is_over(self) -> bool:
+        """Is the time up?  By rank 0's clock, so that all ranks stop at the same candidate."""
+        return self.agreement.gather(self.clock.now() > self.until, "the time that is left")[0]
+
+    def _steps(self, steps: Mapping[str, Choices]) -> tuple[dict[str, float], list[str]]:
+        times: dict[str, float] = {}
+        for number, (name, choices) in enumerate(steps.items()):
+            if number and self._is_over():
+                return times, list(steps)[number:]
+            ms = self._whole_step(choices)
             if ms is not None:
                 times[name] = ms
-        if times:
-            best = min(times, key=lambda name: times[name])
-            plan = tried[best]
-            decisions.append(Decision(f"attention {key}", best, "the fastest whole step", times))
-    return plan, decisions
+        return times, []
 
-
-def _segments(session: Session, plan: Choices) -> tuple[Choices, list[Decision]]:
-    """The faster of TensorRT and Inductor for each different compute segment."""
-    in_trt = session.built(replace(plan, runs={}, compute="engine"))
-    in_inductor = session.built(replace(plan, runs={}, compute="inductor"))
-    texts = _texts(session, in_trt, in_inductor)
-    if texts is None:  # an op that no engine can hold cuts the two differently
-        return plan, []
-    runs: dict[str, Runs] = {}
-    decisions = []
-    for number, (text, (engine_part, inductor_part, count)) in enumerate(texts.items()):
-        times = {
-            _TENSORRT: _segment_ms(session, in_trt, engine_part),
-            _INDUCTOR: _segment_ms(session, in_inductor, inductor_part),
-        }
-        faster = min(times, key=lambda name: times[name])
-        runs[text] = "inductor" if faster == _INDUCTOR else "engine"
-        why = "the faster" + (f": {flavour().name} is slower at it on this GPU" if faster == _INDUCTOR else "")
-        decisions.append(Decision(f"segment {number} ({count} of them)", faster, why, times))
-    return replace(plan, runs=runs), decisions
-
-
-def _texts(session: Session, in_trt: Built, in_inductor: Built) -> dict[str, tuple[Part, Part, int]] | None:
-    """Text of the graph of a compute part -> the part as an engine, as Inductor has it, and how many are equal."""
-    rank = session.launch.rank
-    if len(in_trt.parts[rank]) != len(in_inductor.parts[rank]):
-        return None
-    found: dict[str, tuple[Part, Part, int]] = {}
-    for a, b in zip(in_trt.parts[rank], in_inductor.parts[rank], strict=True):
-        if (a.runs == "eager") != (b.runs == "eager"):
-            return None
-        if a.runs == "engine":
-            before = found.get(b.digest)
-            found[b.digest] = (a, b, before[2] + 1 if before else 1)
-    return found
-
-
-def _segment_ms(session: Session, built: Built, part: Part) -> float:
-    """The median of one segment alone; its inputs are random."""
-    segment = part.segment
-    outputs = [b.source for b in segment.outputs]
-    executor = session.executor(built, [part], outputs=outputs)
-    inputs: dict[Key, Tensor] = {
-        b.source: _random(b.shape, b.dtype, session.launch.device)
-        for b in segment.inputs
-        if b.source.kind not in ("weight", "coordinate")
-    }
-    return _agreed(session, lambda: _median_ms(session, executor, inputs))
-
-
-class _Timer:
-    """Times whole steps, each plan once."""
-
-    def __init__(self, session: Session) -> None:
-        self.session = session
-        generator = torch.Generator(device=session.launch.device).manual_seed(0)
-        self.inputs: dict[Key, Tensor] = {
-            Wire("input", value.name): _random(value.shape, value.dtype, session.launch.device, generator)
-            for value in session.program.inputs
-        }
-
-    def step(self, plan: Choices) -> float | None:
-        """Milliseconds; None where this plan cannot be built, on any rank."""
-        session = self.session
+    def _whole_step(self, choices: Choices) -> float | None:
+        """Milliseconds; None where these choices cannot be built, on any rank."""
         try:
-            executor = session.executor(session.built(plan))
-        except MDError:  # the same on every rank
+            built = self.session.built(choices)
+            executor = self.session.executor(built)
+        except MDError as error:  # the same on every rank
+            log.info("left out: %s", error.problem)
             return None
-        ms = _agreed(session, lambda: _median_ms(session, executor, self.inputs))
+        inputs: dict[Key, Tensor] = {Wire("input", v.name): self._random(v) for v in built.placed.program.inputs}
+        return self._timed(executor, inputs)
+
+    def _exchanges(self, choices: Choices) -> tuple[Choices, list[Decision]]:
+        """The fastest way of exchange for each different attention, each timed in one block."""
+        order = attention_order(self.session.program)
+        if self.session.options.exchange is not None or not order:
+            return choices, []
+        times: dict[str, dict[tuple[str, str], float]] = {key: {} for key in order}
+        made: dict[tuple[str, str], Exchange] = {}
+        strategies = {self.session.program.strategies[key.rsplit(" ", 1)[1].split("=")[0]] for key in order}
+        tried = {name: e for strategy in sorted(strategies) for name, e in candidates(strategy).items()}
+        for number, (name, exchange) in enumerate(tried.items()):
+            if number and self._is_over():
+                break
+            try:
+                built = self.session.built(replace(choices, exchanges=dict.fromkeys(order, exchange)))
+            except MDError as error:  # a strategy that some attention cannot have
+                log.info("%s: left out: %s", name, error.problem)
+                continue
+            for key, window in _windows(built.parts[self.rank], order):
+                for transport in self.clock.transports:
+                    ms = self._window_ms(built, window, transport)
+                    if ms is not None:
+                        times[key][name, transport] = ms
+                        made[name, transport] = exchange
+        return self._fastest(choices, order, times, made)
+
+    def _fastest(
+        self,
+        choices: Choices,
+        order: Sequence[str],
+        times: Mapping[str, Mapping[tuple[str, str], float]],
+        made: Mapping[tuple[str, str], Exchange],
+    ) -> tuple[Choices, list[Decision]]:
+        """One transport serves a program: that with which the best of all blocks together are the fastest."""
+        common = [t for t in self.clock.transports if all(any(at == t for _, at in times[key]) for key in times)]
+        if not common:
+            return choices, []
+
+        def best(key: str, transport: str) -> tuple[str, str]:
+            return min((at for at in times[key] if at[1] == transport), key=lambda at: times[key][at])
+
+        transport = min(common, key=lambda t: sum(times[key][best(key, t)] for key in order))
+        exchanges, decisions = dict(choices.exchanges), []
+        for key, of in times.items():
+            chosen = best(key, transport)
+            exchanges[key] = made[chosen]
+            told = {f"{name} by {_TRANSPORTS[by]}": ms for (name, by), ms in of.items()}
+            decisions.append(
+                Decision(f"attention {key}", f"{chosen[0]} by {_TRANSPORTS[transport]}", "the fastest block", told)
+            )
+        return replace(choices, exchanges=exchanges, transport=transport), decisions
+
+    def _window_ms(self, built: Built, window: Sequence[Part], transport: str) -> float | None:
+        """The median of some parts in a row; what they read of others is random."""
+        made = {b.source for part in window for b in part.segment.outputs}
+        read = {b.source for part in window for b in part.segment.inputs}
+        inputs: dict[Key, Tensor] = {
+            b.source: self._random(b)
+            for part in window
+            for b in part.segment.inputs
+            if b.source.kind not in ("weight", "coordinate") and b.source not in made
+        }
+        outputs = [b.source for part in window for b in part.segment.outputs if b.source not in read]
+        of = replace(built, choices=replace(built.choices, transport=transport))
+        try:
+            executor = self.session.executor(of, window, outputs or [window[-1].segment.outputs[-1].source])
+        except MDError as error:  # copy engines need GPUs with access to each other
+            log.info("left out: %s", error.problem)
+            return None
+        return self._timed(executor, inputs)
+
+    def _segments(self, choices: Choices) -> tuple[Choices, list[Decision]]:
+        """The faster of TensorRT and Inductor for each different compute segment."""
+        in_trt = self.session.built(replace(choices, runs={}, compute="engine"))
+        in_inductor = self.session.built(replace(choices, runs={}, compute="inductor"))
+        pairs = _pairs(in_trt.parts[self.rank], in_inductor.parts[self.rank])
+        runs: dict[str, Runs] = {}
+        decisions = []
+        for number, (digest, (engine, inductor, count)) in enumerate(pairs.items()):
+            if self._is_over():
+                break
+            times = {
+                name: ms
+                for name, built, part in ((_TENSORRT, in_trt, engine), (_INDUCTOR, in_inductor, inductor))
+                if (ms := self._window_ms(built, [part], choices.transport)) is not None
+            }
+            if not times:
+                continue
+            faster = min(times, key=lambda name: times[name])
+            runs[digest] = "inductor" if faster == _INDUCTOR else "engine"
+            decisions.append(Decision(f"segment {number} ({count} of them)", faster, "the faster", times))
+        return replace(choices, compute="inductor", runs=runs), decisions
+
+    def _timed(self, executor: Executor, inputs: Mapping[Key, Tensor]) -> float:
+        """The largest of all ranks' medians; the ranks begin together."""
+
+        def watched() -> list[float]:
+            with self.session.launch.watchdog.waiting("a candidate that is timed"):
+                return self.clock.milliseconds(executor, inputs)
+
+        mine = float(median(self.agreement.together("timing a candidate", watched)))
         executor.close()
         gc.collect()
-        torch.cuda.empty_cache()
-        return ms
+        if self.session.launch.device.type == "cuda":
+            torch.cuda.empty_cache()
+        return max(self.agreement.gather(mine, "the candidate's times"))
+
+    def _random(self, like: Binding | Value) -> Tensor:
+        """Equal on all ranks; of whole numbers 0, which any table can be asked for."""
+        device = self.session.launch.device
+        if not like.dtype.is_floating_point:
+            return torch.zeros(like.shape, dtype=like.dtype, device=device)
+        generator = torch.Generator(device=device).manual_seed(0)
+        return torch.randn(like.shape, generator=generator, device=device).to(like.dtype)
 
 
-def _agreed(session: Session, measure: Callable[[], float]) -> float:
-    """The largest of all ranks' times; the ranks begin together."""
-
-    def watched() -> float:
-        with session.launch.watchdog.waiting("a candidate that is timed"):
-            return measure()
-
-    mine = session.launch.agreement.together("timing a candidate", watched)
-    return max(session.launch.agreement.gather(mine, "the candidate's times"))
+def _before(steps: Mapping[str, Choices], name: str) -> list[Choices]:
+    names = list(steps)
+    return [steps[n] for n in names[: names.index(name)]]
 
 
-def _median_ms(session: Session, executor: Executor, inputs: Mapping[Key, Tensor]) -> float:
-    device = session.launch.device
-    stream: torch.cuda.Stream = torch.cuda.Stream(device)  # type: ignore[no-untyped-call]
-    stream.wait_stream(torch.cuda.current_stream(device))
-    with torch.cuda.device(device), torch.cuda.stream(stream), torch.no_grad():
-        run = Graphs(executor.run, Budget(1), device)
-        for _ in range(WARM_UP):
-            run(inputs)
-        begin, end = _events()
-        begin.record(stream)
-        run(inputs)
-        end.record(stream)
-        stream.synchronize()
-        slowest = max(
-            session.launch.agreement.gather(begin.elapsed_time(end), "a first time")
-        )  # ranks repeat equally often
-        repeats = min(REPEATS, max(FEWEST, int(SECONDS * 1e3 / max(slowest, 1e-3))))
-        events = [_events() for _ in range(repeats)]
-        for begin, end in events:
-            begin.record(stream)
-            run(inputs)
-            end.record(stream)
-        stream.synchronize()
-    return float(median(begin.elapsed_time(end) for begin, end in events))
+def _windows(parts: Sequence[Part], order: Sequence[str]) -> Iterator[tuple[str, Sequence[Part]]]:
+    """For each different attention the parts around one of its kind: from the attention before it to the next.
+
+    Args:
+        parts: of a rank, in order.
+        order: the key of each attention of the program, in order.
+    """
+    at = [i for i, part in enumerate(parts) if part.runs == "eager" and _attends(part)]
+    if len(at) != len(order):  # one attention is in several parts: the program is timed as a whole
+        return
+    for key in dict.fromkeys(order):
+        of = [i for i, k in enumerate(order) if k == key]
+        middle = of[len(of) // 2]  # its neighbours are of its own kind, if any are
+        first = at[middle - 1] + 1 if middle else 0
+        last = at[middle + 1] if middle + 1 < len(at) else len(parts)
+        yield key, parts[first:last]
 
 
-def _events() -> tuple[torch.cuda.Event, torch.cuda.Event]:
-    return torch.cuda.Event(enable_timing=True), torch.cuda.Event(enable_timing=True)  # type: ignore[no-untyped-call]
+def _attends(part: Part) -> bool:
+    assert part.graph is not None
+    return any(node.target in ATTENTION for node in part.graph.graph.nodes)
 
 
-def _random(
-    shape: tuple[int, ...],
-    dtype: torch.dtype,
-    device: torch.device,
-    generator: torch.Generator | None = None,
-) -> Tensor:
-    """Equal on all ranks where the generators are; of whole numbers 0, which any table can be asked for."""
-    if dtype.is_floating_point:
-        return torch.randn(shape, generator=generator, device=device).to(dtype)
-    return torch.zeros(shape, dtype=dtype, device=device)
+def _pairs(in_trt: Sequence[Part], in_inductor: Sequence[Part]) -> dict[str, tuple[Part, Part, int]]:
+    """Digest of a compute part's graph -> the part as an engine, as Inductor has it, and how many are equal.
+
+    Empty where an op that no engine can hold cuts the two differently.
+    """
+    found: dict[str, tuple[Part, Part, int]] = {}
+    if [p.runs == "eager" for p in in_trt] != [p.runs == "eager" for p in in_inductor]:
+        return {}
+    for a, b in zip(in_trt, in_inductor, strict=True):
+        if a.runs == "engine":
+            found[b.digest] = (a, b, found[b.digest][2] + 1 if b.digest in found else 1)
+    return found

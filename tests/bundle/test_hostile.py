@@ -13,7 +13,7 @@ import pytest
 import torch
 
 from bundle import bundle_samples
-from torchtrt_md.bundle.manifest import decode
+from torchtrt_md.bundle.manifest import Manifest, decode
 from torchtrt_md.bundle.read import parse_manifest
 from torchtrt_md.bundle.rendezvous import check_rendezvous
 from torchtrt_md.bundle.structure import check_structure

@@ -521,3 +521,141 @@ def test_the_entry_point() -> None:
     entry = project["project"]["entry-points"]["torch_dynamo_backends"]
     assert entry == {"torchtrt_md": "torchtrt_md.doors.dynamo:backend"}
     assert "torchtrt_md" in torch._dynamo.list_backends(exclude_tags=())
+
+
+# --- weights in sets, waits, and ranks that differ ---
+
+
+def blocks(count: int, mesh: Any) -> nn.Sequential:
+    """Equal layers, each sharded by itself."""
+    torch.manual_seed(0)
+    return nn.Sequential(*(parallelize_module(models.MLP(), mesh, TP_PLAN) for _ in range(count))).eval()
+
+
+def equal_modules(rank: int, how: str) -> tuple[list[float], int]:
+    torch.compiler.reset()
+    mesh = init_device_mesh("cpu", (2,), mesh_dim_names=("tp",))
+    build, x = InPyTorch(), torch.randn(2, 8, 32, generator=torch.Generator().manual_seed(0))
+    backend = partial(compile_graph, build=build)
+    model = blocks(3, mesh)
+    with torch.no_grad():
+        want = model(x)
+        if how == "layer.compile()":
+            for layer in model:
+                layer.compile(backend=backend)
+            calls: list[Callable[[], Any]] = [lambda: model(x)] * 2
+            wants = [want] * 2
+        elif how == "layers replaced":
+            for i, layer in enumerate(model):
+                model[i] = torch.compile(layer, backend=backend)  # type: ignore[assignment]
+            calls, wants = [lambda: model(x)] * 2, [want] * 2
+        else:
+            wants = [layer(x) for layer in model] * 2
+            compiled_layers = [torch.compile(layer, backend=backend) for layer in model]
+            calls = [*(partial(c, x) for c in compiled_layers)] * 2
+        return [error(call(), w) for call, w in zip(calls, wants, strict=True)], len(build.programs)
+
+
+@pytest.mark.parametrize("how", ["layer.compile()", "layers replaced", "models"])
+def test_equal_modules_share_a_program_and_keep_their_own_weights(ranks: Ranks, how: str) -> None:
+    for outcome in ranks(equal_modules, how):
+        assert not outcome.error, outcome.message
+        errors, programs = outcome.value
+        assert max(errors) < 1e-5
+        assert programs == 1
+
+
+def changed_on_one_rank(rank: int) -> str:
+    torch.compiler.reset()
+    mesh = init_device_mesh("cpu", (2,), mesh_dim_names=("tp",))
+    model = parallelize_module(models.MLP(), mesh, TP_PLAN).eval()
+    call = compiled(model, InPyTorch())
+    x = torch.ones(2, 8, 32)
+    with torch.no_grad():
+        call(x)
+        if rank == 1:
+            model.get_submodule("down").get_parameter("bias").to_local().add_(1)  # type: ignore[attr-defined]
+        return message_of(lambda: call(x))
+
+
+def test_a_weight_that_changes_on_one_rank_is_an_error_on_all(ranks: Ranks) -> None:
+    first, second = ranks(changed_on_one_rank)
+    assert first == second
+    assert first.value.startswith("InputError: rank 1: 'down.bias' was changed or replaced"), first
+
+
+def in_flight(rank: int) -> tuple[list[float], list[float]]:
+    """A graph that waits for an input, and one whose input is what an eager layer has still under way."""
+    torch.compiler.reset()
+    world: Any = dist.group.WORLD
+    ops = torch.ops._c10d_functional
+
+    def waits(reduced: Tensor, x: Tensor) -> Tensor:
+        result: Tensor = ops.wait_tensor(reduced) + x
+        return result
+
+    call, errors = compiled(waits, InPyTorch(), check=False), []
+    with torch.no_grad():
+        for size in (256, 512):
+            x = torch.ones(size, size) + rank
+            want = waits(ops.all_reduce(x, "sum", world.group_name), x)
+            errors.append(error(call(ops.all_reduce(x, "sum", world.group_name), x), want))
+        mesh = init_device_mesh("cpu", (2,), mesh_dim_names=("tp",))
+        first, second = blocks(2, mesh)
+        x = torch.randn(2, 8, 32, generator=torch.Generator().manual_seed(0))
+        want = second(first(x))
+        layer = compiled(second, InPyTorch())
+        return errors, [error(layer(first(x)), want) for _ in range(2)]
+
+
+def test_a_wait_is_a_wait(ranks: Ranks) -> None:
+    for outcome in ranks(in_flight):
+        assert not outcome.error, outcome.message
+        waited, async_inputs = outcome.value
+        assert max(*waited, *async_inputs) < 1e-5
+
+
+def unwritten(rank: int) -> float:
+    def function(x: Tensor) -> tuple[Tensor, Tensor]:
+        y = torch.empty_like(x)
+        torch._dynamo.graph_break()
+        y.copy_(x)
+        return x * 2, y
+
+    torch.compiler.reset()
+    call = compiled(function, InPyTorch())
+    with torch.no_grad():
+        x = torch.randn(64, 64)
+        twice, same = call(x)
+        return max(error(twice, x * 2), error(same, x))
+
+
+def test_memory_that_is_returned_unwritten_is_no_wrong_program(ranks: Ranks) -> None:
+    for outcome in ranks(unwritten):
+        assert not outcome.error, outcome.message
+        assert outcome.value < 1e-6
+
+
+def compiled_forward(rank: int) -> list[float]:
+    torch.compiler.reset()
+    model = Attentions().eval()
+    x, scales = torch.randn(2, 16, 32, generator=torch.Generator().manual_seed(0)), {"s": torch.tensor([2.0])}
+    options: Any = {"mesh": Mesh(cp=2), "parallel": ContextParallel("cp")}
+    with torch.no_grad():
+        want = model(x, scales=scales)["last"]
+        build = partial(compile_graph, build=InPyTorch())
+        model.forward = torch.compile(model.forward, backend=build, options=options)  # type: ignore[method-assign]
+        return [error(model(x, scales=scales)["last"], want) for _ in range(2)]
+
+
+def test_a_compiled_forward(ranks: Ranks) -> None:
+    """The usual form in transformers: ``model.forward = torch.compile(model.forward)``."""
+    for outcome in ranks(compiled_forward):
+        assert not outcome.error, outcome.message
+        assert max(outcome.value) < 1e-5
+
+
+def test_errors_ask_for_no_report_to_pytorch(ranks: Ranks) -> None:
+    for outcome in ranks(refused, "split"):
+        assert "TORCHDYNAMO_VERBOSE" not in outcome.value
+        assert "reporting a bug" not in outcome.value

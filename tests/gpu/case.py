@@ -81,7 +81,7 @@ class Case:
         run: on each rank; what it raises is a failure.
         launch: cases of one name share a launch.
         seconds: more is a hang.
-        ends: the rank whose process must end in this case, and its exit code.
+        ends: the rank whose process must end in this case, and its exit code; so it is its launch's last.
         says: words that must be in the output of that process.
     """
 

@@ -1,8 +1,7 @@
 """The cases of the suite.
 
-doors     md.compile and torch.compile, one launch
-bundles   exported beside it and then loaded, another launch; what ranks do wrong that leaves all of them alive
-alone     ranks that end or hang, each a launch of its own
+doors     one launch: md.compile and torch.compile; at its end a rank hangs
+bundles   another: what was exported beside the first; ranks that do something wrong; at its end a rank is killed
 """
 
 from __future__ import annotations
@@ -32,6 +31,7 @@ from torch.distributed.tensor.parallel import ColwiseParallel, RowwiseParallel, 
 import torchtrt_md as md
 from gpu.case import ROOT, TIMEOUT, Call, Case, Found, Rank, first_tensor
 from gpu.networks import Explicit, example, make, parallel
+from torchtrt_md.bundle.read import rank_files, read_manifest
 from torchtrt_md.errors import BundleError, InputError, LaunchError, MDError, MeshError
 from torchtrt_md.launch.watchdog import EXIT_CODE
 
@@ -136,6 +136,7 @@ DOORS = [
     Door("md.compile", "llama", "tp", "engine"),
     Door("md.compile", "decoder", "ring", check=True),
     Door("md.compile", "decoder", "ring", compute="inductor", graph=False),
+    Door("md.compile", "block", "tp", "engine"),
     Door("torch.compile", "flux", "ulysses"),
     Door("torch.compile", "flux", "ulysses", "engine"),
     Door("torch.compile", "flux", "allgather_kv", "engine"),
@@ -149,8 +150,8 @@ DOORS = [
     Door("md.compile", "attention", "ulysses", tune=True),
 ]
 CPU_DOORS = [
-    Door("md.compile", "decoder", "ring", compute="inductor", graph=False),
-    Door("torch.compile", "block", "tp", compute="inductor", how="DTensor", graph=False, check=True),
+    Door("md.compile", "product", "tp", compute="inductor", graph=False),
+    Door("torch.compile", "product", "tp", compute="inductor", how="DTensor", graph=False),
 ]
 
 
@@ -218,8 +219,7 @@ def weights_once(at: Rank) -> Found:
     """A model on the GPU whose weights TensorRT takes transposed, and joined, is there once."""
     at.clean_up()
     before = torch.cuda.memory_allocated()
-    model, args, _ = make("wide decoder")
-    model, args = model.to(at.device), tuple(a.to(at.device) for a in args)
+    model, args, _ = at.model("wide decoder")
     size = sum(p.nbytes for p in model.parameters())
     options = {**Door("md.compile", "wide decoder", "allgather_kv").options(at.size), "cuda_graph": False}
     runner = md.compile(model, args, **options)
@@ -341,6 +341,21 @@ def ring_self_test(at: Rank) -> Found:
     return found
 
 
+OTHERS: list[tuple[str, Callable[[Rank], Found]]] = [
+    ("torch.compile: two models of one class", two_models),
+    ("torch.compile: layers one by one, dense", functools.partial(one_by_one, "dense")),
+    ("torch.compile: layers one by one, sharded", functools.partial(one_by_one, "sharded")),
+    ("torch.compile: layers one by one, replaced", functools.partial(one_by_one, "replaced")),
+    ("torch.compile: ranks in different graphs, a flag", functools.partial(ranks_differ, "flag")),
+    ("torch.compile: ranks in different graphs, a shape", functools.partial(ranks_differ, "shape")),
+    ("md.compile: weights held once", weights_once),
+    ("md.compile: the cost of a vote", vote_cost),
+    (f"md.compile: {CALLS} calls", many_calls),
+    ("CUDA graphs: replays, budget, failures", graphs),
+    ("ring inside an engine: the self-test", ring_self_test),
+]
+
+
 # --- bundles ---
 
 
@@ -366,7 +381,7 @@ BUNDLES = [
     Bundle("decoder", "ring"),
     Bundle("decoder", "ring", compute="inductor"),
 ]
-CPU_BUNDLES = BUNDLES[-1:]
+CPU_BUNDLES = [Bundle("product", "tp", compute="inductor")]
 LARGER = "larger"  # a bundle for twice as many ranks
 
 
@@ -439,7 +454,7 @@ def by_module(at: Rank) -> Found:
     found = Found()
     if at.rank != 0:
         return found
-    bundle, report = bundle_of(at, BUNDLES[0].name), at.work / "run.json"
+    bundle, report = bundle_of(at, BUNDLES[0].name), at.work / "run.json"  # of the example that it is compared with
     command = ["timeout", "--kill-after=5", "100", sys.executable, "-m", "torch.distributed.run", "--standalone"]
     command += [f"--nproc_per_node={at.size}", "-m", "torchtrt_md.run", str(bundle), "--report", str(report)]
     command += ["--verify", example("flux"), "--iterations", "20", "--timeout", "60", "--cuda-graph"]
@@ -489,7 +504,7 @@ def skipped_call(bundle: Bundle, at: Rank) -> Found:
 def damaged(bundle: Bundle, at: Rank) -> Found:
     """One byte of one rank's copy."""
     whole = bundle_of(at, bundle.name)
-    largest = max((p for p in whole.rglob("*") if p.is_file()), key=lambda p: p.stat().st_size).relative_to(whole)
+    largest = max(rank_files(read_manifest(whole), 1), key=lambda name: (whole / name).stat().st_size)
     folder = whole
     if at.rank == 1:
         folder = at.work / "damaged.mdtrt"
@@ -500,7 +515,7 @@ def damaged(bundle: Bundle, at: Rank) -> Found:
             file.seek(-1, os.SEEK_CUR)
             file.write(bytes([byte[0] ^ 1]))
     found = Found()
-    found.must_refuse(BundleError, lambda: md.load(folder, timeout=SHORT), "rank 1", largest.name)
+    found.must_refuse(BundleError, lambda: md.load(folder, timeout=SHORT), "rank 1", largest)
     return found
 
 
@@ -526,19 +541,19 @@ def killed(bundle: Bundle, at: Rank) -> Found:
     return found
 
 
-def hang(bundle: Bundle, at: Rank) -> Found:
+def hang(at: Rank) -> Found:
     """A rank alone in an engine's collective is ended by its watchdog; the other never comes."""
-    runner = md.load(bundle_of(at, bundle.name), timeout=SHORT, check="first")
-    _, args, kwargs = at.model(bundle.model)
+    model, args, kwargs = at.model("flux")
+    door = Door("md.compile", "flux", "ulysses", "engine", graph=False)
+    runner = md.compile(model, args, kwargs, **door.options(at.size) | {"votes": "first", "timeout": SHORT})
     runner(*args, **kwargs)
     at.synchronize()
-    if at.rank == 1:
-        at.tell(alone=True)
-        runner(*args, **kwargs)
-        at.synchronize()
-        return Found(problems=["the call came to an end"])
-    time.sleep(4 * SHORT)
-    return Found()
+    if at.rank != 1:
+        time.sleep(3 * SHORT)  # longer than the watchdog takes
+        return Found()
+    runner(*args, **kwargs)
+    at.synchronize()
+    return Found(problems=["the call came to an end"])
 
 
 # --- all of them ---
@@ -548,40 +563,20 @@ def cases(device: str) -> list[Case]:
     """All cases, in the order in which they run."""
     gpu = device == "cuda"
     bundles = BUNDLES if gpu else CPU_BUNDLES
-    found = [Case(d.name, functools.partial(through, d), seconds=150 if d.tune else 90) for d in DOORS if gpu]
-    if not gpu:
-        found += [Case(d.name, functools.partial(through, d)) for d in CPU_DOORS]
-    alone: list[tuple[str, Callable[[Rank], Found]]] = [
-        ("torch.compile: two models of one class", two_models),
-        *(
-            (f"torch.compile: layers one by one, {form}", functools.partial(one_by_one, form))
-            for form in ("dense", "sharded", "replaced")
-        ),
-        ("torch.compile: ranks in different graphs, a flag", functools.partial(ranks_differ, "flag")),
-        ("torch.compile: ranks in different graphs, a shape", functools.partial(ranks_differ, "shape")),
-        ("md.compile: weights held once", weights_once),
-        ("md.compile: the cost of a vote", vote_cost),
-        (f"md.compile: {CALLS} calls", many_calls),
-        ("CUDA graphs: replays, budget, failures", graphs),
-        ("ring inside an engine: the self-test", ring_self_test),
-    ]
-    on_cpu = ("torch.compile: two models of one class", "torch.compile: ranks in different graphs, a flag")
-    found += [Case(name, run) for name, run in alone if gpu or name in on_cpu]
+    doors = DOORS if gpu else CPU_DOORS
+    found = [Case(d.name, functools.partial(through, d), seconds=150 if d.tune else 90) for d in doors]
+    if gpu:
+        found += [Case(name, run) for name, run in OTHERS]
+        words = ("all_to_all", "axis 'cp'")
+        found.append(Case("rank 1: alone in a collective", hang, ends=(1, EXIT_CODE), says=words))
     found += [Case(f"bundle: {b.name}", functools.partial(from_bundle, b), "bundles") for b in bundles]
     if gpu:
         found.append(Case("bundle: python -m torchtrt_md.run", by_module, "bundles", 120))
-    for name, run in (("a wrong input", wrong_input), ("a skipped call", skipped_call), ("a damaged file", damaged)):
-        found.append(Case(f"rank 1: {name}", functools.partial(run, bundles[0]), "bundles"))
-    found.append(Case("a bundle for more ranks", larger, "bundles"))
-    found.append(Case("rank 1: killed", functools.partial(killed, bundles[0]), "killed", ends=(1, -signal.SIGKILL)))
-    if gpu:
-        found.append(
-            Case(
-                "rank 1: alone in a collective",
-                functools.partial(hang, bundles[0]),
-                "hang",
-                ends=(1, EXIT_CODE),
-                says=("all_to_all", "axis 'cp'"),
-            )
-        )
+        found.append(Case("rank 1: a skipped call", functools.partial(skipped_call, bundles[0]), "bundles"))
+    found += [
+        Case("rank 1: a wrong input", functools.partial(wrong_input, bundles[0]), "bundles"),
+        Case("rank 1: a damaged file", functools.partial(damaged, bundles[0]), "bundles"),
+        Case("a bundle for more ranks", larger, "bundles"),
+        Case("rank 1: killed", functools.partial(killed, bundles[0]), "bundles", ends=(1, -signal.SIGKILL)),
+    ]
     return found

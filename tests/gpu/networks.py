@@ -25,6 +25,7 @@ SIZES = {
 DTYPE = torch.bfloat16
 DECODER_PLAN: Any = {"": {"x": md.Split(1), "cos": md.Split(0), "sin": md.Split(0)}, "head": md.Gather(1)}
 ATTENTION_PLAN: Any = {"": {"x": md.Split(1)}, "out": md.Gather(1)}
+BLOCK_PLAN = {"up": "colwise", "down": "rowwise"}
 
 
 class Decoder(nn.Module):
@@ -86,6 +87,18 @@ class Block(nn.Module):
         return result
 
 
+class Product(nn.Module):
+    """Two products and nothing else, which Inductor has no C++ to compile for on the CPU."""
+
+    def __init__(self, width: int = 256, hidden: int = 512) -> None:
+        super().__init__()
+        self.up, self.down = nn.Linear(width, hidden, bias=False), nn.Linear(hidden, width, bias=False)
+
+    def forward(self, x: Tensor) -> Tensor:
+        result: Tensor = self.down(self.up(x))
+        return result
+
+
 class Layers(nn.Module):
     """Blocks of one class, to be compiled one by one."""
 
@@ -135,18 +148,18 @@ def make(name: str) -> Call:
         model, args, kwargs = decoder(4096, 32, 32, 256)
     elif name == "attention":
         model, args, kwargs = Attention(), (torch.randn(1, 256, 256),), {}
-    elif name == "layers":
-        model, args, kwargs = Layers(), (torch.randn(1, 256, 256),), {}
     else:
-        blocks = {"block": 0, "other block": 1}
-        torch.manual_seed(blocks[name])
-        model, args, kwargs = Block(), (torch.randn(1, 256, 256),), {}
+        if name == "other block":
+            torch.manual_seed(1)
+        classes = {"product": Product, "layers": Layers, "block": Block, "other block": Block}
+        model, args, kwargs = classes[name](), (torch.randn(1, 256, 256),), {}
     return model.to(DTYPE).eval(), tuple(a.to(DTYPE) for a in args), kwargs
 
 
 def parallel(model: str, strategy: str, size: int) -> dict[str, Any]:
     """The options ``mesh`` and ``parallel``."""
     if strategy == "tp":
-        return {"mesh": md.Mesh(tp=size), "parallel": md.TensorParallel("tp")}
+        own = None if model == "llama" else BLOCK_PLAN
+        return {"mesh": md.Mesh(tp=size), "parallel": md.TensorParallel("tp", own)}
     plan = {"attention": ATTENTION_PLAN, "flux": None}.get(model, DECODER_PLAN)
     return {"mesh": md.Mesh(cp=size), "parallel": md.ContextParallel("cp", strategy, plan)}  # type: ignore[arg-type]

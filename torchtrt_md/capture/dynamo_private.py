@@ -84,9 +84,11 @@ def passed_on(error: MDError) -> MDError:
     """
     kind = type(error)
     frame = inspect.currentframe()
-    both: Any = type(kind.__name__, (kind, ShortenTraceback), {"__module__": kind.__module__})
+    text = str(error)  # Dynamo adds to the arguments of what passes it that it should be reported to PyTorch
+    body = {"__module__": kind.__module__, "__str__": lambda self: text}
+    both: Any = type(kind.__name__, (kind, ShortenTraceback), body)
     # Not by its __init__: the two classes' take different arguments.
-    raised = both.__new__(both, str(error))
+    raised = both.__new__(both, text)
     # Dynamo cuts the traceback before the caller of this function.
     raised.__dict__.update(error.__dict__, first_useful_frame=frame.f_back if frame is not None else None)
     return cast(MDError, raised.with_traceback(error.__traceback__))

@@ -24,7 +24,7 @@ from torchtrt_md.capture import context_parallel, tensor_parallel
 from torchtrt_md.capture.arguments import Arguments
 from torchtrt_md.capture.axes import check_axes, check_axes_used
 from torchtrt_md.capture.kept_state import KeptState
-from torchtrt_md.capture.torch_private import as_written, coordinates, fake_ranks
+from torchtrt_md.capture.torch_private import as_written, coordinates, fake_mesh
 from torchtrt_md.capture.trace import LocalWeight, Trace, same_graph, trace
 from torchtrt_md.errors import CaptureError, MeshError, PlanError
 from torchtrt_md.mesh import Mesh, axis_names
@@ -97,8 +97,8 @@ def _device_mesh(
     elif not any(isinstance(p, TensorParallel) for p in parallels):
         yield None
     else:
-        with fake_ranks(mesh.size):
-            yield mesh.to_device_mesh(device_type)
+        with fake_mesh(mesh, device_type) as made:
+            yield made
 
 
 def _groups(device_mesh: DeviceMesh | None) -> dict[str, str]:

@@ -58,7 +58,8 @@ def apply(shadow: nn.Module, parallel: TensorParallel, device_mesh: DeviceMesh) 
             f"{type(shadow).__name__} has no tensor-parallel plan of its own (tp_plan or _tp_plan)",
             fix=f"pass one: {_example(shadow, parallel.axis)}",
         )
-    mesh = device_mesh[parallel.axis]
+    names = dict(zip(axis_names(device_mesh), device_mesh.mesh_dim_names or (), strict=True))
+    mesh = device_mesh[names[parallel.axis]]
     _check_heads(shadow, mesh.size(), parallel.axis)
     taken: dict[str, str] = {}
     for name, entry in plan.items():

@@ -8,7 +8,6 @@ from __future__ import annotations
 import traceback
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
-from itertools import count
 from typing import Any
 
 import torch.distributed as dist
@@ -17,12 +16,12 @@ from torch import nn
 from torch._C._distributed_c10d import _unregister_process_group
 from torch._subclasses.fake_tensor import FakeTensorMode as FakeTensorMode
 from torch._subclasses.fake_tensor import is_fake as is_fake
-from torch.distributed.device_mesh import DeviceMesh
+from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
 from torch.fx.experimental.proxy_tensor import PythonKeyTracer
 from torch.testing._internal.distributed.fake_pg import FakeStore
 
 from torchtrt_md.graph.source import told_frames
-from torchtrt_md.mesh import axis_names
+from torchtrt_md.mesh import OF_A_CAPTURE, Mesh, axis_names
 
 _COORDINATE = "_coordinate_on_dim"
 _FRAMES = "_filter_traceback_frames"
@@ -44,10 +43,24 @@ def fake_ranks(size: int) -> Iterator[None]:
                 _unregister_process_group(group.group_name)
 
 
+@contextmanager
+def fake_mesh(mesh: Mesh, device_type: str) -> Iterator[DeviceMesh]:
+    """The mesh over fake ranks.
+
+    DTensor keeps sharding decisions with meshes in them, and takes meshes of equal shape and names for one.  So the
+    names say that it is a fake one, and of which mesh: a decision of a capture never meets groups of a launch.
+    """
+    with fake_ranks(mesh.size):
+        yield init_device_mesh(
+            device_type, mesh.shape, mesh_dim_names=tuple(f"{name}{OF_A_CAPTURE}{mesh}" for name in mesh.names)
+        )
+
+
 # PyTorch's record of the process groups of this process: dicts, and the number that names the next group.
 _RECORDS = ("_pg_map", "_pg_names", "_pg_group_ranks", "_pg_backend_config", "_pg_to_tag", "_tags_to_pg")
 _COUNT = "_group_count"
-_numbers = count(1_000_000, 1_000_000)  # names that no group of a launch has
+_FIRST = 1_000_000  # names that no group of a launch has, and equal ones in every capture
+_depth = 0
 
 
 @contextmanager
@@ -57,15 +70,18 @@ def _no_launch() -> Iterator[None]:
     Without it, a capture in a launch would make groups of the launch: all ranks would have to take part, and the
     groups would stay.
     """
+    global _depth
     held = {name: getattr(c10d, name) for name in (*_RECORDS, _COUNT)}
     default, rank = c10d._world.default_pg, dist.get_rank() if dist.is_initialized() else None
     for name in _RECORDS:
         setattr(c10d, name, {})
-    setattr(c10d, _COUNT, next(_numbers))
+    _depth += 1
+    setattr(c10d, _COUNT, _FIRST * _depth)
     c10d._world.default_pg = None
     try:
         yield
     finally:
+        _depth -= 1
         for name, value in held.items():
             setattr(c10d, name, value)
         c10d._update_default_pg(default)

@@ -23,6 +23,7 @@ from torch.distributed.device_mesh import DeviceMesh
 from torch.distributed.tensor import DTensor
 from torch.fx import GraphModule, Interpreter
 from torch.utils import _pytree as pytree
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from torchtrt_md.capture import capture
 from torchtrt_md.capture.arguments import Arguments
@@ -46,6 +47,7 @@ from torchtrt_md.capture.torch_private import root_mesh
 from torchtrt_md.doors.flat_call import Compiled, FlatCall
 from torchtrt_md.errors import CaptureError, MDError, OptionError, PlanError, VerificationError
 from torchtrt_md.launch import communicator
+from torchtrt_md.lowering import uninitialized
 from torchtrt_md.lowering.ops import use_device_mesh
 from torchtrt_md.options import Options
 from torchtrt_md.program import Coordinate, Output, ShardedProgram, Value, Weight, outputs_of, placeholders
@@ -253,7 +255,18 @@ def _of_graph(gm: GraphModule, inputs: Sequence[GraphInput], options: Options, a
 
 def _run_graph(gm: GraphModule, inputs: Sequence[GraphInput]) -> list[Any]:
     """What Dynamo's graph gives in PyTorch, over the ranks of the launch where it communicates."""
-    return list(Specialized(gm).run(*(i.example for i in inputs)))
+    with _Initialized():  # type: ignore[no-untyped-call]
+        return list(Specialized(gm).run(*(i.example for i in inputs)))
+
+
+class _Initialized(TorchDispatchMode):  # type: ignore[no-untyped-call]
+    """Memory is zero before it is written, as in a lowered graph; a graph may return it unwritten at a graph break."""
+
+    def __torch_dispatch__(
+        self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
+    ) -> Any:
+        result = func(*args, **(kwargs or {}))
+        return result.zero_() if func in uninitialized.FILLED else result
 
 
 def _compare(

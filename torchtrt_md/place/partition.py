@@ -190,6 +190,10 @@ class _Cut:
         for node, value in zip(self.returned, self.program.outputs, strict=True):
             names.setdefault(node, Wire("output", value.name))
         last = len(self.groups) - 1
+        if not last:  # the whole program, which takes and gives what the program does, in its order
+            ((runs, nodes),) = self.groups
+            whole = [(n, Wire("output", v.name)) for n, v in zip(self.returned, self.program.outputs, strict=True)]
+            return (self._part(0, runs, nodes, whole, names),)
         parts = []
         for index, (runs, nodes) in enumerate(self.groups):
             outputs = [(n, names.get(n, Wire("value", n.name))) for n in nodes if n in read or n in names]
@@ -222,7 +226,8 @@ class _Cut:
         mine, graph = set(nodes), Graph()
         env: dict[Node, Node] = {}
         inputs: dict[Node, Wire] = {}
-        for node in _reading_order([*nodes, *(n for n, _ in outputs)], mine):
+        read = _reading_order([*nodes, *(n for n, _ in outputs)], mine)
+        for node in read if len(self.groups) > 1 else sorted(read, key=self.order.__getitem__):
             inputs[node] = self.sources.get(node) or names.get(node, Wire("value", node.name))
             env[node] = graph.placeholder(f"read{len(env)}")  # no node of a traced graph has such a name
             env[node].meta = _contiguous_meta(node)

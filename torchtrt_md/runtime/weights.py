@@ -7,6 +7,7 @@ view of the block: its values, shape and dtype stay, its strides change.
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
 from operator import attrgetter
 
@@ -55,6 +56,8 @@ class ModelWeights:
     def __init__(self, program: ShardedProgram, rank: int) -> None:
         self.program, self.rank = program, rank
         self.sources = {s.name: s for s in program.sources.values() if isinstance(s, Weight)}
+        held = {id(t): t for t in program.weights.whole.values()}.values()
+        self._owners = Counter(t.untyped_storage().data_ptr() for t in held)
 
     def local(self, name: str) -> Tensor:
         """This rank's part of a weight; a copy only where it is joined of several."""
@@ -92,14 +95,14 @@ def _is_sole(owner: Tensor, view: Tensor) -> bool:
     )
 
 
-_version, _address = attrgetter("_version"), Tensor.data_ptr
+_version = attrgetter("_version")
 
 
 class WeightGuard:
-    """Tells when a weight was written to in place or replaced, of which engines may hold a copy laid out for them.
+    """Tells when a weight was written to in place, of which engines may hold a copy laid out for them.
 
     Args:
-        weights: name -> the model's tensor.  Inference tensors count no writes and are told by their address alone.
+        weights: name -> the model's tensor.  Inference tensors count no writes, and are left out.
     """
 
     def __init__(self, weights: Mapping[str, Tensor]) -> None:
