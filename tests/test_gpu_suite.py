@@ -118,6 +118,14 @@ def test_what_is_not_run_by_the_deadline_is_in_the_report(tmp_path: Path, monkey
     assert len(json.loads((tmp_path / "report.json").read_text())["results"]) == len(cases("cpu"))
 
 
+@pytest.mark.parametrize("device", ["cuda", "cpu"])
+def test_names_are_unique_and_a_process_that_ends_does_so_last(device: str) -> None:
+    found = real_cases(device)
+    assert len({case.name for case in found}) == len(found)
+    last = {case.launch: case.name for case in found}
+    assert [case.name for case in found if case.ends is not None and last[case.launch] != case.name] == []
+
+
 def test_the_entry_points_are_those_of_the_project(tmp_path: Path) -> None:
     write_dist_info(tmp_path)
     (found,) = importlib.metadata.distributions(path=[str(tmp_path)])

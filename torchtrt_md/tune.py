@@ -198,10 +198,11 @@ class _Tuner:
         if self.session.options.placement != "engine":
             split, decisions = self._exchanges(split)
         steps: dict[str, Choices] = {}
-        if mixed and self.session.options.placement != "engine":
-            split, decided = self._segments(split)
-            decisions += decided
-            steps["TensorRT and Inductor, as timed"] = split
+        if self.session.options.placement != "engine":
+            if mixed:
+                split, decided = self._segments(split)
+                decisions += decided
+            steps["each block and segment as timed"] = split
         steps["as without timing"] = replace(default, decisions=())
         if self.session.options.placement != "engine":
             if mixed:
@@ -210,7 +211,7 @@ class _Tuner:
                 steps["TensorRT, attention in PyTorch"] = replace(split, compute="engine", runs={})
         if self.session.options.placement != "split" and default.compute == "engine":
             steps["TensorRT, one engine"] = replace(default, placement="engine", exchanges={}, runs={}, decisions=())
-        steps = {name: choices for name, choices in steps.items() if choices not in _before(steps, name)}
+        steps = {name: choices for name, choices in steps.items() if choices not in _before(steps, name)}  # each once
         times, left_out = self._steps(steps)
         if not times:
             return default

@@ -36,8 +36,3 @@ def results(tmp_path_factory: pytest.TempPathFactory) -> dict[str, dict[str, Any
 @pytest.mark.parametrize("name", [case.name for case in cases("cuda")])
 def test_case(name: str, results: dict[str, dict[str, Any]]) -> None:
     assert results[name]["state"] in (PASSED, REFUSED), results[name]["message"]
-
-
-def test_every_case_has_a_name_of_its_own() -> None:
-    names = [case.name for case in cases("cuda")]
-    assert len(set(names)) == len(names)

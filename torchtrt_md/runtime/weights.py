@@ -66,14 +66,13 @@ class ModelWeights:
     def store(self, name: str, seen: Tensor) -> None:
         """Let the model's own parameter be this view of a block, where it would else be a second copy of it."""
         source = self.sources[name]
-        views = (
-            torch.split(seen, [part.shape[0] for part in source.parts])
-            if _is_whole(source) and source.parts
-            else (seen,)
-        )
-        for part, view in zip(source.parts or (source,), views, strict=False):
+        if not _is_whole(source):
+            return
+        parts = source.parts or (source,)
+        views = torch.split(seen, [part.shape[0] for part in parts]) if source.parts else (seen,)
+        for part, view in zip(parts, views, strict=True):
             owner = self.program.weights.whole.get(part.name)
-            if owner is not None and _is_whole(part) and _is_sole(owner, view):
+            if owner is not None and self._owners[owner.untyped_storage().data_ptr()] == 1 and _is_sole(owner, view):
                 owner.data = view
 
 

@@ -1,0 +1,146 @@
+"""Weights, memory, the cost of a call, CUDA graphs, and rings: what has to be seen on a GPU."""
+
+from __future__ import annotations
+
+import gc
+import os
+import statistics
+import time
+import warnings
+from typing import Any
+
+import torch
+
+import torchtrt_md as md
+from gpu.case import TIMEOUT, Found, Rank, first_tensor
+from gpu.doors import Door
+from torchtrt_md.errors import LaunchError
+
+CALLS = 500
+
+
+@torch.no_grad()
+def weights_once(at: Rank) -> Found:
+    """A model on the GPU whose weights TensorRT takes transposed, and joined, is there once."""
+    at.clean_up()
+    before = torch.cuda.memory_allocated()
+    model, args, _ = at.model("wide decoder")
+    size = sum(p.nbytes for p in model.parameters())
+    options = {**Door("md.compile", "wide decoder", "ulysses").options(at.size), "cuda_graph": False}
+    runner = md.compile(model, args, **options)
+    runner(*args)
+    at.synchronize()
+    gc.collect()
+    ratio = (torch.cuda.memory_allocated() - before) / size
+    found = Found(message=f"{ratio:.3f} times its {size / 1e6:.0f} MB of weights")
+    found.expect(ratio < 1.25, "more than 1.25 times the weights are allocated")
+    runner.close()
+    return found
+
+
+def vote_cost(at: Rank) -> Found:
+    """What the votes of a call cost the host; told, not judged."""
+    told = []
+    for votes in ("always", "first"):
+        model, args, _ = at.model("decoder")
+        options = Door("md.compile", "decoder", "ring").options(at.size) | {"votes": votes}
+        if at.device.type == "cpu":
+            options |= {"compute": "inductor", "cuda_graph": False}
+        runner = md.compile(model, args, **options)
+        times = []
+        for _ in range(200):
+            start = time.perf_counter()
+            runner(*args)
+            times.append(time.perf_counter() - start)
+            at.synchronize()
+        told.append(f"{statistics.median(times) * 1e6:.0f} us with votes={votes!r}")
+        runner.close()
+    return Found(message=f"host time of a call, median of 200: {', '.join(told)}")
+
+
+def many_calls(at: Rank) -> Found:
+    """Memory and files stay as they are, and so do the bits."""
+    model, args, kwargs = at.model("flux")
+    runner = md.compile(model, args, kwargs, **Door("md.compile", "flux", "ulysses", graph=False).options(at.size))
+    results = [first_tensor(runner(*args, **kwargs)).clone()]
+
+    def half() -> tuple[int, int]:
+        """The bytes allocated and the open files after half of the calls."""
+        for number in range(CALLS // 2):
+            result = first_tensor(runner(*args, **kwargs))
+            if number % 50 == 0:
+                results[1:] = [result.clone()]
+                found.expect(torch.equal(results[1], results[0]), "later calls gave other bits than the first")
+        at.synchronize()
+        return torch.cuda.memory_allocated(), len(os.listdir("/proc/self/fd"))
+
+    found, start = Found(), time.perf_counter()
+    before, after = half(), half()
+    seconds = time.perf_counter() - start
+    found.message = f"{seconds / CALLS * 1e3:.2f} ms a call with its votes"
+    found.compare(results, *at.reference("flux"))
+    found.expect(after == before, f"bytes allocated and open files: {before}, then {after}")
+    runner.close()
+    return found
+
+
+def graphs(at: Rank) -> Found:
+    """CUDA graphs of calls, on each GPU by itself."""
+    from torchtrt_md.runtime.graphs import Budget, Graphs
+    from torchtrt_md.segment import Wire
+
+    x, y = Wire("input", "x"), Wire("output", "y")
+    found = Found()
+
+    def double(inputs: Any) -> Any:
+        return {y: inputs[x] * 2}
+
+    def waits(inputs: Any) -> Any:
+        torch.cuda.current_stream().synchronize()  # which no capture allows
+        return double(inputs)
+
+    def of(size: int) -> Any:
+        return {x: torch.randn(size, device=at.device)}
+
+    def right(made: Graphs, size: int) -> bool:
+        inputs = of(size)
+        return torch.equal(made(inputs)[y], inputs[x] * 2)
+
+    stream: torch.cuda.Stream = torch.cuda.Stream()  # type: ignore[no-untyped-call]
+    with torch.cuda.stream(stream):
+        for static in (False, True):
+            made = Graphs(double, Budget(1), at.device, static_outputs=static)
+            found.expect(all(right(made, 4) for _ in range(4)), "a replay on new inputs is wrong")
+            result = made(of(4))[y]
+            kept, inputs = result.clone(), of(4)
+            made(inputs)
+            found.expect(torch.equal(result, inputs[x] * 2 if static else kept), "whose memory the results are")
+        for run, sizes, words in ((double, (2, 3, 4), "max_graphs"), (waits, (4, 4), "could not be captured")):
+            made = Graphs(run, Budget(2), at.device)
+            with warnings.catch_warnings(record=True) as caught:
+                warnings.simplefilter("always")
+                found.expect(all(right(made, size) for size in (*sizes, sizes[-1])), "a call without a graph is wrong")
+            told = [str(w.message) for w in caught]
+            found.expect(len(told) == 1 and words in told[0], f"one warning of {words!r}, but {told}")
+    torch.cuda.synchronize()
+    return found
+
+
+def ring_self_test(at: Rank) -> Found:
+    """The self-test of rings inside engines refuses GPUs without kernels for them, once the gate on them is opened."""
+    from torchtrt_md.build import flavour
+    from torchtrt_md.launch import Launch
+    from torchtrt_md.runtime.selftest import check_ring
+
+    launch = Launch.join(TIMEOUT, device=at.device)
+    group = launch.connect(md.Mesh(cp=at.size))["cp"]
+    sizes = ("cp", at.size, torch.bfloat16, 128, 8, 8, 256)
+    if torch.cuda.get_device_capability() >= (10, 0):
+        return Found(message=f"error {check_ring(*sizes, group=group, launch=launch):.3g}")
+    gate, found = flavour._RING_CAPABILITY, Found()
+    flavour._RING_CAPABILITY = (8, 0)
+    try:
+        found.must_refuse(LaunchError, lambda: check_ring(*sizes, group=group, launch=launch, target="sm80"), "ring")
+    finally:
+        flavour._RING_CAPABILITY = gate
+    return found
