@@ -20,7 +20,7 @@ from torchtrt_md.capture.torch_private import fake_ranks
 from torchtrt_md.errors import BundleError, PlanError, TargetError, VerificationError
 from torchtrt_md.lowering import PASSES
 
-ROOT = Path(__file__).resolve().parents[1]
+ROOT = Path(__file__).resolve().parents[2]
 
 
 def _cli(*arguments: str) -> subprocess.CompletedProcess[str]:

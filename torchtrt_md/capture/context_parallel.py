@@ -1,6 +1,8 @@
-"""Apply a context-parallel plan: module hooks that insert ``shard`` and ``all_gather``.
+"""Apply a context-parallel plan: module hooks that mark where the sequence is split and gathered.
 
-The model's code then runs on, and is traced with, the local shapes.
+The marks are ``split_sequence`` and ``gather_sequence``, which leave a value whole: the model's code runs on, and is
+traced with, the shapes that its author meant.  What a rank holds is decided in lowering
+(:mod:`torchtrt_md.lowering.sequence`), so no local length can enter the graph as a number.
 """
 
 from __future__ import annotations
@@ -11,7 +13,6 @@ import inspect
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
-import torch
 from torch import Tensor, nn
 
 from torchtrt_md.errors import PlanError
@@ -127,7 +128,7 @@ def _hook_gathers(module: nn.Module, path: str, entries: Sequence[Gather | None]
             entry = entries[index] if index < len(entries) else None
             if entry is None or size == 1:
                 return value
-            return ops.all_gather(value, _dim(value, entry.dim, f"result {index} of {_shown(path)}"), axis, size)
+            return ops.gather_sequence(value, _dim(value, entry.dim, f"result {index} of {_shown(path)}"), axis, size)
 
         return _map_results(result, at, path)
 
@@ -162,7 +163,7 @@ def _split(value: Any, split: Split | list[Split], what: str, axis: str, size: i
             f" {extent % size} left over",
             fix=f"pad to {extent + size - extent % size} or cut to {extent - extent % size}",
         )
-    return torch.ops.torchtrt_md.shard(value, dim, axis, size)
+    return ops.split_sequence(value, dim, axis, size)
 
 
 def _dim(value: Tensor, dim: int, what: str) -> int:
