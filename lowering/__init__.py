@@ -11,7 +11,7 @@ FX in, FX out: no TensorRT, no GPU, no process group.  The passes, in order:
     mask_fill                writing one value where a mask is true -> where
     fold_mask                masks that depend on no input -> none, or causal
     repeat_kv                key/value heads repeated by hand -> grouped-query attention
-    sequence                 what is sharded where; attention over a split sequence -> context_attention
+    sequence                 the whole -> what a rank holds; attention over a split sequence -> context_attention
     choose_strategy          how each context_attention gets the keys that it lacks
     merge_identical          identical collectives are done once
     cancel_inverse           a collective right behind its inverse goes, and it

@@ -13,6 +13,8 @@ its shapes depend on and holds no process group.  Semantics, for the ``size`` ra
     scatter(x, dim, src)                     rank i: chunk i, on dim, of x of rank src
     permute_tensor(x, shift)                 rank i: x of rank i - shift, counted round the group
     shard(x, dim)                            rank i: chunk i, on dim, of its own x; no communication
+    split_sequence(x, dim)                   x, whole: from here on each rank shall have chunk i of dim only
+    gather_sequence(x, dim)                  x, whole: from here on every rank shall have all of it again
     attention(q, k, v, ...)                  scaled_dot_product_attention as one node
     context_attention(q, k, v, ...)          the same, q, k and v each holding this rank's part of the sequence
     ring_attention(q, k, v, coordinate, step, ...)   attention over the block that a ring has in this step, and its
@@ -236,6 +238,24 @@ def _(x: Tensor, dim: int, axis: str, size: int) -> Tensor:
     return _resized(x, dims={dim: chunk_size(x.shape[dim], size, f"shard on dim {dim}")})
 
 
+# What a plan asks for.  The model is traced whole, so both are the identity; the sequence analysis makes them shard
+# and all_gather.  Their results are contiguous, as those are.
+@torch.library.custom_op(f"{NAMESPACE}::split_sequence", mutates_args=())
+def split_sequence(x: Tensor, dim: int, axis: str, size: int) -> Tensor:
+    return x.clone(memory_format=torch.contiguous_format)
+
+
+@torch.library.custom_op(f"{NAMESPACE}::gather_sequence", mutates_args=())
+def gather_sequence(x: Tensor, dim: int, axis: str, size: int) -> Tensor:
+    return x.clone(memory_format=torch.contiguous_format)
+
+
+@split_sequence.register_fake
+@gather_sequence.register_fake
+def _(x: Tensor, dim: int, axis: str, size: int) -> Tensor:
+    return torch.empty_like(x, memory_format=torch.contiguous_format)
+
+
 def _attended(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
     *leading, tokens, _ = q.shape
     for dim, extent in enumerate(leading):  # queries of one batch or head serve all of the keys'
@@ -350,6 +370,11 @@ COLLECTIVES = frozenset(
 def is_collective(node: torch.fx.Node) -> bool:
     """Does this node communicate?"""
     return node.op == "call_function" and node.target in COLLECTIVES
+
+
+def is_sequence_mark(node: torch.fx.Node) -> bool:
+    """Does this node say where a plan splits or gathers a sequence?"""
+    return node.target in (_ops.split_sequence.default, _ops.gather_sequence.default)
 
 
 def bound_args(node: torch.fx.Node) -> dict[str, Any]:

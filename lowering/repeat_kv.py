@@ -28,6 +28,8 @@ def run(graph: GraphModule, context: PassContext) -> int:
         k, v = _unrepeated(args["k"]), _unrepeated(args["v"])
         if k is None or v is None or value_of(k).shape[1] != value_of(v).shape[1]:
             continue
+        if not args["enable_gqa"] and value_of(args["q"]).shape[1] != value_of(args["k"]).shape[1]:
+            continue  # queries of one head over keys of many, which PyTorch broadcasts
         rest = [args[name] for name in ("mask", "is_causal", "scale")]
         substitute(node, emit(node, md.attention.default, args["q"], k, v, *rest, True))
         count += 1

@@ -3,14 +3,18 @@
 A value is replicated (``None``: equal on all ranks of the axis) or :class:`Sharded`.  Most ops are told by
 where each dim of each operand goes in the result: :func:`combine` takes those dims and gives the result's
 sharding, or refuses.
+
+While a graph is analyzed its values have the shapes of the whole; what a rank holds of them follows from these
+states alone.
 """
 
 from __future__ import annotations
 
 import math
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from functools import cached_property
+from itertools import accumulate
 from typing import Any, NoReturn, TypeAlias
 
 import torch
@@ -28,7 +32,7 @@ GATHER_FIRST = "gather the sequence before this op (md.Gather in the plan), or l
 
 @dataclass(frozen=True)
 class Sharded:
-    """Tensor dim ``dim`` has size ``outer * sum(pieces) * inner``; the middle factor is this rank's part of a sequence.
+    """This rank has ``outer * sum(pieces) * inner`` of dim ``dim``; the middle factor is its part of a sequence.
 
     Attributes:
         dim: the tensor dimension, counted from the left.
@@ -76,12 +80,16 @@ def is_sharded(result: Result) -> bool:
 
 @dataclass(frozen=True)
 class Call:
-    """One node under analysis along one axis of ``size`` ranks, with what is known of all nodes before it."""
+    """One node under analysis along one axis of ``size`` ranks, with what is known of all nodes before it.
+
+    ``to_split`` are the replicated operands of which the op needs this rank's part only, with how they must be split.
+    """
 
     node: Node
     axis: str
     size: int
     states: Mapping[Node, Result]
+    to_split: dict[Node, Sharded] = field(default_factory=dict)
 
     @cached_property
     def args(self) -> dict[str, Any]:
@@ -90,7 +98,7 @@ class Call:
 
     @property
     def shape(self) -> torch.Size:
-        """The shape of the one tensor that the op returns."""
+        """The shape, on the whole, of the one tensor that the op returns."""
         return value_of(self.node).shape
 
     @property
@@ -130,22 +138,27 @@ def _describe(node: Node, state: Result, size: int) -> str:
     value = node.meta.get("val")
     if not isinstance(value, Tensor):
         return node.name
-    shape = list(value.shape)
     if not isinstance(state, Sharded):
-        return f"{node.name} {shape}, equal on all ranks"
-    whole = [*shape[: state.dim], shape[state.dim] * size, *shape[state.dim + 1 :]]
+        return f"{node.name} {list(value.shape)}, equal on all ranks"
     pieces = f" as parts of {' + '.join(map(str, state.pieces))} per rank" if len(state.pieces) > 1 else ""
-    return f"{node.name} {shape}, this rank's part of {whole} on dim {state.dim}{pieces}"
+    part, whole = local_shape(value.shape, state, size), list(value.shape)
+    return f"{node.name} {part}, this rank's part of {whole} on dim {state.dim}{pieces}"
+
+
+def local_shape(whole: Sequence[int], state: State, size: int) -> list[int]:
+    """The shape of what each of ``size`` ranks holds."""
+    return [n // size if state and d == state.dim else n for d, n in enumerate(whole)]
 
 
 def combine(call: Call, *operands: tuple[object, Dims], across: str = "mixes positions across the shard") -> State:
     """The sharding of an op's result, from where each operand's dims go in it.
 
-    ``across`` says in the error what the op does with the dims that it reads across.
+    Replicated operands that have the dim too, such as a table of positions, are to be split like the sharded ones
+    (``call.to_split``).  ``across`` says in the error what the op does with the dims that it reads across.
 
     Raises:
-        ShardingError: a sharded dim is read across, operands are sharded differently, or a replicated
-            operand varies along the sharded dim of another.
+        ShardingError: a sharded dim is read across, operands are sharded differently, or an operand has another
+            extent along the sharded dim.
     """
     result: State = None
     for operand, dims in operands:
@@ -164,22 +177,28 @@ def combine(call: Call, *operands: tuple[object, Dims], across: str = "mixes pos
         result = moved
     if result is None:
         return None
+    needed: dict[Node, State] = {}
     for operand, dims in operands:
-        if not isinstance(operand, Node) or call.state(operand) is not None:
-            continue
-        for dim, to in enumerate(dims):
-            if to == result.dim and not _is_uniform(value_of(operand), dim):
-                call.refuse(
-                    f"has a replicated tensor of the local length used beside a sharded one: {operand.name} has"
-                    f" {value_of(operand).shape[dim]} entries, the same ones on every rank",
-                    "make it from the length of the whole sequence and let the plan split it like the others",
-                )
+        if isinstance(operand, Node) and call.state(operand) is None:
+            part = _part_beside(call, operand, dims, result)
+            if needed.setdefault(operand, part) != part:
+                call.refuse(f"uses {operand.name} both whole and as this rank's part", "pass a copy of it in one place")
+    call.to_split.update({operand: part for operand, part in needed.items() if part is not None})
     return result
 
 
-def _is_uniform(value: Tensor, dim: int) -> bool:
-    """Is it the same at all positions of ``dim``, whatever the length?  An expanded dim has stride 0."""
-    return value.shape[dim] == 1 or value.stride(dim) == 0
+def _part_beside(call: Call, operand: Node, dims: Dims, result: Sharded) -> State:
+    """How a replicated operand is to be split for a result that is; ``None`` where all of it is used."""
+    dim = next((dim for dim, to in enumerate(dims) if to == result.dim), None)
+    if dim is None or value_of(operand).shape[dim] == 1:  # one entry is for all positions
+        return None
+    extent, whole = value_of(operand).shape[dim], result.extent * call.size
+    if extent != whole:
+        call.refuse(
+            f"uses {extent} entries of {operand.name} beside a sharded dim of {whole}",
+            "use as many entries of one as of the other",
+        )
+    return replace(result, dim=dim)
 
 
 def aligned(operand: object, ndim: int) -> Dims:
@@ -200,45 +219,46 @@ def without(ndim: int, taken: Iterable[int]) -> Dims:
     return [None if d in gone else d - sum(g < d for g in gone) for d in range(ndim)]
 
 
-def carried_by_view(state: Sharded, old: Sequence[int], new: Sequence[int], asked: Sequence[int]) -> State:
-    """Where a view, which keeps the linear order of elements, takes the sharded dim; ``None`` if that is not clear.
+def carried_by_view(state: Sharded, old: Sequence[int], new: Sequence[int], size: int) -> State:
+    """Where a view, which keeps the linear order of elements, takes the sharded dim; ``None`` if to no one dim.
 
-    In linear order the sequence has stride ``step`` and spans ``span`` elements.  The new dim that spans these
-    has it, with what else is in that dim as ``outer`` and ``inner``; or ``[n * m]`` becomes ``[n, m]``,
-    and the ranks hold parts of ``n``.
+    In linear order the sequence has stride ``step`` and spans ``span`` elements.  The new dim that spans these has
+    it, with what else is in that dim as ``outer`` and ``inner``; or positions ``[n * m]`` become ``[n, m]``, and the
+    ranks hold parts of ``n``, if ``m`` divides what they hold.
 
     Args:
         state: the sharding before.
-        old: the local shape before.
-        new: the local shape after.
-        asked: the sizes that the user passed, of which one may be -1.
+        old: the whole shape before.
+        new: the whole shape after.
+        size: the number of ranks.
     """
     if 0 in new:
         return None
     step = state.inner * math.prod(old[state.dim + 1 :])
-    span = step * state.length
+    span = step * state.length * size
     for dim, extent in enumerate(new):
         below = math.prod(new[dim + 1 :])
         if below >= span or below * extent % span:
             continue
         outer = below * extent // span
-        # [n * m] -> (-1, m) where n is 1 on each rank looks like a new dim before the sequence.
-        n_is_one = 1 not in old[: state.dim] and any(s == -1 and new[d] == 1 for d, s in enumerate(asked) if d < dim)
         if step % below == 0:
-            return None if n_is_one else Sharded(dim, state.pieces, outer, step // below)
-        # m is taken to be the user's number, and n to follow from the length: when m was left to PyTorch as -1,
-        # it is the other way round, and each rank would have a part of m instead.
-        m_is_left_open = any(s == -1 and math.prod(new[d + 1 :]) >= step for d, s in enumerate(asked) if d > dim)
-        if len(state.pieces) == 1 and below % step == 0 and span % below == 0 and not m_is_left_open:
-            return Sharded(dim, (span // below,), outer)
+            return Sharded(dim, state.pieces, outer, step // below)
+        m = below // step
+        if below % step == 0 and not any(piece % m for piece in state.pieces):
+            return Sharded(dim, tuple(piece // m for piece in state.pieces), outer)
     return None
 
 
-def cut(state: Sharded, start: int, stop: int) -> State:
-    """The sharding of positions ``start:stop`` of the sharded dim; ``None`` unless whole pieces are cut out."""
-    if (start, stop) == (0, state.extent):
+def cut(state: Sharded, start: int, stop: int, size: int) -> State:
+    """The sharding of ``start:stop`` of the whole sharded dim; ``None`` unless whole pieces are cut out."""
+    if (start, stop) == (0, state.extent * size):
         return state
-    edges = [sum(state.pieces[:i]) * state.inner for i in range(len(state.pieces) + 1)]
+    edges = piece_edges(state, size)
     if state.outer != 1 or start not in edges or stop not in edges or start >= stop:
         return None
     return replace(state, pieces=state.pieces[edges.index(start) : edges.index(stop)])
+
+
+def piece_edges(state: Sharded, size: int) -> list[int]:
+    """Where on the whole sharded dim the concatenated parts begin, and the last ends."""
+    return [size * state.inner * length for length in accumulate(state.pieces, initial=0)]

@@ -15,19 +15,25 @@ from torchtrt_md.program import value_of
 md = torch.ops.torchtrt_md
 
 
-def communicates(call: Call) -> bool:
+def is_of_axis(call: Call) -> bool:
     """Is it an op of the IR along the axis under analysis?"""
     return getattr(call.node.target, "namespace", "") == "torchtrt_md" and call.args.get("axis") == call.axis
 
 
-def shard(call: Call) -> Result:
+def split_sequence(call: Call) -> Result:
     x, state = call.args["x"], call.state(call.args["x"])
     if call.args["axis"] != call.axis:
-        return collective(call)
+        return _of_other_axis(call)
     if state is not None:
         call.refuse("splits a value that is split over this axis already", "name it in the plan once")
     dim = call.dim("dim", value_of(x).ndim)
-    length = call.shape[dim]
+    extent = call.shape[dim]
+    if extent % call.size:
+        call.refuse(
+            f"splits {extent} entries over {call.size} ranks: {extent % call.size} left over",
+            f"pad to {extent + call.size - extent % call.size} or cut to {extent - extent % call.size}",
+        )
+    length = extent // call.size
     if length < 2:
         call.refuse(
             f"leaves {length} of dim {dim} to each rank, and fewer than 2 per rank cannot be told from broadcasting",
@@ -36,13 +42,13 @@ def shard(call: Call) -> Result:
     return Sharded(dim, (length,))
 
 
-def all_gather(call: Call) -> Result:
+def gather_sequence(call: Call) -> Result:
     x, state = call.args["x"], call.state(call.args["x"])
     if call.args["axis"] != call.axis:
-        return collective(call)
+        return _of_other_axis(call)
     if state is None:
         call.refuse(
-            f"gathers a replicated value, which would repeat it {call.size} times",
+            "gathers a replicated value, which every rank has already",
             "drop this gather from the plan, or split the value first",
         )
     if call.dim("dim", value_of(x).ndim) != state.dim:
@@ -77,12 +83,21 @@ def collective(call: Call) -> Result:
         held = "a replicated value" if state is None else "a sequence that is split over the same axis"
         call.refuse(
             f"is a {packet.__name__} along the axis {call.axis!r} of {held}",
-            "split with shard and put together with all_gather only; attention communicates by itself",
+            "split and gather by the plan only; attention communicates by itself",
         )
     ndim = value_of(x).ndim
     dims = [call.args[name] for name in ("dim", "split_dim", "concat_dim") if name in call.args]
-    across = f"is a {packet.__name__} along axis {call.args['axis']!r} on the dim that is split"
-    return combine(call, (x, keeping(ndim, dims)), across=across)
+    return combine(call, (x, keeping(ndim, dims)), across=_on_the_dim(call))
+
+
+def _of_other_axis(call: Call) -> Result:
+    x = call.args["x"]
+    return combine(call, (x, keeping(value_of(x).ndim, [call.args["dim"]])), across=_on_the_dim(call))
+
+
+def _on_the_dim(call: Call) -> str:
+    packet = call.node.target.overloadpacket  # type: ignore[union-attr]
+    return f"is a {packet.__name__} along axis {call.args['axis']!r} on the dim that is split"
 
 
 def attention(call: Call) -> Result:

@@ -6,8 +6,6 @@ that names them is in :mod:`torchtrt_md.lowering.sharding_rules`.
 
 from __future__ import annotations
 
-import sys
-
 import torch
 from torch.fx import Node
 
@@ -36,12 +34,12 @@ def view(call: Call) -> Result:
     state, old, new = call.sole(x), value_of(x).shape, call.shape
     if "dtype" in call.args:
         return combine(call, (x, keeping(len(old), [-1] if old != new else [])))
-    sizes = next((call.args[name] for name in ("size", "shape", "sizes") if name in call.args), ())
-    after = carried_by_view(state, old, new, sizes)
+    after = carried_by_view(state, old, new, call.size)
     if after is None:
         call.refuse(
-            f"views it as {list(new)}, from which it cannot be told where the sharded dim goes",
-            "view the sharded dim by itself, merge it with whole neighbors, or split it into (-1, m)",
+            f"views the whole {list(old)} as {list(new)}, of which a rank's part is no part of one dim",
+            f"view the sharded dim by itself, merge it with whole neighbors, or split it into (n, m) with n a multiple"
+            f" of {call.size}",
         )
     return after
 
@@ -81,15 +79,16 @@ def slice_(call: Call) -> Result:
     state = call.sole(x)
     if call.dim("dim", value_of(x).ndim) != state.dim:
         return state
-    start, stop = _bounds(call, state.extent)
-    after = cut(state, start, stop)
+    start, stop = bounds(call, state)
+    after = cut(state, start, stop, call.size)
     if after is None:
         call.refuse(f"cuts {start}:{stop} out of dim {state.dim}, across the shard", _BORDER)
     return after
 
 
-def _bounds(call: Call, extent: int) -> tuple[int, int]:
-    """Start and stop of a slice of the sharded dim, if they mean the same on the whole as on this rank's part."""
+def bounds(call: Call, state: Sharded) -> tuple[int, int]:
+    """Start and stop of a slice of the sharded dim, on the whole, counted from its first entry."""
+    extent = state.extent * call.size
     start, step = call.args["start"] or 0, call.args.get("step", 1)
     if isinstance(start, Node):
         call.refuse("takes a part of the sharded dim that starts where the data says")
@@ -97,11 +96,10 @@ def _bounds(call: Call, extent: int) -> tuple[int, int]:
         start %= extent
         stop = start + call.args["length"]
     else:
-        stop = sys.maxsize if call.args["end"] is None else call.args["end"]
-    # PyTorch clamps: a stop between the local and the whole length takes all of the one and cuts the other.
-    if step != 1 or start < -extent or extent < stop < extent * call.size:
+        start, stop, _ = slice(start, call.args["end"]).indices(extent)
+    if step != 1:
         call.refuse(f"takes {start}:{stop}:{step} of the sharded dim, across the shard", _BORDER)
-    return start + extent * (start < 0), min(stop + extent * (stop < 0), extent)
+    return start, stop
 
 
 def select(call: Call) -> Result:
@@ -119,14 +117,11 @@ def split(call: Call) -> Result:
     state = call.sole(x)
     if call.dim("dim", value_of(x).ndim) != state.dim:
         return state
-    size = call.args.get("split_size")
-    if isinstance(size, int) and state.extent < size < state.extent * call.size:
-        call.refuse(f"splits dim {state.dim} by {size}, of which this rank has {state.extent}", _BORDER)
     results: list[State] = []
     start = 0
     for part in parts:
         stop = start + part.shape[state.dim]
-        results.append(cut(state, start, stop))
+        results.append(cut(state, start, stop, call.size))
         if results[-1] is None:
             call.refuse(f"cuts {start}:{stop} out of dim {state.dim}, across the shard", _BORDER)
         start = stop
@@ -207,7 +202,7 @@ def slice_scatter(call: Call) -> Result:
 
 def _bounds_cover(call: Call, dim: int) -> bool:
     state = call.state(call.args["self"])
-    return state is not None and state.dim == dim and _bounds(call, state.extent) == (0, state.extent)
+    return state is not None and state.dim == dim and bounds(call, state) == (0, state.extent * call.size)
 
 
 def select_scatter(call: Call) -> Result:

@@ -45,13 +45,14 @@ def infer(call: Call) -> Result:
         ShardingError: the op would compute something else on the shards than on the whole.
     """
     values = call.node.meta.get("val")
-    if not call.sharded and not ir.communicates(call):
+    if not call.sharded and not ir.is_of_axis(call):
         return [None] * len(values) if isinstance(values, (tuple, list)) else None
     rule = _rule_for(call)
     result = rule(call) if rule else call.refuse_unknown()
     if isinstance(values, (tuple, list)) and not isinstance(result, list):
         result = [result if isinstance(v, Tensor) and v.numel() else None for v in values]
-    _check(call, result, values)
+    if not _fits(call, result, values):
+        call.refuse_unknown()
     return result
 
 
@@ -70,12 +71,12 @@ def _rule_for(call: Call) -> Rule | None:
     return RULES.get(packet) or RULES.get(of_view)
 
 
-def _check(call: Call, result: Result, values: Any) -> None:
-    """The claim fits the shape that the op really returns, whatever the rule thought of it."""
+def _fits(call: Call, result: Result, values: Any) -> bool:
+    """Does the claim fit the shape that the op really returns, whatever the rule thought of it?"""
     pairs = zip(result, values, strict=True) if isinstance(result, list) else [(result, values)]
-    for state, value in pairs:
-        if state is not None and value.shape[state.dim : state.dim + 1] != (state.extent,):
-            call.refuse_unknown()
+    return all(
+        state is None or value.shape[state.dim : state.dim + 1] == (state.extent * call.size,) for state, value in pairs
+    )
 
 
 def getitem(call: Call) -> Result:
@@ -244,10 +245,10 @@ RULES: dict[Any, Rule] = {
     **dict.fromkeys((aten.addmm, aten.baddbmm, aten.addmv), product_and_sum),
     aten.linear: linear,
     # The collective IR.
-    md.shard: ir.shard,
-    md.all_gather: ir.all_gather,
-    **dict.fromkeys((md.all_reduce, md.reduce_scatter, md.all_to_all, md.broadcast), ir.collective),
-    **dict.fromkeys((md.reduce, md.gather, md.scatter), ir.collective),
+    md.split_sequence: ir.split_sequence,
+    md.gather_sequence: ir.gather_sequence,
+    **dict.fromkeys((md.all_reduce, md.all_gather, md.reduce_scatter, md.all_to_all), ir.collective),
+    **dict.fromkeys((md.broadcast, md.reduce, md.gather, md.scatter, md.shard), ir.collective),
     md.attention: ir.attention,
     md.context_attention: ir.context_attention,
 }

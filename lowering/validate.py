@@ -15,7 +15,12 @@ from torchtrt_md.lowering.ops import bound_args, is_collective
 from torchtrt_md.lowering.passes import PassContext
 
 md = torch.ops.torchtrt_md
-_HIGH_LEVEL = (md.shard.default, md.context_attention.default)
+_HIGH_LEVEL = (
+    md.shard.default,
+    md.split_sequence.default,
+    md.gather_sequence.default,
+    md.context_attention.default,
+)
 
 
 def run(graph: GraphModule, context: PassContext) -> int:

@@ -24,9 +24,9 @@ def _nodes(program: ShardedProgram, op: Any) -> list[torch.fx.Node]:
 def test_flux_by_its_own_plan() -> None:
     model, args, kwargs = models.flux()
     program = md.capture(model, args, kwargs, mesh=md.Mesh(cp=4), parallel=md.ContextParallel("cp"))
-    shards = _nodes(program, ops.shard.default)
-    assert [tuple(value_of(n).shape) for n in shards] == [(1, 8, 16), (1, 4, 32), (8, 3), (4, 3)]
-    assert len(_nodes(program, ops.all_gather.default)) == 1
+    shards = _nodes(program, ops.split_sequence.default)
+    assert [tuple(value_of(n).shape) for n in shards] == [(1, 32, 16), (1, 16, 32), (32, 3), (16, 3)]
+    assert len(_nodes(program, ops.gather_sequence.default)) == 1
     assert len(_nodes(program, ops.attention.default)) == 3
     assert len(program.distinct()) == 1
     assert {v.name for v in program.inputs} == set(kwargs) - {"return_dict"}
@@ -72,14 +72,14 @@ def test_results_lists_wildcards_and_positions() -> None:
     program = md.capture(
         Outer(), (x, y), mesh=CP2, parallel=md.ContextParallel("cp", plan={k: plan[k] for k in ("", "blocks.0")})
     )
-    assert [value_of(n).shape[1] for n in _nodes(program, ops.shard.default)] == [4, 4]
+    assert [value_of(n).shape[1] for n in _nodes(program, ops.split_sequence.default)] == [8, 8]
     program = md.capture(
         TwoResults(),
         (x, [y, y]),
         mesh=CP2,
         parallel=md.ContextParallel("cp", plan={"": {"x": md.Split(1), "pair": [md.Split(1), md.Split(1)]}}),
     )
-    assert len(_nodes(program, ops.shard.default)) == 3
+    assert len(_nodes(program, ops.split_sequence.default)) == 3
     assert [v.name for v in program.inputs] == ["x", "pair.0", "pair.1"]  # though one tensor
     program = md.capture(
         TwoResults(),
@@ -87,7 +87,7 @@ def test_results_lists_wildcards_and_positions() -> None:
         mesh=CP2,
         parallel=md.ContextParallel("cp", plan={"": {0: md.Split(1, output=True)}}),
     )
-    assert len(_nodes(program, ops.shard.default)) == 1
+    assert len(_nodes(program, ops.split_sequence.default)) == 1
     assert program.constants == {}
 
 

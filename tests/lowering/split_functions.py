@@ -33,7 +33,12 @@ def analyze(graph: GraphModule, mesh: Mesh | None = None, strategy: str = "ulyss
 
 
 def shard(x: Tensor, dim: int = 1, axis: str = "cp") -> Tensor:
-    result: Tensor = md.shard(x, dim, axis, SIZE)
+    result: Tensor = md.split_sequence(x, dim, axis, SIZE)
+    return result
+
+
+def gather(x: Tensor, dim: int = 1, axis: str = "cp") -> Tensor:
+    result: Tensor = md.gather_sequence(x, dim, axis, SIZE)
     return result
 
 

@@ -8,8 +8,10 @@ import graphs
 import pytest
 import torch
 import torch.nn.functional as F
-from torch import Tensor
+from torch import Tensor, nn
 
+import torchtrt_md
+from torchtrt_md.errors import ShardingError
 from torchtrt_md.lowering import fold_mask
 from torchtrt_md.lowering.ops import bound_args
 from torchtrt_md.mesh import Mesh
@@ -175,3 +177,29 @@ def test_without_a_mask_nothing_is_done() -> None:
     qs, ks = graphs.per_rank(MESH, 1, 2, TOKENS, 4), graphs.per_rank(MESH, 1, 2, TOKENS, 4, seed=1)
     graph = graphs.trace(lambda q, k: attend(attend(q, k, None), k, None, True), qs[0], ks[0])
     assert graphs.check(fold_mask.run, graph, MESH, qs, ks) == 0
+
+
+class Windowed(nn.Module):
+    """Attention to the last ``window`` tokens, its mask made while it is traced."""
+
+    def __init__(self, window: int) -> None:
+        super().__init__()
+        self.window = window
+
+    def forward(self, x: Tensor) -> Tensor:
+        i = torch.arange(x.shape[1])
+        mask = (i[:, None] >= i) & (i[:, None] - i < self.window)
+        q = x.view(*x.shape[:2], 2, -1).transpose(1, 2)
+        return F.scaled_dot_product_attention(q, q, q, mask).transpose(1, 2).flatten(2)
+
+
+def test_a_window_of_a_ranks_part_is_not_causal() -> None:
+    """Of 8 tokens on 2 ranks: a window of 4 hides something, and one of 8 does not."""
+    x = torch.randn(1, 8, 8)
+    parallel = torchtrt_md.ContextParallel("cp", plan={"": {"x": torchtrt_md.Split(1)}})
+    program = torchtrt_md.capture(Windowed(4), (x,), mesh=MESH, parallel=parallel)
+    with pytest.raises(ShardingError, match="masks over a split sequence are not supported yet"):
+        torchtrt_md.lower(program)
+    program = torchtrt_md.lower(torchtrt_md.capture(Windowed(8), (x,), mesh=MESH, parallel=parallel))
+    assert program.counts["fold_mask"] == 1
+    torchtrt_md.verify(program, Windowed(8), (x,))

@@ -83,15 +83,15 @@ def unlowered() -> tuple[ShardedProgram, Tensor]:
     """Each rank's part of x, twice; twice the whole; and attention over the parts."""
 
     def forward(x: Tensor) -> list[Tensor]:
-        part = md.shard(x, 1, "cp", 2)
+        part = md.split_sequence(x, 1, "cp", 2)
         q = part.unflatten(2, (2, 4)).transpose(1, 2)
         attended = md.attention(q, q, q, None, True, None, False)
-        return [part * 2, md.all_gather(part, 1, "cp", 2) * 2, md.all_gather(attended, 2, "cp", 2)]
+        return [part * 2, md.gather_sequence(part, 1, "cp", 2) * 2, md.gather_sequence(attended, 2, "cp", 2)]
 
     x = torch.randn(1, 6, 8, dtype=torch.float64)
     graph = graphs.trace(forward, x)
     program = graphs.program(graph, MESH, x)
-    outputs = tuple(Value(f"output{i}", shape, x.dtype) for i, shape in enumerate([(1, 3, 8), (1, 6, 8), (1, 2, 6, 4)]))
+    outputs = tuple(Value(f"output{i}", shape, x.dtype) for i, shape in enumerate([(1, 6, 8), (1, 6, 8), (1, 2, 6, 4)]))
     return replace(program, lowered=False, outputs=outputs, strategies={"cp": "ulysses"}), x
 
 

@@ -73,6 +73,13 @@ def test_grouped_already_and_repeated() -> None:
     assert graphs.check(repeat_kv.run, graph, MESH, *xs, exact=False) == 1
 
 
+@pytest.mark.parametrize("heads", [1, 2])
+def test_queries_that_are_broadcast_over_repeated_keys_are_not_grouped(heads: int) -> None:
+    xs = inputs(heads=1, k_heads=heads, v_heads=heads)
+    graph = graphs.trace(lambda q, k, v: attend(q, expanded(k, 2), expanded(v, 2)), *(x[0] for x in xs))
+    assert graphs.check(repeat_kv.run, graph, MESH, *xs) == 0
+
+
 def other_repeats(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
     """3 times k of 2 heads, twice v of 3."""
     return attend(q, expanded(k, 3), expanded(torch.cat([v, v[:, :1]], 1), 2))

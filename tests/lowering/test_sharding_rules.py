@@ -17,7 +17,7 @@ from torch.utils import _pytree as pytree
 
 from torchtrt_md.errors import ShardingError
 from torchtrt_md.lowering import sequence
-from torchtrt_md.lowering.sharding import Sharded, carried_by_view, cut
+from torchtrt_md.lowering.sharding import Sharded, carried_by_view, cut, local_shape
 from torchtrt_md.lowering.sharding_rules import RULES
 
 aten = torch.ops.aten
@@ -35,6 +35,7 @@ ROW = (torch.randn(6), None)
 KEEP = (torch.randn(2, 6), None)
 CHANNELS = (torch.randn(6, 6, 3), None)
 INDEX = (torch.tensor([1, 0, 3]), None)
+TABLE = (torch.randn(12, 6), None)
 
 ACCEPTED: dict[str, Case] = {
     "broadcast": (lambda x, y, row: torch.where(x > 0, x * y + row, 0.5), [X, Y, ROW]),
@@ -116,6 +117,32 @@ ACCEPTED: dict[str, Case] = {
         lambda x, y: (lambda a, b: torch.stack([-b, a], -1).flatten(-2))(*x.unflatten(-1, (-1, 2)).unbind(-1)) * y,
         [X, Y],
     ),
+    # Numbers and tables of the whole length: this rank's part of them is taken.
+    "length": (lambda x: (x / x.shape[1], x * x.numel(), x[:, :, : x.shape[1] // 2]), [X]),
+    "positions": (lambda x: x + torch.arange(x.shape[1])[:, None], [X]),
+    "position table": (lambda x, t: (x + t[: x.shape[1]], x * t[-x.shape[1] :] + t[: x.shape[1]]), [X, TABLE]),
+    "made of shapes": (lambda x: x * torch.ones(x.shape[1], 1).cumsum(0) + x.new_ones(x.shape), [X]),
+    "sums of ones": (lambda x: (x + x.new_ones(x.shape).sum(), x * torch.zeros(x.shape).add(2)), [X]),
+    "whole expanded": (lambda x, row: x + row.expand(x.shape), [X, ROW]),
+    "whole in cat": (lambda x, t: torch.cat([x, t[:8].repeat(2, 1, 1)], -1), [X, TABLE]),
+    "whole in stack": (lambda x, t: torch.stack([x, t[:8].repeat(2, 1, 1)]), [X, TABLE]),
+    "whole index": (lambda x, i: x.gather(2, i), [X, (torch.randint(6, (2, 8, 3)), None)]),
+    "whole scatter": (lambda x, t: x.select_scatter(t[:8], 0, 1), [X, TABLE]),
+    "whole batch": (lambda b, w: b.mT @ w.repeat(4, 1, 1), [BATCH, W]),
+    "whole positions of parts": (
+        lambda t, x: (j := torch.cat([t, x], 1)) + torch.arange(j.shape[1])[:, None],
+        [TEXT, X],
+    ),
+    "whole positions of a row": (lambda x: (r := x.flatten(0, 1)) * torch.arange(len(r))[:, None], [X]),
+    "whole positions of parts in a row": (
+        lambda t, x: (r := torch.cat([t, x], 1).view(-1)) * torch.arange(len(r)),
+        [TEXT, X],
+    ),
+    "open views": (lambda x: (x.view(2, 2, -1, 6), x.view(2, -1, 4, 6), x.unflatten(1, (4, -1)), x.view(-1)), [X]),
+    "one row a rank": (lambda x: x.view(2, 2, 4, 6).cumsum(2) + torch.arange(2)[:, None, None], [X]),
+    "joint open view": (lambda t, x: torch.cat([t, x], 1).view(2, -1, 2, 6), [TEXT, X]),
+    "slices of all": (lambda x: (x[:, :8], x[:, -8:], x[:, :99], aten.slice.Tensor(x, 1, -99)), [X]),
+    "split of all": (lambda x: (*x.split(8, 1), *x.chunk(1, 1)), [X]),
 }
 
 
@@ -161,18 +188,17 @@ def _trace(
 
 MIXES = "mixes positions across the shard"
 UNKNOWN = "is not known to keep positions apart"
-REPLICATED = "replicated tensor of the local length used beside a sharded one"
+OTHER_EXTENT = "entries of .* beside a sharded dim of"
 DIFFERENT = "operands that are split differently"
 
 REFUSED: dict[str, tuple[Callable[..., Any], list[tuple[Tensor, int | None]], str]] = {
-    "arange": (lambda x: x + torch.arange(x.shape[1])[:, None], [X], REPLICATED),
-    "position table": (lambda x, w: x + w[: x.shape[1]], [X, W], REPLICATED),
-    "constant": (lambda x: x * torch.ones(x.shape[1], 1).cumsum(0), [X], REPLICATED),
-    "cat beside replicated": (lambda x, w: torch.cat([x, w[:4].repeat(2, 1, 1)], -1), [X, W], REPLICATED),
-    "stack beside replicated": (lambda x, w: torch.stack([x, w[:4].repeat(2, 1, 1)]), [X, W], REPLICATED),
-    "index beside replicated": (lambda x, n: x.gather(2, n.new_zeros(2, 4, 3)), [X, TOKENS], REPLICATED),
-    "scatter beside replicated": (lambda x, w: x.select_scatter(w[:4, :6], 0, 1), [X, W], REPLICATED),
-    "other dim": (lambda x, y: x + y, [X, (torch.randn(2, 4, 12), 2)], DIFFERENT),
+    "index of another length": (lambda x, n: x.gather(2, n.new_zeros(2, 4, 3)), [X, INDEX], OTHER_EXTENT),
+    "table in two places": (
+        lambda x, t: torch.addmm(t, x[0], t),
+        [(torch.randn(2, 8, 8), 1), (torch.randn(8, 8), None)],
+        "both whole and as this rank's part",
+    ),
+    "other dim": (lambda x, y: x + y, [X, (torch.randn(2, 8, 6), 2)], DIFFERENT),
     "text and image": (lambda t, x: torch.cat([t, t], 1) + x, [TEXT, X], DIFFERENT),
     "random": (lambda x: F.dropout(x, 0.5, training=True), [X], UNKNOWN),
     "mean over tokens": (lambda x: x.mean(1), [X], MIXES),
@@ -188,7 +214,7 @@ REFUSED: dict[str, tuple[Callable[..., Any], list[tuple[Tensor, int | None]], st
     "triangle": (lambda x: x.tril(), [X], MIXES),
     "pad": (lambda x: F.pad(x, (0, 0, 1, 0)), [X], "pads every rank's part"),
     "repeat": (lambda x: x.repeat(1, 2, 1), [X], MIXES),
-    "norm of tokens": (lambda x: F.layer_norm(x, (4, 6)), [X], MIXES),
+    "norm of tokens": (lambda x: F.layer_norm(x, (8, 6)), [X], MIXES),
     "group norm": (lambda x: F.group_norm(x.mT, 3), [X], "is a native_group_norm, which mixes positions"),
     "batch norm": (lambda x: F.batch_norm(x.mT, None, None, training=True), [X], UNKNOWN),
     "convolution": (lambda x, c: F.conv1d(x.mT, c), [X, CHANNELS], "is a convolution, which mixes positions"),
@@ -196,25 +222,23 @@ REFUSED: dict[str, tuple[Callable[..., Any], list[tuple[Tensor, int | None]], st
     "scores": (lambda x, y: x @ y.mT, [X, Y], "use torch.nn.functional.scaled_dot_product_attention"),
     "contraction": (lambda x, y: x.mT @ y, [X, Y], "sums over the sharded dim"),
     "dot": (lambda x: x[0, :, 0].dot(x[1, :, 1]), [X], "sums over the sharded dim"),
-    "contraction of one": (lambda x, w: x.mT @ w[:4], [X, W], "sums over the sharded dim"),
-    "linear over tokens": (lambda x, w: F.linear(x.mT, w[:, :4]), [X, W], "sums over the sharded dim"),
-    "batch beside replicated": (lambda b, w: b.mT @ w.repeat(2, 1, 1), [BATCH, W], REPLICATED),
+    "contraction of one": (lambda x, w: x.mT @ w, [X, (torch.randn(8, 6), None)], "sums over the sharded dim"),
+    "linear over tokens": (lambda x, w: F.linear(x.mT, w), [X, (torch.randn(6, 8), None)], "sums over the sharded dim"),
     "select": (lambda x: x[:, 0], [X], "takes one position of the shard"),
     "unbind": (lambda x: x.unbind(1), [X], "takes the shard apart"),
-    "slice": (lambda x: x[:, 1:], [X], "cuts 1:4 out of dim 1, across the shard"),
+    "slice": (lambda x: x[:, 1:], [X], "cuts 1:8 out of dim 1, across the shard"),
     "slice with step": (lambda x: x[:, ::2], [X], "across the shard"),
-    "slice at a fixed length": (lambda x: aten.slice.Tensor(x, 1, 0, 6), [X], "takes 0:6:1 of the sharded dim"),
+    "slice at a fixed length": (lambda x: aten.slice.Tensor(x, 1, 0, 6), [X], "cuts 0:6 out of dim 1"),
     "last tokens": (lambda x: aten.slice.Tensor(x, 1, -6), [X], "across the shard"),
-    "joint cut": (lambda t, x: torch.cat([t, x], 1)[:, 1:], [TEXT, X], "cuts 1:6 out of dim 1"),
+    "joint cut": (lambda t, x: torch.cat([t, x], 1)[:, 1:], [TEXT, X], "cuts 1:12 out of dim 1"),
     "joint cut of a batch": (lambda t, x: torch.cat([t, x], 1).flatten(0, 1)[:2], [TEXT, X], "cuts 0:2"),
     "split": (lambda x: x.split(2, 1), [X], "cuts 0:2 out of dim 1"),
-    "split by a fixed length": (lambda x: x.split(6, 1), [X], "splits dim 1 by 6, of which this rank has 4"),
+    "split by a fixed length": (lambda x: x.split(6, 1), [X], "cuts 0:6 out of dim 1"),
     "cat with whole": (lambda x, w: torch.cat([x, w.expand(2, -1, -1)], 1), [X, W], "concatenates this rank's part"),
     "cat of batches": (lambda x: torch.cat([x.flatten(0, 1)] * 2), [X], "concatenates this rank's part"),
-    "view across": (lambda x: x.view(2, 3, 8), [X], "cannot be told where the sharded dim goes"),
-    "split view, other factor": (lambda x: x.view(2, 2, -1, 6), [X], "cannot be told where the sharded dim goes"),
-    "split view, one per rank": (lambda x: x.view(2, -1, 4, 6), [X], "cannot be told where the sharded dim goes"),
-    "joint split view": (lambda t, x: torch.cat([t, x], 1).view(2, -1, 2, 6), [TEXT, X], "cannot be told"),
+    "view across": (lambda x: x.view(2, 3, 16), [X], "is no part of one dim"),
+    "split view, odd rows": (lambda x: x.view(2, -1, 4, 6), [(torch.randn(2, 12, 6), 1)], "is no part of one dim"),
+    "joint split view": (lambda t, x: torch.cat([t, x], 1).view(2, -1, 4, 6), [TEXT, X], "is no part of one dim"),
     "dtype view": (lambda x: x.mT.contiguous().view(torch.int16), [X], MIXES),
     "table": (lambda x, i: x[:, i], [X, INDEX], "looks positions up across the shard"),
     "sharded table": (lambda x, n: x[0][n], [X, TOKENS], "looks positions up across the shard"),
@@ -250,12 +274,12 @@ def test_every_entry_of_the_table_is_tested() -> None:
 
 @st.composite
 def views(draw: st.DrawFn) -> tuple[list[int], Sharded, list[int]]:
-    """A local shape, a sharding of it and another shape of as many elements."""
+    """A shape, a sharding of it and another shape of as many elements."""
     sizes = st.integers(1, 4)
     before, after = draw(st.lists(sizes, max_size=2)), draw(st.lists(sizes, max_size=2))
     pieces = draw(st.lists(st.integers(2, 6), min_size=1, max_size=2))
     state = Sharded(len(before), tuple(pieces), draw(st.integers(1, 3)), draw(st.integers(1, 3)))
-    old = [*before, state.extent, *after]
+    old = [*before, state.extent * sf.SIZE, *after]
     left, new = math.prod(old), [1] * draw(st.integers(1, 5))
     for factor in range(2, left + 1):
         while left % factor == 0:
@@ -268,43 +292,42 @@ def views(draw: st.DrawFn) -> tuple[list[int], Sharded, list[int]]:
 @settings(max_examples=300, deadline=None)
 def test_a_view_takes_the_sharded_dim_along_or_is_refused(case: tuple[list[int], Sharded, list[int]]) -> None:
     old, state, new = case
-    after = carried_by_view(state, old, new, new)
+    after = carried_by_view(state, old, new, sf.SIZE)
     if after is None:
         return
-    whole = torch.arange(math.prod(old) * sf.SIZE)
-    whole_old, whole_new = (
-        [n * sf.SIZE if d == dim else n for d, n in enumerate(shape)]
-        for shape, dim in ((old, state.dim), (new, after.dim))
-    )
+    whole = torch.arange(math.prod(old))
     for rank in range(sf.SIZE):
-        local = sf.part(whole.view(whole_old), state, rank).reshape(new)
-        assert torch.equal(local, sf.part(whole.view(whole_new), after, rank))
+        local = sf.part(whole.view(old), state, rank).reshape(local_shape(new, after, sf.SIZE))
+        assert torch.equal(local, sf.part(whole.view(new), after, rank))
 
 
 def test_a_view_that_is_undone_gives_the_sharding_back() -> None:
     state = Sharded(1, (4, 2))
-    merged = carried_by_view(state, [2, 6, 5], [2 * 6 * 5], [-1])
+    merged = carried_by_view(state, [2, 12, 5], [2 * 12 * 5], 2)
     assert merged == Sharded(0, (4, 2), outer=2, inner=5)
-    assert carried_by_view(merged, [60], [2, 6, 5], [2, 6, 5]) == state
+    assert carried_by_view(merged, [120], [2, 12, 5], 2) == state
 
 
 def test_an_empty_view_is_refused() -> None:
-    assert carried_by_view(Sharded(0, (4,)), [4, 0], [0], [0]) is None
+    assert carried_by_view(Sharded(0, (4,)), [8, 0], [0], 2) is None
 
 
 @pytest.mark.parametrize(
-    ("start", "stop", "pieces"), [(0, 9, (4, 2, 3)), (0, 4, (4,)), (4, 9, (2, 3)), (4, 6, (2,)), (1, 4, ()), (4, 4, ())]
+    ("start", "stop", "pieces"),
+    [(0, 18, (4, 2, 3)), (0, 8, (4,)), (8, 18, (2, 3)), (8, 12, (2,)), (1, 8, ()), (0, 4, ()), (8, 8, ())],
 )
 def test_cuts_at_the_borders_of_parts_only(start: int, stop: int, pieces: tuple[int, ...]) -> None:
-    assert cut(Sharded(0, (4, 2, 3)), start, stop) == (Sharded(0, pieces) if pieces else None)
+    assert cut(Sharded(0, (4, 2, 3)), start, stop, 2) == (Sharded(0, pieces) if pieces else None)
 
 
 def test_a_refusal_names_the_op_both_shapes_and_what_to_do() -> None:
-    graph = _trace(lambda x, t: x + t[: x.shape[1]], [X, W])
+    graph = _trace(lambda x, t: torch.cat([x, t.expand(2, 8, 6)], 1), [X, ROW])
     with pytest.raises(ShardingError) as caught:
         sf.analyze(graph)
     message = str(caught.value)
-    assert message.startswith("add (aten.add.Tensor) has a replicated tensor of the local length used beside a sharded")
-    assert "over axis 'cp' of 2 ranks: shard [2, 4, 6], this rank's part of [2, 8, 6] on dim 1; " in message
-    assert "slice_1 [4, 6], equal on all ranks" in message
-    assert "Instead: make it from the length of the whole sequence" in message
+    assert message.startswith(
+        "cat (aten.cat.default) concatenates this rank's part of one sequence with something else"
+    )
+    assert "over axis 'cp' of 2 ranks: split_sequence [2, 4, 6], this rank's part of [2, 8, 6] on dim 1; " in message
+    assert "expand [2, 8, 6], equal on all ranks" in message
+    assert "Instead: split every part on this dim" in message

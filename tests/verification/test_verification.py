@@ -172,18 +172,20 @@ def test_other_weights_than_the_dense_models_are_caught() -> None:
 class Length(nn.Module):
     def __init__(self) -> None:
         super().__init__()
-        self.linear = nn.Linear(8, 8)
+        self.linear, self.offset = nn.Linear(8, 8), 0
 
     def forward(self, x: torch.Tensor) -> tuple[torch.Tensor, int]:
-        return self.linear(x), x.shape[1]
+        return self.linear(x), x.shape[1] + self.offset
 
 
-def test_a_number_that_depends_on_the_local_length_is_caught() -> None:
+def test_a_number_among_the_results_is_of_the_whole_and_another_is_caught() -> None:
     x = torch.randn(2, 4, 8)
     parallel = md.ContextParallel("cp", plan={"": {"x": md.Split(1)}, "linear": md.Gather(1)})
     model = Length()
     program = md.capture(model, (x,), mesh=md.Mesh(cp=2), parallel=parallel)
-    with pytest.raises(VerificationError, match=r"Length returns \[None, 4\]"):
+    md.verify(program, model, (x,))
+    model.offset = 1
+    with pytest.raises(VerificationError, match=r"Length returns \[None, 5\]"):
         md.verify(program, model, (x,))
 
 

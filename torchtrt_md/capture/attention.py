@@ -63,6 +63,7 @@ def _attention(
         )
     if query.dim() == key.dim() == value.dim() == 4:
         query, key, value = _alike(query, key, value, enable_gqa)
+        _check_mask(attn_mask, (*query.shape[:3], key.shape[2]))
         out: Tensor = ops.attention(query, key, value, attn_mask, is_causal, scale, enable_gqa)
         return out
     if query.dim() == key.dim() == value.dim() == 3 and (attn_mask is None or attn_mask.dim() < 3):
@@ -113,3 +114,15 @@ def _alike(query: Tensor, key: Tensor, value: Tensor, enable_gqa: bool) -> tuple
 
 def _listed(sizes: set[int]) -> str:
     return " and ".join(map(str, sorted(sizes)))
+
+
+def _check_mask(mask: Tensor | None, scores: tuple[int, ...]) -> None:
+    if mask is None:
+        return
+    trailing = scores[len(scores) - mask.dim() :]
+    if mask.dim() > len(scores) or any(n not in (1, extent) for n, extent in zip(mask.shape, trailing, strict=True)):
+        raise CaptureError(
+            f"an attention mask of {list(mask.shape)} over scores of {list(scores)}",
+            fix="shape it to broadcast to [batch, heads, queries, keys]; under tensor parallelism, with a rank's heads",
+            at=running_line(),
+        )

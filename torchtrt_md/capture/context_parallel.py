@@ -1,7 +1,9 @@
-"""Apply a context-parallel plan: module hooks that insert ``shard`` and ``all_gather``.
+"""Apply a context-parallel plan: module hooks that mark where the sequence is split and gathered.
 
-The model's code then runs on, and is traced with, the local shapes.  Every entry of the plan keeps whether it applied
-to something, so that none is ignored in silence.
+The marks are ``split_sequence`` and ``gather_sequence``, which leave a value whole: the model's code runs on, and is
+traced with, the shapes that its author meant.  What a rank holds is decided in lowering
+(:mod:`torchtrt_md.lowering.sequence`), so no local length can enter the graph as a number.  Every entry of the plan
+keeps whether it applied to something, so that none is ignored in silence.
 """
 
 from __future__ import annotations
@@ -14,7 +16,6 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-import torch
 from torch import Tensor, nn
 
 from torchtrt_md.errors import PlanError, PlanWarning
@@ -315,7 +316,7 @@ def _result_hook(
 def _gathered(value: Any, gather: Gather, entry: Entry, what: str) -> Any:
     dim = _dim(value, gather.dim, what)
     entry.applied = True
-    return value if entry.size == 1 else ops.all_gather(value, dim, entry.axis, entry.size)
+    return value if entry.size == 1 else ops.gather_sequence(value, dim, entry.axis, entry.size)
 
 
 def _split(value: Any, split: Split | list[Split], entry: Entry, what: str, inner: bool = True) -> Any:
@@ -338,7 +339,7 @@ def _split(value: Any, split: Split | list[Split], entry: Entry, what: str, inne
         return value
     if value.shape[dim] % entry.size:
         raise _indivisible(value.shape[dim], dim, entry, what, inner)
-    return torch.ops.torchtrt_md.shard(value, dim, entry.axis, entry.size)
+    return ops.split_sequence(value, dim, entry.axis, entry.size)
 
 
 def _indivisible(extent: int, dim: int, entry: Entry, what: str, inner: bool) -> PlanError:

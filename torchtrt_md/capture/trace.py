@@ -1,4 +1,8 @@
-"""Trace one rank's graph: flat, functional aten ops over local shapes, weights as placeholders."""
+"""Trace one rank's graph: flat, functional aten ops, weights as placeholders.
+
+Tensor parallelism is in the graph's shapes, which are those of a rank.  Context parallelism is not: the sequence is
+whole, and marked where the plan splits and gathers it (:mod:`torchtrt_md.capture.context_parallel`).
+"""
 
 from __future__ import annotations
 
@@ -102,6 +106,10 @@ def recorded(
             graph = make_fx(call, tracing_mode="fake", _allow_non_fake_inputs=True, record_stack_traces=True)(*inputs)
             refuse_written(graph)
             graph = functional(graph, inputs)
+    except CaptureError as error:
+        if error.at:
+            raise
+        raise CaptureError(error.problem, fix=error.fix, at=(line or error_line)(error)) from error
     except MDError:
         raise
     except Exception as error:  # whatever the model's code raised, the user's line is what helps
@@ -109,7 +117,7 @@ def recorded(
         raise CaptureError(
             f"{what} could not be traced: {type(error).__name__}: {reason}",
             fix="make the model's forward depend on shapes only, not on the values of tensors;"
-            " under a plan, local shapes must fit it too",
+            " under tensor parallelism, a rank's shapes must fit it too",
             at=(line or error_line)(error),
         ) from error
     _check(graph)
