@@ -68,11 +68,12 @@ class Road:
         program: captured.
         options: how it is to be compiled.
         ranks: whose parts are wanted.
-        cache: where engines whose weights are inputs are, and will be.
-        inside: a folder for engines that hold their weights, which a program becomes that is one engine; None where
-            all weights are to be inputs.
         agreement: of the ranks that walk together; :class:`~torchtrt_md.launch.agree.Alone` for one process.
         turns: does the building; in a launch one rank of a host after another, who share a cache.
+
+    Attributes:
+        inside: a folder for engines: a program that is one engine becomes one that holds its weights.  None where all
+            weights are to be inputs, and engines are kept in the user's cache.
         progress: called with a line for each engine that is begun.
     """
 
@@ -82,15 +83,15 @@ class Road:
         options: Options,
         *,
         ranks: Collection[int],
-        cache: EngineCache | None = None,
-        inside: Path | None = None,
         agreement: Together | None = None,
         turns: Callable[[str, Callable[[], Built]], Built] | None = None,
-        progress: Callable[[str], None] = lambda message: None,
     ) -> None:
-        self.program, self.options, self.ranks, self.inside = program, options, tuple(ranks), inside
+        self.program, self.options, self.ranks = program, options, tuple(ranks)
         self.agreement: Together = agreement or Alone()
-        self._cache, self._turns, self._progress = cache, turns or self.agreement.together, progress
+        self.inside: Path | None = None
+        self.progress: Callable[[str], None] = lambda message: None
+        self._cache: EngineCache | None = None
+        self._turns = turns or self.agreement.together
 
     @property
     def cache(self) -> EngineCache:
@@ -98,7 +99,8 @@ class Road:
         if self._cache is None:
             from torchtrt_md.build.cache import EngineCache
 
-            self._cache = EngineCache(None if self.options.cache is None else Path(self.options.cache))
+            own = None if self.options.cache is None else Path(self.options.cache)
+            self._cache = EngineCache(own if self.inside is None else self.inside / "engines")
         return self._cache
 
     def default(self, capability: tuple[int, int] | None = None) -> Choices:
@@ -219,7 +221,7 @@ class Road:
     def _whole(self, placed: PlacedProgram, choices: Choices, folder: Path) -> Built:
         from torchtrt_md.build.program import build_whole
 
-        engines = build_whole(placed, folder, self.options.target, self.ranks, self._progress)
+        engines = build_whole(placed, folder, self.options.target, self.ranks, self.progress)
         parts: list[tuple[Part, ...]] = [()] * placed.program.mesh.size
         for engine in engines:
             for rank in engine.ranks:
@@ -234,7 +236,7 @@ class Road:
         parts: list[tuple[Part, ...]] = [()] * placed.program.mesh.size
         for cut, members in placed.distinct():
             built = tuple(
-                build_part(p, target, cache, transpose_weights=self.options.transpose_weights, progress=self._progress)
+                build_part(p, target, cache, transpose_weights=self.options.transpose_weights, progress=self.progress)
                 for p in cut
             )
             for rank in members:

@@ -1,24 +1,30 @@
-"""The command line: ``torchtrt-md export FILE --mesh cp=4 -o BUNDLE``."""
+"""The command line: ``torchtrt-md export FILE --mesh cp=4 -o BUNDLE``, ``torchtrt-md inspect BUNDLE``."""
 
 from __future__ import annotations
 
 import dataclasses
 import sys
 from collections import Counter
+from collections.abc import Iterable
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Literal, get_args
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 from rich.console import Console
 from rich.table import Table
 
+# What imports PyTorch, which takes seconds, is imported behind the first line of output.
+import torchtrt_md
+from torchtrt_md.checks import PLACEMENTS, check_choice
 from torchtrt_md.errors import MDError, PlanError
 from torchtrt_md.mesh import Mesh
 from torchtrt_md.parallel import ContextParallel, Parallel, TensorParallel
-from torchtrt_md.program import dtype_name
 
 if TYPE_CHECKING:
+    from torchtrt_md.bundle.manifest import Manifest
     from torchtrt_md.doors.export import Exported
+    from torchtrt_md.segment import Collective
+    from torchtrt_md.verification import Report
 
 app = typer.Typer(add_completion=False, no_args_is_help=True, pretty_exceptions_enable=False)
 console = Console(highlight=False, soft_wrap=True)
@@ -26,8 +32,18 @@ console = Console(highlight=False, soft_wrap=True)
 _BY_NAME = {"cp": ContextParallel, "tp": TensorParallel}
 
 
+def _print_version(asked: bool) -> None:
+    if asked:
+        console.print(f"torchtrt-md {torchtrt_md.__version__}")
+        raise typer.Exit
+
+
 @app.callback()
-def _commands() -> None:
+def _commands(
+    version: Annotated[
+        bool, typer.Option("--version", callback=_print_version, is_eager=True, help="print the version and end")
+    ] = False,
+) -> None:
     """One TensorRT engine per rank from a sharded PyTorch model, the NCCL communication inside the engine."""
 
 
@@ -35,27 +51,37 @@ def _commands() -> None:
 def export(
     file: Annotated[Path, typer.Argument(help="Python file whose model() returns (model, args, kwargs)")],
     mesh: Annotated[str, typer.Option(help="axes and their sizes: cp=4 (context) or tp=4 (tensor parallel)")],
-    out: Annotated[Path, typer.Option("--out", "-o", help="the bundle, a folder")],
+    out: Annotated[Path | None, typer.Option("--out", "-o", help="the bundle, a folder")] = None,
     strategy: Annotated[str, typer.Option(help="context parallel attention: ulysses, allgather_kv, ring or auto")] = "",
     placement: Annotated[str, typer.Option(help="where attention runs: engine, split or auto")] = "auto",
     target: Annotated[
         str, typer.Option(help="GPU to build for: sm80, sm86, sm89, sm120, portable, current")
     ] = "portable",
     verify: Annotated[bool, typer.Option(help="prove the program against the dense model first")] = True,
+    dry_run: Annotated[bool, typer.Option("--dry-run", help="stop once the program is proven; build nothing")] = False,
     dump: Annotated[Path | None, typer.Option(help="folder for the graphs before and after each pass")] = None,
     seed: Annotated[int, typer.Option(help="PyTorch's seed when the file is run")] = 0,
     model_device: Annotated[str, typer.Option(help="where the file makes its model")] = "cpu",
     report: Annotated[Path | None, typer.Option(help="JSON file for what the tables say")] = None,
 ) -> None:
     """Capture, lower, verify, build and bundle a model; needs no GPU."""
+    sizes = Mesh.parse(mesh)
+    check_choice("placement", placement, PLACEMENTS)
+    if out is None and not dry_run:
+        raise PlanError("there is no place for the bundle", fix="pass -o BUNDLE, or --dry-run to build nothing")
+    console.print(f"torchtrt-md {torchtrt_md.__version__}: {file} on {sizes}")
+
+    from torchtrt_md.bundle.write import check_destination
+    from torchtrt_md.doors.export import Stages, prove
     from torchtrt_md.doors.export import export as run
     from torchtrt_md.doors.user_file import read_user_file
 
+    if out is not None:
+        check_destination(out)
     user = read_user_file(file, seed, model_device)
-    sizes = Mesh.parse(mesh)
     parallel = _parallel(sizes, user.parallel, strategy)
     parameters = sum(p.numel() for p in user.model.parameters())
-    console.print(f"[bold]{type(user.model).__name__}[/], {parameters / 1e6:.1f} M parameters, on {sizes}")
+    console.print(f"[bold]{type(user.model).__name__}[/], {parameters / 1e6:.1f} M parameters")
     with console.status("") as status:
 
         def progress(stage: str, detail: str, seconds: float | None) -> None:
@@ -64,24 +90,68 @@ def export(
             else:
                 console.print(f"  [green]{stage:8}[/] {seconds:6.2f} s  {detail}")
 
-        exported = run(
-            user.model,
-            user.args,
-            user.kwargs,
-            mesh=sizes,
-            parallel=parallel,
-            out=out,
-            target=target,
-            check=verify,
-            placement=_placement(placement),
-            dump=dump,
-            progress=progress,
-        )
-    _print_collectives(exported)
-    _print_errors(exported)
+        call = (user.model, user.args, user.kwargs)
+        how: dict[str, Any] = {"mesh": sizes, "parallel": parallel, "placement": placement, "check": verify}
+        if out is None or dry_run:
+            proven = prove(*call, stages=Stages(progress), dump=dump, **how)
+        else:
+            exported = run(*call, out=out, target=target, progress=progress, dump=dump, **how)
+    if out is None or dry_run:
+        from torchtrt_md.lowering.schedule import schedule
+
+        _print_collectives(schedule(proven.lowered.graphs[0]))
+        _print_errors(proven.report)
+        return
+    _print_collectives(c for segment in exported.manifest.ranks[0] for c in segment.collectives)
+    _print_errors(exported.report)
     _print_files(exported)
     if report is not None:
         _write_report(exported, report)
+
+
+@app.command()
+def inspect(
+    bundle: Annotated[Path, typer.Argument(help="the bundle, a folder")],
+    as_json: Annotated[bool, typer.Option("--json", help="the manifest as JSON")] = False,
+) -> None:
+    """What a bundle is: its mesh, inputs, segments, engines, collectives and versions.  Needs no GPU."""
+    from torchtrt_md.bundle.manifest import encode
+    from torchtrt_md.bundle.read import read_manifest
+
+    manifest = read_manifest(bundle)
+    if as_json:
+        print(encode(manifest).decode(), end="")
+        return
+    _print_bundle(bundle, manifest)
+
+
+def _print_bundle(folder: Path, manifest: Manifest) -> None:
+    from torchtrt_md.bundle.structure import mesh_of
+    from torchtrt_md.program import dtype_name
+
+    v = manifest.versions
+    console.print(f"[bold]{folder}[/]: {mesh_of(manifest)}, placement {manifest.placement}, target {manifest.target}")
+    built = f", {v.flavour} {v.tensorrt}" if v.flavour else ", no engines"
+    console.print(f"made by torchtrt_md {v.torchtrt_md}, torch {v.torch}{built}; schema {manifest.schema}")
+    table = Table("", "name", "dtype", "shape", "split", title="Inputs and outputs", title_justify="left")
+    for kind, values in (("input", manifest.inputs), ("output", manifest.outputs)):
+        for value in values:
+            split = ", ".join(f"dim {dim} over {axis}" for dim, axis in value.sharding)
+            table.add_row(kind, value.name, dtype_name(value.dtype), str(list(value.shape)), split)
+    for name, constant in manifest.constants.items():
+        table.add_row("built in", name, "", repr(constant), "")
+    console.print(table)
+    table = Table("segment", "runs as", "axis", "collectives", "weights", "file", title="Rank 0", title_justify="left")
+    for index, segment in enumerate(manifest.ranks[0]):
+        of = Counter(c.op for c in segment.collectives)
+        told = ", ".join(f"{count} {op}" for op, count in of.items())
+        table.add_row(
+            f"{index} {segment.name}", segment.runs, segment.axis or "", told, str(len(segment.weights)), segment.file
+        )
+    console.print(table)
+    _print_collectives(c for segment in manifest.ranks[0] for c in segment.collectives)
+    for decision in manifest.decisions:
+        console.print(f"{decision.what}: {decision.chosen}, {decision.why}")
 
 
 def _write_report(exported: Exported, path: Path) -> None:
@@ -99,13 +169,6 @@ def _write_report(exported: Exported, path: Path) -> None:
         "structure_error": measured and measured.structure_error,
     }
     path.write_bytes(msgspec.json.format(msgspec.json.encode(content), indent=2) + b"\n")
-
-
-def _placement(given: str) -> Literal["auto", "engine", "split"]:
-    for known in get_args(Literal["auto", "engine", "split"]):
-        if given == known:
-            return known  # type: ignore[no-any-return]
-    raise PlanError(f"there is no placement {given!r}", fix="use engine, split or auto")
 
 
 def _parallel(mesh: Mesh, own: list[Parallel] | None, strategy: str) -> list[Parallel]:
@@ -132,11 +195,13 @@ def _parallel(mesh: Mesh, own: list[Parallel] | None, strategy: str) -> list[Par
     ]
 
 
-def _print_collectives(exported: Exported) -> None:
+def _print_collectives(collectives: Iterable[Collective]) -> None:
+    from torchtrt_md.program import dtype_name
+
     table = Table("op", "axis", "dtype", title="Collectives of one step, per rank", title_justify="left")
     for name in ("bytes sent each", "how many", "bytes sent"):
         table.add_column(name, justify="right")
-    counts = Counter(c for segment in exported.manifest.ranks[0] for c in segment.collectives)
+    counts = Counter(collectives)
     total = 0
     for c, count in counts.items():
         sent = c.bytes_sent * count
@@ -147,8 +212,9 @@ def _print_collectives(exported: Exported) -> None:
     console.print(table)
 
 
-def _print_errors(exported: Exported) -> None:
-    report = exported.report
+def _print_errors(report: Report | None) -> None:
+    from torchtrt_md.program import dtype_name
+
     if report is None:
         console.print("[yellow]Not verified against the dense model.[/]")
         return
@@ -156,9 +222,12 @@ def _print_errors(exported: Exported) -> None:
     table = Table("relative error, worst rank", title="Against the dense model", title_justify="left")
     table.add_column("program", justify="right")
     table.add_column("dense model's own rounding", justify="right")
-    table.add_row("in fp64: is it the same function", f"{report.structure_error:.2e}", "-")
+    precision = dtype_name(report.precision or report.dtype)
+    table.add_row(f"in {precision}: is it the same function", f"{report.structure_error:.2e}", "-")
     table.add_row(f"in {dtype}: is it as accurate", f"{report.error:.3e}", f"{report.dense_error:.3e}")
     console.print(table)
+    for note in report.notes:
+        console.print(f"[yellow]{note}[/]")
 
 
 def _print_files(exported: Exported) -> None:

@@ -112,36 +112,90 @@ def export(
         progress=progress,
     )
     out = Path(out)
-    options = Options(mesh=mesh, parallel=parallel, placement=placement, compute=compute, target=target, check=check)
     check_destination(out)
-    stages = _Stages(progress)
+    if compute == "tensorrt":
+        from torchtrt_md.build.flavour import flavour
+
+        flavour().check_target(target)
+    stages = Stages(progress)
     with _workspace(out) as folder:
-        with stages("capture") as say:
-            weights = None if dense is None else {**dict(dense.named_parameters()), **dict(dense.named_buffers())}
-            captured = capture(model, args, kwargs, mesh=mesh, parallel=parallel, weights=weights)
-            nodes = sum(node.op == "call_function" for node in captured.graphs[0].graph.nodes)
-            say(f"{nodes} nodes, {_count(len(captured.distinct()), 'graph')} for {mesh.size} ranks")
-        road = _road(captured, options, folder, stages.say)
-        choices = choices or road.default()
-        with stages("lower") as say:
-            lowered = road.lower(choices, dump)
-            say(", ".join(f"{name} {count}" for name, count in lowered.counts.items() if count) or "nothing to rewrite")
-        report = None
-        if check:
-            with stages("verify") as say:
-                say(f"{mesh.size} ranks in lockstep against {type(model).__name__}")
-                report = verify(lowered, dense or model, args, kwargs)
-                say(f"error {report.error:.2e}, the dense model's own {report.dense_error:.2e}")
+        options = Options(mesh=mesh, parallel=parallel, placement=placement, compute=compute, target=target)
+        proven = _prove(model, args, kwargs, options, check, choices, dense, dump, stages)
+        road, lowered, chosen = proven.road, proven.lowered, proven.choices
+        road.inside, road.progress = folder, stages.say
         with stages("build") as say:
-            built = road.build(lowered, choices)
+            built = road.build(lowered, chosen)
             ranks, files = _segments(built, folder)
             say(f"{_told(built)}, {target}")
         with stages("bundle") as say:
             held = _weights(built, folder, files)
-            described = manifest_of(lowered, ranks, choices, target=target, weights=held)
+            described = manifest_of(lowered, ranks, chosen, target=target, weights=held)
             written = write_bundle(out, described, files)
             say(f"{_count(len(written.files) + 1, 'file')} in {out}")
-    return Exported(out, lowered, report, built.engines, written, stages.seconds, built.placed.kept)
+    return Exported(out, lowered, proven.report, built.engines, written, stages.seconds, built.placed.kept)
+
+
+@dataclass(frozen=True)
+class Proven:
+    """A program before anything is built: lowered, and what verification measured, None where it was not asked for."""
+
+    road: Road
+    lowered: ShardedProgram
+    choices: Choices
+    report: Report | None
+
+
+def prove(
+    model: nn.Module,
+    args: Sequence[Any] = (),
+    kwargs: Mapping[str, Any] | None = None,
+    *,
+    mesh: Mesh,
+    parallel: Parallel | Sequence[Parallel] = (),
+    placement: Literal["auto", "engine", "split"] = "auto",
+    check: bool = True,
+    dump: Path | None = None,
+    stages: Stages | None = None,
+) -> Proven:
+    """:func:`export` up to where something would be built: capture, lower, verify.
+
+    Raises:
+        MDError: of the stage that failed.
+    """
+    options = Options(mesh=mesh, parallel=parallel, placement=placement)
+    return _prove(model, args, kwargs, options, check, None, None, dump, stages or Stages())
+
+
+def _prove(
+    model: nn.Module,
+    args: Sequence[Any],
+    kwargs: Mapping[str, Any] | None,
+    options: Options,
+    check: bool,
+    choices: Choices | None,
+    dense: nn.Module | None,
+    dump: Path | None,
+    stages: Stages,
+) -> Proven:
+    assert isinstance(options.mesh, Mesh)
+    size = options.mesh.size
+    with stages("capture") as say:
+        weights = None if dense is None else {**dict(dense.named_parameters()), **dict(dense.named_buffers())}
+        captured = capture(model, args, kwargs, mesh=options.mesh, parallel=options.parallels, weights=weights)
+        nodes = sum(node.op == "call_function" for node in captured.graphs[0].graph.nodes)
+        say(f"{nodes} nodes, {_count(len(captured.distinct()), 'graph')} for {size} ranks")
+    road = Road(captured, options, ranks=range(size))
+    choices = choices or road.default()
+    with stages("lower") as say:
+        lowered = road.lower(choices, dump)
+        say(", ".join(f"{name} {count}" for name, count in lowered.counts.items() if count) or "nothing to rewrite")
+    if not check:
+        return Proven(road, lowered, choices, None)
+    with stages("verify") as say:
+        say(f"{size} ranks in lockstep against {type(model).__name__}")
+        report = verify(lowered, dense or model, args, kwargs)
+        say(f"error {report.error:.2e}, the dense model's own {report.dense_error:.2e}")
+    return Proven(road, lowered, choices, report)
 
 
 @contextmanager
@@ -162,10 +216,10 @@ def _workspace(out: Path) -> Iterator[Path]:
         yield Path(folder)
 
 
-class _Stages:
+class Stages:
     """Tells of stages, and takes their times."""
 
-    def __init__(self, progress: Progress) -> None:
+    def __init__(self, progress: Progress = lambda stage, detail, seconds: None) -> None:
         self.progress, self.seconds = progress, dict[str, float]()
         self._name = self._detail = ""
 
@@ -181,17 +235,6 @@ class _Stages:
     def say(self, text: str) -> None:
         self._detail = text
         self.progress(self._name, text, None)
-
-
-def _road(captured: ShardedProgram, options: Options, folder: Path, progress: Callable[[str], None]) -> Road:
-    cache = None
-    if options.compute == "tensorrt":
-        from torchtrt_md.build.cache import EngineCache
-        from torchtrt_md.build.flavour import flavour
-
-        flavour().check_target(options.target)
-        cache = EngineCache(folder / "engines")  # so that equal parts of different ranks are built once
-    return Road(captured, options, ranks=range(captured.mesh.size), cache=cache, inside=folder, progress=progress)
 
 
 def _segments(built: Built, folder: Path) -> tuple[list[list[Segment]], dict[str, Path]]:

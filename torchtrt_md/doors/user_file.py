@@ -15,6 +15,7 @@ import torch
 from torch import nn
 
 from torchtrt_md.errors import CaptureError
+from torchtrt_md.graph.source import error_line
 from torchtrt_md.parallel import Parallel
 
 FUNCTION = "model"
@@ -58,6 +59,15 @@ def read_user_file(path: str | Path, seed: int = 0, device: str = "cpu") -> User
             raise CaptureError(f"{path} has no function {FUNCTION!r}", fix=_FORM)
         with torch.device(device):
             result = namespace[FUNCTION]()
+    except CaptureError:
+        raise
+    except Exception as error:  # it is the user's own code
+        reason = next(iter(str(error).strip().splitlines()), "")
+        raise CaptureError(
+            f"{path} failed: {type(error).__name__}: {reason}",
+            fix=f"make `python {path}` run, and its {FUNCTION}() return",
+            at=error_line(error),
+        ) from error
     finally:
         sys.path.pop(0)
     if (
