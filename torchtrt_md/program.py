@@ -75,12 +75,14 @@ Source = Weight | Value | Coordinate
 class Weights:
     """The model's weights by name, whole where this process has them, else as this process's DTensor shards.
 
-    What is whole is the model's own parameter or buffer.
+    What is whole is the model's own parameter or buffer.  ``unrelated`` are names of weights of which nothing says that
+    they are equal on all ranks: plain tensors of a model that communicates by itself.
     """
 
     whole: Mapping[str, Tensor]
     shards: Mapping[str, Tensor] = field(default_factory=dict)
     rank: int = 0  # whose shards these are
+    unrelated: frozenset[str] = frozenset()
 
     def local(self, weight: Weight, mesh: Mesh, rank: int) -> Tensor:
         """This rank's part of a weight, without a copy unless it is joined of several.

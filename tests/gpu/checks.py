@@ -79,7 +79,9 @@ def many_calls(at: Rank) -> Found:
     seconds = time.perf_counter() - start
     found.message = f"{seconds / CALLS * 1e3:.2f} ms a call with its votes"
     found.compare(results, *at.reference("flux"))
-    found.expect(after == before, f"bytes allocated and open files: {before}, then {after}")
+    found.expect(
+        after[0] <= before[0] and after[1] == before[1], f"bytes allocated and open files: {before}, then {after}"
+    )
     runner.close()
     return found
 

@@ -49,6 +49,7 @@ class Door:
             "cuda_graph": self.graph,
             "transport": self.transport,
             "tune": self.tune,
+            "tune_seconds": 15.0,
             "check": self.check,
             "timeout": TIMEOUT,
             "report": False,
@@ -97,13 +98,11 @@ def sharded(model: nn.Module, how: str, at: Rank) -> nn.Module:
 DOORS = [
     Door("md.compile", "flux", "ulysses", check=True),
     Door("md.compile", "flux", "ulysses", "engine"),
-    Door("md.compile", "flux", "ulysses", "engine", graph=False),
     Door("md.compile", "flux", "ulysses", transport="copy"),
     Door("md.compile", "flux", "ulysses", compute="inductor"),
     Door("md.compile", "flux", "allgather_kv"),
     Door("md.compile", "flux", "allgather_kv", "engine"),
     Door("md.compile", "flux", "ring"),
-    Door("md.compile", "flux", "ring", compute="inductor"),
     Door("md.compile", "llama", "tp", check=True),
     Door("md.compile", "llama", "tp", "engine"),
     Door("md.compile", "decoder", "ring", check=True),
@@ -111,7 +110,6 @@ DOORS = [
     Door("md.compile", "block", "tp", "engine"),
     Door("torch.compile", "flux", "ulysses"),
     Door("torch.compile", "flux", "ulysses", "engine"),
-    Door("torch.compile", "flux", "allgather_kv", "engine"),
     Door("torch.compile", "llama", "tp", check=True),
     Door("torch.compile", "decoder", "ring"),
     Door("torch.compile", "block", "tp", check=True, how="DTensor"),
@@ -171,7 +169,7 @@ def one_by_one(form: str, at: Rank) -> Found:
 def ranks_differ(what: str, at: Rank) -> Found:
     """Ranks that take different cached graphs all raise the same, and go on after it."""
     model, (x,), _ = at.model("attention")
-    options = {**parallel("attention", "ulysses", at.size), "votes": "always"}
+    options = {**parallel("attention", "ulysses", at.size), "votes": "always", "compute": "inductor"}
     call = torch.compile(model, dynamic=False, **backend(at, **options))
     first: Any = (x, 1.0)
     other = (x, 2.0) if what == "flag" else (x[:, :128].contiguous(), 1.0)

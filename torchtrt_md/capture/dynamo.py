@@ -196,7 +196,12 @@ def capture_graph(
         graphs=(graph,) * launch.size,
         sources={node.name: source for node, source in zip(placeholders(graph), in_order, strict=True)},
         outputs=tuple(Value(f"{prefix}{i}", tuple(t.shape), t.dtype) for i, t in enumerate(outputs)),
-        weights=Weights({}, {w.weight.name: _local(w.tensor) for w in weights}, rank),
+        weights=Weights(
+            {},
+            {w.weight.name: _local(w.tensor) for w in weights},
+            rank,
+            frozenset(w.weight.name for w in weights if not isinstance(w.tensor, DTensor)),
+        ),
         constants={},
         strategies={},
         groups=_groups(graph, launch, rank),

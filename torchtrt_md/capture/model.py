@@ -77,7 +77,7 @@ def _captured(
         plan.check_used()
     check_axes_used(mesh, parallels, own, traces[0], groups)
     traces = traces if device_mesh is not None else traces * mesh.size
-    return _program(traces, mesh, parallels, groups, _weights(model, mesh, weights), arguments)
+    return _program(traces, mesh, parallels, groups, _weights(model, mesh, weights, parallels), arguments)
 
 
 @contextmanager
@@ -166,7 +166,9 @@ def _local_weights(shadow: nn.Module, mesh: Mesh, device: torch.device) -> list[
     return found
 
 
-def _weights(model: nn.Module, mesh: Mesh, dense: Mapping[str, Tensor] | None) -> Weights:
+def _weights(
+    model: nn.Module, mesh: Mesh, dense: Mapping[str, Tensor] | None, parallels: Sequence[Parallel]
+) -> Weights:
     tensors: dict[str, Tensor] = dict(model.named_parameters(remove_duplicate=False))
     tensors |= dict(model.named_buffers(remove_duplicate=False))
     shards = {name: t.to_local().detach() for name, t in tensors.items() if isinstance(t, DTensor)}
@@ -181,7 +183,8 @@ def _weights(model: nn.Module, mesh: Mesh, dense: Mapping[str, Tensor] | None) -
                     fix="pass the state_dict of the dense model that was parallelized",
                 )
             whole[name] = dense[name].detach()
-    return Weights(whole, shards, dist.get_rank() if shards else 0)
+    unrelated = frozenset() if parallels else frozenset(whole)
+    return Weights(whole, shards, dist.get_rank() if shards else 0, unrelated)
 
 
 def _output_name(index: int, arguments: Arguments) -> str:

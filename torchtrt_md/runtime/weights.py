@@ -128,7 +128,8 @@ def check_equal(program: ShardedProgram, agreement: Agreement) -> None:
         RankMismatchError: on every rank, naming the weight and who has what.
     """
     mesh = program.mesh
-    weights = [s for s in program.sources.values() if isinstance(s, Weight) and not s.parts]
+    unrelated = program.weights.unrelated
+    weights = [s for s in program.sources.values() if isinstance(s, Weight) and not s.parts and s.name not in unrelated]
 
     def sums() -> list[int]:
         return [checksum(program.weights.local(w, mesh, agreement.rank)) for w in weights]
