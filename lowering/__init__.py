@@ -191,6 +191,17 @@ def _attention_order(program: ShardedProgram, graph: GraphModule) -> tuple[str, 
     return tuple(choose_strategy.attention_key(node) for node in nodes)
 
 
+def split_outputs(program: ShardedProgram) -> tuple[Value, ...]:
+    """The outputs of a captured program with the sharding that lowering will give them.
+
+    Raises:
+        as :func:`lower`.
+    """
+    graph = copy.deepcopy(program.graphs[0])
+    run_passes(PASSES, graph, PassContext(program.mesh, program.strategies, program.groups), last="sequence")
+    return _outputs(program, graph)
+
+
 def _outputs(program: ShardedProgram, graph: GraphModule) -> tuple[Value, ...]:
     """The outputs with the sharding that the analysis found, and so their global shape."""
     values = []
@@ -204,4 +215,4 @@ def _outputs(program: ShardedProgram, graph: GraphModule) -> tuple[Value, ...]:
     return tuple(values)
 
 
-__all__ = ["PASSES", "attention_keys", "attention_order", "lower"]
+__all__ = ["PASSES", "attention_keys", "attention_order", "lower", "split_outputs"]

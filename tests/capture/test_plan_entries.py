@@ -110,7 +110,7 @@ def test_an_argument_that_only_kwargs_takes_may_be_split_where_it_is_passed() ->
     with warnings.catch_warnings():
         warnings.simplefilter("error")
         program = capture({"blocks.0": {"bias": md.Split(1), "x": md.Split(1)}, "proj": md.Gather(1)})
-    shards = program.graphs[0].graph.find_nodes(op="call_function", target=torch.ops.torchtrt_md.shard.default)
+    shards = program.graphs[0].graph.find_nodes(op="call_function", target=torch.ops.torchtrt_md.split_sequence.default)
     assert len(list(shards)) == 2
 
 

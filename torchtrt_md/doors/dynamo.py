@@ -13,9 +13,10 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager, nullcontext
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any, Protocol
 
+import msgspec
 import torch
 import torch.distributed as dist
 from torch import Tensor, nn
@@ -47,10 +48,10 @@ from torchtrt_md.capture.torch_private import root_mesh
 from torchtrt_md.doors.flat_call import Compiled, FlatCall
 from torchtrt_md.errors import CaptureError, MDError, OptionError, PlanError, VerificationError
 from torchtrt_md.launch import communicator
-from torchtrt_md.lowering import uninitialized
+from torchtrt_md.lowering import split_outputs, uninitialized
 from torchtrt_md.lowering.ops import use_device_mesh
 from torchtrt_md.options import Options
-from torchtrt_md.program import Coordinate, Output, ShardedProgram, Value, Weight, outputs_of, placeholders
+from torchtrt_md.program import Coordinate, Output, ShardedProgram, Value, Weight, outputs_of, part, placeholders
 from torchtrt_md.verification.compare import relative_error
 
 if TYPE_CHECKING:
@@ -348,7 +349,11 @@ def _of_model(gm: GraphModule, inputs: Sequence[GraphInput], options: Options, a
     arguments = {n: arrived(t) for n, t in Arguments.of(call.module, call.args, call.kwargs).tensors.items()}
     feeds = _feeds(arguments, inputs)
     unused = _unused(program, arguments, inputs, call.module)
-    results = _results(gm, inputs, call, program, options.check)
+    of_rank = tuple(
+        msgspec.structs.replace(v, shape=tuple(part(torch.empty(v.shape, device="meta"), v.sharding, mesh, 0).shape))
+        for v in split_outputs(program)
+    )
+    results = _results(gm, inputs, call, replace(program, outputs=of_rank), options.check)
     weights = _weights(call.module, inputs)
     return _Captured(inputs, program, feeds, weights, unused, results, lambda lowered: _verify(lowered, call))
 

@@ -255,7 +255,11 @@ class Runner:
         return self._watchdog.settle() == 0
 
     def close(self) -> None:
-        """Wait for the calls under way and let go of the program's memory."""
+        """Wait for the calls under way and let go of the program's memory.
+
+        Delete CUDA graphs of your own that hold calls of this runner first: TensorRT lets go of an engine with
+        collectives only when no graph holds them (measured: it waits without end).
+        """
         if self._closed:
             return
         self._closed = True

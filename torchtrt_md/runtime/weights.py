@@ -7,6 +7,7 @@ view of the block: its values, shape and dtype stay, its strides change.
 
 from __future__ import annotations
 
+import math
 from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
 from operator import attrgetter
@@ -130,6 +131,8 @@ def check_equal(program: ShardedProgram, agreement: Agreement) -> None:
     mesh = program.mesh
     unrelated = program.weights.unrelated
     weights = [s for s in program.sources.values() if isinstance(s, Weight) and not s.parts and s.name not in unrelated]
+
+    agreement.same(f"{len(weights)} of {sum(math.prod(w.shape) for w in weights)} elements", "their weights")
 
     def sums() -> list[int]:
         return [checksum(program.weights.local(w, mesh, agreement.rank)) for w in weights]
