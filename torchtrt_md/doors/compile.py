@@ -54,6 +54,7 @@ def compile(
     mesh = _mesh(chosen, model)
 
     def captured() -> ShardedProgram:
+        mesh.check_launch(dist.get_world_size())  # a plan is read against the mesh, so a wrong one is said first
         return capture(model, args, kwargs, mesh=mesh, parallel=chosen.parallels)
 
     def verify(program: ShardedProgram) -> None:

@@ -284,17 +284,20 @@ class Agreement:
 
     def _wait(self, about: str) -> None:
         """Until all slots are written, by their ranks or by whoever gives them up."""
-        heard = dict.fromkeys(range(self.size), (b"", time.monotonic()))
+        heard: dict[int, tuple[bytes, float]] = {}  # rank -> its beats, and when they were new
+        start = asked = time.monotonic()
         looks = 0
         while missing := self.board.missing():
             time.sleep(_POLL_SECONDS[min(looks // _LOOKS, len(_POLL_SECONDS) - 1)])
             looks += 1
-            if looks % _LOOKS:
+            now = time.monotonic()
+            if now - asked < min(_BEAT_SECONDS, self.timeout / 4):
                 continue
+            asked = now
             for rank in missing:
-                beats, now = self.board.beats(rank), time.monotonic()
-                if beats != heard[rank][0]:
-                    heard[rank] = beats, now
+                beats = self.board.beats(rank)
+                before, since = heard.get(rank, (beats, start))  # what was heard before this vote says nothing
+                heard[rank] = (beats, since if beats == before else now)
                 if now - heard[rank][1] > self.timeout:
                     self._give_up(rank, f"did not come to {about} within {self.timeout:g} s")
                 elif self.board.has_ended(rank):

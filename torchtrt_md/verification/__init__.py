@@ -21,7 +21,6 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 from torch.distributed.tensor import DTensor
-from torch.fx import GraphModule
 from torch.utils import _pytree as pytree
 
 from torchtrt_md.capture.arguments import Arguments
@@ -137,10 +136,10 @@ class _Proof:
     def of_tables(self) -> float:
         """What the structure may differ by where one graph holds a table that the other computes.
 
-        A model that keeps tables gives those of its own dtype once it was called; what is captured before computes
-        them, and so in fp64.
+        A model that keeps tables, in an attribute or a buffer, gives those of its own dtype once it was called; what
+        is captured before computes them, and so in fp64.
         """
-        held = [_tables(self.program.graphs[0]), _tables(self.dense.graphs[0])]
+        held = [_tables(self.program, self.model), _tables(self.dense, self.model)]
         different = [dtype for dtype in {*held[0], *held[1]} if held[0].count(dtype) != held[1].count(dtype)]
         return max((4 * torch.finfo(dtype).eps for dtype in different), default=0.0)
 
@@ -221,9 +220,12 @@ def _with_program(proof: _Proof, inputs: Mapping[str, Tensor], own: list[Tensor]
     return _Trial(inputs, own, reference, made, exact, wide, limited)
 
 
-def _tables(graph: GraphModule) -> list[torch.dtype]:
-    """The floating dtypes of the tensors that a graph holds."""
-    held = (getattr(graph, str(node.target)) for node in graph.graph.find_nodes(op="get_attr"))
+def _tables(program: ShardedProgram, model: nn.Module) -> list[torch.dtype]:
+    """The floating dtypes of the tensors that a program holds in its graph, or reads from buffers of the model."""
+    graph = program.graphs[0]
+    held = [getattr(graph, str(node.target)) for node in graph.graph.find_nodes(op="get_attr")]
+    buffers = dict(model.named_buffers(remove_duplicate=False))
+    held += [buffers[s.name] for s in program.sources.values() if isinstance(s, Weight) and s.name in buffers]
     return [t.dtype for t in held if isinstance(t, Tensor) and t.is_floating_point()]
 
 
