@@ -1,8 +1,11 @@
 """The ways in: options and messages.  What a door does is on the road (:mod:`torchtrt_md.road`) and in a launch.
 
-export    a model -> a bundle, in one process for all ranks
-compile   a model -> a runner, in a launch
-dynamo    the backend of ``torch.compile``
-cli       ``torchtrt-md``
-run       ``python -m torchtrt_md.run``
+export     a model -> a bundle, in one process for all ranks
+compile    a model -> a runner, in a launch
+load       a bundle -> a runner, in a launch
+dynamo     the backend of ``torch.compile``
+flat_call  what ``torch.compile`` calls: parameters among the inputs, in sets of weights
+cli        ``torchtrt-md``
+run        ``python -m torchtrt_md.run``
+user_file  the model file that ``torchtrt-md export`` reads
 """

@@ -50,9 +50,9 @@ class Runner:
         rank: this process.
         device: this rank's GPU, where inputs must be and outputs are.
         check: ``"always"``: all ranks vote on their inputs before each call, so that a wrong input on one rank
-            is refused on all.  ``"first"``: they vote before the first call only, which saves the host one small
-            gloo all_reduce per call; a wrong input later raises on its own rank alone, and its peers, already in
-            a collective, are ended by the watchdog after the timeout.
+            is refused on all.  ``"first"``: they vote before the first call only, which saves the host an
+            exchange through the launch's store per call; a wrong input later raises on its own rank alone, and its
+            peers, already in a collective, are ended by the watchdog after the timeout.
         agreement: the votes of this launch.
         name: of the program, the same on all ranks and no other program's.
         executor: what a call enqueues.
