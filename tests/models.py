@@ -124,6 +124,21 @@ class SelfAttention(nn.Module):
         return result
 
 
+class Deep(nn.Module):
+    """Equal attentions in a row."""
+
+    def __init__(self, depth: int) -> None:
+        super().__init__()
+        self.blocks = nn.ModuleList(SelfAttention() for _ in range(depth))
+        self.out = nn.Identity()
+
+    def forward(self, x: Tensor) -> Tensor:
+        for block in self.blocks:
+            x = block(x)
+        result: Tensor = self.out(x)
+        return result
+
+
 def attention(
     dtype: torch.dtype = torch.float32, heads: int = 4, kv_heads: int = 4, causal: bool = False, tokens: int = 16
 ) -> Call:

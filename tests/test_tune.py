@@ -24,21 +24,6 @@ from torchtrt_md.tune import candidates, tune
 PLAN = {"": {"x": md.Split(1)}, "out": md.Gather(1)}
 
 
-class Deep(nn.Module):
-    """Equal attentions in a row."""
-
-    def __init__(self, depth: int) -> None:
-        super().__init__()
-        self.blocks = nn.ModuleList(models.SelfAttention() for _ in range(depth))
-        self.out = nn.Identity()
-
-    def forward(self, x: Tensor) -> Tensor:
-        for block in self.blocks:
-            x = block(x)
-        result: Tensor = self.out(x)
-        return result
-
-
 class Ticking:
     """Runs each candidate once, and tells times by a rule; each takes a second of its time."""
 
@@ -64,7 +49,7 @@ def exchanges_of(executor: Executor) -> int:
 
 def session_of(depth: int, cache: str, **options: Any) -> tuple[Session, nn.Module, Tensor]:
     torch.manual_seed(0)
-    model, x = Deep(depth).eval(), torch.randn(1, 8, 32)
+    model, x = models.Deep(depth).eval(), torch.randn(1, 8, 32)
     parallel = md.ContextParallel("cp", "auto", PLAN)
     program = md.capture(model, (x,), mesh=md.Mesh(cp=2), parallel=parallel)
     chosen = Options(mesh=md.Mesh(cp=2), compute="inductor", cache=cache, report=False, **options)

@@ -102,24 +102,9 @@ def test_the_models_own_result_class_comes_back(ranks: Ranks) -> None:
     assert [outcome.value for outcome in ranks(own_class)] == [True, True]
 
 
-class Deep(nn.Module):
-    """Attentions in a row."""
-
-    def __init__(self, depth: int) -> None:
-        super().__init__()
-        self.blocks = nn.ModuleList(models.SelfAttention() for _ in range(depth))
-        self.out = nn.Identity()
-
-    def forward(self, x: Tensor) -> Tensor:
-        for block in self.blocks:
-            x = block(x)
-        result: Tensor = self.out(x)
-        return result
-
-
 def deep(depth: int) -> nn.Module:
     torch.manual_seed(0)
-    return Deep(depth).eval()
+    return models.Deep(depth).eval()
 
 
 def compile_another_model(rank: int) -> None:

@@ -67,7 +67,7 @@ def test_a_model_in_fp32(size: int, causal: bool, kv_heads: int) -> None:
     assert (lowered.counts["ring"], lowered.counts["zigzag"]) == (1, 2 if causal else 0)
     report = verify(lowered, model, args, kwargs)
     assert report.error <= 1e-5
-    assert report.structure_error <= 1e-10, "in fp64 nothing is narrower"
+    assert report.structure_error <= 1e-11, "in fp64 nothing is narrower"
 
 
 @pytest.mark.parametrize("causal", [False, True])
@@ -77,7 +77,7 @@ def test_a_model_in_bf16(causal: bool) -> None:
     program = torchtrt_md.capture(model, args, kwargs, mesh=Mesh(cp=4), parallel=parallel)
     report = verify(lower(program, placement="split"), model, args, kwargs)
     assert report.error <= 1.5 * report.dense_error
-    assert report.structure_error <= 1e-10
+    assert report.structure_error <= 1e-11
 
 
 def test_text_and_image_tokens() -> None:

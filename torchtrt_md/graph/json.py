@@ -29,6 +29,7 @@ from torchtrt_md.graph.schema import (
     GRAPH_SCHEMA,
     INTEGERS,
     MAX_CONSTANT_BYTES,
+    REBUILD,
     Argument,
     Constant,
     DeviceName,
@@ -48,8 +49,6 @@ from torchtrt_md.program import dtype_name, outputs_of, placeholders
 from torchtrt_md.segment import Collective, Segment
 
 __all__ = ["check_bindings", "graph_from_json", "graph_to_json"]
-
-_REBUILD = "export the bundle again; do not edit its graphs by hand"
 
 
 def graph_to_json(graph: GraphModule) -> bytes:
@@ -94,17 +93,17 @@ def check_bindings(graph: GraphModule, segment: Segment, what: str = "the graph"
             raise BundleError(
                 f"{what} {kind} {len(nodes)} tensors, and its segment has {len(bindings)}:"
                 f" {[b.name for b in bindings]}",
-                fix=_REBUILD,
+                fix=REBUILD,
             )
         for node, binding in zip(nodes, bindings, strict=True):
             value = node.meta.get("val")
             if not isinstance(value, Tensor):
-                raise BundleError(f"{what} {kind} {node.name!r}, whose shape it does not say", fix=_REBUILD)
+                raise BundleError(f"{what} {kind} {node.name!r}, whose shape it does not say", fix=REBUILD)
             if (value.dtype, tuple(value.shape)) != (binding.dtype, binding.shape):
                 raise BundleError(
                     f"{what} {kind} {node.name!r} as {dtype_name(value.dtype)} {list(value.shape)}, and its segment"
                     f" binds {binding.name!r} ({binding.source}) as {dtype_name(binding.dtype)} {list(binding.shape)}",
-                    fix=_REBUILD,
+                    fix=REBUILD,
                 )
     found_in, listed = schedule(graph), list(segment.collectives)
     if found_in != listed:
@@ -114,7 +113,7 @@ def check_bindings(graph: GraphModule, segment: Segment, what: str = "the graph"
         )
         raise BundleError(
             f"collective {at} of {what} is {_collective(found_in, at)}, and of its segment {_collective(listed, at)}",
-            fix=_REBUILD,
+            fix=REBUILD,
         )
 
 

@@ -26,6 +26,7 @@ from torchtrt_md.graph.schema import (
     GRAPH_SCHEMA,
     INTEGERS,
     MAX_CONSTANT_BYTES,
+    REBUILD,
     Argument,
     Constant,
     DeviceName,
@@ -41,7 +42,6 @@ from torchtrt_md.graph.schema import (
 from torchtrt_md.graph.values import value_of_call
 
 _MAX_NESTING = 8  # of lists in arguments
-_REBUILD = "export the bundle again; do not edit its graphs by hand"
 
 
 class _Schema(msgspec.Struct):
@@ -74,12 +74,12 @@ def graph_from_json(data: bytes, what: str = "the graph") -> GraphModule:
     except BundleError as error:
         raise BundleError(f"{what} cannot be read: {error.problem}", fix=error.fix, at=error.at) from error
     except Exception as error:  # as above, of the graph as a whole
-        raise BundleError(f"{what} cannot be read: {type(error).__name__}: {error}", fix=_REBUILD) from error
+        raise BundleError(f"{what} cannot be read: {type(error).__name__}: {error}", fix=REBUILD) from error
 
 
 def _parse(data: bytes, what: str) -> GraphFile:
     if len(data) > MAX_GRAPH_BYTES:
-        raise BundleError(f"{what} has {len(data)} bytes, and a graph has at most {MAX_GRAPH_BYTES}", fix=_REBUILD)
+        raise BundleError(f"{what} has {len(data)} bytes, and a graph has at most {MAX_GRAPH_BYTES}", fix=REBUILD)
     try:
         schema = msgspec.json.decode(data, type=_Schema).schema
         if schema != GRAPH_SCHEMA:
@@ -89,7 +89,7 @@ def _parse(data: bytes, what: str) -> GraphFile:
             )
         return msgspec.json.decode(data, type=GraphFile)
     except NO_JSON as error:
-        raise BundleError(f"{what} is not a graph: {error}", fix=_REBUILD) from error
+        raise BundleError(f"{what} is not a graph: {error}", fix=REBUILD) from error
 
 
 class _Reader:
@@ -104,7 +104,7 @@ class _Reader:
 
     def module(self) -> GraphModule:
         if [at for at, entry in enumerate(self.file.nodes) if entry.op == "output"] != [len(self.file.nodes) - 1]:
-            raise BundleError("its last node, and no other, must be the output", fix=_REBUILD)
+            raise BundleError("its last node, and no other, must be the output", fix=REBUILD)
         for entry in self.file.nodes:
             try:
                 self._add(entry)
@@ -116,17 +116,17 @@ class _Reader:
                 first = next(iter(str(error).splitlines()), "")
                 raise BundleError(
                     f"node {entry.name!r} ({entry.target}): {type(error).__name__}: {first}",
-                    fix=_REBUILD,
+                    fix=REBUILD,
                     at=entry.source_line,
                 ) from error
         taken = [str(node.target) for node in self.graph.find_nodes(op="placeholder")]
         if len(set(taken)) < len(taken) or "self" in taken:
-            raise BundleError("two of its inputs have one name, or one is named 'self'", fix=_REBUILD)
+            raise BundleError("two of its inputs have one name, or one is named 'self'", fix=REBUILD)
         return GraphModule(self.constants, self.graph)
 
     def _add(self, entry: NodeEntry) -> None:
         if entry.name in self.nodes:
-            raise BundleError(f"two nodes are named {entry.name!r}", fix=_REBUILD)
+            raise BundleError(f"two nodes are named {entry.name!r}", fix=REBUILD)
         _check_name(entry.name, "node")
         for name in entry.kwargs:
             _check_name(name, "argument")
@@ -138,7 +138,7 @@ class _Reader:
             name=entry.name,
         )
         if node.name != entry.name:  # torch.fx renames what Python or it itself has another meaning for
-            raise BundleError("its name is not one that a node can have", fix=_REBUILD)
+            raise BundleError("its name is not one that a node can have", fix=REBUILD)
         node.meta["source_line"] = entry.source_line
         node.meta["spec"] = tuple(entry.value) if isinstance(entry.value, list) else entry.value
         if entry.value is not None:
@@ -170,39 +170,39 @@ class _Reader:
         if node.op == "output":
             return _check_output(node, self.values)
         if node.args or node.kwargs:
-            raise BundleError(f"a {node.op} has no arguments", fix=_REBUILD)
+            raise BundleError(f"a {node.op} has no arguments", fix=REBUILD)
         if node.op == "placeholder":
             if not isinstance(node.meta.get("val"), Tensor):
-                raise BundleError("does not say what tensor it is", fix=_REBUILD)
+                raise BundleError("does not say what tensor it is", fix=REBUILD)
             return node.meta["val"]
         if node.target not in self.constants:
-            raise BundleError(f"reads the constant {node.target!r}, which is missing", fix=_REBUILD)
+            raise BundleError(f"reads the constant {node.target!r}, which is missing", fix=REBUILD)
         return self.constants[node.target].to("meta")
 
 
 def _check_output(node: Node, values: Mapping[Node, Any]) -> None:
     returned = node.args[0] if len(node.args) == 1 and not node.kwargs else None
     if node.target != "output" or not isinstance(returned, (list, tuple)):
-        raise BundleError("it does not return a list of tensors", fix=_REBUILD)
+        raise BundleError("it does not return a list of tensors", fix=REBUILD)
     for item in returned:
         if isinstance(item, (list, tuple)) or (isinstance(item, Node) and not isinstance(values[item], Tensor)):
-            raise BundleError(f"it returns {item!r}, which is no tensor", fix=_REBUILD)
+            raise BundleError(f"it returns {item!r}, which is no tensor", fix=REBUILD)
 
 
 def _check_name(name: str, what: str) -> None:
     """Names become Python when torch.fx compiles a graph."""
     special = keyword.iskeyword(name) or name.startswith("__")
     if special or not (name.isascii() and name.isidentifier()):
-        raise BundleError(f"the name {name!r} of a {what} is not a plain one", fix=_REBUILD)
+        raise BundleError(f"the name {name!r} of a {what} is not a plain one", fix=REBUILD)
 
 
 def _value(argument: Argument, nodes: Mapping[str, Node], depth: int = 0) -> Any:
     if depth > _MAX_NESTING:
-        raise BundleError(f"has lists nested deeper than {_MAX_NESTING}", fix=_REBUILD)
+        raise BundleError(f"has lists nested deeper than {_MAX_NESTING}", fix=REBUILD)
     match argument:
         case NodeName(name):
             if name not in nodes:
-                raise BundleError(f"reads {name!r}, which no node before it makes", fix=_REBUILD)
+                raise BundleError(f"reads {name!r}, which no node before it makes", fix=REBUILD)
             return nodes[name]
         case ListOf(items):
             return [_value(item, nodes, depth + 1) for item in items]
@@ -216,9 +216,9 @@ def _value(argument: Argument, nodes: Mapping[str, Node], depth: int = 0) -> Any
             try:
                 return torch.device(name)
             except RuntimeError as error:
-                raise BundleError(f"has the device {name!r}, which PyTorch does not know", fix=_REBUILD) from error
+                raise BundleError(f"has the device {name!r}, which PyTorch does not know", fix=REBUILD) from error
         case int() if argument not in INTEGERS:
-            raise BundleError("has an integer that is beyond 64 bits", fix=_REBUILD)
+            raise BundleError("has an integer that is beyond 64 bits", fix=REBUILD)
     return argument
 
 
@@ -243,7 +243,7 @@ def _meta_value(spec: TensorSpec | Sequence[TensorSpec | None]) -> Any:
 def _tensors(constants: Mapping[str, Constant]) -> dict[str, Tensor]:
     total = sum(len(constant.data) for constant in constants.values())
     if total > MAX_CONSTANT_BYTES:
-        raise BundleError(f"it holds constants of {total} bytes, more than {MAX_CONSTANT_BYTES}", fix=_REBUILD)
+        raise BundleError(f"it holds constants of {total} bytes, more than {MAX_CONSTANT_BYTES}", fix=REBUILD)
     return {target: _tensor(constant) for target, constant in constants.items()}
 
 
@@ -252,7 +252,7 @@ def _tensor(constant: Constant) -> Tensor:
     check_shape(constant.shape, dtype.itemsize, "a constant")
     if len(constant.data) != math.prod(constant.shape) * dtype.itemsize:
         raise BundleError(
-            f"a constant of {constant.dtype} {constant.shape} has {len(constant.data)} bytes", fix=_REBUILD
+            f"a constant of {constant.dtype} {constant.shape} has {len(constant.data)} bytes", fix=REBUILD
         )
     flat = torch.empty(len(constant.data), dtype=torch.uint8)  # aligned for every dtype
     if constant.data:

@@ -21,6 +21,7 @@ import msgspec
 GRAPH_SCHEMA = 1
 MAX_CONSTANT_BYTES = 1 << 20
 GETITEM = "operator.getitem"  # which picks one of several results
+REBUILD = "export the bundle again; do not edit its graphs by hand"
 INTEGERS = range(-(1 << 63), 1 << 64)  # what PyTorch's ops take, signed or not
 
 

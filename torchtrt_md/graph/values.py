@@ -17,9 +17,9 @@ from torch.fx.node import map_arg
 
 from torchtrt_md.bundle.limits import check_shape
 from torchtrt_md.errors import BundleError
+from torchtrt_md.graph.schema import REBUILD
 from torchtrt_md.program import dtype_name
 
-_REBUILD = "export the bundle again; do not edit its graphs by hand"
 _META = torch.device("meta")
 _MAX_RESULTS = 1 << 12
 _results: dict[tuple[Any, ...], Any] = {}
@@ -52,7 +52,7 @@ def value_of_call(node: Node, values: Mapping[Node, Any]) -> Any:
         found = _run(op, args, kwargs)
     except NotImplementedError:
         if stated is None:
-            raise BundleError(f"does not say what {op} returns", fix=_REBUILD) from None
+            raise BundleError(f"does not say what {op} returns", fix=REBUILD) from None
         return stated
     return _agreed(stated, found if _returns_list(op) else _with_statistics(found, stated))
 
@@ -89,7 +89,7 @@ def _with_statistics(found: Any, stated: Any) -> Any:
 
 def _item(value: object, index: object) -> object:
     if not isinstance(value, tuple) or type(index) is not int or not 0 <= index < len(value):
-        raise BundleError(f"takes item {index!r} of what has no such item", fix=_REBUILD)
+        raise BundleError(f"takes item {index!r} of what has no such item", fix=REBUILD)
     return value[index]
 
 
@@ -128,7 +128,7 @@ def _check_count(given: Mapping[str, Any], stated: object) -> None:
         count = -(-extent // max(size, 1)) if extent else given.get("chunks", 1)
     listed = len(stated) if isinstance(stated, tuple) else 0
     if count > listed:
-        raise BundleError(f"splits {extent} into {count} parts, and the file says {listed}", fix=_REBUILD)
+        raise BundleError(f"splits {extent} into {count} parts, and the file says {listed}", fix=REBUILD)
 
 
 def _agreed(stated: Any, found: Any) -> Any:
@@ -137,19 +137,19 @@ def _agreed(stated: Any, found: Any) -> Any:
         if stated is None:
             stated = (None,) * len(found)
         if not isinstance(stated, tuple) or len(stated) != len(found):
-            raise BundleError(f"gives {len(found)} tensors, and the file says {_text(stated)}", fix=_REBUILD)
+            raise BundleError(f"gives {len(found)} tensors, and the file says {_text(stated)}", fix=REBUILD)
         return tuple(_agreed(s, f) for s, f in zip(stated, found, strict=True))
     if found is None and stated is None:
         return None
     if isinstance(found, Tensor) and (stated is None or isinstance(stated, Tensor)):
         if found.layout is not torch.strided or found.device != _META:
-            raise BundleError(f"gives a {found.layout} tensor on {found.device}", fix=_REBUILD)
+            raise BundleError(f"gives a {found.layout} tensor on {found.device}", fix=REBUILD)
         check_shape(found.shape, found.itemsize, "its result", found.stride())
         if _end(found) > found.untyped_storage().nbytes():  # a view of any size and strides, which kernels believe
-            raise BundleError(f"gives {_text(found)}, which reads beyond its operand", fix=_REBUILD)
+            raise BundleError(f"gives {_text(found)}, which reads beyond its operand", fix=REBUILD)
         if stated is None or (stated.dtype, stated.shape) == (found.dtype, found.shape):
             return found if stated is None or stated.stride() == found.stride() else stated
-    raise BundleError(f"gives {_text(found)}, and the file says {_text(stated)}", fix=_REBUILD)
+    raise BundleError(f"gives {_text(found)}, and the file says {_text(stated)}", fix=REBUILD)
 
 
 def _end(tensor: Tensor) -> int:

@@ -132,7 +132,6 @@ class _Proof:
     def name(self) -> str:
         return type(self.model).__name__
 
-    @property
     def of_tables(self) -> float:
         """What the structure may differ by where one graph holds a table that the other computes.
 
@@ -238,10 +237,11 @@ def _structure(proof: _Proof, trial: _Trial) -> _Found:
     if trial.precision is None:
         return _Found(float("nan"), "")
     worst = _Found(0.0, "")
+    of_tables = proof.of_tables()
     for rank, output, value, reference, sample in _parts(proof, trial, trial.exact):
         difference = structure(value, reference, _part(sample.value, output, proof.program, rank), sample.finer)
         place = f"{output.name!r} of rank {rank}: {difference.place}"
-        tolerance = max(structure_tolerance(value.dtype), proof.of_tables)
+        tolerance = max(structure_tolerance(value.dtype), of_tables)
         if not difference.error <= tolerance:
             raise VerificationError(
                 f"the program does not compute what {proof.name} computes: in"
