@@ -15,6 +15,7 @@ import signal
 import sys
 import time
 import traceback
+from collections.abc import Iterable
 from datetime import timedelta
 from pathlib import Path
 from typing import Any, Protocol
@@ -80,14 +81,26 @@ class Steps:
         if self.rank.rank == 0:
             self.store.set(key, "go" if time.time() + ENOUGH_SECONDS < self.until else "stop")
         self.store.wait([key], timedelta(seconds=case.seconds))
-        return bool(self.store.get(key) == b"go")
+        go = self.store.get(key) == b"go"
+        # No rank runs the case, and perhaps ends, before all have read this: rank 0's process is the store.
+        self._meet(f"begun {number}", "-", range(self.rank.size), case)
+        return bool(go)
 
     def end(self, number: int, case: Case, raised: str) -> bool:
-        """Whether all ranks came to the end of the case, and raised the same or nothing."""
-        self.store.set(f"end {number} {self.rank.rank}", raised or "-")
-        keys = [f"end {number} {rank}" for rank in range(self.rank.size)]
+        """Whether the ranks that are left came to the end of the case, and raised the same or nothing."""
+        left = [rank for rank in range(self.rank.size) if case.ends is None or rank != case.ends[0]]
+        return len(self._meet(f"end {number}", raised or "-", left, case)) == 1
+
+    def _meet(self, step: str, say: str, ranks: Iterable[int], case: Case) -> set[bytes]:
+        """Wait until these ranks have come to the step; what they said.  Rank 0 is the last to go on."""
+        self.store.set(f"{step} {self.rank.rank}", say)
+        keys = [f"{step} {rank}" for rank in ranks]
         self.store.wait(keys, timedelta(seconds=case.seconds))
-        return len({self.store.get(key) for key in keys}) == 1
+        said = {self.store.get(key) for key in keys}
+        self.store.add(f"{step} read", 1)
+        while self.rank.rank == 0 and self.store.add(f"{step} read", 0) < len(keys):
+            time.sleep(0.01)  # the suite cuts off a case that takes too long
+        return said
 
 
 def run_cases(rank: Rank, cases: list[Case], until: float) -> int:
@@ -104,9 +117,10 @@ def run_cases(rank: Rank, cases: list[Case], until: float) -> int:
             traceback.print_exc()
             raised = f"{type(error).__name__}: {error}"
         rank.end(case.name, found, raised, time.perf_counter() - start)
+        same = steps.end(number, case, raised)
         if case.ends is not None:  # there is a rank less
             return 0
-        if not steps.end(number, case, raised):
+        if not same:
             return RANKS_DIFFER
         rank.clean_up()
     return 0
