@@ -3,16 +3,17 @@ PYTHON ?= python3
 VENV   ?= .venv
 BIN    := $(VENV)/bin
 READY  := $(VENV)/.ready
+TRITON := $(VENV)/triton/.ready
 
 .PHONY: demo test gpu-test lint install clean
 
 demo: $(READY)
 	$(BIN)/torchtrt-md export examples/flux.py --mesh cp=4 --strategy ulysses -o flux.mdtrt
 
-test: $(READY)
+test: $(READY) $(TRITON)
 	$(BIN)/python -m pytest -q
 
-gpu-test: $(READY)
+gpu-test: $(READY) $(TRITON)
 	$(BIN)/python -m pytest -q tests/gpu
 
 lint: $(READY)
@@ -25,6 +26,11 @@ install: $(READY)
 $(READY): pyproject.toml
 	test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
 	$(BIN)/python -m pip install -q --disable-pip-version-check -e '.[rtx,test]'
+	touch $@
+
+# The server in this wheel is all that a test needs of it.  The package wants an older numpy, so it is not installed.
+$(TRITON): $(READY)
+	$(BIN)/python -m pip install -q --disable-pip-version-check --no-deps --upgrade --target $(VENV)/triton nvidia-pytriton==0.7.0
 	touch $@
 
 clean:

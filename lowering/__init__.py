@@ -22,6 +22,8 @@ FX in, FX out: no TensorRT, no GPU, no process group.  The passes, in order:
     leading_dim              collectives on other dims -> on dim 0, where TensorRT's act
     rank_input               shard -> a row of the value, by a rank input
     validate                 nothing is left that would have to be guessed at
+
+``rank_constant`` is no pass: it makes the rank inputs of a lowered program constants, where an export asks for it.
 """
 
 from __future__ import annotations

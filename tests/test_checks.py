@@ -50,6 +50,8 @@ def export(**changes: Any) -> None:
         "placement": "auto",
         "choices": None,
         "dense": None,
+        "coordinates_inside": False,
+        "format": "bundle",
         "dump": None,
         "progress": print,
     }
@@ -101,6 +103,8 @@ def export(**changes: Any) -> None:
         (export, "placement", "splti", "'auto' or 'engine' or 'split'"),
         (export, "choices", {}, "tune=True"),
         (export, "dense", {}, "the dense model"),
+        (export, "coordinates_inside", 1, "True or False"),
+        (export, "format", "tritn", "'bundle' or 'triton-python' or 'triton'"),
         (export, "dump", 3, "a folder"),
         (export, "progress", None, "a function"),
     ],

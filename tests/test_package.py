@@ -48,9 +48,9 @@ def test_import_takes_less_than_a_fifth_of_a_second() -> None:
 def test_all_public_names_are_there() -> None:
     code = (
         "import torchtrt_md as md, torchtrt_md.verification, torchtrt_md.doors.export, torchtrt_md.runtime,"
-        " torchtrt_md.doors.compile;"
+        " torchtrt_md.doors.compile, torchtrt_md.doors.triton;"
         "names = 'Mesh ContextParallel TensorParallel Split Gather capture lower verify build export load compile"
-        " Runner InputError VerificationError MDError'.split();"
+        " triton Runner InputError VerificationError MDError'.split();"
         "assert all(callable(getattr(md, n)) for n in names); assert set(names) <= set(dir(md))"
     )
     _python(code)
@@ -100,7 +100,7 @@ def test_installed_in_every_way(how: str, tmp_path: Path) -> None:
     subprocess.run([*pip, *what], check=True, capture_output=True, timeout=300, env={**os.environ, "PYTHONPATH": here})
     code = (
         "import torchtrt_md, torchtrt_md.lowering.ulysses, torchtrt_md.runtime, torchtrt_md.bundle,"
-        " torchtrt_md.place, torchtrt_md.build.cache;"
+        " torchtrt_md.place, torchtrt_md.build.cache, torchtrt_md.serve.supervisor;"
         "from importlib.metadata import entry_points;"
         "assert any(e.name == 'torchtrt-md' for e in entry_points(group='console_scripts'));"
         "assert any(e.name == 'torchtrt_md' for e in entry_points(group='torch_dynamo_backends'));"

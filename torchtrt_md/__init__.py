@@ -37,6 +37,7 @@ if TYPE_CHECKING:
     from torchtrt_md.doors.compile import compile
     from torchtrt_md.doors.export import export
     from torchtrt_md.doors.load import load
+    from torchtrt_md.doors.triton import triton
     from torchtrt_md.lowering import lower
     from torchtrt_md.runtime.runner import Runner
     from torchtrt_md.verification import verify
@@ -75,6 +76,7 @@ __all__ = [
     "export",
     "load",
     "lower",
+    "triton",
     "verify",
 ]
 
@@ -85,6 +87,7 @@ _HOMES = {
     "verify": "verification",
     "export": "doors.export",
     "load": "doors.load",
+    "triton": "doors.triton",
     "Runner": "runtime.runner",
 }
 

@@ -15,6 +15,7 @@ from torchtrt_md.mesh import Mesh
 from torchtrt_md.parallel import PARALLELS, Parallel
 
 PLACEMENTS = ("auto", "engine", "split")
+FORMATS = ("bundle", "triton-python", "triton")  # what an export writes
 
 
 def check_call(model: object, args: object, kwargs: object) -> None:
@@ -110,6 +111,8 @@ def check_export(
     placement: object,
     choices: object,
     dense: object,
+    coordinates_inside: object,
+    format: object,
     dump: object,
     progress: object,
 ) -> None:
@@ -124,6 +127,8 @@ def check_export(
     check_folder("out", out)
     check_type("target", target, str, '"portable", "current" or a GPU such as "sm90"')
     check_choice("check", check, (True, False))
+    check_choice("coordinates_inside", coordinates_inside, (True, False))
+    check_choice("format", format, FORMATS)
     check_choice("placement", placement, PLACEMENTS)
     if choices is not None:
         check_type("choices", choices, Choices, "the choices of a runner that md.compile(..., tune=True) made")

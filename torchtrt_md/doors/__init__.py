@@ -3,6 +3,7 @@
 export     a model -> a bundle, in one process for all ranks
 compile    a model -> a runner, in a launch
 load       a bundle -> a runner, in a launch
+triton     a bundle -> a model of Triton's; triton_model and triton_rank are what serves it
 dynamo     the backend of ``torch.compile``
 flat_call  what ``torch.compile`` calls: parameters among the inputs, in sets of weights
 cli        ``torchtrt-md``

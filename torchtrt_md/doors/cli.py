@@ -15,7 +15,7 @@ from rich.table import Table
 
 # What imports PyTorch, which takes seconds, is imported behind the first line of output.
 import torchtrt_md
-from torchtrt_md.checks import PLACEMENTS, check_choice
+from torchtrt_md.checks import FORMATS, PLACEMENTS, check_choice
 from torchtrt_md.errors import MDError, PlanError
 from torchtrt_md.mesh import Mesh
 from torchtrt_md.parallel import ContextParallel, Parallel, TensorParallel
@@ -28,6 +28,7 @@ if TYPE_CHECKING:
 
 app = typer.Typer(add_completion=False, no_args_is_help=True, pretty_exceptions_enable=False)
 console = Console(highlight=False, soft_wrap=True)
+_TEXTS = {"manifest.json", "config.pbtxt", "model.py"}  # what an export writes beside engines, graphs and weights
 # What an axis of this name is for, where the model file does not say.
 _BY_NAME = {"cp": ContextParallel, "tp": TensorParallel}
 
@@ -52,6 +53,9 @@ def export(
     file: Annotated[Path, typer.Argument(help="Python file whose model() returns (model, args, kwargs)")],
     mesh: Annotated[str, typer.Option(help="axes and their sizes: cp=4 (context) or tp=4 (tensor parallel)")],
     out: Annotated[Path | None, typer.Option("--out", "-o", help="the bundle, a folder")] = None,
+    format: Annotated[
+        str, typer.Option(help="bundle, or a model for Triton, made of one: triton-python or triton")
+    ] = "bundle",
     strategy: Annotated[str, typer.Option(help="context parallel attention: ulysses, allgather_kv, ring or auto")] = "",
     placement: Annotated[str, typer.Option(help="where attention runs: engine, split or auto")] = "auto",
     target: Annotated[
@@ -67,6 +71,7 @@ def export(
     """Capture, lower, verify, build and bundle a model; needs no GPU."""
     sizes = Mesh.parse(mesh)
     check_choice("placement", placement, PLACEMENTS)
+    check_choice("format", format, FORMATS)
     if out is None and not dry_run:
         raise PlanError("there is no place for the bundle", fix="pass -o BUNDLE, or --dry-run to build nothing")
     console.print(f"torchtrt-md {torchtrt_md.__version__}: {file} on {sizes}")
@@ -74,10 +79,11 @@ def export(
     from torchtrt_md.bundle.write import check_destination
     from torchtrt_md.doors.export import Stages, prove
     from torchtrt_md.doors.export import export as run
+    from torchtrt_md.doors.triton import check_new
     from torchtrt_md.doors.user_file import read_user_file
 
     if out is not None:
-        check_destination(out)
+        (check_destination if format == "bundle" else check_new)(out)
     user = read_user_file(file, seed, model_device)
     parallel = _parallel(sizes, user.parallel, strategy)
     parameters = sum(p.numel() for p in user.model.parameters())
@@ -93,9 +99,11 @@ def export(
         call = (user.model, user.args, user.kwargs)
         how: dict[str, Any] = {"mesh": sizes, "parallel": parallel, "placement": placement, "check": verify}
         if out is None or dry_run:
-            proven = prove(*call, stages=Stages(progress), dump=dump, **how)
+            inside = format == "triton"
+            proven = prove(*call, stages=Stages(progress), dump=dump, coordinates_inside=inside, **how)
         else:
-            exported = run(*call, out=out, target=target, progress=progress, dump=dump, **how)
+            how |= {"out": out, "target": target, "format": format, "progress": progress, "dump": dump}
+            exported = run(*call, **how)
     if out is None or dry_run:
         from torchtrt_md.lowering.schedule import schedule
 
@@ -104,7 +112,10 @@ def export(
         return
     _print_collectives(c for segment in exported.manifest.ranks[0] for c in segment.collectives)
     _print_errors(exported.report)
-    _print_files(exported)
+    if format == "bundle":
+        _print_files(exported)
+    else:
+        _print_model(exported.folder)
     if report is not None:
         _write_report(exported, report)
 
@@ -123,6 +134,28 @@ def inspect(
         print(encode(manifest).decode(), end="")
         return
     _print_bundle(bundle, manifest)
+
+
+@app.command()
+def triton(
+    bundle: Annotated[Path, typer.Argument(help="the bundle, a folder")],
+    out: Annotated[Path, typer.Option("--out", "-o", help="the model's folder in Triton's model repository")],
+    format: Annotated[
+        str, typer.Option(help="triton-python (any bundle) or triton (engines alone, for Triton's TensorRT backend)")
+    ] = "triton-python",
+    python: Annotated[str, typer.Option(help="the interpreter that runs the ranks; Triton's own by default")] = "",
+) -> None:
+    """Make a bundle a model that Triton Inference Server loads; needs no GPU."""
+    check_choice("format", format, FORMATS[1:])
+    from torchtrt_md.doors.triton import triton as run
+
+    _print_model(run(bundle, out, format=format, python=python))  # type: ignore[arg-type]
+
+
+def _print_model(folder: Path) -> None:
+    for path in sorted(p for p in folder.rglob("*") if p.is_file()):
+        console.print(f"  {path}  {path.stat().st_size:,} bytes")
+    console.print(f"Serve it: tritonserver --model-repository={folder.resolve().parent}")
 
 
 def _print_bundle(folder: Path, manifest: Manifest) -> None:
@@ -158,10 +191,11 @@ def _write_report(exported: Exported, path: Path) -> None:
     import msgspec
 
     measured = exported.report
+    written = [path for path in sorted(exported.folder.rglob("*")) if path.is_file() and path.name not in _TEXTS]
     content = {
         "seconds": exported.seconds,
         "engine_seconds": [engine.seconds for engine in exported.engines],
-        "engine_bytes": [(exported.folder / name).stat().st_size for name in exported.manifest.files],
+        "engine_bytes": [path.stat().st_size for path in written],
         "versions": exported.manifest.versions,
         "target": exported.manifest.target,
         "error": measured and measured.error,

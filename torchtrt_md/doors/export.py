@@ -21,8 +21,10 @@ from torchtrt_md.bundle.weights import save_weights
 from torchtrt_md.capture import capture
 from torchtrt_md.checks import check_export
 from torchtrt_md.choices import Choices
+from torchtrt_md.doors.triton import check_new, triton
 from torchtrt_md.errors import BundleError
 from torchtrt_md.graph.json import graph_to_json
+from torchtrt_md.lowering.rank_constant import with_constants
 from torchtrt_md.mesh import Mesh
 from torchtrt_md.options import Options
 from torchtrt_md.parallel import Parallel
@@ -31,6 +33,7 @@ from torchtrt_md.program import ShardedProgram
 from torchtrt_md.road import Built, Road
 from torchtrt_md.runtime.weights import ModelWeights
 from torchtrt_md.segment import Part, Segment
+from torchtrt_md.serve.config import check_flavour, check_values
 from torchtrt_md.verification import Report, verify
 
 Progress = Callable[[str, str, float | None], None]
@@ -41,7 +44,7 @@ class Exported:
     """What ``export`` made.
 
     Attributes:
-        folder: the bundle.
+        folder: the bundle, or the model's folder in another format.
         program: the lowered program that the engines were built from.
         report: what verification measured; None where it was not asked for.
         engines: one for each class of equal ranks, where the whole program is one; their files are in the bundle now.
@@ -73,6 +76,8 @@ def export(
     compute: Literal["tensorrt", "inductor"] = "tensorrt",
     choices: Choices | None = None,
     dense: nn.Module | None = None,
+    coordinates_inside: bool = False,
+    format: Literal["bundle", "triton-python", "triton"] = "bundle",
     dump: Path | None = None,
     progress: Progress = lambda stage, detail, seconds: None,
 ) -> Exported:
@@ -80,7 +85,8 @@ def export(
 
     Args:
         model, args, kwargs, mesh, parallel: as for :func:`torchtrt_md.capture`.
-        out: the bundle's folder; an older bundle there is replaced.
+        out: the bundle's folder; an older bundle there is replaced.  In another ``format`` the model's folder, which
+            must be new or empty.
         target: as for :func:`torchtrt_md.build`.
         check: prove the program against the dense model before anything is built.  It needs the dense model,
             and memory for its weights in fp64.
@@ -90,6 +96,10 @@ def export(
         choices: what ``md.compile(..., tune=True)`` found: its ``runner.choices``.  It goes before ``placement``.
         dense: the dense model, where ``model`` is one that ``parallelize_module`` has sharded already: it has the
             weights of all ranks, and is what the program is compared with.
+        coordinates_inside: build each rank's place in the mesh into its engines, so that all ranks can be given the
+            same inputs, at the price of engines of its own for each rank.  By default it is an input that the runner
+            fills in.
+        format: a bundle, or what :func:`torchtrt_md.triton` makes of one.  ``"triton"`` has ``coordinates_inside``.
         dump: a folder for the graphs before and after each lowering pass.
         progress: called with (stage, detail, None) when a stage begins or goes on, and with its seconds at its end.
 
@@ -108,20 +118,32 @@ def export(
         placement=placement,
         choices=choices,
         dense=dense,
+        coordinates_inside=coordinates_inside,
+        format=format,
         dump=dump,
         progress=progress,
     )
     out = Path(out)
-    check_destination(out)
+    if format == "bundle":
+        check_destination(out)
+    else:
+        check_new(out)
     if compute == "tensorrt":
         from torchtrt_md.build.flavour import flavour
 
         flavour().check_target(target)
+        if format == "triton":
+            check_flavour(flavour().name, flavour().version)
+    elif format == "triton":
+        check_flavour("", "")
+    coordinates_inside |= format == "triton"
     stages = Stages(progress)
     with _workspace(out) as folder:
         options = Options(mesh=mesh, parallel=parallel, placement=placement, compute=compute, target=target)
-        proven = _prove(model, args, kwargs, options, check, choices, dense, dump, stages)
+        proven = _prove(model, args, kwargs, options, check, choices, dense, coordinates_inside, dump, stages)
         road, lowered, chosen = proven.road, proven.lowered, proven.choices
+        if format == "triton":  # what can be told of before hours of building
+            check_values(lowered.mesh, lowered.inputs, lowered.outputs)
         road.inside, road.progress = folder, stages.say
         with stages("build") as say:
             built = road.build(lowered, chosen)
@@ -130,7 +152,10 @@ def export(
         with stages("bundle") as say:
             held = _weights(built, folder, files)
             described = manifest_of(lowered, ranks, chosen, target=target, weights=held)
-            written = write_bundle(out, described, files)
+            bundle = out if format == "bundle" else folder / "bundle"
+            written = write_bundle(bundle, described, files)
+            if format != "bundle":
+                triton(bundle, out, format=format)
             say(f"{_count(len(written.files) + 1, 'file')} in {out}")
     return Exported(out, lowered, proven.report, built.engines, written, stages.seconds, built.placed.kept)
 
@@ -154,6 +179,7 @@ def prove(
     parallel: Parallel | Sequence[Parallel] = (),
     placement: Literal["auto", "engine", "split"] = "auto",
     check: bool = True,
+    coordinates_inside: bool = False,
     dump: Path | None = None,
     stages: Stages | None = None,
 ) -> Proven:
@@ -163,7 +189,7 @@ def prove(
         MDError: of the stage that failed.
     """
     options = Options(mesh=mesh, parallel=parallel, placement=placement)
-    return _prove(model, args, kwargs, options, check, None, None, dump, stages or Stages())
+    return _prove(model, args, kwargs, options, check, None, None, coordinates_inside, dump, stages or Stages())
 
 
 def _prove(
@@ -174,6 +200,7 @@ def _prove(
     check: bool,
     choices: Choices | None,
     dense: nn.Module | None,
+    coordinates_inside: bool,
     dump: Path | None,
     stages: Stages,
 ) -> Proven:
@@ -188,6 +215,8 @@ def _prove(
     choices = choices or road.default()
     with stages("lower") as say:
         lowered = road.lower(choices, dump)
+        if coordinates_inside:
+            lowered = with_constants(lowered)
         say(", ".join(f"{name} {count}" for name, count in lowered.counts.items() if count) or "nothing to rewrite")
     if not check:
         return Proven(road, lowered, choices, None)
