@@ -4,7 +4,7 @@ VENV   ?= .venv
 BIN    := $(VENV)/bin
 READY  := $(VENV)/.ready
 
-.PHONY: demo test gpu-test lint install clean
+.PHONY: demo test gpu-test faults lint install clean
 
 demo: $(READY)
 	$(BIN)/torchtrt-md export examples/flux.py --mesh cp=4 --strategy ulysses -o flux.mdtrt
@@ -14,6 +14,9 @@ test: $(READY)
 
 gpu-test: $(READY)
 	$(BIN)/python -m pytest -q tests/gpu
+
+faults: $(READY)
+	$(BIN)/python tests/faults/report.py
 
 lint: $(READY)
 	$(BIN)/ruff check .
