@@ -5,7 +5,7 @@ BIN    := $(VENV)/bin
 READY  := $(VENV)/.ready
 TRITON := $(VENV)/triton/.ready
 
-.PHONY: demo test gpu-test lint install clean
+.PHONY: demo test gpu-test faults lint install clean
 
 demo: $(READY)
 	$(BIN)/torchtrt-md export examples/flux.py --mesh cp=4 --strategy ulysses -o flux.mdtrt
@@ -15,6 +15,9 @@ test: $(READY) $(TRITON)
 
 gpu-test: $(READY) $(TRITON)
 	$(BIN)/python -m pytest -q tests/gpu
+
+faults: $(READY)
+	$(BIN)/python tests/faults/report.py
 
 lint: $(READY)
 	$(BIN)/ruff check .

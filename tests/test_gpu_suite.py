@@ -13,6 +13,7 @@ from typing import Any
 
 import pytest
 import torch
+from gpu import faults
 from gpu.case import Call, Case, Found, Rank
 from gpu.cases import cases as real_cases
 from gpu.report import FAILED, NOT_RUN, PASSED, REFUSED
@@ -68,7 +69,7 @@ def ends(at: Rank) -> Found:
 
 def cases(device: str) -> list[Case]:
     found = [Case(run.__name__, run) for run in (passes, raises, differs, refuses, dies)]
-    found += [Case("is silent", is_silent, seconds=2.0), Case("ends", ends, ends=(1, 70), says=("these words",))]
+    found += [Case("is silent", is_silent, seconds=2.0), Case("ends", ends, ends={1: 70}, says=("these words",))]
     return found
 
 
@@ -123,7 +124,7 @@ def test_names_are_unique_and_a_process_that_ends_does_so_last(device: str) -> N
     found = real_cases(device)
     assert len({case.name for case in found}) == len(found)
     last = {case.launch: case.name for case in found}
-    assert [case.name for case in found if case.ends is not None and last[case.launch] != case.name] == []
+    assert [case.name for case in found if case.ends and last[case.launch] != case.name] == []
 
 
 def test_the_entry_points_are_those_of_the_project(tmp_path: Path) -> None:
@@ -143,3 +144,18 @@ def test_all_cases_without_a_gpu_pass(tmp_path: Path) -> None:
     assert (done.returncode, wrong) == (0, {}), done.stderr
     assert [r["name"] for r in report["results"]] == [case.name for case in real_cases("cpu")]
     assert sum(r["state"] == REFUSED for r in report["results"]) == 4
+
+
+def test_a_fault_without_a_gpu(tmp_path: Path) -> None:
+    """The module of faults; tests/faults/ has the others that need no GPU."""
+    command = [sys.executable, "tests/gpu/suite.py", "--device", "cpu", "--cases", "gpu.faults", "--only", "killed"]
+    command += ["--deadline", "300", "--out", str(tmp_path)]
+    done = subprocess.run(command, cwd=Path(__file__).parents[1], capture_output=True, text=True, check=False)
+    report: dict[str, Any] = json.loads((tmp_path / "report.json").read_text())
+    assert [(r["name"], r["state"]) for r in report["results"]] == [("rank 1: killed in a step", REFUSED)], done.stdout
+
+
+def test_faults_on_gpus_are_in_launches_of_their_own() -> None:
+    found = faults.cases("cuda")
+    assert len({case.name for case in found}) == len(found)
+    assert all(len({c.name for c in found if c.launch == case.launch}) == 1 for case in found if case.ends)

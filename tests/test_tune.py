@@ -19,7 +19,7 @@ from torchtrt_md.launch import Launch
 from torchtrt_md.options import Options
 from torchtrt_md.runtime.executor import Executor
 from torchtrt_md.runtime.steps import Key
-from torchtrt_md.tune import candidates, tune
+from torchtrt_md.tune import _keep, _read, candidates, tune
 
 PLAN = {"": {"x": md.Split(1)}, "out": md.Gather(1)}
 
@@ -139,3 +139,14 @@ def test_without_a_gpu_it_is_refused(ranks: Ranks, tmp_path: Path) -> None:
     for outcome in ranks(without_a_gpu, str(tmp_path)):
         assert outcome.error == "LaunchError"
         assert "tune=True times candidates on GPUs" in outcome.message
+
+
+def test_what_cannot_be_kept_is_a_warning(tmp_path: Path) -> None:
+    """A tuning of minutes is not lost because the disk is full."""
+    choices = Choices("split", "inductor", {}, {})
+    (tmp_path / "file").write_text("no folder")
+    with pytest.warns(UserWarning, match=r"what was tuned cannot be kept in .*file"):
+        _keep(choices, tmp_path / "file" / "choices.json")
+    _keep(choices, tmp_path / "kept" / "choices.json")
+    assert _read(tmp_path / "kept" / "choices.json") == choices
+    assert [p.name for p in (tmp_path / "kept").iterdir()] == ["choices.json"]

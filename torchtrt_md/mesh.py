@@ -174,7 +174,8 @@ class Mesh:
         if world_size != self.size:
             raise MeshError(
                 f"{self} has {self.size} ranks and the launch has {world_size}",
-                fix=f"launch with torchrun --nproc_per_node={self.size}, or use a mesh of {world_size} ranks",
+                fix=f"launch {self.size} processes in all (on one host: torchrun --nproc_per_node={self.size}), or use"
+                f" a mesh of {world_size} ranks",
             )
 
     def __eq__(self, other: object) -> bool:

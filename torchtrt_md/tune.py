@@ -14,10 +14,11 @@ from __future__ import annotations
 import gc
 import hashlib
 import logging
-import os
-import socket
 import time
+import uuid
+import warnings
 from collections.abc import Iterator, Mapping, Sequence
+from contextlib import suppress
 from dataclasses import replace
 from pathlib import Path
 from statistics import median
@@ -138,11 +139,21 @@ def tune(session: Session, default: Choices, clock: Clock | None = None) -> Choi
         return held
     tuned = _Tuner(session, clock or GpuClock(session)).choose(default)
     if launch.rank == 0:
-        file.parent.mkdir(parents=True, exist_ok=True)
-        unfinished = file.with_suffix(f".{os.getpid()}")
-        unfinished.write_bytes(msgspec.json.encode(tuned))
-        unfinished.replace(file)
+        _keep(tuned, file)
     return tuned
+
+
+def _keep(choices: Choices, file: Path) -> None:
+    """Keep them for later launches; where that cannot be, warn: for this one they hold as they are."""
+    unfinished = file.with_suffix(f".{uuid.uuid4().hex}")
+    try:
+        file.parent.mkdir(parents=True, exist_ok=True)
+        unfinished.write_bytes(msgspec.json.encode(choices))
+        unfinished.replace(file)
+    except OSError as error:
+        warnings.warn(f"what was tuned cannot be kept in {file.parent}: {error.strerror or error}", stacklevel=3)
+        with suppress(OSError):
+            unfinished.unlink()
 
 
 def _read(file: Path) -> Choices | None:
@@ -167,18 +178,12 @@ def _key(session: Session, default: Choices) -> str:
         sorted(session.program.strategies.items()),
         list(session.program.mesh.axes.items()),
         # where the ranks are: what is sent between hosts is another matter
-        launch.agreement.gather((_host_number(session), gpu), "where the ranks are"),
+        launch.agreement.gather((launch.hosts[launch.rank], gpu), "the ranks' GPUs"),
         (flavour, str(torch.__version__), torchtrt_md.__version__),
         (options.tune, options.placement, options.target, str(options.exchange), options.transpose_weights),
         (options.transport, options.overlap, options.compute, options.fullgraph),
     )
     return hashlib.sha256(repr(parts).encode()).hexdigest()
-
-
-def _host_number(session: Session) -> int:
-    """Which of the launch's hosts this is: the choices hold for another launch of the same form."""
-    hosts = session.launch.agreement.gather(socket.gethostname(), "the ranks' hosts")
-    return list(dict.fromkeys(hosts)).index(socket.gethostname())
 
 
 class _Tuner:

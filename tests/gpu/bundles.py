@@ -10,7 +10,7 @@ import subprocess
 import sys
 import time
 import traceback
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -57,7 +57,11 @@ LARGER = "larger"  # a bundle for twice as many ranks
 def export(device: str, ranks: int, folder: Path) -> None:
     """Export all bundles; beside one that cannot be is a file that says why."""
     wanted = [(b, b.name, ranks) for b in (CPU_BUNDLES if device == "cpu" else BUNDLES)]
-    wanted.append((CPU_BUNDLES[0], LARGER, 2 * ranks))
+    export_all([*wanted, (CPU_BUNDLES[0], LARGER, 2 * ranks)], folder)
+
+
+def export_all(wanted: Sequence[tuple[Bundle, str, int]], folder: Path) -> None:
+    """Export each bundle under its name, for so many ranks."""
     for bundle, name, size in wanted:
         torch.manual_seed(0)
         try:

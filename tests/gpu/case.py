@@ -81,15 +81,15 @@ class Case:
         run: on each rank; what it raises is a failure.
         launch: cases of one name share a launch.
         seconds: more is a hang.
-        ends: the rank whose process must end in this case, and its exit code; so it is its launch's last.
-        says: words that must be in the output of that process.
+        ends: ranks whose processes must end in this case, with their exit codes; so it is its launch's last.
+        says: words that must be in the output of the first of them, or of what another rank was to be refused.
     """
 
     name: str
     run: Callable[[Rank], Found]
     launch: str = "doors"
     seconds: float = 90.0
-    ends: tuple[int, int] | None = None
+    ends: Mapping[int, int] = field(default_factory=dict)
     says: tuple[str, ...] = ()
 
 

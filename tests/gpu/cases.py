@@ -55,7 +55,7 @@ def cases(device: str) -> list[Case]:
     if gpu:
         found += [Case(name, run) for name, run in OTHERS]
         words = ("all_to_all", "axis 'cp'")
-        found.append(Case("rank 1: alone in a collective", hang, ends=(1, EXIT_CODE), says=words))
+        found.append(Case("rank 1: alone in a collective", hang, ends={1: EXIT_CODE}, says=words))
     found += [Case(f"bundle: {b.name}", functools.partial(from_bundle, b), "bundles") for b in bundles]
     if gpu:
         found.append(Case("bundle: python -m torchtrt_md.run", by_module, "bundles", 120))
@@ -64,6 +64,6 @@ def cases(device: str) -> list[Case]:
         Case("rank 1: a wrong input", functools.partial(wrong_input, bundles[0]), "bundles"),
         Case("rank 1: a damaged file", functools.partial(damaged, bundles[0]), "bundles"),
         Case("a bundle for more ranks", larger, "bundles"),
-        Case("rank 1: killed", functools.partial(killed, bundles[0]), "bundles", ends=(1, -signal.SIGKILL)),
+        Case("rank 1: killed", functools.partial(killed, bundles[0]), "bundles", ends={1: -signal.SIGKILL}),
     ]
     return found

@@ -88,7 +88,7 @@ class Steps:
 
     def end(self, number: int, case: Case, raised: str) -> bool:
         """Whether the ranks that are left came to the end of the case, and raised the same or nothing."""
-        left = [rank for rank in range(self.rank.size) if case.ends is None or rank != case.ends[0]]
+        left = [rank for rank in range(self.rank.size) if rank not in case.ends]
         return len(self._meet(f"end {number}", raised or "-", left, case)) == 1
 
     def _meet(self, step: str, say: str, ranks: Iterable[int], case: Case) -> set[bytes]:
@@ -118,7 +118,7 @@ def run_cases(rank: Rank, cases: list[Case], until: float) -> int:
             raised = f"{type(error).__name__}: {error}"
         rank.end(case.name, found, raised, time.perf_counter() - start)
         same = steps.end(number, case, raised)
-        if case.ends is not None:  # there is a rank less
+        if case.ends:  # there is a rank less
             return 0
         if not same:
             return RANKS_DIFFER

@@ -237,7 +237,7 @@ class Suite:
         self.report.versions.update(next((line["versions"] for line in told[0] if "versions" in line), {}))
         for name, case in self.cases.items():
             ends = [line for lines in told for line in lines if line.get("end") == name]
-            if len(ends) == self.ranks and case.ends is None:
+            if len(ends) == self.ranks and not case.ends:
                 self._set_found(case, ends)
 
     def _set_found(self, case: Case, ends: Sequence[dict[str, Any]]) -> None:
@@ -274,7 +274,7 @@ class Suite:
             ends = [line for lines in told for line in lines if line.get("end") == case.name]
             if case.name not in begun:
                 continue
-            if case.ends is not None:
+            if case.ends:
                 self._judge_end(case, ends, processes)
                 wrong |= self.results[case.name].state == FAILED
             elif len(ends) < self.ranks:
@@ -293,20 +293,20 @@ class Suite:
 
     def _judge_end(self, case: Case, ends: Sequence[dict[str, Any]], processes: Sequence[Process]) -> None:
         """Judge a case in which a process must end: by its code and its output, and by what the others found."""
-        assert case.ends is not None
-        rank, code = case.ends
         if ends:
             self._set_found(case, ends)
         else:
             self._set([case], PASSED, "")
-        result, output = self.results[case.name], processes[rank].tail()
-        problems = [f"the output of rank {rank} does not say {word!r}" for word in case.says if word not in output]
-        if processes[rank].code != code:
-            problems.insert(0, f"rank {rank} ended with {processes[rank].code}, and not {code}")
+        first = next(iter(case.ends))
+        result, output = self.results[case.name], "".join([processes[first].tail(), *(end["refused"] for end in ends)])
+        problems = [f"the output of rank {first} does not say {word!r}" for word in case.says if word not in output]
+        for rank, code in reversed(list(case.ends.items())):
+            if processes[rank].code != code:
+                problems.insert(0, f"rank {rank} ended with {processes[rank].code}, and not {code}")
         if problems:
             result.state, result.message = FAILED, "\n".join([*problems, result.message])
         elif result.state == PASSED:
-            result.message = result.message or f"rank {rank} ended with {code}"
+            result.message = result.message or ", ".join(f"rank {r} ended with {code}" for r, code in case.ends.items())
 
     def _set(self, cases: Sequence[Case], state: str, message: str) -> None:
         for case in cases:

@@ -201,6 +201,8 @@ def test_failures_are_put_together() -> None:
     mixed = combined({0: Failure("BundleError", "a", "f", "u.py:1"), 3: Failure("InputError", "b", "g", "")}, 4)
     assert type(mixed) is LaunchError
     assert mixed.problem == "rank 0: a\nrank 3: b"
+    lost = combined({0: Failure("BundleError", "a", "f", "")}, 2, "rank 1 ended before it came to a step")
+    assert lost.problem == "rank 1 ended before it came to a step\nrank 0: a"
     assert (mixed.fix, mixed.at) == ("f; g", "u.py:1")
     assert pickle.loads(pickle.dumps(Failure.of(mixed))) == Failure.of(mixed)
 

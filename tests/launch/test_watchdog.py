@@ -117,6 +117,22 @@ def test_blocking_waits(dog: Dog) -> None:
         assert stopped.wait(5)
 
 
+def test_what_needs_all_ranks_is_not_waited_for_when_one_has_ended(capsys: pytest.CaptureFixture[str]) -> None:
+    clock, stopped, gone = Clock(), threading.Event(), [""]
+    watchdog = Watchdog(
+        100.0, rank=3, ended=lambda: gone[0], exit_process=lambda code: stopped.set(), clock=clock, poll=0.01
+    )
+    gone[0] = "rank 1 has ended"
+    with watchdog.waiting("a call"):  # another rank may be done with it and gone
+        clock.now = 50.0
+        assert not stopped.wait(0.1)
+    with watchdog.waiting("the communicators", on_all=True):
+        assert not stopped.wait(0.1), "an error of its own comes first"
+        clock.now = 60.0
+        assert stopped.wait(5)
+    assert "for the communicators\nrank 1 has ended; see its output." in capsys.readouterr().err
+
+
 def test_a_closed_watchdog_watches_nothing(dog: Dog) -> None:
     watchdog, clock, _, stopped = dog
     watchdog.watch(Work(), "a call")
@@ -141,9 +157,9 @@ dog.watch(Hangs(), "segment 0 on axis 'cp'")
 threading.Event().wait()
 """
     start = time.monotonic()
-    ended = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=60, check=False)
+    ended = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=300, check=False)
     assert ended.returncode == EXIT_CODE == 70
-    assert time.monotonic() - start < 30
+    assert time.monotonic() - start < 200, "most of it to import PyTorch"
     assert "torchtrt_md: rank 1 waited 0." in ended.stderr
     assert "for segment 0 on axis 'cp'" in ended.stderr
     assert "exit code 70" in ended.stderr

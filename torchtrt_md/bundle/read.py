@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from pathlib import Path
 
 import msgspec
@@ -64,6 +64,31 @@ def manifest_digest(folder: Path | str) -> str:
         BundleError: no bundle there.
     """
     return hashlib.sha256(_manifest_bytes(folder)).hexdigest()
+
+
+def read_unchanged(folder: Path | str, check: Callable[[Manifest], None]) -> tuple[Manifest, str]:
+    """A bundle that an export may be replacing at this moment: the manifest of the old one or of the new, checked.
+
+    Args:
+        check: reads files that the manifest names, and raises where one is not as it says.
+
+    Returns:
+        The manifest and the sha256 of its bytes.
+
+    Raises:
+        BundleError: as :func:`read_manifest`.
+        MDError: of ``check``.
+    """
+    while True:
+        text = _manifest_bytes(folder)
+        try:
+            manifest = parse_manifest(text, Path(folder) / MANIFEST)
+            check(manifest)
+        except BundleError:
+            if _manifest_bytes(folder) == text:
+                raise
+            continue  # its files went with it; the new one is read
+        return manifest, hashlib.sha256(text).hexdigest()
 
 
 def rank_files(manifest: Manifest, rank: int) -> list[str]:

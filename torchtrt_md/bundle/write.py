@@ -2,11 +2,16 @@
 
 from __future__ import annotations
 
+import errno
+import fcntl
+import glob
 import hashlib
 import os
 import shutil
+import time
 import uuid
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager, suppress
 from pathlib import Path
 
 import msgspec
@@ -17,14 +22,20 @@ from torchtrt_md.bundle.structure import check_structure
 from torchtrt_md.errors import BundleError
 from torchtrt_md.segment import Segment
 
-_WEIGHTS = "weights/{}.safetensors"
+_ENGINES, _GRAPHS, _WEIGHTS = "engines/{}.engine", "graphs/{}.json", "weights/{}.safetensors"
+_UNFINISHED = ".unfinished"
+_FOLDER = os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC
+_TURN_SECONDS = 300.0  # to rename some files
 
 
 def write_bundle(folder: Path | str, manifest: Manifest, files: Mapping[str, Path]) -> Manifest:
     """Make ``folder`` the bundle of these files, which are moved into it.
 
-    The bundle is put together beside ``folder`` and renamed into place, its manifest written last; the files leave
-    their old place only then.  A crash at any point leaves no half bundle and loses no file.
+    The bundle is put together beside ``folder``, and the files leave their old place last of all.  A new bundle is
+    renamed into place.  Into an older one its files go first, beside those that are there, then the manifest takes the
+    place of the old one, then what only the old one named is deleted.  So at any moment, and after a crash at any
+    point, a whole bundle is there, the old or the new; what such a crash leaves over, the next export deletes.
+    Exports into one folder at once take turns, and the last one stays.
 
     Args:
         folder: where; an existing bundle or empty folder is replaced.
@@ -36,8 +47,8 @@ def write_bundle(folder: Path | str, manifest: Manifest, files: Mapping[str, Pat
         hash, and ``files`` has its sha256.
 
     Raises:
-        BundleError: a folder that is something else, a file that is missing or unused or used as two things, or a
-            manifest that contradicts itself.
+        BundleError: a folder that is something else, a file that is missing or unused or used as two things, a
+            manifest that contradicts itself, or a disk that is full.
     """
     folder = Path(folder).resolve()  # a rename onto a link would replace the link, not the folder behind it
     check_destination(folder)
@@ -53,20 +64,65 @@ def write_bundle(folder: Path | str, manifest: Manifest, files: Mapping[str, Pat
             fix="export for fewer ranks, or in fewer parts",
         )
 
-    folder.parent.mkdir(parents=True, exist_ok=True)
-    unfinished = folder.parent / f".{folder.name}.{uuid.uuid4().hex[:8]}.unfinished"
-    try:
-        unfinished.mkdir()
+    with workspace(folder) as unfinished, writing(folder):
         for key, path in files.items():
             _link_or_copy(path, unfinished / names[key])
         (unfinished / MANIFEST).write_bytes(text)
-        _put_in_place(unfinished, folder)
-    finally:
-        shutil.rmtree(unfinished, ignore_errors=True)
+        for path in unfinished.rglob("*"):
+            _sync(path)
+        with _turn(folder):
+            check_destination(folder)  # another may have been written since
+            _put_in_place(unfinished, folder, written)
     for path in files.values():
         if not path.resolve().is_relative_to(folder):  # one of the replaced bundle may be one of this again
             path.unlink(missing_ok=True)
     return written
+
+
+@contextmanager
+def workspace(folder: Path | str) -> Iterator[Path]:
+    """A folder to make a bundle in, beside its place, so that files move there by a rename.
+
+    It is deleted afterwards.  One that a killed process left is deleted by the next export to the same place.
+
+    Raises:
+        BundleError: there can be none.
+    """
+    folder = Path(folder).resolve()
+    with writing(folder):
+        folder.parent.mkdir(parents=True, exist_ok=True)
+        with _turn(folder):
+            for left in folder.parent.glob(f".{glob.escape(folder.name)}.*{_UNFINISHED}"):
+                with suppress(OSError), _opened(left) as descriptor:
+                    if _lock(descriptor):  # its process would hold it
+                        shutil.rmtree(left, ignore_errors=True)
+            made = folder.parent / f".{folder.name}.{uuid.uuid4().hex[:8]}{_UNFINISHED}"
+            made.mkdir()
+            held = os.open(made, _FOLDER)
+            _lock(held)
+    try:
+        yield made
+    finally:
+        shutil.rmtree(made, ignore_errors=True)
+        os.close(held)
+
+
+@contextmanager
+def writing(folder: Path | str) -> Iterator[None]:
+    """Name what the system refuses while a bundle is made.
+
+    Raises:
+        BundleError: the disk is full, or cannot be written.
+    """
+    try:
+        yield
+    except OSError as error:
+        if error.errno is None:  # a library that cannot be loaded, say
+            raise
+        raise BundleError(
+            f"the bundle {folder} cannot be written: {error.strerror}: {error.filename or folder}",
+            fix="make room there, or give a folder that can be written; an older bundle there is as it was",
+        ) from error
 
 
 def check_destination(folder: Path | str) -> None:
@@ -88,7 +144,7 @@ def check_destination(folder: Path | str) -> None:
 
 
 def _form(segment: Segment) -> str:
-    return "engines/{}.engine" if segment.runs == "engine" else "graphs/{}.json"
+    return _ENGINES if segment.runs == "engine" else _GRAPHS
 
 
 def _forms(manifest: Manifest, files: Mapping[str, Path]) -> dict[str, str]:
@@ -139,16 +195,84 @@ def _link_or_copy(source: Path, target: Path) -> None:
         shutil.copyfile(source, target)
 
 
-def _put_in_place(unfinished: Path, folder: Path) -> None:
+@contextmanager
+def _opened(folder: Path) -> Iterator[int]:
+    descriptor = os.open(folder, _FOLDER)
+    try:
+        yield descriptor
+    finally:
+        os.close(descriptor)
+
+
+def _lock(descriptor: int) -> bool | None:
+    """Lock a folder for this process, until it is closed or the process ends.
+
+    Returns:
+        Whether it is locked now; None where the file system locks no folders, as some of networks.
+    """
+    try:
+        fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError:
+        return False
+    except OSError:
+        return None
+    return True
+
+
+@contextmanager
+def _turn(folder: Path) -> Iterator[None]:
+    """One export at a time changes what is beside ``folder``.
+
+    Raises:
+        BundleError: another one does not come to its end.
+    """
+    until = time.monotonic() + _TURN_SECONDS
+    with _opened(folder.parent) as descriptor:
+        while _lock(descriptor) is False:
+            if time.monotonic() > until:
+                raise BundleError(
+                    f"another export has been putting a bundle into {folder.parent} for {_TURN_SECONDS:g} s",
+                    fix="see what became of it, then export again",
+                )
+            time.sleep(0.02)
+        yield
+
+
+def _put_in_place(unfinished: Path, folder: Path, written: Manifest) -> None:
     if not (folder / MANIFEST).is_file():
         unfinished.replace(folder)  # onto nothing, or onto an empty folder
+        _sync(folder.parent)
         return
-    # A folder that is not empty cannot be replaced in one step: the old bundle steps aside, whole.
-    old = folder.parent / f".{folder.name}.{uuid.uuid4().hex[:8]}.old"
-    folder.replace(old)
+    added = []
     try:
-        unfinished.replace(folder)
-    except OSError:
-        old.replace(folder)
+        for name in written.files:
+            place = folder / name
+            place.parent.mkdir(exist_ok=True)
+            if not place.exists():
+                added.append(place)
+            (unfinished / name).replace(place)  # names are hashes, so one of the old bundle has these bytes already
+        for path in {folder, *((folder / name).parent for name in written.files)}:
+            _sync(path)
+        (unfinished / MANIFEST).replace(folder / MANIFEST)
+    except BaseException:
+        for place in added:
+            place.unlink(missing_ok=True)
         raise
-    shutil.rmtree(old, ignore_errors=True)
+    with suppress(OSError):  # the new bundle is there, whatever of the old one stays
+        _sync(folder)
+        for form in (_ENGINES, _GRAPHS, _WEIGHTS):
+            for path in folder.glob(form.format("*")):
+                if path.relative_to(folder).as_posix() not in written.files:
+                    path.unlink(missing_ok=True)
+
+
+def _sync(path: Path) -> None:
+    """Let it be on the disk before what follows is."""
+    descriptor = os.open(path, os.O_RDONLY | os.O_CLOEXEC)
+    try:
+        os.fsync(descriptor)
+    except OSError as error:
+        if error.errno != errno.EINVAL:  # there is nothing of the kind here
+            raise
+    finally:
+        os.close(descriptor)

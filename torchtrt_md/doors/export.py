@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import hashlib
-import tempfile
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
@@ -18,11 +17,11 @@ from torchtrt_md.build.engine import BuiltEngine
 from torchtrt_md.bundle import check_destination, manifest, write_bundle
 from torchtrt_md.bundle.from_program import manifest_of
 from torchtrt_md.bundle.weights import save_weights
+from torchtrt_md.bundle.write import workspace, writing
 from torchtrt_md.capture import capture
 from torchtrt_md.checks import check_export
 from torchtrt_md.choices import Choices
 from torchtrt_md.doors.triton import check_new, triton
-from torchtrt_md.errors import BundleError
 from torchtrt_md.graph.json import graph_to_json
 from torchtrt_md.lowering.rank_constant import with_constants
 from torchtrt_md.mesh import Mesh
@@ -138,18 +137,18 @@ def export(
         check_flavour("", "")
     coordinates_inside |= format == "triton"
     stages = Stages(progress)
-    with _workspace(out) as folder:
+    with workspace(out) as folder:
         options = Options(mesh=mesh, parallel=parallel, placement=placement, compute=compute, target=target)
         proven = _prove(model, args, kwargs, options, check, choices, dense, coordinates_inside, dump, stages)
         road, lowered, chosen = proven.road, proven.lowered, proven.choices
         if format == "triton":  # what can be told of before hours of building
             check_values(lowered.mesh, lowered.inputs, lowered.outputs)
         road.inside, road.progress = folder, stages.say
-        with stages("build") as say:
+        with stages("build") as say, writing(out):
             built = road.build(lowered, chosen)
             ranks, files = _segments(built, folder)
             say(f"{_told(built)}, {target}")
-        with stages("bundle") as say:
+        with stages("bundle") as say, writing(out):
             held = _weights(built, folder, files)
             described = manifest_of(lowered, ranks, chosen, target=target, weights=held)
             bundle = out if format == "bundle" else folder / "bundle"
@@ -225,24 +224,6 @@ def _prove(
         report = verify(lowered, dense or model, args, kwargs)
         say(f"error {report.error:.2e}, the dense model's own {report.dense_error:.2e}")
     return Proven(road, lowered, choices, report)
-
-
-@contextmanager
-def _workspace(out: Path) -> Iterator[Path]:
-    """A folder to build in, beside the bundle, so that moving engines into it is a rename.
-
-    Raises:
-        BundleError: there can be none.
-    """
-    try:
-        out.parent.mkdir(parents=True, exist_ok=True)
-        made = tempfile.TemporaryDirectory(dir=out.parent, prefix=".torchtrt_md-")
-    except OSError as error:
-        raise BundleError(
-            f"no bundle can be written at {out}: {error.strerror or error}", fix="give a folder that can be written"
-        ) from error
-    with made as folder:
-        yield Path(folder)
 
 
 class Stages:

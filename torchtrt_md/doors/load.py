@@ -12,10 +12,9 @@ from torchtrt_md.bundle.manifest import Manifest
 from torchtrt_md.bundle.read import (
     check_files,
     check_versions,
-    manifest_digest,
     rank_files,
     read_file,
-    read_manifest,
+    read_unchanged,
 )
 from torchtrt_md.bundle.structure import mesh_of
 from torchtrt_md.bundle.weights import rank_weights
@@ -98,14 +97,13 @@ def read_together(folder: Path, agreement: Agreement) -> Manifest:
         MDError: on every rank, naming the ranks that failed or differ.
     """
 
-    def read() -> tuple[Manifest, str]:
-        manifest = read_manifest(folder)
+    def check(manifest: Manifest) -> None:
         mesh_of(manifest).check_launch(agreement.size)
         check_versions(manifest)
         check_files(folder, manifest, rank_files(manifest, agreement.rank))
-        return manifest, manifest_digest(folder)
 
-    manifest, digest = agreement.together("reading the bundle", read)  # its path may differ between hosts
+    # Its path may differ between hosts.
+    manifest, digest = agreement.together("reading the bundle", lambda: read_unchanged(folder, check))
     digests = agreement.gather(digest, "the bundle's hash")
     if len(set(digests)) > 1:
         raise LaunchError(

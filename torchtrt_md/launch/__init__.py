@@ -3,6 +3,7 @@
 agree          votes: all ranks go on, or all raise the same error
 watchdog       ends a process whose GPU waits for too long
 communicator   a group for each axis of a mesh, and its binding to engines
+host           which host a process is on, and whether it still runs
 private        the private names of PyTorch that these need
 """
 
@@ -10,14 +11,14 @@ from __future__ import annotations
 
 import socket
 from collections.abc import Callable
-from typing import TypeVar
+from typing import TypeVar, cast
 
 import torch
 import torch.distributed as dist
 
 from torchtrt_md.errors import LaunchError
 from torchtrt_md.launch import communicator, private
-from torchtrt_md.launch.agree import Agreement, grouped
+from torchtrt_md.launch.agree import Agreement, grouped, said_ended
 from torchtrt_md.launch.watchdog import Watchdog
 from torchtrt_md.mesh import Mesh
 
@@ -34,13 +35,20 @@ class Launch:
         device: this rank's GPU, or the CPU.
         watchdog: of what is enqueued on the device.
         groups: of the meshes that programs were connected on.
+        hosts: for each rank the number of its host.
     """
 
     def __init__(self, agreement: Agreement, device: torch.device) -> None:
         self.agreement, self.device = agreement, device
         self.rank, self.size, self.timeout = agreement.rank, agreement.size, agreement.timeout
         self.groups: list[dist.ProcessGroup] = []
-        self.watchdog = Watchdog(self.timeout, rank=self.rank, abort=lambda: private.abort(self.groups, device))
+        self.hosts = agreement.hosts()
+        self.watchdog = Watchdog(
+            self.timeout,
+            rank=self.rank,
+            abort=lambda: private.abort(self.groups, device),
+            ended=lambda: said_ended(agreement.board.ended()),
+        )
 
     @classmethod
     def join(cls, timeout: float, *, device: torch.device | None = None, cpu: bool = False) -> Launch:
@@ -87,10 +95,9 @@ class Launch:
 
     def in_turns(self, about: str, step: Callable[[], T]) -> T:
         """Do a step on the first rank of each host, then on the others, which find in a cache what those made."""
-        gpus = torch.cuda.device_count() if self.device.type == "cuda" else 0
-        first = (self.rank % gpus if gpus else self.rank) == 0
+        first = self.hosts.index(self.hosts[self.rank]) == self.rank
         made = [self.together(about, step if mine else lambda: None) for mine in (first, not first)]
-        return next(result for result in made if result is not None)
+        return cast(T, made[0] if first else made[1])
 
 
 _launches: dict[object, dict[tuple[float, torch.device], Launch]] = {}

@@ -9,6 +9,9 @@ error, a rank that comes too late among them.
 
 A rank is given up after ``timeout`` seconds of silence, and at once where its process has ended on this host.  Work is
 not silence: while a rank is in :meth:`Agreement.together` a thread says so, however long the step takes.
+
+The store itself may fall silent: its process is stopped, or its host is cut off.  PyTorch then waits for its answer
+without end, so a thread ends this process after ``timeout`` seconds.
 """
 
 from __future__ import annotations
@@ -16,25 +19,26 @@ from __future__ import annotations
 import base64
 import os
 import pickle
-import socket
+import sys
 import threading
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from pathlib import Path
 from typing import Any, NamedTuple, Protocol, TypeVar, cast
 
 import torch.distributed as dist
-from torch.distributed.distributed_c10d import PrefixStore
+from torch.distributed.distributed_c10d import PrefixStore, Store
 
 from torchtrt_md import errors
 from torchtrt_md.errors import LaunchError, MDError, RankMismatchError
-from torchtrt_md.launch import private
+from torchtrt_md.launch import host, private
+from torchtrt_md.launch.watchdog import EXIT_CODE
 
 T = TypeVar("T")
 _BEAT_SECONDS = 0.5
 _POLL_SECONDS = (0.0, 1e-4, 1e-3, 1e-2, 5e-2)  # between looks at the slots: each for a while, the last from then on
 _LOOKS = 50
+_LEAVING_SECONDS = 2.0  # between the end of a process's connections and its own
 
 
 class Failure(NamedTuple):
@@ -82,23 +86,71 @@ class Alone:
         return value
 
 
-class Board:
-    """The slots of a launch's votes: one for each process group and process, which all its agreements share."""
+class _Store:
+    """The store of a launch, which answers within ``patience`` seconds, or this process ends.
 
-    def __init__(self) -> None:
+    ``left``: the launch is over, and nobody asks any more.
+    """
+
+    def __init__(self, inner: Store, rank: int, patience: float) -> None:
+        self.inner, self.patience, self.about = inner, patience, "joining the launch"
+        self.left = False
+        self._rank = rank
+        self._asked: float | None = None
+        threading.Thread(target=self._guard, name="torchtrt_md store guard", daemon=True).start()
+
+    def __getattr__(self, name: str) -> Callable[..., Any]:
+        method = getattr(self.inner, name)
+
+        def ask(*args: Any) -> Any:
+            self._asked = time.monotonic()
+            try:
+                return method(*args)
+            finally:
+                self._asked = None
+
+        return ask
+
+    def _guard(self) -> None:
+        while not self.left:
+            time.sleep(min(_BEAT_SECONDS, self.patience / 4))
+            asked = self._asked
+            if asked is None or time.monotonic() - asked <= self.patience:
+                continue
+            print(
+                f"torchtrt_md: rank {self._rank} had no answer from the launch's store for {self.patience:g} s, in the"
+                f" vote on {self.about}\nThe process that holds it is stopped, or its host cannot be reached: it is"
+                f" rank 0, or torchrun on the first host. This process ends with exit code {EXIT_CODE}.",
+                file=sys.stderr,
+                flush=True,
+            )
+            os._exit(EXIT_CODE)  # the thread that waits cannot be woken
+
+
+class Board:
+    """The slots of a launch's votes: one for each process group and process, which all its agreements share.
+
+    Args:
+        patience: seconds within which the store must answer.
+    """
+
+    def __init__(self, patience: float) -> None:
         if not dist.is_available() or not dist.is_initialized():
             raise LaunchError(
                 "there is no process group: this process was not launched as one of several ranks",
                 fix="start it with torchrun --nproc_per_node=N, and call torch.distributed.init_process_group first",
             )
         self.rank, self.size = dist.get_rank(), dist.get_world_size()
-        store = PrefixStore("torchtrt_md", private.default_store())
-        # A store may outlive a process group; the count tells the launches of one store apart.
-        self.store = PrefixStore(str(store.add(f"launches of {self.rank}", 1)), store)
         self.number = self.programs = 0
-        self.store.set(f"process of {self.rank}", _process(os.getpid()))
+        self._processes: dict[int, str] = {}  # rank -> what it told of its process
         self._working = 0
         self._beating: threading.Thread | None = None
+        with _store_errors("joining the launch"):
+            self.store = _Store(PrefixStore("torchtrt_md", private.default_store()), self.rank, patience)
+            # A store may outlive a process group; the count tells the launches of one store apart.
+            launches = self.store.add(f"launches of {self.rank}", 1)
+            self.store.inner = PrefixStore(str(launches), self.store.inner)
+            self.store.set(f"process of {self.rank}", host.process(os.getpid()))
 
     def slot(self, rank: int, number: int | None = None) -> str:
         return f"{self.number if number is None else number}/{rank}"
@@ -129,12 +181,23 @@ class Board:
 
     def has_ended(self, rank: int) -> bool:
         """Whether the process of a rank has ended, as far as it can be seen from this host."""
-        key = f"process of {rank}"
-        if not self.store.check([key]):
-            return False
-        told = self.store.get(key).decode()
-        *home, pid, _ = told.split("|")
-        return home == _process(os.getpid()).split("|")[:-2] and _process(int(pid)) != told
+        if rank not in self._processes:
+            key = f"process of {rank}"
+            if not self.store.check([key]):
+                return False
+            self._processes[rank] = self.store.get(key).decode()
+        return host.has_ended(self._processes[rank])
+
+    def processes(self) -> list[str]:
+        """What each rank told of its process, in rank order; all have joined."""
+        for rank in range(self.size):
+            if rank not in self._processes:
+                self._processes[rank] = self.store.get(f"process of {rank}").decode()
+        return [self._processes[rank] for rank in range(self.size)]
+
+    def ended(self) -> list[int]:
+        """The ranks whose processes are known to have ended.  The store is not asked."""
+        return [rank for rank, told in sorted(self._processes.items()) if host.has_ended(told)]
 
     @contextmanager
     def working(self) -> Iterator[None]:
@@ -149,8 +212,8 @@ class Board:
             self._working -= 1
 
     def _beat(self) -> None:
-        store = self.store.clone()  # a client of its own: the other may be in use
-        while True:
+        store = self.store.inner.clone()  # a client of its own: the other may be in use
+        while not self.store.left:
             time.sleep(_BEAT_SECONDS)
             if self._working:
                 try:
@@ -163,27 +226,37 @@ def _ballot(text: bytes) -> Ballot:
     return cast(Ballot, pickle.loads(base64.b64decode(text)))
 
 
-def _process(pid: int) -> str:
-    """Names a process among those of all hosts, with the time of its start: numbers are used again.  "" if it ended."""
+@contextmanager
+def _store_errors(about: str) -> Iterator[None]:
+    """Name what the store raises where it has ended."""
     try:
-        stat = Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()
-        return "" if stat[0] == "Z" else f"{socket.gethostname()}|{os.readlink('/proc/self/ns/pid')}|{pid}|{stat[19]}"
-    except OSError:
-        return ""
+        yield
+    except RuntimeError as broken:
+        if isinstance(broken, MDError):
+            raise
+        raise LaunchError(
+            f"the store of the launch is gone, in the vote on {about}: {first_line(broken)}",
+            fix="see the output of rank 0, or of torchrun on the first host, which holds it: it has failed or ended",
+        ) from broken
 
 
 _boards: list[tuple[object, Board]] = []  # one, and the process group that it is of
 
 
-def board() -> Board:
+def board(patience: float) -> Board:
     """The board of the process group of now.
+
+    Args:
+        patience: seconds within which its store must answer.
 
     Raises:
         LaunchError: there is none.
     """
     world = dist.group.WORLD if dist.is_available() and dist.is_initialized() else None
     if not _boards or _boards[0][0] is not world:
-        _boards[:] = [(world, Board())]
+        for _, old in _boards:
+            old.store.left = True
+        _boards[:] = [(world, Board(patience))]
     return _boards[0][1]
 
 
@@ -200,7 +273,7 @@ class Agreement:
     def __init__(self, timeout: float) -> None:
         if timeout <= 0:
             raise LaunchError(f"a timeout of {timeout} s leaves no time to agree", fix="give seconds, more than 0")
-        self.board, self.timeout = board(), timeout
+        self.board, self.timeout = board(timeout), timeout
         self.rank, self.size = self.board.rank, self.board.size
 
     def vote(self, error: MDError | None, about: str) -> None:
@@ -235,7 +308,7 @@ class Agreement:
                 raise
             error = own
         except Exception as other:  # whatever it is, the others must not wait for it
-            error = LaunchError(f"{about} failed: {type(other).__name__}: {other}")
+            error = LaunchError(f"{about} failed: {type(other).__name__}: {other}".removesuffix(": "))
             error.__cause__ = other
         self.vote(error, about)
         return cast(T, result)
@@ -265,18 +338,27 @@ class Agreement:
             )
         return value
 
+    def hosts(self) -> list[int]:
+        """For each rank the number of its host, counted from 0 in the order of the ranks.  Collective."""
+        self.vote(None, "where the ranks are")  # behind it, all have told
+        with _store_errors("where the ranks are"):
+            told = [host.host_of(told) or f"rank {rank}" for rank, told in enumerate(self.board.processes())]
+        return [list(dict.fromkeys(told)).index(home) for home in told]
+
+    def ended(self) -> str:
+        """Who has ended, in words, after an error that the end of a process may have caused; "" if nobody is known."""
+        until = time.monotonic() + _LEAVING_SECONDS
+        while not (found := self.board.ended()) and time.monotonic() < until:
+            time.sleep(_POLL_SECONDS[-1])
+        return said_ended(found)
+
     def _exchange(self, mine: Ballot, error: MDError | None) -> list[Ballot]:
-        try:
+        store = self.board.store
+        store.patience, store.about = self.timeout, mine.about
+        with _store_errors(mine.about):
             self.board.write(self.rank, mine)
             self._wait(mine.about)
             ballots = self.board.read()
-        except RuntimeError as broken:
-            if isinstance(broken, MDError):
-                raise
-            raise LaunchError(
-                f"the store of the launch is gone, in the vote on {mine.about}: {_first_line(broken)}",
-                fix="see the output of rank 0, which holds it: it has failed or ended",
-            ) from broken
         found = _verdict(ballots)
         if found is not None:
             raise _agreed(found) from error
@@ -312,11 +394,12 @@ def _verdict(ballots: Sequence[Ballot]) -> MDError | None:
     size = len(ballots)
     lost = [rank for rank, ballot in enumerate(ballots) if ballot.by != rank]
     failures = {r: b.failure for r, b in enumerate(ballots) if b.by == r and b.failure is not None}
+    gone = "; ".join(f"rank {rank} {ballots[rank].about}" for rank in lost)
     if failures:
-        return combined(failures, size)
+        return combined(failures, size, gone)
     if lost:
         return LaunchError(
-            "; ".join(f"rank {rank} {ballots[rank].about}" for rank in lost),
+            gone,
             fix=f"see the output of {_who(lost, 0)}: it has failed, has ended, or does not make this call",
         )
     if any(ballot.about != ballots[0].about for ballot in ballots):
@@ -333,18 +416,20 @@ def _agreed(error: MDError) -> MDError:
     return error
 
 
-def _first_line(error: BaseException) -> str:
+def first_line(error: BaseException) -> str:
+    """Of a message; the class, where there is none."""
     return next(iter(str(error).strip().splitlines()), type(error).__name__)
 
 
-def combined(failures: Mapping[int, Failure], size: int) -> MDError:
-    """One error for all ranks, from what failed on some of ``size``."""
+def combined(failures: Mapping[int, Failure], size: int, gone: str = "") -> MDError:
+    """One error for all ranks, from what failed on some of ``size``, and who was given up."""
     by_failure: dict[Failure, list[int]] = {}
     for rank, failure in failures.items():
         by_failure.setdefault(failure, []).append(rank)
     kinds = {failure.kind for failure in by_failure}
     kind = getattr(errors, kinds.pop(), LaunchError) if len(kinds) == 1 else LaunchError
-    problem = "\n".join(f"{_who(ranks, size)}: {failure.problem}" for failure, ranks in by_failure.items())
+    lines = [f"{_who(ranks, size)}: {failure.problem}" for failure, ranks in by_failure.items()]
+    problem = "\n".join([gone, *lines] if gone else lines)
     fixes = dict.fromkeys(f.fix for f in by_failure if f.fix)
     places = dict.fromkeys(f.at for f in by_failure if f.at)
     return cast(MDError, kind(problem, fix="; ".join(fixes), at="; ".join(places)))
@@ -358,6 +443,11 @@ def grouped(values: Sequence[object]) -> str:
     return ", ".join(
         f"{_who(members, 0)} {'has' if len(members) == 1 else 'have'} {value!r}" for value, members in ranks.items()
     )
+
+
+def said_ended(ranks: Sequence[int]) -> str:
+    """``rank 1 has ended``; "" of nobody."""
+    return f"{_who(ranks, 0)} {'has' if len(ranks) == 1 else 'have'} ended" if ranks else ""
 
 
 def _who(ranks: Sequence[int], size: int) -> str:

@@ -36,7 +36,7 @@ def connect(mesh: Mesh, device: torch.device, watchdog: Watchdog) -> dict[str, d
     groups = {}
     try:
         on_gpu = torch.cuda.device(device) if device.type == "cuda" else nullcontext()
-        with on_gpu, watchdog.waiting(f"the NCCL communicators of {mesh}"):
+        with on_gpu, watchdog.waiting(f"the communicators of {mesh}", on_all=True):
             own = device_mesh(mesh, device.type)
             for axis in axes:
                 groups[axis] = own.get_group(axis)
@@ -45,8 +45,9 @@ def connect(mesh: Mesh, device: torch.device, watchdog: Watchdog) -> dict[str, d
                 torch.cuda.synchronize(device)
     except RuntimeError as error:
         raise CommunicatorError(
-            f"there is no NCCL communicator for axes {axes} of {mesh}: {error}",
-            fix='call torch.distributed.init_process_group("nccl") with one GPU per rank; NCCL_DEBUG=INFO says more',
+            f"there is no communicator for axes {axes} of {mesh}: {error}",
+            fix="see the output of the other ranks: one may have failed.  On GPUs call"
+            ' torch.distributed.init_process_group("nccl") with one GPU per rank; NCCL_DEBUG=INFO says more',
         ) from error
     return groups
 

@@ -23,6 +23,7 @@ from torchtrt_md.segment import Collective, Segment
 
 EXIT_CODE = 70
 _ABORT_SECONDS = 5.0
+_BEREFT_SECONDS = 5.0  # between the end of a rank and that of one that waits for it: an error may come by itself
 
 
 class Pending(Protocol):
@@ -36,6 +37,7 @@ class _Wait(NamedTuple):
     pending: Pending
     what: str
     start: float
+    on_all: bool = False
 
 
 class _Flag:
@@ -55,6 +57,7 @@ class Watchdog:
         timeout: seconds for each piece of work.
         rank: this process, for the message.
         abort: what to do before the end, best effort: abort the communicators.
+        ended: says which ranks have ended; "" where none is known to have.
         exit_process: ends the process without clean-up, which would wait on the hung GPU.
         clock: seconds, monotonic.
         poll: seconds between two looks.
@@ -66,14 +69,16 @@ class Watchdog:
         *,
         rank: int = 0,
         abort: Callable[[], object] = lambda: None,
+        ended: Callable[[], str] = lambda: "",
         exit_process: Callable[[int], object] = os._exit,
         clock: Callable[[], float] = time.monotonic,
         poll: float = 0.5,
     ) -> None:
-        self.timeout, self.rank, self.abort = timeout, rank, abort
+        self.timeout, self.rank, self.abort, self.ended = timeout, rank, abort, ended
         self._exit, self._clock, self._poll = exit_process, clock, min(poll, timeout / 4)
         self._waits: deque[_Wait] = deque()
         self._last_done = clock()
+        self._bereft: float | None = None
         self._closed = False
         self._condition = threading.Condition()
         self._thread = threading.Thread(target=self._run, name="torchtrt_md watchdog", daemon=True)
@@ -87,10 +92,17 @@ class Watchdog:
                 self._condition.notify()
 
     @contextmanager
-    def waiting(self, what: str) -> Iterator[None]:
-        """Expect the body, which blocks this thread, to be done in time."""
+    def waiting(self, what: str, *, on_all: bool = False) -> Iterator[None]:
+        """Expect the body, which blocks this thread, to be done in time.
+
+        Args:
+            what: it may be waiting for.
+            on_all: it cannot be done without all ranks: once one has ended, it is not waited for.
+        """
         flag = _Flag()
-        self.watch(flag, what)
+        with self._condition:
+            self._waits.append(_Wait(flag, what, self._clock(), on_all))
+            self._condition.notify()
         try:
             yield
         finally:
@@ -123,10 +135,18 @@ class Watchdog:
                     continue
                 head = self._waits[0]
                 waited = self._clock() - max(head.start, self._last_done)
-                if waited > self.timeout:
+                if waited > self.timeout or (head.on_all and self._is_bereft()):
                     break
                 self._condition.wait(self._poll)
         self._expire(head.what, waited)
+
+    def _is_bereft(self) -> bool:
+        """Whether a rank has ended a while ago."""
+        if not self.ended():
+            self._bereft = None
+        elif self._bereft is None:
+            self._bereft = self._clock()
+        return self._bereft is not None and self._clock() - self._bereft > min(_BEREFT_SECONDS, self.timeout / 2)
 
     def _drop_done(self) -> None:
         while self._waits:
@@ -139,9 +159,13 @@ class Watchdog:
             self._last_done = self._clock()
 
     def _expire(self, what: str, waited: float) -> None:
+        who = (
+            f"{gone}; see its output."
+            if (gone := self.ended())
+            else ("Another rank has failed, has ended, or did not make this call; its output says why.")
+        )
         print(
-            f"torchtrt_md: rank {self.rank} waited {waited:.1f} s (at most {self.timeout:g}) for {what}\n"
-            "Another rank has failed, has ended, or did not make this call; its output says why."
+            f"torchtrt_md: rank {self.rank} waited {waited:.1f} s (at most {self.timeout:g}) for {what}\n{who}"
             f" This process ends with exit code {EXIT_CODE}.",
             file=sys.stderr,
             flush=True,

@@ -15,6 +15,7 @@ import torch.distributed as dist
 from torch import Tensor
 from torch.fx import GraphModule
 
+from torchtrt_md.errors import LaunchError
 from torchtrt_md.graph.functional import copied
 from torchtrt_md.launch import Launch, communicator
 from torchtrt_md.launch.watchdog import named
@@ -56,6 +57,8 @@ def bring_up(
     Raises:
         MDError: on every rank, naming the ranks that failed.
     """
+    if transport == "copy":
+        _check_one_host(mesh, launch)
     groups = launch.connect(mesh)
     loaded = launch.together("loading the engines", lambda: _load_engines(parts, launch.device, target))
     engines = launch.together("making the engines' contexts", lambda: _make_engines(parts, loaded, launch.device))
@@ -76,6 +79,22 @@ def bring_up(
             transport=transport,
         ),
     )
+
+
+def _check_one_host(mesh: Mesh, launch: Launch) -> None:
+    """Refuse copies between hosts: the GPUs of one cannot write the memory of another's.
+
+    Raises:
+        LaunchError: on every rank, naming the ranks of an axis that are on several hosts.
+    """
+    for axis in mesh.names:
+        for ranks in mesh.groups(axis):
+            if len({launch.hosts[rank] for rank in ranks}) > 1:
+                raise LaunchError(
+                    f"transport='copy' is for GPUs of one host, and ranks {', '.join(map(str, ranks))} of axis {axis!r}"
+                    " are on several",
+                    fix="use transport='nccl', or give each host whole groups of the axis",
+                )
 
 
 @functools.cache

@@ -12,8 +12,9 @@ from torch import Tensor, nn
 
 from torchtrt_md.bundle.manifest import Manifest
 from torchtrt_md.choices import Choices
-from torchtrt_md.errors import LaunchError
+from torchtrt_md.errors import LaunchError, MDError
 from torchtrt_md.launch import Launch
+from torchtrt_md.launch.agree import first_line
 from torchtrt_md.launch.watchdog import waits_for
 from torchtrt_md.runtime.executor import Executor
 from torchtrt_md.runtime.graphs import Budget, Graphs
@@ -84,6 +85,7 @@ class Runner:
         self.signature = Signature(manifest)
         self._nest, self._guard = nest or self.signature.nest, guard
         self._watchdog = launch.watchdog
+        self._communicates = any(segment.collectives for segment in manifest.ranks[self.rank])
         self._waits_for = waits_for(manifest.ranks[self.rank], self.signature.mesh, self.rank)
         self._static_outputs = static_outputs
         self._side: torch.cuda.Stream | None = None
@@ -163,15 +165,32 @@ class Runner:
         """The outputs by name, of inputs by name that are known to be of the right shapes and dtypes on all ranks.
 
         Raises:
-            LaunchError: the runner is closed, or an engine could not be run.
+            LaunchError: the runner is closed, an engine could not be run, or a collective broke off: another rank has
+                failed or ended.
         """
         if self._closed:
             raise LaunchError("this runner is closed", fix="load or compile again")
-        with torch.no_grad():
-            if self._side is None:
-                return self.enqueue({name: prepared(tensor) for name, tensor in inputs.items()}, weights)
-            with torch.cuda.device(self.device):
-                return self._run_on_gpu(inputs, weights, self._side)
+        try:
+            with torch.no_grad():
+                if self._side is None:
+                    return self._run_on_cpu(inputs, weights)
+                with torch.cuda.device(self.device):
+                    return self._run_on_gpu(inputs, weights, self._side)
+        except (MDError, torch.OutOfMemoryError):
+            raise
+        except RuntimeError as error:  # gloo and NCCL say which connection broke, and not which rank
+            who = self.agreement.ended()
+            raise LaunchError(
+                f"{self.name} could not be run: {f'{who}, and ' if who else ''}{first_line(error)}",
+                fix="see the output of all ranks, then launch again: one that has failed or ended cannot be replaced",
+            ) from error
+
+    def _run_on_cpu(self, inputs: Mapping[str, Tensor], weights: WeightSet | None) -> dict[str, Tensor]:
+        ready = {name: prepared(tensor) for name, tensor in inputs.items()}
+        if not self._communicates:
+            return self.enqueue(ready, weights)
+        with self._watchdog.waiting(self._waits_for):
+            return self.enqueue(ready, weights)
 
     def _run_on_gpu(
         self, inputs: Mapping[str, Tensor], weights: WeightSet | None, side: torch.cuda.Stream

@@ -1,0 +1,183 @@
+"""Faults on GPUs, in launches of their own: ``python tests/gpu/suite.py --cases gpu.faults --ranks 2 --out FOLDER``.
+
+With ``--device cpu`` a few of them, over gloo.  tests/faults/ has many more that need no GPU.
+"""
+
+from __future__ import annotations
+
+import functools
+import gc
+import os
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+import torch
+from faults.cases import GROWTH, numbers
+from faults.injections import before, status
+
+import torchtrt_md as md
+from gpu.bundles import BUNDLES, CPU_BUNDLES, SHORT, Bundle, bundle_of, export_all, loaded
+from gpu.case import Case, Found, Rank, first_tensor
+from gpu.networks import make
+from torchtrt_md.errors import LaunchError, MDError
+from torchtrt_md.launch.watchdog import EXIT_CODE
+from torchtrt_md.runtime import bring_up
+from torchtrt_md.runtime.executor import Executor
+from torchtrt_md.runtime.graphs import Captured
+
+__all__ = ["cases", "export", "make"]
+
+# What is called on the victim next when the signal strikes.
+PLACES = {
+    "while binding": (bring_up, "bind_engines", 1),
+    "in a step": (Executor, "run", 3),
+    "in a replayed graph": (Captured, "replay", 3),
+}
+# A process of Python that Ctrl-C ends without being caught ends itself by that signal.
+SIGNALS = {signal.SIGKILL: "killed", signal.SIGTERM: "SIGTERM", signal.SIGINT: "Ctrl-C"}
+_LEFT = 64 * 2**20  # bytes that are left on a GPU that somebody holds
+_HOLD = """
+import sys, torch
+held = []
+for size in (2**30, 2**26, 2**22):
+    while torch.cuda.mem_get_info()[0] > size + int(sys.argv[1]):
+        held.append(torch.empty(size, dtype=torch.uint8, device="cuda"))
+print("held", flush=True)
+sys.stdin.read()
+"""
+
+
+def cases(device: str) -> list[Case]:
+    """All cases, in the order in which they run."""
+    gpu = device == "cuda"
+    bundle = (BUNDLES if gpu else CPU_BUNDLES)[0]
+    calls, loads = numbers()
+    found = [Case(f"{calls} calls and {loads} loads", functools.partial(endures, bundle), "faults", 600)]
+    if gpu:
+        for by in ("this process", "another process"):
+            found.append(
+                Case(f"rank 1: its GPU's memory is held by {by}", functools.partial(held, bundle, by), "faults")
+            )
+    for place in PLACES if gpu else ("in a step",):
+        for number, name in SIGNALS.items() if gpu else [(signal.SIGKILL, "killed")]:
+            run = functools.partial(struck, bundle, place, number)
+            ends, says = {1: -int(number)}, ("rank 1",)
+            if gpu and place != "while binding":
+                ends, says = {0: EXIT_CODE, **ends}, ("rank 1 has ended",)
+            launch = f"{name} {place}" if gpu else "faults"
+            found.append(Case(f"rank 1: {name} {place}", run, launch, ends=ends, says=says))
+    return found
+
+
+def export(device: str, ranks: int, folder: Path) -> None:
+    """Export the bundle of these cases."""
+    bundle = (CPU_BUNDLES if device == "cpu" else BUNDLES)[0]
+    export_all([(bundle, bundle.name, ranks)], folder)
+
+
+def struck(bundle: Bundle, place: str, number: int, at: Rank) -> Found:
+    """A signal strikes rank 1; in a collective on GPUs the others are ended by their watchdogs, else they raise."""
+    found = Found()
+    if at.rank == 1:
+        owner, name, visit = PLACES[place]
+        before(owner, name, lambda: os.kill(os.getpid(), number), visit)
+
+    def serve() -> None:
+        with loaded(at, bundle, timeout=SHORT, cuda_graph="graph" in place) as (runner, (_, args, kwargs)):
+            for _ in range(10):
+                runner(*args, **kwargs)
+                at.synchronize()
+
+    start = time.perf_counter()
+    found.must_refuse(LaunchError, serve, "rank 1", "ended")
+    print(found.refused, flush=True)
+    found.message = f"{time.perf_counter() - start:.1f} s with the load"
+    return found
+
+
+def held(bundle: Bundle, by: str, at: Rank) -> Found:
+    """No memory on one GPU is an error on all ranks; once it is there again, so are the results."""
+    found = Found()
+    with loaded(at, bundle) as (runner, (_, args, kwargs)):
+        expected = first_tensor(runner(*args, **kwargs)).clone()
+    at.clean_up()
+    with (_held_here() if by == "this process" else _held_by_another(at)) if at.rank == 1 else _nothing():
+        found.must_refuse(MDError, lambda: md.load(bundle_of(at, bundle.name), timeout=SHORT), "rank 1")
+    at.clean_up()
+    with loaded(at, bundle) as (runner, (_, args, kwargs)):
+        found.compare([first_tensor(runner(*args, **kwargs)), expected], *at.reference(bundle.model))
+    return found
+
+
+@contextmanager
+def _nothing() -> Iterator[None]:
+    yield
+
+
+@contextmanager
+def _held_here() -> Iterator[None]:
+    blocks = []
+    for size in (2**30, 2**26, 2**22):
+        while torch.cuda.mem_get_info()[0] > size + _LEFT:
+            blocks.append(torch.empty(size, dtype=torch.uint8, device="cuda"))
+    yield
+    blocks.clear()
+
+
+@contextmanager
+def _held_by_another(at: Rank) -> Iterator[None]:
+    visible = os.environ.get("CUDA_VISIBLE_DEVICES", "").split(",")
+    own = visible[at.device.index or 0] if len(visible) > 1 else str(at.device.index or 0)
+    holder = subprocess.Popen(
+        [sys.executable, "-c", _HOLD, str(_LEFT)],
+        env={**os.environ, "CUDA_VISIBLE_DEVICES": own},
+        stdin=subprocess.PIPE,
+        stdout=subprocess.PIPE,
+    )
+    try:
+        assert holder.stdout is not None
+        assert holder.stdout.readline() == b"held\n"
+        yield
+    finally:
+        holder.kill()
+        holder.wait()
+
+
+def endures(bundle: Bundle, at: Rank) -> Found:
+    """Many loads and many calls: memory of the host and of the GPU stays, and so do the bits."""
+    calls, loads = numbers()
+    found, results = Found(), list[torch.Tensor]()
+
+    def memory() -> tuple[int, int]:
+        at.clean_up()
+        gc.collect()
+        free, whole = torch.cuda.mem_get_info() if at.device.type == "cuda" else (0, 0)
+        return status("VmRSS"), whole - free
+
+    marks: dict[str, list[tuple[int, int]]] = {"loads": [], "calls": []}
+    for number in range(loads):
+        with loaded(at, bundle) as (runner, (_, args, kwargs)):
+            result = first_tensor(runner(*args, **kwargs)).clone()
+        results = results or [result]
+        found.expect(torch.equal(result, results[0]), f"load {number} gave other bits than the first")
+        if number in (loads // 2 - 1, loads - 1):
+            marks["loads"].append(memory())
+    with loaded(at, bundle, cuda_graph=at.device.type == "cuda") as (runner, (_, args, kwargs)):
+        for number in range(calls):
+            result = first_tensor(runner(*args, **kwargs))
+            if number % 50 == 0:
+                found.expect(torch.equal(result, results[0]), f"call {number} gave other bits than the first load")
+            if number in (calls // 2 - 1, calls - 1):
+                marks["calls"].append(memory())
+    told = []
+    for what, (half, whole) in marks.items():
+        host, gpu = whole[0] - half[0], whole[1] - half[1]
+        told.append(f"{what} {host / 2**20:+.2f} MiB of the host, {gpu / 2**20:+.2f} of the GPU")
+        found.expect(host <= GROWTH * 4 and gpu <= GROWTH, f"memory grew in the second half: {told[-1]}")
+    found.message = "in the second half: " + "; ".join(told)
+    return found
