@@ -50,6 +50,8 @@ def export(**changes: Any) -> None:
         "placement": "auto",
         "choices": None,
         "dense": None,
+        "weight_streaming": False,
+        "strip_weights": False,
         "dump": None,
         "progress": print,
     }
@@ -101,6 +103,8 @@ def export(**changes: Any) -> None:
         (export, "placement", "splti", "'auto' or 'engine' or 'split'"),
         (export, "choices", {}, "tune=True"),
         (export, "dense", {}, "the dense model"),
+        (export, "weight_streaming", 1, "True or False"),
+        (export, "strip_weights", 1, "True or False"),
         (export, "dump", 3, "a folder"),
         (export, "progress", None, "a function"),
     ],

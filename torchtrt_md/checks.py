@@ -110,6 +110,8 @@ def check_export(
     placement: object,
     choices: object,
     dense: object,
+    weight_streaming: object,
+    strip_weights: object,
     dump: object,
     progress: object,
 ) -> None:
@@ -129,6 +131,8 @@ def check_export(
         check_type("choices", choices, Choices, "the choices of a runner that md.compile(..., tune=True) made")
     if dense is not None:
         check_type("dense", dense, nn.Module, "the dense model, as it was before parallelize_module")
+    check_choice("weight_streaming", weight_streaming, (True, False))
+    check_choice("strip_weights", strip_weights, (True, False))
     if dump is not None:
         check_folder("dump", dump)
     if not callable(progress):

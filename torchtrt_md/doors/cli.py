@@ -16,7 +16,7 @@ from rich.table import Table
 # What imports PyTorch, which takes seconds, is imported behind the first line of output.
 import torchtrt_md
 from torchtrt_md.checks import PLACEMENTS, check_choice
-from torchtrt_md.errors import MDError, PlanError
+from torchtrt_md.errors import LaunchError, MDError, PlanError
 from torchtrt_md.mesh import Mesh
 from torchtrt_md.parallel import ContextParallel, Parallel, TensorParallel
 
@@ -58,6 +58,12 @@ def export(
         str, typer.Option(help="GPU to build for: sm80, sm86, sm89, sm120, portable, current")
     ] = "portable",
     verify: Annotated[bool, typer.Option(help="prove the program against the dense model first")] = True,
+    weight_streaming: Annotated[
+        bool, typer.Option("--weight-streaming", help="engines whose weights can stay in host memory")
+    ] = False,
+    strip_weights: Annotated[
+        bool, typer.Option("--strip-weights", help="leave the weights out; they are given when it is run")
+    ] = False,
     dry_run: Annotated[bool, typer.Option("--dry-run", help="stop once the program is proven; build nothing")] = False,
     dump: Annotated[Path | None, typer.Option(help="folder for the graphs before and after each pass")] = None,
     seed: Annotated[int, typer.Option(help="PyTorch's seed when the file is run")] = 0,
@@ -95,7 +101,16 @@ def export(
         if out is None or dry_run:
             proven = prove(*call, stages=Stages(progress), dump=dump, **how)
         else:
-            exported = run(*call, out=out, target=target, progress=progress, dump=dump, **how)
+            exported = run(
+                *call,
+                out=out,
+                target=target,
+                weight_streaming=weight_streaming,
+                strip_weights=strip_weights,
+                progress=progress,
+                dump=dump,
+                **how,
+            )
     if out is None or dry_run:
         from torchtrt_md.lowering.schedule import schedule
 
@@ -113,6 +128,10 @@ def export(
 def inspect(
     bundle: Annotated[Path, typer.Argument(help="the bundle, a folder")],
     as_json: Annotated[bool, typer.Option("--json", help="the manifest as JSON")] = False,
+    layers: Annotated[
+        bool, typer.Option("--layers", help="the layers of a rank's engines, as TensorRT tells them; needs a GPU")
+    ] = False,
+    rank: Annotated[int, typer.Option(min=0, help="whose engines --layers shows")] = 0,
 ) -> None:
     """What a bundle is: its mesh, inputs, segments, engines, collectives and versions.  Needs no GPU."""
     from torchtrt_md.bundle.manifest import encode
@@ -122,7 +141,28 @@ def inspect(
     if as_json:
         print(encode(manifest).decode(), end="")
         return
+    if layers:
+        _print_layers(bundle, manifest, rank)
+        return
     _print_bundle(bundle, manifest)
+
+
+def _print_layers(folder: Path, manifest: Manifest, rank: int) -> None:
+    from torchtrt_md.bundle import check_files, check_versions
+    from torchtrt_md.runtime.inspect import layers_of
+
+    if rank >= len(manifest.ranks):
+        raise LaunchError(f"the bundle has {len(manifest.ranks)} ranks, and no rank {rank}", fix="give one of them")
+    segments = {s.file: s for s in manifest.ranks[rank] if s.runs == "engine"}
+    if not segments:
+        raise LaunchError(f"rank {rank} of this bundle has no engine", fix="leave --layers out")
+    check_versions(manifest)
+    check_files(folder, manifest, segments)
+    for file, segment in segments.items():
+        lines = layers_of(folder / file, manifest.target)
+        console.print(f"[bold]{segment.name or file}[/]: {len(lines)} layers")
+        for line in lines:
+            console.print(f"  {line}", markup=False)
 
 
 def _print_bundle(folder: Path, manifest: Manifest) -> None:
@@ -150,6 +190,10 @@ def _print_bundle(folder: Path, manifest: Manifest) -> None:
         )
     console.print(table)
     _print_collectives(c for segment in manifest.ranks[0] for c in segment.collectives)
+    if manifest.given:
+        console.print(f"{len(manifest.given)} weights are not in it, and are given when it is loaded")
+    for test in manifest.self_tests:
+        console.print(f"run first: {test.name}")
     for decision in manifest.decisions:
         console.print(f"{decision.what}: {decision.chosen}, {decision.why}")
 
@@ -158,10 +202,14 @@ def _write_report(exported: Exported, path: Path) -> None:
     import msgspec
 
     measured = exported.report
+    segments = [segment for segments in exported.manifest.ranks for segment in segments]
+    engines = list(dict.fromkeys(segment.file for segment in segments if segment.runs == "engine"))
     content = {
         "seconds": exported.seconds,
         "engine_seconds": [engine.seconds for engine in exported.engines],
-        "engine_bytes": [(exported.folder / name).stat().st_size for name in exported.manifest.files],
+        "engine_bytes": [
+            (exported.folder / name).stat().st_size for name in exported.manifest.files if name in engines
+        ],
         "versions": exported.manifest.versions,
         "target": exported.manifest.target,
         "error": measured and measured.error,

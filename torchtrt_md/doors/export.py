@@ -5,7 +5,7 @@ from __future__ import annotations
 import hashlib
 import tempfile
 import time
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -21,13 +21,13 @@ from torchtrt_md.bundle.weights import save_weights
 from torchtrt_md.capture import capture
 from torchtrt_md.checks import check_export
 from torchtrt_md.choices import Choices
-from torchtrt_md.errors import BundleError
+from torchtrt_md.errors import BuildError, BundleError
 from torchtrt_md.graph.json import graph_to_json
 from torchtrt_md.mesh import Mesh
 from torchtrt_md.options import Options
 from torchtrt_md.parallel import Parallel
 from torchtrt_md.place import Kept
-from torchtrt_md.program import ShardedProgram
+from torchtrt_md.program import ShardedProgram, Weight
 from torchtrt_md.road import Built, Road
 from torchtrt_md.runtime.weights import ModelWeights
 from torchtrt_md.segment import Part, Segment
@@ -73,6 +73,8 @@ def export(
     compute: Literal["tensorrt", "inductor"] = "tensorrt",
     choices: Choices | None = None,
     dense: nn.Module | None = None,
+    weight_streaming: bool = False,
+    strip_weights: bool = False,
     dump: Path | None = None,
     progress: Progress = lambda stage, detail, seconds: None,
 ) -> Exported:
@@ -90,6 +92,10 @@ def export(
         choices: what ``md.compile(..., tune=True)`` found: its ``runner.choices``.  It goes before ``placement``.
         dense: the dense model, where ``model`` is one that ``parallelize_module`` has sharded already: it has the
             weights of all ranks, and is what the program is compared with.
+        weight_streaming: build engines whose weights can stay in host memory: ``md.load(..., weight_budget=bytes)``.
+            For programs that are one engine.
+        strip_weights: leave the model's weights out of the bundle: ``md.load(..., weights=checkpoint)`` is given them.
+            Engines take them as inputs.  What is not in ``state_dict()``, such as a table that the model made, stays.
         dump: a folder for the graphs before and after each lowering pass.
         progress: called with (stage, detail, None) when a stage begins or goes on, and with its seconds at its end.
 
@@ -108,6 +114,8 @@ def export(
         placement=placement,
         choices=choices,
         dense=dense,
+        weight_streaming=weight_streaming,
+        strip_weights=strip_weights,
         dump=dump,
         progress=progress,
     )
@@ -117,19 +125,25 @@ def export(
         from torchtrt_md.build.flavour import flavour
 
         flavour().check_target(target)
+    elif weight_streaming:
+        raise BuildError("weight_streaming is TensorRT's, and compute is 'inductor'", fix="leave one of them out")
+    if weight_streaming and strip_weights:
+        raise BuildError("weights that are not in an engine cannot be streamed by it", fix="leave one of them out")
     stages = Stages(progress)
     with _workspace(out) as folder:
         options = Options(mesh=mesh, parallel=parallel, placement=placement, compute=compute, target=target)
         proven = _prove(model, args, kwargs, options, check, choices, dense, dump, stages)
         road, lowered, chosen = proven.road, proven.lowered, proven.choices
         road.inside, road.progress = folder, stages.say
+        road.streaming, road.strip = weight_streaming, strip_weights
         with stages("build") as say:
             built = road.build(lowered, chosen)
-            ranks, files = _segments(built, folder)
+            ranks, tests, files = _segments(built, folder)
             say(f"{_told(built)}, {target}")
         with stages("bundle") as say:
-            held = _weights(built, folder, files)
-            described = manifest_of(lowered, ranks, chosen, target=target, weights=held)
+            given = _given(built, dense or model) if strip_weights else set()
+            held = _weights(built, folder, files, given)
+            described = manifest_of(lowered, ranks, chosen, target=target, weights=held, self_tests=tests, given=given)
             written = write_bundle(out, described, files)
             say(f"{_count(len(written.files) + 1, 'file')} in {out}")
     return Exported(out, lowered, proven.report, built.engines, written, stages.seconds, built.placed.kept)
@@ -237,8 +251,8 @@ class Stages:
         self.progress(self._name, text, None)
 
 
-def _segments(built: Built, folder: Path) -> tuple[list[list[Segment]], dict[str, Path]]:
-    """For each rank its segments, and the files that they name."""
+def _segments(built: Built, folder: Path) -> tuple[list[list[Segment]], list[Segment], dict[str, Path]]:
+    """For each rank its segments, the self-tests, and the files that they name."""
     files: dict[str, Path] = {}
     made: dict[int, Path] = {}
 
@@ -248,17 +262,31 @@ def _segments(built: Built, folder: Path) -> tuple[list[list[Segment]], dict[str
         files[made[id(part)].name] = made[id(part)]
         return made[id(part)].name
 
-    ranks = [[msgspec.structs.replace(p.segment, file=file_of(p)) for p in parts] for parts in built.parts]
-    return ranks, files
+    def named(parts: Sequence[Part]) -> list[Segment]:
+        return [msgspec.structs.replace(part.segment, file=file_of(part)) for part in parts]
+
+    return [named(parts) for parts in built.parts], named(built.self_tests), files
 
 
-def _weights(built: Built, folder: Path, files: dict[str, Path]) -> list[str | None]:
-    """For each rank the file of its weights, written once for equal ones; added to ``files``."""
+def _given(built: Built, model: nn.Module) -> set[str]:
+    """The weights that segments read and that the model's own checkpoint has."""
+    saved = set(model.state_dict())
+    read = {w for parts in built.parts for part in parts for w in part.segment.weights}
+    sources = [s for s in built.placed.program.sources.values() if isinstance(s, Weight) and s.name in read]
+    return {s.name for s in sources if all(leaf.name in saved for leaf in s.parts or (s,))}
+
+
+def _weights(built: Built, folder: Path, files: dict[str, Path], given: Collection[str]) -> list[str | None]:
+    """For each rank the file of its weights but those that are given at load, written once for equal ones.
+
+    They are added to ``files``.
+    """
     program = built.placed.program
     held: list[str | None] = [None] * program.mesh.size
     classes = [equal for _, ranks in built.placed.distinct() for equal in program.equal_ranks(ranks)]
     for members in classes:
-        names = list(dict.fromkeys(w for part in built.parts[members[0]] for w in part.segment.weights))
+        read = dict.fromkeys(w for part in built.parts[members[0]] for w in part.segment.weights)
+        names = [name for name in read if name not in given]
         if names:
             file = folder / f"weights{members[0]}.safetensors"
             weights = ModelWeights(program, members[0])

@@ -34,12 +34,14 @@ class Launch:
         device: this rank's GPU, or the CPU.
         watchdog: of what is enqueued on the device.
         groups: of the meshes that programs were connected on.
+        tested: the self-tests that passed, by mesh, name and target; the same on all ranks.
     """
 
     def __init__(self, agreement: Agreement, device: torch.device) -> None:
         self.agreement, self.device = agreement, device
         self.rank, self.size, self.timeout = agreement.rank, agreement.size, agreement.timeout
         self.groups: list[dist.ProcessGroup] = []
+        self.tested: set[tuple[Mesh, str, str]] = set()
         self.watchdog = Watchdog(self.timeout, rank=self.rank, abort=lambda: private.abort(self.groups, device))
 
     @classmethod

@@ -69,6 +69,8 @@ class Together(Protocol):
 
     def same(self, value: T, about: str, /) -> T: ...
 
+    def gather(self, value: T, about: str, /) -> list[T]: ...
+
 
 class Alone:
     """One process that answers to nobody, such as an export."""
@@ -80,6 +82,9 @@ class Alone:
 
     def same(self, value: T, about: str, /) -> T:
         return value
+
+    def gather(self, value: T, about: str, /) -> list[T]:
+        return [value]
 
 
 class Board:
