@@ -52,6 +52,8 @@ def export(**changes: Any) -> None:
         "dense": None,
         "coordinates_inside": False,
         "format": "bundle",
+        "weight_streaming": False,
+        "strip_weights": False,
         "dump": None,
         "progress": print,
     }
@@ -105,6 +107,8 @@ def export(**changes: Any) -> None:
         (export, "dense", {}, "the dense model"),
         (export, "coordinates_inside", 1, "True or False"),
         (export, "format", "tritn", "'bundle' or 'triton-python' or 'triton'"),
+        (export, "weight_streaming", 1, "True or False"),
+        (export, "strip_weights", 1, "True or False"),
         (export, "dump", 3, "a folder"),
         (export, "progress", None, "a function"),
     ],

@@ -113,6 +113,8 @@ def check_export(
     dense: object,
     coordinates_inside: object,
     format: object,
+    weight_streaming: object,
+    strip_weights: object,
     dump: object,
     progress: object,
 ) -> None:
@@ -134,6 +136,8 @@ def check_export(
         check_type("choices", choices, Choices, "the choices of a runner that md.compile(..., tune=True) made")
     if dense is not None:
         check_type("dense", dense, nn.Module, "the dense model, as it was before parallelize_module")
+    check_choice("weight_streaming", weight_streaming, (True, False))
+    check_choice("strip_weights", strip_weights, (True, False))
     if dump is not None:
         check_folder("dump", dump)
     if not callable(progress):

@@ -13,10 +13,10 @@ from __future__ import annotations
 import hashlib
 import logging
 import time
-from collections.abc import Callable, Collection, Mapping
-from dataclasses import dataclass
+from collections.abc import Callable, Collection, Iterable, Mapping
+from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import TYPE_CHECKING, TypeVar
+from typing import TYPE_CHECKING, Protocol, TypeVar
 
 import torch
 
@@ -29,7 +29,8 @@ from torchtrt_md.options import Options
 from torchtrt_md.place import PlacedProgram, place
 from torchtrt_md.place.choose import choose_placement
 from torchtrt_md.program import ShardedProgram
-from torchtrt_md.segment import Part, Runs
+from torchtrt_md.segment import Part, Runs, Segment
+from torchtrt_md.selftest import self_tests
 
 if TYPE_CHECKING:
     from torchtrt_md.build.cache import EngineCache
@@ -51,6 +52,7 @@ class Built:
         parts: for each rank its parts in order, with what runs them; () for ranks that were not asked for.
         engines: where whole programs became engines with their weights inside: one for each class of equal ranks.
         hits, misses: engines that were in the cache, and those that were not.
+        self_tests: what all ranks' engines ask for, the same on all ranks.
     """
 
     placed: PlacedProgram
@@ -59,6 +61,13 @@ class Built:
     engines: tuple[BuiltEngine, ...] = ()
     hits: int = 0
     misses: int = 0
+    self_tests: tuple[Part, ...] = ()
+
+
+class Turns(Protocol):
+    """Does a step on some ranks before others."""
+
+    def __call__(self, about: str, step: Callable[[], T], /) -> T: ...
 
 
 class Road:
@@ -74,6 +83,8 @@ class Road:
     Attributes:
         inside: a folder for engines: a program that is one engine becomes one that holds its weights.  None where all
             weights are to be inputs, and engines are kept in the user's cache.
+        strip: let all weights be inputs of engines, also where ``inside`` is a folder.
+        streaming: let the weights inside engines be streamed from host memory when they run.
         progress: called with a line for each engine that is begun.
     """
 
@@ -84,11 +95,12 @@ class Road:
         *,
         ranks: Collection[int],
         agreement: Together | None = None,
-        turns: Callable[[str, Callable[[], Built]], Built] | None = None,
+        turns: Turns | None = None,
     ) -> None:
         self.program, self.options, self.ranks = program, options, tuple(ranks)
         self.agreement: Together = agreement or Alone()
         self.inside: Path | None = None
+        self.streaming = self.strip = False
         self.progress: Callable[[str], None] = lambda message: None
         self._cache: EngineCache | None = None
         self._turns = turns or self.agreement.together
@@ -162,8 +174,21 @@ class Road:
         """
         start = time.perf_counter()
         built = self._turns("building", lambda: self._built(lowered, choices))
+        built = replace(built, self_tests=self._self_tests(part.segment for parts in built.parts for part in parts))
         log.info("rank %d: building took %.2f s", self.agreement.rank, time.perf_counter() - start)
         return built
+
+    def _self_tests(self, segments: Iterable[Segment]) -> tuple[Part, ...]:
+        """Those of all ranks: what one has in an engine another may have in PyTorch, where their graphs differ."""
+        mine = self_tests(segments)
+        every = {test.name: test for tests in self.agreement.gather(mine, "the self-tests") for test in tests}
+        if not every:
+            return ()
+        from torchtrt_md.build.selftest import build_self_tests
+
+        tests = [every[name] for name in sorted(every)]
+        cache, target = self.cache, self.options.target
+        return tuple(self._turns("building the self-tests", lambda: build_self_tests(tests, target, cache)))
 
     def _stage(self, about: str, step: Callable[[], T]) -> T:
         start = time.perf_counter()
@@ -187,8 +212,14 @@ class Road:
         for _ in range(_ATTEMPTS):
             placed = self._placed(lowered, choices, keep, boundary_dtypes(flavour()))
             try:
-                if self.inside is not None and placed.is_one_engine:
+                if self.inside is not None and not self.strip and placed.is_one_engine:
                     return self._whole(placed, choices, self.inside)
+                if self.streaming:
+                    raise BuildError(
+                        "weight_streaming is for programs that are one engine with its weights inside, and this one is"
+                        f" {len(placed.parts[0])} parts, whose weights are inputs",
+                        fix='use placement="engine" and a strategy that an engine can hold, or leave it out',
+                    )
                 return self._parts(placed, choices)
             except ConversionError as error:
                 if self.options.fullgraph or not error.node or error.node in keep:
@@ -221,7 +252,7 @@ class Road:
     def _whole(self, placed: PlacedProgram, choices: Choices, folder: Path) -> Built:
         from torchtrt_md.build.program import build_whole
 
-        engines = build_whole(placed, folder, self.options.target, self.ranks, self.progress)
+        engines = build_whole(placed, folder, self.options.target, self.ranks, self.progress, streaming=self.streaming)
         parts: list[tuple[Part, ...]] = [()] * placed.program.mesh.size
         for engine in engines:
             for rank in engine.ranks:

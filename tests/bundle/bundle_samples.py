@@ -13,6 +13,7 @@ from torchtrt_md.bundle.write import write_bundle
 from torchtrt_md.choices import Decision
 from torchtrt_md.program import Sharding, Value
 from torchtrt_md.segment import Binding, Collective, Segment, Wire
+from torchtrt_md.selftest import self_test
 
 
 def manifest(**changes: object) -> Manifest:
@@ -53,8 +54,14 @@ def manifest(**changes: object) -> Manifest:
         target="portable",
         versions=installed(),
         files={},
+        self_tests=[gather_test()],
     )
     return msgspec.structs.replace(whole, **changes)
+
+
+def gather_test() -> Segment:
+    """The self-test that the first segment asks for."""
+    return msgspec.structs.replace(self_test("all_gather", "cp", 2), file="gather test")
 
 
 def split_manifest(**changes: object) -> Manifest:
@@ -99,6 +106,7 @@ def split_manifest(**changes: object) -> Manifest:
         "placement": "split",
         "ranks": [[engine, eager, inductor], [engine, eager, inductor]],
         "weights": ["weights 0", "weights 1"],
+        "self_tests": [],
         "decisions": [Decision("block 0", "engine", "faster", {"engine": 0.5, "inductor": 0.75})],
         "tuned_on": "NVIDIA H200",
     }
@@ -131,9 +139,9 @@ def installed() -> Versions:
 
 
 def engine_files(folder: Path) -> dict[str, Path]:
-    """Two files that stand for engines: nothing in the tests of files looks inside."""
+    """Three files that stand for engines: nothing in the tests of files looks inside."""
     folder.mkdir(parents=True, exist_ok=True)
-    files = {"first": folder / "a.plan", "second": folder / "b.plan"}
+    files = {"first": folder / "a.plan", "second": folder / "b.plan", "gather test": folder / "c.plan"}
     for key, path in files.items():
         path.write_bytes(f"the {key} engine".encode() * 1000)
     return files

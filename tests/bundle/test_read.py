@@ -44,14 +44,14 @@ def test_not_a_manifest(folder: Path, text: str) -> None:
 
 def test_a_newer_schema_is_refused_by_its_number_whatever_else_it_holds(folder: Path) -> None:
     (folder / "manifest.json").write_text('{"schema": 7, "meshes": []}')
-    with pytest.raises(BundleError, match="schema 7 and this version of torchtrt_md reads schema 3"):
+    with pytest.raises(BundleError, match="schema 7 and this version of torchtrt_md reads schema 4"):
         read_manifest(folder)
 
 
-@pytest.mark.parametrize("schema", [1, 2])
+@pytest.mark.parametrize("schema", [1, 2, 3])
 def test_a_bundle_of_an_older_schema_must_be_exported_again(folder: Path, schema: int) -> None:
     edit(folder, lambda c: c.update(schema=schema))
-    message = rf"has schema {schema} and this version.* reads schema 3\n.*or export it again"
+    message = rf"has schema {schema} and this version.* reads schema 4\n.*or export it again"
     with pytest.raises(BundleError, match=message):
         read_manifest(folder)
 
@@ -106,6 +106,22 @@ EDITS: dict[str, Callable[[Any], object]] = {
     "result has a part that is not understood: {'output': 1}": lambda c: c.update(
         result={"dict": {"a": {"output": 1}}}
     ),
+    "has 0 self-tests, and its engines ask for 1; the first that differs is the self-test of all_gather": lambda c: c[
+        "self_tests"
+    ].clear(),
+    "has 2 self-tests, and its engines ask for 1": lambda c: c["self_tests"].append(c["self_tests"][0]),
+    "float32 on axis 'cp' is not of the form that schema 4 gives it": lambda c: c["self_tests"][0]["inputs"][0].update(
+        shape=[2, 16]
+    ),
+    "float32 on axis 'cp' runs 'engines/other.engine', which is not among": lambda c: c["self_tests"][0].update(
+        file="engines/other.engine"
+    ),
+    "an engine has a permute_tensor in float16, which engines do not have": lambda c: [
+        segments[0]["collectives"][0].update(op="permute_tensor") for segments in c["ranks"]
+    ],
+    "an engine has a ring_attention in float64, which engines do not have": lambda c: [
+        segments[0]["collectives"][0].update(op="ring_attention", dtype="float64") for segments in c["ranks"]
+    ],
     "result has a part that is not understood: {'set': []}": lambda c: c.update(result={"list": [{"set": []}]}),
 }
 

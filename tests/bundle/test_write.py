@@ -33,7 +33,9 @@ def test_equal_engines_become_one_file(tmp_path: Path) -> None:
     files = bundle_samples.engine_files(tmp_path / "built")
     files["second"].write_bytes(files["first"].read_bytes())
     written = write_bundle(tmp_path / "out", bundle_samples.manifest(), files)
-    assert len(written.files) == len(list((tmp_path / "out" / "engines").iterdir())) == 1
+    assert len(written.files) == len(list((tmp_path / "out" / "engines").iterdir())) == 2, (
+        "that of the self-test is one"
+    )
 
 
 def test_engine_memory_is_not_copied(tmp_path: Path) -> None:
@@ -55,8 +57,10 @@ def test_a_bundle_is_replaced_whole(tmp_path: Path) -> None:
 
 def test_engines_of_the_replaced_bundle_can_be_used_again(tmp_path: Path) -> None:
     out = bundle_samples.bundle(tmp_path / "out")
-    first, second = (segment.file for segment in read_manifest(out).ranks[0])
-    written = write_bundle(out, bundle_samples.manifest(), {"first": out / first, "second": out / second})
+    old = read_manifest(out)
+    first, second, test = (segment.file for segment in (*old.ranks[0], *old.self_tests))
+    again = {"first": out / first, "second": out / second, "gather test": out / test}
+    written = write_bundle(out, bundle_samples.manifest(), again)
     check_files(out, written)
 
 
@@ -143,7 +147,7 @@ def test_files_must_be_those_of_the_segments(tmp_path: Path) -> None:
 
 
 def test_a_missing_engine_file(tmp_path: Path) -> None:
-    files = {"first": tmp_path / "a", "second": tmp_path / "b"}
+    files = {"first": tmp_path / "a", "second": tmp_path / "b", "gather test": tmp_path / "c"}
     with pytest.raises(BundleError, match="cannot be read: No such file"):
         write_bundle(tmp_path / "out", bundle_samples.manifest(), files)
 

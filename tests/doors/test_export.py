@@ -45,11 +45,16 @@ def test_the_command_line_exports_flux_as_one_engine_for_all_ranks(tmp_path: Pat
         assert stage in done.stdout
     manifest = read_manifest(out)
     assert manifest.mesh == {"cp": 4}
-    assert len(manifest.files) == 1
+    engines = {segment.file for segments in manifest.ranks for segment in segments}
+    assert len(engines) == 1
+    tests = [test.collectives[0].op for test in manifest.self_tests]
+    assert tests == ["all_gather", "all_to_all"]
+    assert len(manifest.files) == len(engines) + len(tests)
     assert [len(segments) for segments in manifest.ranks] == [1, 1, 1, 1]
     for path, digest in manifest.files.items():
         assert hashlib.sha256((out / path).read_bytes()).hexdigest() == digest
     measured = json.loads(report.read_text())
+    assert measured["engine_bytes"] == [(out / path).stat().st_size for path in engines]
     assert measured["structure_error"] <= 1e-5
     assert measured["error"] <= 1.5 * measured["dense_error"]
     assert any((tmp_path / "dump").glob("*ulysses.after.txt"))

@@ -36,21 +36,29 @@ class Bundle:
     strategy: str
     placement: str = "split"
     compute: str = "tensorrt"
+    streaming: bool = False
+    strip: bool = False
 
     @property
     def name(self) -> str:
-        return f"{self.model}-{self.strategy}-{self.placement}-{self.compute}"
+        more = ("-streamed" if self.streaming else "") + ("-stripped" if self.strip else "")
+        return f"{self.model}-{self.strategy}-{self.placement}-{self.compute}{more}"
 
 
 BUNDLES = [
     Bundle("flux", "ulysses", "engine"),
     Bundle("flux", "ulysses"),
     Bundle("flux", "allgather_kv", "engine"),
+    Bundle("flux", "ulysses", "engine", streaming=True),
+    Bundle("llama", "tp", "engine", strip=True),
     Bundle("llama", "tp", "engine"),
     Bundle("decoder", "ring"),
     Bundle("decoder", "ring", compute="inductor"),
 ]
-CPU_BUNDLES = [Bundle("product", "tp", compute="inductor")]
+CPU_BUNDLES = [
+    Bundle("product", "tp", compute="inductor"),
+    Bundle("product", "tp", compute="inductor", strip=True),
+]
 LARGER = "larger"  # a bundle for twice as many ranks
 
 
@@ -73,6 +81,8 @@ def export_all(wanted: Sequence[tuple[Bundle, str, int]], folder: Path) -> None:
                 **parallel(bundle.model, bundle.strategy, size),
                 placement=bundle.placement,  # type: ignore[arg-type]
                 compute=bundle.compute,  # type: ignore[arg-type]
+                weight_streaming=bundle.streaming,
+                strip_weights=bundle.strip,
                 out=folder / f"{name}.mdtrt",
                 check=False,
             )
@@ -90,9 +100,11 @@ def bundle_of(at: Rank, name: str) -> Path:
 @contextmanager
 def loaded(at: Rank, bundle: Bundle, **options: Any) -> Iterator[tuple[md.Runner, Call]]:
     """The runner of a bundle, and the dense model with its arguments."""
-    runner = md.load(bundle_of(at, bundle.name), **{"timeout": TIMEOUT, **options})
+    model = at.model(bundle.model)
+    weights = model[0].state_dict() if bundle.strip else None
+    runner = md.load(bundle_of(at, bundle.name), **{"timeout": TIMEOUT, "weights": weights, **options})
     try:
-        yield runner, at.model(bundle.model)
+        yield runner, model
     finally:
         runner.close()
 
@@ -132,7 +144,7 @@ def by_module(at: Rank) -> Found:
     bundle, report = bundle_of(at, BUNDLES[0].name), at.work / "run.json"  # of the example that it is compared with
     command = ["timeout", "--kill-after=5", "100", sys.executable, "-m", "torch.distributed.run", "--standalone"]
     command += [f"--nproc_per_node={at.size}", "-m", "torchtrt_md.run", str(bundle), "--report", str(report)]
-    command += ["--verify", example("flux"), "--iterations", "20", "--timeout", "60", "--cuda-graph"]
+    command += ["--verify", example("flux"), "--iterations", "20", "--timeout", "60", "--cuda-graph", "--timing"]
     launched = ("RANK", "LOCAL_RANK", "WORLD_SIZE", "LOCAL_WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT")
     env = {name: value for name, value in os.environ.items() if name not in launched}
     done = subprocess.run(command, env=env, cwd=ROOT, capture_output=True, text=True, check=False)
@@ -142,6 +154,7 @@ def by_module(at: Rank) -> Found:
         found.error = max(error for rank in told["ranks"] for error in rank["errors"].values())
         found.dense_error = max(told["dense_errors"].values())
         found.message = f"{told['median_ms']:.2f} ms a call, median of {told['iterations']}"
+        found.expect(all(rank["steps"] for rank in told["ranks"]), "its report has no times of steps")
         found.expect(told["passed"] and len(told["ranks"]) == at.size, "its report says that it failed")
     return found
 

@@ -24,9 +24,10 @@ from gpu.bundles import (
     wrong_input,
 )
 from gpu.case import Case, Found, Rank
-from gpu.checks import CALLS, graphs, many_calls, ring_self_test, vote_cost, weights_once
+from gpu.checks import CALLS, graphs, many_calls, ring_self_test, self_tests, vote_cost, weights_once
 from gpu.doors import CPU_DOORS, DOORS, one_by_one, ranks_differ, through, two_models
 from gpu.networks import make
+from gpu.offers import engine_layers, kept_kernels, step_times, streamed_weights
 from torchtrt_md.launch.watchdog import EXIT_CODE
 
 __all__ = ["cases", "export", "make"]
@@ -42,6 +43,7 @@ OTHERS: list[tuple[str, Callable[[Rank], Found]]] = [
     ("md.compile: the cost of a vote", vote_cost),
     (f"md.compile: {CALLS} calls", many_calls),
     ("CUDA graphs: replays, budget, failures", graphs),
+    ("self-tests: every op", self_tests),
     ("ring inside an engine: the self-test", ring_self_test),
 ]
 
@@ -57,7 +59,15 @@ def cases(device: str) -> list[Case]:
         words = ("all_to_all", "axis 'cp'")
         found.append(Case("rank 1: alone in a collective", hang, ends={1: EXIT_CODE}, says=words))
     found += [Case(f"bundle: {b.name}", functools.partial(from_bundle, b), "bundles") for b in bundles]
+    found.append(Case("bundle: the times of its steps", functools.partial(step_times, bundles[0]), "bundles"))
     if gpu:
+        split = next(b for b in bundles if b.placement == "split" and b.compute == "tensorrt")
+        found += [
+            Case("bundle: the times of its steps, split", functools.partial(step_times, split), "bundles"),
+            Case("bundle: weights that are streamed", streamed_weights, "bundles"),
+            Case("bundle: kernels that are kept", kept_kernels, "bundles"),
+            Case("bundle: layers of an engine", engine_layers, "bundles"),
+        ]
         found.append(Case("bundle: python -m torchtrt_md.run", by_module, "bundles", 120))
         found.append(Case("rank 1: a skipped call", functools.partial(skipped_call, bundles[0]), "bundles"))
     found += [

@@ -128,21 +128,46 @@ def graphs(at: Rank) -> Found:
     return found
 
 
+def _self_test(at: Rank, op: str, dtype: torch.dtype, target: str) -> None:
+    """Build one self-test and run it as a launch does."""
+    from torchtrt_md.build.cache import EngineCache
+    from torchtrt_md.build.selftest import build_self_tests
+    from torchtrt_md.launch import Launch
+    from torchtrt_md.runtime.bring_up import check_communication
+    from torchtrt_md.selftest import self_test
+
+    mesh, launch = md.Mesh(cp=at.size), Launch.join(TIMEOUT, device=at.device)
+    groups = launch.connect(mesh)
+    cache = EngineCache(at.work / f"self-tests {at.rank}")
+    tests = launch.together(
+        "building a self-test", lambda: build_self_tests([self_test(op, "cp", at.size, dtype)], target, cache)
+    )
+    check_communication(launch, mesh, groups, tests, target)
+
+
+def self_tests(at: Rank) -> Found:
+    """The self-test of each op gives what every rank must get."""
+    from torchtrt_md.selftest import OPS, RING
+
+    begin = time.perf_counter()
+    for op in OPS:
+        if op != RING:
+            _self_test(at, op, torch.float32, "portable")
+    return Found(message=f"{len(OPS) - 1} ops, built, loaded and run in {time.perf_counter() - begin:.2f} s")
+
+
 def ring_self_test(at: Rank) -> Found:
     """The self-test of rings inside engines refuses GPUs without kernels for them, once the gate on them is opened."""
     from torchtrt_md.build import flavour
-    from torchtrt_md.launch import Launch
-    from torchtrt_md.runtime.selftest import check_ring
+    from torchtrt_md.selftest import RING
 
-    launch = Launch.join(TIMEOUT, device=at.device)
-    group = launch.connect(md.Mesh(cp=at.size))["cp"]
-    sizes = ("cp", at.size, torch.bfloat16, 128, 8, 8, 256)
     if torch.cuda.get_device_capability() >= (10, 0):
-        return Found(message=f"error {check_ring(*sizes, group=group, launch=launch):.3g}")
+        _self_test(at, RING, torch.bfloat16, "current")
+        return Found(message="the ring gives what it must")
     gate, found = flavour._RING_CAPABILITY, Found()
     flavour._RING_CAPABILITY = (8, 0)
     try:
-        found.must_refuse(LaunchError, lambda: check_ring(*sizes, group=group, launch=launch, target="sm80"), "ring")
+        found.must_refuse(LaunchError, lambda: _self_test(at, RING, torch.bfloat16, "sm80"), "ring")
     finally:
         flavour._RING_CAPABILITY = gate
     return found

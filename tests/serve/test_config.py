@@ -19,6 +19,7 @@ from torchtrt_md.bundle.manifest import Manifest, Versions
 from torchtrt_md.errors import BundleError, OptionError
 from torchtrt_md.program import Sharding, Value
 from torchtrt_md.segment import Binding, Collective, Segment, Wire
+from torchtrt_md.selftest import self_test
 from torchtrt_md.serve.config import TYPES, check_tensorrt, python_config, tensorrt_config
 
 TENSORRT = Versions("0.1.0", "2.14.0", "TensorRT", "11.1.0.106")
@@ -52,6 +53,7 @@ def one_engine(**changes: Any) -> Manifest:
         "outputs": [Value("output0", (4, 8), torch.float32)],
         "ranks": ranks,
         "versions": TENSORRT,
+        "self_tests": [msgspec.structs.replace(self_test("all_reduce", "tp", 2), file="self-test")],
     }
     return bundle_samples.manifest(**one | changes)
 
@@ -104,6 +106,11 @@ def test_any_name_arrives_as_it_is(name: str) -> None:
 def test_what_triton_cannot_pass_is_refused(value: Value, message: str) -> None:
     with pytest.raises(BundleError, match=message):
         python_config(bundle_samples.manifest(outputs=[value]))
+
+
+def test_a_bundle_without_its_weights_is_refused() -> None:
+    with pytest.raises(BundleError, match=r"without its weights \(w is one\)"):
+        python_config(bundle_samples.manifest(given=[Value("w", (4, 8), torch.bfloat16)]))
 
 
 def test_the_tensorrt_backend_reads_the_parameters_of_its_documentation() -> None:
@@ -192,7 +199,7 @@ def test_what_the_tensorrt_backend_would_not_run_or_run_wrong_is_refused(
 
 def test_a_tensorrt_bundle_becomes_the_files_that_the_backend_looks_for(tmp_path: Path) -> None:
     bundle = tmp_path / "bundle"
-    files = {f"rank{rank}": tmp_path / f"rank{rank}" for rank in range(2)}
+    files = {name: tmp_path / name for name in ("rank0", "rank1", "self-test")}
     for name, path in files.items():
         path.write_bytes(f"the engine of {name}".encode())
     write_bundle(bundle, one_engine(), files)

@@ -22,9 +22,12 @@ from torchtrt_md.build.torch_trt import load, without_gpu
 from torchtrt_md.errors import BuildError, ConversionError
 from torchtrt_md.graph.source import source_line
 from torchtrt_md.segment import Collective, Segment
+from torchtrt_md.selftest import RING
 
 
-def build_engine(graph: GraphModule, segment: Segment, file: Path, target: str, *, what: str) -> tuple[int, float]:
+def build_engine(
+    graph: GraphModule, segment: Segment, file: Path, target: str, *, what: str, streaming: bool = False
+) -> tuple[int, float]:
     """Build one decomposed graph into an engine file; the number of its layers, and the seconds it took.
 
     Args:
@@ -33,6 +36,7 @@ def build_engine(graph: GraphModule, segment: Segment, file: Path, target: str, 
             the same.
         target: as for :func:`torchtrt_md.build`.
         what: whose engine this is, for messages.
+        streaming: let its weights be streamed from host memory when it runs, as far as the one who loads it asks.
 
     Raises:
         ConversionError: naming the node of the lowered graph that cannot be converted.
@@ -41,7 +45,7 @@ def build_engine(graph: GraphModule, segment: Segment, file: Path, target: str, 
     start = time.perf_counter()
     converters.register()
     f = flavour()
-    if any(c.op == layers.RING for c in segment.collectives):
+    if any(c.op == RING for c in segment.collectives):
         f.check_ring(target)
     for node in without_converter(graph):
         raise ConversionError(
@@ -58,8 +62,10 @@ def build_engine(graph: GraphModule, segment: Segment, file: Path, target: str, 
     _check_collectives(network, segment.collectives)
     config = probes.builder_config(f, interpreter.builder)
     f.set_target(config, target)
+    if streaming:
+        config.set_flag(f.trt.BuilderFlag.WEIGHT_STREAMING)
     file.parent.mkdir(parents=True, exist_ok=True)
-    if not _write_engine(f, interpreter.builder, network, config, file):
+    if not write_engine(f, interpreter.builder, network, config, file):
         raise BuildError(
             f"{f.name} {f.version} could not build the engine of {what} for target {target!r}",
             fix="its log above says why; lower(program, dump=...) writes the graph that was converted",
@@ -67,7 +73,7 @@ def build_engine(graph: GraphModule, segment: Segment, file: Path, target: str, 
     return network.num_layers, time.perf_counter() - start
 
 
-def _write_engine(f: Flavour, builder: Any, network: Any, config: Any, file: Path) -> bool:
+def write_engine(f: Flavour, builder: Any, network: Any, config: Any, file: Path) -> bool:
     """Build into the file; as a stream where that is possible, so that the whole engine is never in memory."""
     with file.open("wb") as stream:
         if hasattr(builder, "build_serialized_network_to_stream"):

@@ -13,6 +13,7 @@ import numpy as np
 
 from torchtrt_md.build.flavour import Flavour
 from torchtrt_md.errors import BuildError
+from torchtrt_md.selftest import RING
 
 # Op of the IR -> CollectiveOperation.
 OPERATIONS = {
@@ -25,8 +26,6 @@ OPERATIONS = {
     "gather": "GATHER",
     "scatter": "SCATTER",
 }
-# An attention that communicates, as the collective schedule names it.
-RING = "ring_attention"
 _REDUCE_OPS = {"sum": "SUM", "product": "PROD", "max": "MAX", "min": "MIN", "avg": "AVG"}
 NO_ROOT = -1
 
@@ -76,7 +75,7 @@ def add_attention(
 
     With ``ranks`` > 1 it is TensorRT's multi-device attention: k and v are this rank's parts of the sequence, and the
     queries attend to those of all ranks, which pass around in a ring (https://arxiv.org/abs/2310.01889).  Ask
-    :meth:`Flavour.check_ring` first, and :mod:`torchtrt_md.runtime.selftest` where it runs.
+    :meth:`Flavour.check_ring` first, and :mod:`torchtrt_md.selftest` where it runs.
 
     Raises:
         BuildError: TensorRT does not take these shapes.

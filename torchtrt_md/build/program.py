@@ -31,7 +31,13 @@ def build_program(
 
 
 def build_whole(
-    placed: PlacedProgram, folder: Path, target: str, ranks: Collection[int], progress: Callable[[str], None]
+    placed: PlacedProgram,
+    folder: Path,
+    target: str,
+    ranks: Collection[int],
+    progress: Callable[[str], None],
+    *,
+    streaming: bool = False,
 ) -> list[BuiltEngine]:
     """Build the one part of each rank with its weights inside.  One class's weights are in memory at a time.
 
@@ -39,6 +45,7 @@ def build_whole(
         placed: of which each rank's graph is one part, an engine.
         folder: for the engine files.
         ranks: whose engines are wanted.
+        streaming: let their weights be streamed from host memory when they run.
 
     Raises:
         ConversionError: naming the node of the lowered graph that cannot be converted.
@@ -65,7 +72,9 @@ def build_whole(
             progress(f"{what}: {ops} ops")
             held = {node: program.weights.local(sources[w], program.mesh, equal[0]) for node, w in weights.items()}
             file = folder / f"rank{equal[0]}.engine"
-            layers, seconds = build_engine(bind_weights(decomposed, held), segment, file, target, what=what)
+            layers, seconds = build_engine(
+                bind_weights(decomposed, held), segment, file, target, what=what, streaming=streaming
+            )
             engines.append(BuiltEngine(equal, file, segment, target, layers, seconds))
             del held
             _release_memory()

@@ -62,6 +62,7 @@ def load() -> SimpleNamespace:
             from torch_tensorrt.dynamo.conversion.converter_utils import get_trt_tensor
             from torch_tensorrt.dynamo.lowering import get_decompositions, post_lowering
             from torch_tensorrt.dynamo.lowering.passes import constant_folding
+            from torch_tensorrt.logging import TRT_LOGGER
     finally:
         logging.disable(previous)
     constant_folding._TorchTensorRTConstantFolder = _without_collectives(constant_folding._TorchTensorRTConstantFolder)
@@ -75,6 +76,7 @@ def load() -> SimpleNamespace:
         get_trt_tensor=get_trt_tensor,
         get_decompositions=get_decompositions,
         post_lowering=post_lowering,
+        logger=TRT_LOGGER,  # TensorRT takes one in a process, and complains of others
     )
 
 

@@ -7,6 +7,7 @@ structure   what makes a manifest consistent; writing and reading ask it
 rendezvous  whether the ranks meet at their collectives
 limits      how large anything in a bundle may be
 weights     a rank's weights <-> safetensors
+given       a rank's part of weights that the bundle does not have, from the model's own checkpoint
 """
 
 from torchtrt_md.bundle.manifest import Manifest

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from typing import Any
 
 import torch
@@ -12,7 +12,7 @@ import torchtrt_md
 from torchtrt_md.bundle import manifest
 from torchtrt_md.choices import Choices
 from torchtrt_md.errors import BundleError
-from torchtrt_md.program import Output, ShardedProgram
+from torchtrt_md.program import Output, ShardedProgram, Value, Weight
 from torchtrt_md.segment import Segment
 
 
@@ -23,8 +23,13 @@ def manifest_of(
     *,
     target: str,
     weights: Sequence[str | None] | None = None,
+    self_tests: Sequence[Segment] = (),
+    given: Collection[str] = (),
 ) -> manifest.Manifest:
     """The manifest of a program whose ranks have these segments; its files' hashes are not in it yet.
+
+    Args:
+        given: the weights that segments read and that are not in the bundle.
 
     Raises:
         BundleError: the model returns what a bundle cannot name.
@@ -46,7 +51,20 @@ def manifest_of(
         target=target,
         versions=_versions(any(segment.runs == "engine" for segments in ranks for segment in segments)),
         files={},
+        self_tests=list(self_tests),
+        given=_given(program, given),
+        joined={s.name: [part.name for part in s.parts] for s in _weights(program) if s.parts and s.name in given},
     )
+
+
+def _weights(program: ShardedProgram) -> list[Weight]:
+    return [source for source in program.sources.values() if isinstance(source, Weight)]
+
+
+def _given(program: ShardedProgram, names: Collection[str]) -> list[Value]:
+    """The whole weights that these are, or are joined of, each once."""
+    leaves = [leaf for s in _weights(program) if s.name in names for leaf in (s.parts or (s,))]
+    return list({w.name: Value(w.name, w.shape, w.dtype, w.shardings) for w in leaves}.values())
 
 
 def _versions(engines: bool) -> manifest.Versions:

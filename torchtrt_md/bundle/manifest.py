@@ -14,7 +14,7 @@ from torchtrt_md.choices import Decision
 from torchtrt_md.program import Value, dtype_name
 from torchtrt_md.segment import Segment
 
-SCHEMA = 3
+SCHEMA = 4
 MANIFEST = "manifest.json"
 
 
@@ -38,8 +38,11 @@ class Manifest(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     ``mask.0``.  ``positional`` names the arguments that may be passed by position, in order; one of them may be
     nested, and then names no input itself, or be built in.  ``result`` nests the outputs as the model returns
     them: ``{"output": i}``, ``{"constant": x}``, ``{"tuple": [...]}``, ``{"list": [...]}`` or ``{"dict": {...}}``.
-    ``files`` gives the sha256 of every other file of the bundle.  ``decisions`` is what was chosen and why;
-    ``tuned_on`` the name of the GPU whose times decided, "" where none did.
+    ``files`` gives the sha256 of every other file of the bundle.  ``self_tests`` are engines of one collective each, in
+    the order in which all ranks run them first (:mod:`torchtrt_md.selftest`).  ``given`` are the weights
+    that the bundle does not have, whole, with how each rank's part is cut; ``joined`` weights are several of these,
+    each as the rank holds it, one after the other on dim 0.  ``decisions`` is what was chosen and why; ``tuned_on`` the
+    name of the GPU whose times decided, "" where none did.
     """
 
     schema: int
@@ -55,6 +58,9 @@ class Manifest(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     target: str
     versions: Versions
     files: dict[str, str]
+    self_tests: list[Segment] = []
+    given: list[Value] = []
+    joined: dict[str, list[str]] = {}
     transport: str = "nccl"
     decisions: list[Decision] = []
     tuned_on: str = ""

@@ -92,9 +92,9 @@ def read_unchanged(folder: Path | str, check: Callable[[Manifest], None]) -> tup
 
 
 def rank_files(manifest: Manifest, rank: int) -> list[str]:
-    """The files of the bundle that a rank needs: what its segments run, and its weights."""
+    """The files of the bundle that a rank needs: what its segments and the self-tests run, and its weights."""
     weights = manifest.weights[rank]
-    files = [segment.file for segment in manifest.ranks[rank]]
+    files = [segment.file for segment in (*manifest.ranks[rank], *manifest.self_tests)]
     return list(dict.fromkeys(files if weights is None else [*files, weights]))
 
 

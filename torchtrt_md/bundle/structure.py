@@ -12,8 +12,10 @@ import math
 import re
 import reprlib
 from collections.abc import Iterable, Sequence
+from itertools import zip_longest
 from typing import Any, NamedTuple, TypeAlias, get_args
 
+import msgspec
 import torch
 
 from torchtrt_md.bundle.files import check_path
@@ -27,6 +29,7 @@ from torchtrt_md.options import CHOICES
 from torchtrt_md.parallel import Placement
 from torchtrt_md.program import Value, dtype_name
 from torchtrt_md.segment import Binding, Collective, Segment, Wire
+from torchtrt_md.selftest import OPS, RING, RING_DTYPES, self_tests
 
 _REBUILD = "export the bundle again; do not edit manifest.json by hand"
 # What a schedule names: the ops of the IR that communicate, and a ring that is one op of an engine.
@@ -41,6 +44,7 @@ class _Wires(NamedTuple):
 
     given: dict[Wire, Known]
     outputs: dict[Wire, Known]
+    weights: dict[Wire, Known]  # those that are given at load
 
 
 def mesh_of(manifest: Manifest) -> Mesh:
@@ -98,6 +102,7 @@ def check_structure(manifest: Manifest) -> None:
     wires = _wires(manifest, mesh)
     for rank, segments in enumerate(manifest.ranks):
         _check_rank(manifest, mesh, wires, rank, segments)
+    _check_self_tests(manifest)
     check_rendezvous(mesh, manifest.ranks)
     _check_result(manifest.result, len(manifest.outputs))
 
@@ -145,7 +150,27 @@ def _wires(manifest: Manifest, mesh: Mesh) -> _Wires:
             check_shape(tensor.shape, tensor.dtype.itemsize, f"the {kind} {tensor.name!r}")
     given: dict[Wire, Known] = {Wire("coordinate", axis): (torch.int32, (1,)) for axis in mesh.names}
     given |= {Wire("input", v.name): (v.dtype, local_shape(v, mesh)) for v in manifest.inputs}
-    return _Wires(given, {Wire("output", v.name): (v.dtype, local_shape(v, mesh)) for v in manifest.outputs})
+    outputs = {Wire("output", v.name): (v.dtype, local_shape(v, mesh)) for v in manifest.outputs}
+    return _Wires(given, outputs, _given_weights(manifest, mesh))
+
+
+def _given_weights(manifest: Manifest, mesh: Mesh) -> dict[Wire, Known]:
+    """What a rank holds of each weight that is given at load."""
+    twice = _twice([*(v.name for v in manifest.given), *manifest.joined])
+    if twice is not None:
+        raise BundleError(f"the manifest has more than one weight {twice!r}", fix=_REBUILD)
+    for value in manifest.given:
+        check_shape(value.shape, value.dtype.itemsize, f"the weight {value.name!r}")
+    held = {v.name: (v.dtype, local_shape(v, mesh)) for v in manifest.given}
+    found = dict(held)
+    for name, parts in manifest.joined.items():
+        known = [held[part] for part in parts if part in held]
+        alike = {(dtype, len(shape), shape[1:]) for dtype, shape in known}
+        if len(known) != len(parts) or len(alike) != 1 or not known[0][1]:
+            raise BundleError(f"the manifest joins {name!r} of {reprlib.repr(parts)}, which do not fit", fix=_REBUILD)
+        dtype, shape = known[0]
+        found[name] = (dtype, (sum(shape[0] for _, shape in known), *shape[1:]))
+    return {Wire("weight", name): known for name, known in found.items()}
 
 
 def _check_times(manifest: Manifest) -> None:
@@ -171,7 +196,9 @@ def _check_rank(manifest: Manifest, mesh: Mesh, wires: _Wires, rank: int, segmen
         _check_segment(manifest, mesh, segment, where)
         for binding in segment.inputs:
             source = binding.source
-            if binding.weight is not None:
+            if source in wires.weights:
+                made[source] = wires.weights[source]
+            elif binding.weight is not None:
                 if weights is None:
                     raise BundleError(f"{where} reads '{source}', and rank {rank} has no file of weights", fix=_REBUILD)
                 made.setdefault(source, (binding.dtype, binding.source_shape))
@@ -240,6 +267,34 @@ def _check_collective(c: Collective, where: str) -> None:
     check_shape([c.elements], c.dtype.itemsize, f"the operand of a {c.op} of {where}")
     if not 0 <= c.bytes_sent <= MAX_TENSOR_BYTES * c.ranks:
         raise BundleError(f"a {c.op} of {where} sends {c.bytes_sent} bytes", fix=_REBUILD)
+
+
+def _check_self_tests(manifest: Manifest) -> None:
+    """There is one for each axis and op of the engines, of the form that every reader knows, and no other."""
+    wanted = {test.name: test for test in self_tests(s for segments in manifest.ranks for s in segments)}
+    found = {test.name: test for test in manifest.self_tests}
+    for segments in manifest.ranks:
+        for c in (c for s in segments if s.runs == "engine" for c in s.collectives):
+            if c.op not in OPS or (c.op == RING and c.dtype not in RING_DTYPES):
+                raise BundleError(
+                    f"an engine has a {c.op} in {dtype_name(c.dtype)}, which engines do not have", fix=_REBUILD
+                )
+    if len(found) != len(manifest.self_tests) or found.keys() != wanted.keys():
+        raise BundleError(
+            f"the manifest has {len(manifest.self_tests)} self-tests, and its engines ask for {len(wanted)}; the first"
+            f" that differs is {_first_other([test.name for test in manifest.self_tests], wanted)}",
+            fix=_REBUILD,
+        )
+    for name, test in found.items():
+        if test.file not in manifest.files:
+            raise BundleError(f"{name} runs {test.file!r}, which is not among the manifest's files", fix=_REBUILD)
+        if msgspec.structs.replace(test, file="") != wanted[name]:
+            raise BundleError(f"{name} is not of the form that schema {manifest.schema} gives it", fix=_REBUILD)
+
+
+def _first_other(found: Sequence[str], wanted: Iterable[str]) -> str:
+    pairs = zip_longest(sorted(found), sorted(wanted))
+    return next(str(have or want)[:100] for have, want in pairs if have != want)
 
 
 def _noun(segment: Segment) -> str:

@@ -79,7 +79,7 @@ def load_weights(file: Path, names: Iterable[str], device: torch.device | str) -
     Raises:
         BundleError: not a whole safetensors file, or a name that it lacks.
     """
-    with _opened(file, torch.device(device)) as stored:
+    with opened(file, torch.device(device)) as stored:
         there = set(stored.keys())
         found: dict[str, Tensor] = {}
         for name in names:
@@ -97,7 +97,7 @@ def check_weights(file: Path, bindings: Iterable[Binding]) -> None:
     Raises:
         BundleError: a missing name, or another dtype or shape, naming both.
     """
-    with _opened(file, torch.device("cpu")) as stored:
+    with opened(file, torch.device("cpu")) as stored:
         there = set(stored.keys())
         for binding in bindings:
             name = binding.weight
@@ -116,14 +116,16 @@ def check_weights(file: Path, bindings: Iterable[Binding]) -> None:
 
 
 def rank_weights(folder: Path | str, manifest: Manifest, rank: int, device: torch.device | str) -> dict[str, Tensor]:
-    """All weights that a rank's segments take, checked against their bindings, as they are in the file.
+    """All weights of the bundle that a rank's segments take, checked against their bindings, as they are in the file.
 
     Where ``Binding.transposed``, the segment takes the transpose of what is returned here.
 
     Raises:
         BundleError: as :func:`load_weights` and :func:`check_weights`, or a link in place of the file.
     """
-    bindings = [b for segment in manifest.ranks[rank] for b in segment.inputs if b.weight is not None]
+    given = {value.name for value in manifest.given} | set(manifest.joined)
+    read = [b for segment in manifest.ranks[rank] for b in segment.inputs if b.weight is not None]
+    bindings = [b for b in read if b.weight not in given]
     path = manifest.weights[rank]
     if path is None or not bindings:
         return {}
@@ -133,7 +135,12 @@ def rank_weights(folder: Path | str, manifest: Manifest, rank: int, device: torc
 
 
 @contextmanager
-def _opened(file: Path, device: torch.device) -> Iterator[Any]:
+def opened(file: Path, device: torch.device) -> Iterator[Any]:
+    """A safetensors file, as the library reads it.
+
+    Raises:
+        BundleError: it is no whole one.
+    """
     from safetensors import SafetensorError, safe_open  # only programs with weights of their own need it
 
     if file.exists() and not file.is_file():  # the library would wait for a pipe to be written

@@ -10,7 +10,7 @@ import os
 import shutil
 import time
 import uuid
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
 from pathlib import Path
 
@@ -39,7 +39,8 @@ def write_bundle(folder: Path | str, manifest: Manifest, files: Mapping[str, Pat
 
     Args:
         folder: where; an existing bundle or empty folder is replaced.
-        manifest: ``Segment.file`` and the ``weights`` are keys of ``files`` here, and its own ``files`` is ignored.
+        manifest: ``Segment.file``, of the self-tests too, and the ``weights`` are keys of ``files`` here, and its own
+            ``files`` is ignored.
         files: key -> file: an engine, a graph as JSON, or weights as safetensors.  Equal files become one.
 
     Returns:
@@ -149,7 +150,7 @@ def _form(segment: Segment) -> str:
 
 def _forms(manifest: Manifest, files: Mapping[str, Path]) -> dict[str, str]:
     """Key of ``files`` -> where a file of its kind lies in a bundle, with ``{}`` for its hash."""
-    uses = [(segment.file, _form(segment)) for segments in manifest.ranks for segment in segments]
+    uses = [(s.file, _form(s)) for segments in (*manifest.ranks, manifest.self_tests) for s in segments]
     uses += [(key, _WEIGHTS) for key in manifest.weights if key is not None]
     forms = dict(uses)
     for key, form in uses:
@@ -168,12 +169,14 @@ def _forms(manifest: Manifest, files: Mapping[str, Path]) -> dict[str, str]:
 
 
 def _finished(manifest: Manifest, names: Mapping[str, str], files: dict[str, str]) -> Manifest:
-    ranks = [
-        [msgspec.structs.replace(segment, file=names[segment.file]) for segment in segments]
-        for segments in manifest.ranks
-    ]
+    def named(segments: Sequence[Segment]) -> list[Segment]:
+        return [msgspec.structs.replace(segment, file=names[segment.file]) for segment in segments]
+
+    ranks = [named(segments) for segments in manifest.ranks]
     weights = [None if key is None else names[key] for key in manifest.weights]
-    return msgspec.structs.replace(manifest, ranks=ranks, weights=weights, files=files)
+    return msgspec.structs.replace(
+        manifest, ranks=ranks, weights=weights, self_tests=named(manifest.self_tests), files=files
+    )
 
 
 def _digest(path: Path) -> str:

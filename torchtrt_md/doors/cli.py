@@ -16,7 +16,7 @@ from rich.table import Table
 # What imports PyTorch, which takes seconds, is imported behind the first line of output.
 import torchtrt_md
 from torchtrt_md.checks import FORMATS, PLACEMENTS, check_choice
-from torchtrt_md.errors import MDError, PlanError
+from torchtrt_md.errors import LaunchError, MDError, PlanError
 from torchtrt_md.mesh import Mesh
 from torchtrt_md.parallel import ContextParallel, Parallel, TensorParallel
 
@@ -28,7 +28,6 @@ if TYPE_CHECKING:
 
 app = typer.Typer(add_completion=False, no_args_is_help=True, pretty_exceptions_enable=False)
 console = Console(highlight=False, soft_wrap=True)
-_TEXTS = {"manifest.json", "config.pbtxt", "model.py"}  # what an export writes beside engines, graphs and weights
 # What an axis of this name is for, where the model file does not say.
 _BY_NAME = {"cp": ContextParallel, "tp": TensorParallel}
 
@@ -62,6 +61,12 @@ def export(
         str, typer.Option(help="GPU to build for: sm80, sm86, sm89, sm120, portable, current")
     ] = "portable",
     verify: Annotated[bool, typer.Option(help="prove the program against the dense model first")] = True,
+    weight_streaming: Annotated[
+        bool, typer.Option("--weight-streaming", help="engines whose weights can stay in host memory")
+    ] = False,
+    strip_weights: Annotated[
+        bool, typer.Option("--strip-weights", help="leave the weights out; they are given when it is run")
+    ] = False,
     dry_run: Annotated[bool, typer.Option("--dry-run", help="stop once the program is proven; build nothing")] = False,
     dump: Annotated[Path | None, typer.Option(help="folder for the graphs before and after each pass")] = None,
     seed: Annotated[int, typer.Option(help="PyTorch's seed when the file is run")] = 0,
@@ -102,6 +107,7 @@ def export(
             inside = format == "triton"
             proven = prove(*call, stages=Stages(progress), dump=dump, coordinates_inside=inside, **how)
         else:
+            how |= {"weight_streaming": weight_streaming, "strip_weights": strip_weights}
             how |= {"out": out, "target": target, "format": format, "progress": progress, "dump": dump}
             exported = run(*call, **how)
     if out is None or dry_run:
@@ -124,6 +130,10 @@ def export(
 def inspect(
     bundle: Annotated[Path, typer.Argument(help="the bundle, a folder")],
     as_json: Annotated[bool, typer.Option("--json", help="the manifest as JSON")] = False,
+    layers: Annotated[
+        bool, typer.Option("--layers", help="the layers of a rank's engines, as TensorRT tells them; needs a GPU")
+    ] = False,
+    rank: Annotated[int, typer.Option(min=0, help="whose engines --layers shows")] = 0,
 ) -> None:
     """What a bundle is: its mesh, inputs, segments, engines, collectives and versions.  Needs no GPU."""
     from torchtrt_md.bundle.manifest import encode
@@ -132,6 +142,9 @@ def inspect(
     manifest = read_manifest(bundle)
     if as_json:
         print(encode(manifest).decode(), end="")
+        return
+    if layers:
+        _print_layers(bundle, manifest, rank)
         return
     _print_bundle(bundle, manifest)
 
@@ -156,6 +169,24 @@ def _print_model(folder: Path) -> None:
     for path in sorted(p for p in folder.rglob("*") if p.is_file()):
         console.print(f"  {path}  {path.stat().st_size:,} bytes")
     console.print(f"Serve it: tritonserver --model-repository={folder.resolve().parent}")
+
+
+def _print_layers(folder: Path, manifest: Manifest, rank: int) -> None:
+    from torchtrt_md.bundle import check_files, check_versions
+    from torchtrt_md.runtime.inspect import layers_of
+
+    if rank >= len(manifest.ranks):
+        raise LaunchError(f"the bundle has {len(manifest.ranks)} ranks, and no rank {rank}", fix="give one of them")
+    segments = {s.file: s for s in manifest.ranks[rank] if s.runs == "engine"}
+    if not segments:
+        raise LaunchError(f"rank {rank} of this bundle has no engine", fix="leave --layers out")
+    check_versions(manifest)
+    check_files(folder, manifest, segments)
+    for file, segment in segments.items():
+        lines = layers_of(folder / file, manifest.target)
+        console.print(f"[bold]{segment.name or file}[/]: {len(lines)} layers")
+        for line in lines:
+            console.print(f"  {line}", markup=False)
 
 
 def _print_bundle(folder: Path, manifest: Manifest) -> None:
@@ -183,6 +214,10 @@ def _print_bundle(folder: Path, manifest: Manifest) -> None:
         )
     console.print(table)
     _print_collectives(c for segment in manifest.ranks[0] for c in segment.collectives)
+    if manifest.given:
+        console.print(f"{len(manifest.given)} weights are not in it, and are given when it is loaded")
+    for test in manifest.self_tests:
+        console.print(f"run first: {test.name}")
     for decision in manifest.decisions:
         console.print(f"{decision.what}: {decision.chosen}, {decision.why}")
 
@@ -191,11 +226,15 @@ def _write_report(exported: Exported, path: Path) -> None:
     import msgspec
 
     measured = exported.report
-    written = [path for path in sorted(exported.folder.rglob("*")) if path.is_file() and path.name not in _TEXTS]
+    segments = [segment for segments in exported.manifest.ranks for segment in segments]
+    engines = {Path(segment.file).name for segment in segments if segment.runs == "engine"}
+    written = [path for path in sorted(exported.folder.rglob("*")) if path.is_file()]
     content = {
         "seconds": exported.seconds,
         "engine_seconds": [engine.seconds for engine in exported.engines],
-        "engine_bytes": [path.stat().st_size for path in written],
+        "engine_bytes": [
+            path.stat().st_size for path in written if path.name in engines or path.name.startswith("model.plan.rank")
+        ],
         "versions": exported.manifest.versions,
         "target": exported.manifest.target,
         "error": measured and measured.error,

@@ -163,6 +163,7 @@ class Session:
             built.parts[rank] if parts is None else parts,
             weights.local,
             outputs or [Wire("output", value.name) for value in program.outputs],
+            self_tests=built.self_tests,
             target=self.options.target,
             transport=built.choices.transport,
             overlap=self.options.overlap,

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import time
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -22,13 +22,14 @@ from torchtrt_md.capture import capture
 from torchtrt_md.checks import check_export
 from torchtrt_md.choices import Choices
 from torchtrt_md.doors.triton import check_new, triton
+from torchtrt_md.errors import BuildError
 from torchtrt_md.graph.json import graph_to_json
 from torchtrt_md.lowering.rank_constant import with_constants
 from torchtrt_md.mesh import Mesh
 from torchtrt_md.options import Options
 from torchtrt_md.parallel import Parallel
 from torchtrt_md.place import Kept
-from torchtrt_md.program import ShardedProgram
+from torchtrt_md.program import ShardedProgram, Weight
 from torchtrt_md.road import Built, Road
 from torchtrt_md.runtime.weights import ModelWeights
 from torchtrt_md.segment import Part, Segment
@@ -77,6 +78,8 @@ def export(
     dense: nn.Module | None = None,
     coordinates_inside: bool = False,
     format: Literal["bundle", "triton-python", "triton"] = "bundle",
+    weight_streaming: bool = False,
+    strip_weights: bool = False,
     dump: Path | None = None,
     progress: Progress = lambda stage, detail, seconds: None,
 ) -> Exported:
@@ -99,6 +102,10 @@ def export(
             same inputs, at the price of engines of its own for each rank.  By default it is an input that the runner
             fills in.
         format: a bundle, or what :func:`torchtrt_md.triton` makes of one.  ``"triton"`` has ``coordinates_inside``.
+        weight_streaming: build engines whose weights can stay in host memory: ``md.load(..., weight_budget=bytes)``.
+            For programs that are one engine.
+        strip_weights: leave the model's weights out of the bundle: ``md.load(..., weights=checkpoint)`` is given them.
+            Engines take them as inputs.  What is not in ``state_dict()``, such as a table that the model made, stays.
         dump: a folder for the graphs before and after each lowering pass.
         progress: called with (stage, detail, None) when a stage begins or goes on, and with its seconds at its end.
 
@@ -119,6 +126,8 @@ def export(
         dense=dense,
         coordinates_inside=coordinates_inside,
         format=format,
+        weight_streaming=weight_streaming,
+        strip_weights=strip_weights,
         dump=dump,
         progress=progress,
     )
@@ -135,6 +144,10 @@ def export(
             check_flavour(flavour().name, flavour().version)
     elif format == "triton":
         check_flavour("", "")
+    elif weight_streaming:
+        raise BuildError("weight_streaming is TensorRT's, and compute is 'inductor'", fix="leave one of them out")
+    if weight_streaming and strip_weights:
+        raise BuildError("weights that are not in an engine cannot be streamed by it", fix="leave one of them out")
     coordinates_inside |= format == "triton"
     stages = Stages(progress)
     with workspace(out) as folder:
@@ -144,13 +157,15 @@ def export(
         if format == "triton":  # what can be told of before hours of building
             check_values(lowered.mesh, lowered.inputs, lowered.outputs)
         road.inside, road.progress = folder, stages.say
+        road.streaming, road.strip = weight_streaming, strip_weights
         with stages("build") as say, writing(out):
             built = road.build(lowered, chosen)
-            ranks, files = _segments(built, folder)
+            ranks, tests, files = _segments(built, folder)
             say(f"{_told(built)}, {target}")
         with stages("bundle") as say, writing(out):
-            held = _weights(built, folder, files)
-            described = manifest_of(lowered, ranks, chosen, target=target, weights=held)
+            given = _given(built, dense or model) if strip_weights else set()
+            held = _weights(built, folder, files, given)
+            described = manifest_of(lowered, ranks, chosen, target=target, weights=held, self_tests=tests, given=given)
             bundle = out if format == "bundle" else folder / "bundle"
             written = write_bundle(bundle, described, files)
             if format != "bundle":
@@ -247,8 +262,8 @@ class Stages:
         self.progress(self._name, text, None)
 
 
-def _segments(built: Built, folder: Path) -> tuple[list[list[Segment]], dict[str, Path]]:
-    """For each rank its segments, and the files that they name."""
+def _segments(built: Built, folder: Path) -> tuple[list[list[Segment]], list[Segment], dict[str, Path]]:
+    """For each rank its segments, the self-tests, and the files that they name."""
     files: dict[str, Path] = {}
     made: dict[int, Path] = {}
 
@@ -258,17 +273,31 @@ def _segments(built: Built, folder: Path) -> tuple[list[list[Segment]], dict[str
         files[made[id(part)].name] = made[id(part)]
         return made[id(part)].name
 
-    ranks = [[msgspec.structs.replace(p.segment, file=file_of(p)) for p in parts] for parts in built.parts]
-    return ranks, files
+    def named(parts: Sequence[Part]) -> list[Segment]:
+        return [msgspec.structs.replace(part.segment, file=file_of(part)) for part in parts]
+
+    return [named(parts) for parts in built.parts], named(built.self_tests), files
 
 
-def _weights(built: Built, folder: Path, files: dict[str, Path]) -> list[str | None]:
-    """For each rank the file of its weights, written once for equal ones; added to ``files``."""
+def _given(built: Built, model: nn.Module) -> set[str]:
+    """The weights that segments read and that the model's own checkpoint has."""
+    saved = set(model.state_dict())
+    read = {w for parts in built.parts for part in parts for w in part.segment.weights}
+    sources = [s for s in built.placed.program.sources.values() if isinstance(s, Weight) and s.name in read]
+    return {s.name for s in sources if all(leaf.name in saved for leaf in s.parts or (s,))}
+
+
+def _weights(built: Built, folder: Path, files: dict[str, Path], given: Collection[str]) -> list[str | None]:
+    """For each rank the file of its weights but those that are given at load, written once for equal ones.
+
+    They are added to ``files``.
+    """
     program = built.placed.program
     held: list[str | None] = [None] * program.mesh.size
     classes = [equal for _, ranks in built.placed.distinct() for equal in program.equal_ranks(ranks)]
     for members in classes:
-        names = list(dict.fromkeys(w for part in built.parts[members[0]] for w in part.segment.weights))
+        read = dict.fromkeys(w for part in built.parts[members[0]] for w in part.segment.weights)
+        names = [name for name in read if name not in given]
         if names:
             file = folder / f"weights{members[0]}.safetensors"
             weights = ModelWeights(program, members[0])

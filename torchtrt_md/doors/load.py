@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from pathlib import Path
-from typing import get_args
+from typing import Literal, get_args
 
 import torch
+from torch import Tensor
 
+from torchtrt_md.bundle.given import Given, given_weights
 from torchtrt_md.bundle.limits import MAX_GRAPH_BYTES
 from torchtrt_md.bundle.manifest import Manifest
 from torchtrt_md.bundle.read import (
@@ -22,9 +25,12 @@ from torchtrt_md.errors import LaunchError
 from torchtrt_md.graph.json import check_bindings, graph_from_json
 from torchtrt_md.launch import Launch
 from torchtrt_md.launch.agree import Agreement, grouped
+from torchtrt_md.mesh import Mesh
 from torchtrt_md.runtime.bring_up import bring_up
 from torchtrt_md.runtime.graphs import Budget
+from torchtrt_md.runtime.offers import Offers
 from torchtrt_md.runtime.runner import MAX_GRAPHS, Check, Runner
+from torchtrt_md.runtime.weights import check_parts, checksum
 from torchtrt_md.segment import Part, Segment, Wire
 
 
@@ -38,6 +44,9 @@ def load(
     static_outputs: bool = False,
     max_graphs: int = MAX_GRAPHS,
     overlap: bool = True,
+    weights: Given = None,
+    weight_budget: int | Literal["auto"] | None = None,
+    kernel_cache: bool | str | Path = False,
 ) -> Runner:
     """Load this rank's part of a bundle.  Collective: every rank of the launch calls it.
 
@@ -54,6 +63,14 @@ def load(
         static_outputs: return what the graph writes, which the next call overwrites, and not a copy of it.
         max_graphs: how many graphs are captured, one for each signature of inputs.
         overlap: run the collectives that are not in engines on a stream of their own.
+        weights: of a bundle that was exported with ``strip_weights=True``: the whole model's, as a safetensors file, a
+            folder of them, or tensors by name.  Each rank reads its part.  They need not be those that were exported,
+            but must be the same on all ranks.
+        weight_budget: of a bundle that was exported with ``weight_streaming=True``: bytes of weights that stay on this
+            rank's GPU, the rest being streamed from host memory in each call; ``"auto"`` leaves it to TensorRT.  Each
+            rank may have its own.  None: all stay.
+        kernel_cache: keep the kernels that TensorRT-RTX compiles for the GPU in this folder, or in the user's own
+            (True), so that the next start finds them.  They are code: let nobody else write there.
 
     Raises:
         MDError: on every rank, naming the ranks that failed: BundleError (damaged, or built with another
@@ -61,22 +78,26 @@ def load(
     """
     if check not in get_args(Check):
         raise LaunchError(f"check={check!r} is not understood", fix=f"give one of {', '.join(get_args(Check))}")
+    offers = Offers.of(weight_budget, kernel_cache)
     folder = Path(folder)
     manifest = read_together(folder, Agreement(timeout))
     engines = any(segment.runs == "engine" for segments in manifest.ranks for segment in segments)
     launch = Launch.join(timeout, device=device, cpu=not engines)
     mesh, segments = mesh_of(manifest), manifest.ranks[launch.rank]
     parts = launch.together("reading the graphs", lambda: [_part(folder, manifest, segment) for segment in segments])
-    weights = launch.together("reading the weights", lambda: rank_weights(folder, manifest, launch.rank, launch.device))
+    read = launch.together("reading the weights", lambda: _weights(folder, manifest, launch, weights))
+    _check_given(manifest, mesh, read, launch)
     executor = bring_up(
         launch,
         mesh,
         parts,
-        weights.pop,
+        read.pop,
         [Wire("output", value.name) for value in manifest.outputs],
+        self_tests=[Part(test, engine=folder / test.file) for test in manifest.self_tests],
         target=manifest.target,
         transport=manifest.transport,
         overlap=overlap,
+        offers=offers,
     )
     return Runner(
         manifest,
@@ -88,6 +109,28 @@ def load(
         budget=Budget(max_graphs),
         name="a bundle",
     )
+
+
+def _weights(folder: Path, manifest: Manifest, launch: Launch, given: Given) -> dict[str, Tensor]:
+    own = rank_weights(folder, manifest, launch.rank, launch.device)
+    return own | given_weights(manifest, launch.rank, given, launch.device)
+
+
+def _check_given(manifest: Manifest, mesh: Mesh, read: Mapping[str, Tensor], launch: Launch) -> None:
+    """Ranks that hold the same part of a weight must have been given the same: nothing else would tell.  Collective.
+
+    Raises:
+        RankMismatchError: on every rank, naming the weight.
+    """
+    axes = {value.name: [s.axis for s in value.sharding] for value in manifest.given}
+    axes |= {name: [axis for part in parts for axis in axes[part]] for name, parts in manifest.joined.items()}
+    names = sorted({w for segments in manifest.ranks for s in segments for w in s.weights if w in axes})
+
+    def sums() -> list[int | None]:
+        return [checksum(read[name]) if name in read else None for name in names]
+
+    if names:
+        check_parts(mesh, {name: axes[name] for name in names}, sums, launch.agreement)
 
 
 def read_together(folder: Path, agreement: Agreement) -> Manifest:

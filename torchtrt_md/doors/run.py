@@ -13,7 +13,7 @@ import traceback
 from collections.abc import Callable, Sequence
 from datetime import timedelta
 from pathlib import Path
-from typing import Annotated, NamedTuple, NoReturn
+from typing import Annotated, Literal, NamedTuple, NoReturn
 
 import torch
 import torch.distributed as dist
@@ -23,15 +23,16 @@ from torch import Tensor
 from torchtrt_md.bundle.read import manifest_digest, read_manifest
 from torchtrt_md.bundle.structure import mesh_of
 from torchtrt_md.doors.load import load
-from torchtrt_md.errors import InputError, LaunchError, MDError, VerificationError
+from torchtrt_md.errors import InputError, LaunchError, MDError, OptionError, VerificationError
 from torchtrt_md.program import part
-from torchtrt_md.runtime.report import RankReport, Timing, rank_report, report
+from torchtrt_md.runtime.report import RankReport, Timing, rank_report, report, show_steps
 from torchtrt_md.runtime.runner import Runner
 from torchtrt_md.runtime.signature import Signature
 from torchtrt_md.verification.compare import engine_ratio, rounding
 from torchtrt_md.verification.dense import Reference, dense_reference, precision_name
 
 WARM_UP = 5
+STEP_CALLS = 10
 _SHUTDOWN_SECONDS = 30.0
 
 app = typer.Typer(add_completion=False, pretty_exceptions_enable=False)
@@ -68,6 +69,18 @@ def run(
     seed: Annotated[int, typer.Option(help="Of the model's weights and of all inputs.")] = 0,
     model_device: Annotated[str, typer.Option(help="Where the file makes its model, as at export.")] = "cpu",
     cuda_graph: Annotated[bool, typer.Option(help="Capture a call in a CUDA graph and replay it.")] = False,
+    timing: Annotated[
+        bool, typer.Option("--timing", help="Time each engine, collective and op of a call, and engines by layer.")
+    ] = False,
+    weights: Annotated[
+        Path | None, typer.Option(metavar="PATH", help="Of a bundle without weights: a safetensors file, or a folder.")
+    ] = None,
+    weight_budget: Annotated[
+        str, typer.Option(metavar="BYTES", help="Weights that stay on each GPU, or auto; without it, all do.")
+    ] = "",
+    kernel_cache: Annotated[
+        Path | None, typer.Option(metavar="FOLDER", help="Keep the kernels that TensorRT-RTX compiles there.")
+    ] = None,
 ) -> None:
     """Run a bundle on the GPUs of a torchrun launch, one rank each."""
     try:
@@ -80,6 +93,10 @@ def run(
             seed=seed,
             model_device=model_device,
             cuda_graph=cuda_graph,
+            timing=timing,
+            weights=weights,
+            weight_budget=budget_of(weight_budget),
+            kernel_cache=kernel_cache or False,
         )
     except MDError as error:
         print(f"[rank {os.environ.get('RANK', '-')}] {type(error).__name__}: {error}", file=sys.stderr, flush=True)
@@ -99,6 +116,10 @@ def run_bundle(
     seed: int,
     model_device: str,
     cuda_graph: bool = False,
+    timing: bool = False,
+    weights: Path | None = None,
+    weight_budget: int | Literal["auto"] | None = None,
+    kernel_cache: bool | Path = False,
 ) -> None:
     """What the command does, with errors raised.
 
@@ -106,15 +127,25 @@ def run_bundle(
         MDError: on every rank.  VerificationError: an output is too far from the dense model's.
     """
     device = join_launch(bundle, timeout)
-    runner = load(bundle, device=device, timeout=timeout, check="first", cuda_graph=cuda_graph)
+    runner = load(
+        bundle,
+        device=device,
+        timeout=timeout,
+        check="first",
+        cuda_graph=cuda_graph,
+        weights=weights,
+        weight_budget=weight_budget,
+        kernel_cache=kernel_cache,
+    )
     if verify is None:
         inputs = random_inputs(runner.signature, runner.rank, device, seed)
         compared = Comparison(None, {}, {}, {}, {})
         _check_finite(runner, runner(**inputs))
     else:
         inputs, compared = _compare(runner, verify, seed, model_device)
-    timing = _time(runner, inputs, iterations) if iterations else None
-    mine = rank_report(runner, bundle, compared.errors, timing, compared.places)
+    times = _time(runner, inputs, iterations) if iterations else None
+    steps = runner.time_steps(inputs, STEP_CALLS) if timing else []
+    mine = rank_report(runner, bundle, compared.errors, times, compared.places, steps)
     ranks = runner.agreement.gather(mine, "the ranks' reports")
     whole = report(
         runner.manifest,
@@ -128,11 +159,26 @@ def run_bundle(
     )
     if runner.rank == 0:
         whole.show()
+        if steps:
+            show_steps(steps)
         if report_file is not None:
             whole.write(report_file)
     check_errors(ranks, compared)
     runner.agreement.vote(None, "the end of the run")
     runner.close()
+
+
+def budget_of(text: str) -> int | Literal["auto"] | None:
+    """``--weight-budget`` as :func:`torchtrt_md.load` takes it.
+
+    Raises:
+        OptionError: it is no number of bytes.
+    """
+    if text in ("", "auto"):
+        return "auto" if text else None
+    if not text.isascii() or not text.isdigit():
+        raise OptionError(f"--weight-budget cannot be {text!r}", fix="pass bytes, 0 or more, or auto")
+    return int(text)
 
 
 def join_launch(bundle: Path, timeout: float) -> torch.device:

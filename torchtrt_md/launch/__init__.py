@@ -36,6 +36,7 @@ class Launch:
         watchdog: of what is enqueued on the device.
         groups: of the meshes that programs were connected on.
         hosts: for each rank the number of its host.
+        tested: the self-tests that passed, by mesh, name and target; the same on all ranks.
     """
 
     def __init__(self, agreement: Agreement, device: torch.device) -> None:
@@ -49,6 +50,7 @@ class Launch:
             abort=lambda: private.abort(self.groups, device),
             ended=lambda: said_ended(agreement.board.ended()),
         )
+        self.tested: set[tuple[Mesh, str, str]] = set()
 
     @classmethod
     def join(cls, timeout: float, *, device: torch.device | None = None, cpu: bool = False) -> Launch:

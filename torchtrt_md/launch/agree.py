@@ -73,6 +73,8 @@ class Together(Protocol):
 
     def same(self, value: T, about: str, /) -> T: ...
 
+    def gather(self, value: T, about: str, /) -> list[T]: ...
+
 
 class Alone:
     """One process that answers to nobody, such as an export."""
@@ -84,6 +86,9 @@ class Alone:
 
     def same(self, value: T, about: str, /) -> T:
         return value
+
+    def gather(self, value: T, about: str, /) -> list[T]:
+        return [value]
 
 
 class _Store:

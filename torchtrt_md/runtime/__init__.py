@@ -11,6 +11,10 @@ graphs     CUDA graphs of whole calls
 engine     one loaded engine: checked against its bindings, then bound and enqueued
 collective, push   exchanges between segments, by NCCL or by the GPUs' copy engines
 inductor, epilogue segments that Inductor compiles
-selftest   attention over several ranks inside an engine, seen to be right before it is used
+selftest   engines of one collective, seen to be right before others are run
+offers     what TensorRT offers when engines are loaded: streamed weights, kept kernels
+kernels    the kernels that TensorRT-RTX compiled, in a file
+timing     how long each step of a call takes, and each layer of an engine
+inspect    the layers of an engine
 private    the private names of PyTorch that these need
 """

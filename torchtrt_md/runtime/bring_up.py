@@ -5,7 +5,6 @@ Each step is voted on by all ranks; no engine runs before all ranks' engines too
 
 from __future__ import annotations
 
-import functools
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -20,15 +19,14 @@ from torchtrt_md.graph.functional import copied
 from torchtrt_md.launch import Launch, communicator
 from torchtrt_md.launch.watchdog import named
 from torchtrt_md.mesh import Mesh
-from torchtrt_md.runtime.engine import Engine, deserialize, runtime_cache, scratch_bytes
+from torchtrt_md.runtime.engine import Engine, deserialize, runtime_cache, scratch_bytes, trt_runtime
 from torchtrt_md.runtime.executor import Executor
+from torchtrt_md.runtime.kernels import KernelCache, kernel_file
+from torchtrt_md.runtime.offers import Offers, stream_weights
 from torchtrt_md.runtime.push import Shared
 from torchtrt_md.runtime.steps import Key, Step, call_step, eager_steps, engine_step
 from torchtrt_md.runtime.weights import Stored, WeightOf, laid_out
 from torchtrt_md.segment import Part, Segment, Wire
-
-_RING = "ring_attention"  # in schedules: a ring that is one layer of an engine
-_RING_SHAPE = (128, 8, 8, 256)  # head_dim, heads, key/value heads and tokens of each rank, in the self-test
 
 
 def bring_up(
@@ -38,10 +36,12 @@ def bring_up(
     weight_of: WeightOf,
     outputs: Sequence[Wire],
     *,
+    self_tests: Sequence[Part],
     target: str,
     transport: str = "nccl",
     overlap: bool = True,
     stored: Stored | None = None,
+    offers: Offers | None = None,
 ) -> Executor:
     """What runs this rank's parts.  Collective.
 
@@ -50,9 +50,11 @@ def bring_up(
         weight_of: gives this rank's part of a weight that a segment reads, on any device.
         stored: is told of weights that lie on the device in another layout; see :func:`laid_out`.
         outputs: what a call returns: of the program, or what a part writes.
+        self_tests: of all engines of the program, the same on all ranks.
         target: what the engines were built for.
         transport: what does the exchanges between segments: ``nccl``, or the GPUs' ``copy`` engines.
         overlap: run collectives of PyTorch on a stream of their own.
+        offers: what is asked of TensorRT.
 
     Raises:
         MDError: on every rank, naming the ranks that failed.
@@ -60,10 +62,14 @@ def bring_up(
     if transport == "copy":
         _check_one_host(mesh, launch)
     groups = launch.connect(mesh)
-    loaded = launch.together("loading the engines", lambda: _load_engines(parts, launch.device, target))
-    engines = launch.together("making the engines' contexts", lambda: _make_engines(parts, loaded, launch.device))
+    check_communication(launch, mesh, groups, self_tests, target)
+    offers = offers or Offers()
+    loaded = launch.together("loading the engines", lambda: _load_engines(parts, launch.device, target, offers))
+    kernels = launch.together("the engines' kernels", lambda: _kernels(loaded, launch.device, offers))
+    engines = launch.together(
+        "making the engines' contexts", lambda: _make_engines(parts, loaded, launch.device, kernels)
+    )
     launch.together("binding the communicators", lambda: bind_engines(engines, groups, launch.device))
-    _check_rings([part.segment for part in parts], launch, groups, target)
     return launch.together(
         "assembling the program",
         lambda: assemble(
@@ -77,6 +83,7 @@ def bring_up(
             outputs=outputs,
             overlap=overlap,
             transport=transport,
+            after_first=kernels.save if kernels is not None else None,
         ),
     )
 
@@ -97,42 +104,53 @@ def _check_one_host(mesh: Mesh, launch: Launch) -> None:
                 )
 
 
-@functools.cache
-def _runtime(device: torch.device) -> tuple[Any, Any]:
-    """TensorRT's runtime and logger, one for each GPU: it complains of every further logger."""
-    from torchtrt_md.build.flavour import flavour
-
-    trt = flavour().trt
-    with torch.cuda.device(device):
-        logger = trt.Logger(trt.Logger.WARNING)
-        return trt.Runtime(logger), logger
-
-
-def _load_engines(parts: Sequence[Part], device: torch.device, target: str) -> dict[Path, Any]:
+def _load_engines(
+    parts: Sequence[Part], device: torch.device, target: str, offers: Offers | None = None
+) -> dict[Path, Any]:
     """TensorRT's engines by their files, each loaded once."""
     files = dict.fromkeys(part.engine for part in parts if part.engine is not None)
+    if offers is not None:
+        offers.check(len(files))
     if not files:
         return {}
-    runtime, _ = _runtime(device)
+    runtime, _ = trt_runtime(device)
     capability = ".".join(map(str, torch.cuda.get_device_capability(device)))
     built_for = f"{target} (this GPU: {torch.cuda.get_device_name(device)}, {capability})"
     with torch.cuda.device(device):
-        return {file: deserialize(runtime, file, built_for) for file in files}
+        engines = {file: deserialize(runtime, file, built_for) for file in files}
+        for file, loaded in engines.items():
+            if offers is not None:
+                stream_weights(loaded, offers.weight_budget, f"the engine {file.name}")
+        return engines
 
 
-def _make_engines(parts: Sequence[Part], loaded: Mapping[Path, Any], device: torch.device) -> dict[int, Engine]:
+def _kernels(engines: Mapping[Path, Any], device: torch.device, offers: Offers) -> KernelCache | None:
+    """The kernels that were compiled for these engines before, where they are kept."""
+    if offers.kernel_cache is None:
+        return None
+    from torchtrt_md.build.flavour import flavour
+
+    gpu = f"{torch.cuda.get_device_name(device)} {torch.cuda.get_device_capability(device)}"
+    file = kernel_file(offers.kernel_cache, engines, flavour().version, gpu)
+    with torch.cuda.device(device):
+        return KernelCache(runtime_cache(next(iter(engines.values()))), file)
+
+
+def _make_engines(
+    parts: Sequence[Part], loaded: Mapping[Path, Any], device: torch.device, kernels: KernelCache | None = None
+) -> dict[int, Engine]:
     """Contexts for the engines among these parts, by their place; several share the memory of their activations.
 
     Raises:
         LaunchError: no memory for them.
     """
     engines = {i: loaded[part.engine] for i, part in enumerate(parts) if part.engine is not None}
-    scratch = cache = None
+    scratch, cache = None, None if kernels is None else kernels.cache
     if len(engines) > 1:  # they run one after another
         size = max(map(scratch_bytes, engines.values()))
         scratch = torch.empty(max(size, 1), dtype=torch.uint8, device=device)
-        cache = runtime_cache(next(iter(engines.values())))
-    keep = _runtime(device) if engines else None
+        cache = runtime_cache(next(iter(engines.values()))) if cache is None else cache
+    keep = trt_runtime(device) if engines else None
     return {
         i: Engine(parts[i].segment, engine, named(parts[i].segment, i), keep, scratch, cache)
         for i, engine in engines.items()
@@ -151,19 +169,29 @@ def bind_engines(engines: Mapping[int, Engine], groups: Mapping[str, dist.Proces
             engine.communicator = communicator.bind(engine.context, groups[axis], device, engine=engine.name, axis=axis)
 
 
-def _check_rings(
-    segments: Sequence[Segment], launch: Launch, groups: Mapping[str, dist.ProcessGroup], target: str
+def check_communication(
+    launch: Launch, mesh: Mesh, groups: Mapping[str, dist.ProcessGroup], tests: Sequence[Part], target: str
 ) -> None:
-    """Where an engine has ring attention in it, see on a small one that these GPUs compute it right.  Collective.
+    """See that engines communicate along the axes as they must, before one of the program's does.  Collective.
+
+    What passed once in a launch is not run again.
 
     Raises:
-        MDError: on every rank: they do not.
+        MDError: on every rank: a self-test cannot be run, or its result is wrong.
     """
-    from torchtrt_md.runtime.selftest import check_ring
+    from torchtrt_md.runtime.selftest import run_self_test
 
-    rings = {(c.axis, c.ranks, c.dtype) for s in segments if s.runs == "engine" for c in s.collectives if c.op == _RING}
-    for axis, size, dtype in sorted(rings, key=str):
-        check_ring(axis, size, dtype, *_RING_SHAPE, group=groups[axis], launch=launch, target=target)
+    tests = [test for test in tests if (mesh, test.segment.name, target) not in launch.tested]
+    if not tests:
+        return
+    device = launch.device
+    loaded = launch.together("loading the self-tests", lambda: _load_engines(tests, device, target))
+    engines = launch.together("making the self-tests' contexts", lambda: _make_engines(tests, loaded, device))
+    launch.together("binding the self-tests' communicators", lambda: bind_engines(engines, groups, device))
+    for test, engine in zip(tests, engines.values(), strict=True):
+        assert test.segment.axis is not None
+        run_self_test(engine, groups[test.segment.axis], launch)
+        launch.tested.add((mesh, test.segment.name, target))
 
 
 def assemble(
@@ -178,6 +206,7 @@ def assemble(
     outputs: Sequence[Wire],
     overlap: bool = True,
     transport: str = "nccl",
+    after_first: Callable[[], None] | None = None,
 ) -> Executor:
     """The executor of these parts; see :func:`bring_up`.
 
@@ -185,6 +214,7 @@ def assemble(
         engines: of the parts that are engines, by their place, bound to their communicators.
         groups: axis -> this rank's group along it.
         weights: as segments read them, of :func:`laid_out`.
+        after_first: called when the first call is enqueued.
     """
     coordinates = {axis: mesh.coordinate(rank, axis) for axis in mesh.names}
     fixed = {**weights}
@@ -212,6 +242,7 @@ def assemble(
         device=device,
         overlap=overlap,
         share=(lambda axis, size: Shared(size, groups[axis], device)) if transport == "copy" else None,
+        after_first=after_first,
     )
 
 

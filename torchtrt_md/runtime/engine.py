@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import mmap
 from collections.abc import Iterable, Mapping
 from pathlib import Path
@@ -155,6 +156,15 @@ def _context(loaded: Any, shares_scratch: bool, cache: Any) -> Any:
 
 def _mebibytes(count: int) -> str:
     return f"{count / 2**20:.1f} MiB"
+
+
+@functools.cache
+def trt_runtime(device: torch.device) -> tuple[Any, Any]:
+    """TensorRT's runtime and logger, one for each GPU: it complains of every further logger."""
+    trt = flavour().trt
+    with torch.cuda.device(device):
+        logger = trt.Logger(trt.Logger.WARNING)
+        return trt.Runtime(logger), logger
 
 
 def deserialize(runtime: Any, path: Path, built_for: str) -> Any:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
+from contextlib import AbstractContextManager, nullcontext
 
 import torch
 from torch import Tensor
@@ -12,6 +13,7 @@ from torchtrt_md.runtime.push import Shared
 from torchtrt_md.runtime.steps import Key, Step, Values
 
 Share = Callable[[str, int], Shared]
+Around = Callable[[int, Step], AbstractContextManager[None]]
 # What PyTorch's allocator aligns to, and more than TensorRT asks of its bindings.
 _ALIGNMENT = 512
 
@@ -27,6 +29,7 @@ class Executor:
         overlap: run collectives on a stream of their own.
         share: makes memory of this size that the ranks of this axis share, for exchanges by copy engines; collective.
             None: NCCL does them.
+        after_first: called once, when the first call is enqueued.
     """
 
     def __init__(
@@ -38,8 +41,10 @@ class Executor:
         device: torch.device,
         overlap: bool = True,
         share: Share | None = None,
+        after_first: Callable[[], None] | None = None,
     ) -> None:
         self.steps, self.outputs, self.device = list(steps), tuple(outputs), device
+        self._after_first = after_first
         self.plan = plan_memory(self.steps, self.outputs, push=share is not None)
         self._side: torch.cuda.Stream | None = None
         if overlap and device.type == "cuda" and any(step.communicates for step in steps):
@@ -87,11 +92,19 @@ class Executor:
             self._run_in_order(values)
         else:
             self._run_on_two_streams(values, self._side)
+        if self._after_first is not None and not _is_capturing(self.device):
+            after_first, self._after_first = self._after_first, None
+            after_first()
         return {name: values[name] for name in self.outputs}
 
-    def _run_in_order(self, values: Values) -> None:
-        for step, moment in zip(self.steps, self.plan.moments, strict=True):
-            self._run(step, values)
+    def run_each(self, inputs: Mapping[Key, Tensor], around: Around) -> None:
+        """As :meth:`run`, with all steps in a row on the current stream, each within ``around(index, step)``."""
+        self._run_in_order({**self._fixed, **inputs}, around)
+
+    def _run_in_order(self, values: Values, around: Around = lambda index, step: nullcontext()) -> None:
+        for index, (step, moment) in enumerate(zip(self.steps, self.plan.moments, strict=True)):
+            with around(index, step):
+                self._run(step, values)
             for value in moment.releases:
                 values.pop(value, None)
 
@@ -138,6 +151,10 @@ class Executor:
         for slot in step.slots:
             if slot.name not in values:
                 values[slot.name] = torch.empty(slot.shape, dtype=slot.dtype, device=self.device)
+
+
+def _is_capturing(device: torch.device) -> bool:
+    return device.type == "cuda" and torch.cuda.is_current_stream_capturing()
 
 
 def _record(stream: torch.cuda.Stream) -> torch.cuda.Event:

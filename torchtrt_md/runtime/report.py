@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import socket
 import sys
+from collections.abc import Sequence
 from pathlib import Path
 from statistics import median
 
@@ -12,6 +13,7 @@ import torch
 
 from torchtrt_md.bundle.manifest import Manifest, Versions, to_json
 from torchtrt_md.runtime.runner import Runner
+from torchtrt_md.runtime.timing import StepTime
 from torchtrt_md.segment import Collective
 
 
@@ -28,7 +30,10 @@ class Timing(msgspec.Struct, frozen=True):
 
 
 class RankReport(msgspec.Struct, frozen=True):
-    """One rank.  ``errors`` are relative, by output, and ``places`` where; empty where nothing was compared."""
+    """One rank.  ``errors`` are relative, by output, and ``places`` where; empty where nothing was compared.
+
+    ``steps`` are those of a call with their times, where they were asked for.
+    """
 
     rank: int
     host: str
@@ -37,6 +42,7 @@ class RankReport(msgspec.Struct, frozen=True):
     errors: dict[str, float]
     timing: Timing | None
     places: dict[str, str] = {}
+    steps: list[StepTime] = []
 
 
 class RunReport(msgspec.Struct, frozen=True):
@@ -93,8 +99,44 @@ class RunReport(msgspec.Struct, frozen=True):
             console.print(f"slowest rank: {self.median_ms:.3f} ms, median of {self.iterations}")
 
 
+def show_steps(steps: Sequence[StepTime]) -> None:
+    """Print how long each step takes, equal ones together, and the layers of engines."""
+    from rich.console import Console
+    from rich.table import Table
+
+    table = Table("kind", "step", title="Steps of a call on rank 0, one after the other", title_justify="left")
+    for name in ("how many", "ms together", "ms each"):
+        table.add_column(name, justify="right")
+    for (kind, name), times in step_groups(steps).items():
+        table.add_row(kind, name, str(len(times)), f"{sum(times):.3f}", f"{sum(times) / len(times):.4f}")
+    table.add_section()
+    table.add_row("", "", str(len(steps)), f"{sum(step.ms for step in steps):.3f}", "")
+    console = Console()
+    console.print(table)
+    for step in steps:
+        if step.layers:
+            table = Table("layer", title=f"Layers of {step.name}, by TensorRT's profiler", title_justify="left")
+            table.add_column("ms", justify="right")
+            for layer, ms in step.layers.items():
+                table.add_row(layer, f"{ms:.4f}")
+            console.print(table)
+
+
+def step_groups(steps: Sequence[StepTime]) -> dict[tuple[str, str], list[float]]:
+    """(kind, name without what numbers it) -> the times of such steps, those that take longest together first."""
+    groups: dict[tuple[str, str], list[float]] = {}
+    for step in steps:
+        groups.setdefault((step.kind, step.name.rstrip("0123456789_ ")), []).append(step.ms)
+    return dict(sorted(groups.items(), key=lambda group: -sum(group[1])))
+
+
 def rank_report(
-    runner: Runner, folder: Path, errors: dict[str, float], timing: Timing | None, places: dict[str, str]
+    runner: Runner,
+    folder: Path,
+    errors: dict[str, float],
+    timing: Timing | None,
+    places: dict[str, str],
+    steps: list[StepTime],
 ) -> RankReport:
     """This rank's part."""
     engines = {s.file for s in runner.manifest.ranks[runner.rank] if s.runs == "engine"}
@@ -106,6 +148,7 @@ def rank_report(
         errors=errors,
         timing=timing,
         places=places,
+        steps=steps,
     )
 
 

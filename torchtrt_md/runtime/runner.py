@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from types import TracebackType
-from typing import Any, Literal, Self, TypeVar
+from typing import TYPE_CHECKING, Any, Literal, Self, TypeVar
 
 import torch
 from torch import Tensor, nn
@@ -23,6 +23,9 @@ from torchtrt_md.runtime.signature import Signature, prepared
 from torchtrt_md.runtime.steps import Key
 from torchtrt_md.runtime.weights import WeightOf, laid_out
 from torchtrt_md.segment import Wire
+
+if TYPE_CHECKING:
+    from torchtrt_md.runtime.timing import StepTime
 
 Check = Literal["always", "first"]
 MAX_GRAPHS = 8
@@ -268,6 +271,32 @@ class Runner:
             InputError: ``forward`` of this model does not take what was compiled.
         """
         return as_module(self, model)
+
+    def time_steps(self, inputs: Mapping[str, Tensor], iterations: int) -> list[StepTime]:
+        """How long each step of a call takes on this rank; see :mod:`torchtrt_md.runtime.timing`.  Collective.
+
+        Args:
+            inputs: by name, of the right shapes and dtypes, on ``device``.
+            iterations: how many calls are timed.
+
+        Raises:
+            LaunchError: the runner is closed, or an engine could not be run.
+        """
+        from torchtrt_md.runtime.timing import time_steps
+
+        if self._closed:
+            raise LaunchError("this runner is closed", fix="load or compile again")
+        wired: dict[Key, Tensor] = {Wire("input", name): prepared(tensor) for name, tensor in inputs.items()}
+
+        def step() -> list[StepTime]:
+            with torch.no_grad(), self._watchdog.waiting(f"the times of the steps of {self.name}"):
+                if self._side is None:
+                    return time_steps(self.executor, wired, iterations)
+                torch.cuda.synchronize(self.device)
+                with torch.cuda.device(self.device), torch.cuda.stream(self._side):
+                    return time_steps(self.executor, wired, iterations)
+
+        return self.agreement.together(f"timing the steps of {self.name}", step)
 
     def settle(self) -> bool:
         """Whether all calls are done, so far as the watchdog knows."""

@@ -66,6 +66,7 @@ class Step:
         in_place: the slot may be the memory of the only value that it reads.
         push: of a collective that only copies: how the copy engines can do it.
         axis: of a collective.
+        engine: what it is, where it is one.
     """
 
     name: str
@@ -79,6 +80,7 @@ class Step:
     in_place: bool = False
     push: Copies | None = None
     axis: str = ""
+    engine: Engine | None = None
 
 
 def engine_step(segment: Segment, engine: Engine) -> Step:
@@ -101,6 +103,7 @@ def engine_step(segment: Segment, engine: Engine) -> Step:
         reads=tuple(source_key(b) for b in segment.inputs),
         slots=tuple(Slot(b.source, b.shape, b.dtype) for b in segment.outputs),
         run=run,
+        engine=engine,
     )
 
 

@@ -17,6 +17,7 @@ from torch import Tensor
 
 from torchtrt_md.errors import InputError, RankMismatchError
 from torchtrt_md.launch.agree import Agreement
+from torchtrt_md.mesh import Mesh
 from torchtrt_md.program import ShardedProgram, Weight
 from torchtrt_md.runtime.signature import prepared
 from torchtrt_md.runtime.steps import Key, source_key
@@ -134,19 +135,35 @@ def check_equal(program: ShardedProgram, agreement: Agreement) -> None:
 
     agreement.same(f"{len(weights)} of {sum(math.prod(w.shape) for w in weights)} elements", "their weights")
 
-    def sums() -> list[int]:
+    def sums() -> list[int | None]:
         return [checksum(program.weights.local(w, mesh, agreement.rank)) for w in weights]
 
+    check_parts(mesh, {w.name: [s.axis for s in w.shardings] for w in weights}, sums, agreement)
+
+
+def check_parts(
+    mesh: Mesh, weights: Mapping[str, Sequence[str]], sums: Callable[[], list[int | None]], agreement: Agreement
+) -> None:
+    """Refuse weights that differ between ranks which hold the same part of them.  Collective.
+
+    Args:
+        weights: their names, the same on all ranks, and the axes that cut each.
+        sums: gives the checksum of this rank's part of each, None of what it does not hold.
+
+    Raises:
+        RankMismatchError: on every rank, naming the weight and who has what.
+    """
     found = agreement.gather(agreement.together("the checksums of the weights", sums), "the weights")
-    for index, weight in enumerate(weights):
-        axes = [s.axis for s in weight.shardings]
+    for index, (name, axes) in enumerate(weights.items()):
         parts: dict[tuple[int, ...], dict[int, int]] = {}
         for rank, of in enumerate(found):
-            parts.setdefault(tuple(mesh.coordinate(rank, a) for a in axes), {})[rank] = of[index]
+            value = of[index]
+            if value is not None:
+                parts.setdefault(tuple(mesh.coordinate(rank, a) for a in axes), {})[rank] = value
         for held in parts.values():
             if len(set(held.values())) > 1:
                 raise RankMismatchError(
-                    f"the weight {weight.name!r} is not the same on ranks that hold the same part of it: by checksum, "
+                    f"the weight {name!r} is not the same on ranks that hold the same part of it: by checksum, "
                     + ", ".join(f"rank {rank} has {value:016x}" for rank, value in held.items()),
                     fix="load the same checkpoint on every rank, or seed them alike; broadcast what rank 0 has",
                 )

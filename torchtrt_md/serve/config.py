@@ -44,8 +44,13 @@ def python_config(manifest: Manifest) -> str:
     """For a ``model.py`` that runs the bundle in processes of its own.
 
     Raises:
-        BundleError: a value that Triton cannot pass.
+        BundleError: a value that Triton cannot pass, or a bundle that was exported without its weights.
     """
+    if manifest.given:
+        raise BundleError(
+            f"the bundle was exported without its weights ({manifest.given[0].name} is one), and Triton gives none",
+            fix="export it with its weights",
+        )
     parameters = {
         "gpus": ",".join(map(str, range(mesh_of(manifest).size))),
         "timeout_seconds": "300",
