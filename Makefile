@@ -1,6 +1,8 @@
 # Two commands: `make demo` does the main job, `make test` runs every test that needs no GPU.
 PYTHON ?= python3
 VENV   ?= .venv
+# The processes of `make test`.  A file's tests share fixtures and so run in one of them.
+WORKERS ?= 2
 BIN    := $(VENV)/bin
 READY  := $(VENV)/.ready
 TRITON := $(VENV)/triton/.ready
@@ -11,7 +13,7 @@ demo: $(READY)
 	$(BIN)/torchtrt-md export examples/flux.py --mesh cp=4 --strategy ulysses -o flux.mdtrt
 
 test: $(READY) $(TRITON)
-	$(BIN)/python -m pytest -q
+	$(BIN)/python -m pytest -q -n $(WORKERS) --dist loadfile --no-loadscope-reorder
 
 gpu-test: $(READY) $(TRITON)
 	$(BIN)/python -m pytest -q tests/gpu

@@ -6,6 +6,8 @@ returns how many rewrites it made.  Its docstring shows the graph before and aft
 
 from __future__ import annotations
 
+import logging
+import time
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -53,6 +55,7 @@ class PassContext:
 
 
 Pass: TypeAlias = Callable[[GraphModule, PassContext], int]
+log = logging.getLogger(__name__)
 
 
 def run_passes(
@@ -70,7 +73,9 @@ def run_passes(
     counts: dict[str, int] = {}
     for number, (name, run) in enumerate(passes.items()):
         before = readable(graph) if dump else ""
+        start = time.perf_counter()
         counts[name] = run(graph, context)
+        log.debug("%s: %d rewrites, %.3f s", name, counts[name], time.perf_counter() - start)
         if counts[name]:
             graph.graph.eliminate_dead_code()
             graph.graph.lint()

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import sys
 from collections.abc import Iterator
 from pathlib import Path
@@ -9,6 +10,11 @@ from pathlib import Path
 import pytest
 
 sys.path.insert(0, str(Path(__file__).parent))  # `import models` from any folder
+
+# Of this process and all that it starts, before any of them imports torch.  The tests are about what is compiled, not
+# how fast it runs: Inductor's kernels are scalar, so it does not build a test program for each instruction set of the
+# CPU; it has no pool of processes, of which every rank would start its own; and processes do not fight for cores.
+os.environ |= {"TORCHINDUCTOR_VEC_ISA_OK": "0", "TORCHINDUCTOR_COMPILE_THREADS": "1", "OMP_NUM_THREADS": "1"}
 
 from rank_processes import Ranks
 

@@ -12,6 +12,22 @@ from transformers import LlamaConfig, LlamaForCausalLM, Qwen3Config, Qwen3ForCau
 
 logging.set_verbosity_error()
 
+# What makes the models of examples/ small.
+SMALL_EXAMPLES = {
+    "FLUX_LAYERS": "1",
+    "FLUX_SINGLE_LAYERS": "1",
+    "FLUX_IMAGE_TOKENS": "32",
+    "FLUX_TEXT_TOKENS": "16",
+    "LLAMA_HIDDEN": "128",
+    "LLAMA_INTERMEDIATE": "256",
+    "LLAMA_TOKENS": "16",
+    "VIT_HIDDEN": "64",
+    "VIT_INTERMEDIATE": "128",
+    "WAN_FRAMES": "1",
+    "WAN_FFN": "256",
+    "WAN_TEXT_TOKENS": "16",
+}
+
 Call = tuple[nn.Module, tuple[Any, ...], dict[str, Any]]
 
 

@@ -12,7 +12,7 @@ import torch.distributed as dist
 import torch.multiprocessing as mp
 
 WORLD = 2
-SECONDS = 180.0  # models are traced and compiled there, on machines that others may share
+SECONDS = 500.0  # models are traced and compiled there, on machines that others may share
 
 
 class Outcome(NamedTuple):

@@ -41,7 +41,8 @@ def test_import_loads_nothing_heavy() -> None:
 
 
 def test_import_takes_less_than_a_fifth_of_a_second() -> None:
-    code = "import time, torch; t = time.perf_counter(); import torchtrt_md; print(time.perf_counter() - t)"
+    """Of the CPU's time, which is the same beside other tests."""
+    code = "import time, torch; t = time.process_time(); import torchtrt_md; print(time.process_time() - t)"
     assert min(float(_python(code)) for _ in range(3)) < 0.2
 
 

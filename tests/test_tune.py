@@ -14,11 +14,11 @@ from torch import Tensor, nn
 
 import torchtrt_md as md
 from torchtrt_md.choices import Choices
-from torchtrt_md.doors.compile import Session
 from torchtrt_md.launch import Launch
 from torchtrt_md.options import Options
 from torchtrt_md.runtime.executor import Executor
 from torchtrt_md.runtime.steps import Key
+from torchtrt_md.session import Session
 from torchtrt_md.tune import _keep, _read, candidates, tune
 
 PLAN = {"": {"x": md.Split(1)}, "out": md.Gather(1)}

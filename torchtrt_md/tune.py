@@ -42,8 +42,8 @@ from torchtrt_md.runtime.steps import Key
 from torchtrt_md.segment import Binding, Part, Runs, Wire
 
 if TYPE_CHECKING:
-    from torchtrt_md.doors.compile import Session
     from torchtrt_md.road import Built
+    from torchtrt_md.session import Session
 
 log = logging.getLogger(__name__)
 WARM_UP, REPEATS, FEWEST = 3, 20, 5

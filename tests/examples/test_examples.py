@@ -11,6 +11,7 @@ import subprocess
 import sys
 from pathlib import Path
 
+import models
 import pytest
 
 from torchtrt_md.bundle import read_manifest
@@ -57,6 +58,8 @@ def test_a_model_file_becomes_a_bundle(
     capsys: pytest.CaptureFixture[str],
 ) -> None:
     monkeypatch.chdir(folder)
+    for name, size in models.SMALL_EXAMPLES.items():
+        monkeypatch.setenv(name, size)
     monkeypatch.setattr(sys, "argv", shlex.split(commands(example)[0]))
     with pytest.raises(SystemExit) as done:  # here and not in a process of its own, which would import all anew
         runpy.run_module("torchtrt_md", run_name="__main__")

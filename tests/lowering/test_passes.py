@@ -7,16 +7,20 @@ from dataclasses import replace
 from pathlib import Path
 
 import graphs
+import models
+import pytest
 import torch
 from torch import Tensor
 from torch.fx import GraphModule
 
-from torchtrt_md import lowering
+from torchtrt_md import TensorParallel, capture, lowering
 from torchtrt_md.lowering import PASSES, lower, merge_identical, single_rank
 from torchtrt_md.lowering.ops import bound_args
 from torchtrt_md.lowering.passes import PassContext, readable, run_passes
 from torchtrt_md.mesh import Mesh
+from torchtrt_md.options import Options
 from torchtrt_md.program import Coordinate, ShardedProgram, Sharding, Value
+from torchtrt_md.road import Road
 from torchtrt_md.verification.simulate import simulate
 
 MESH = Mesh(cp=2)
@@ -35,6 +39,20 @@ def test_counts_come_in_order() -> None:
         {"none": single_rank.run, "one": merge_identical.run, "again": merge_identical.run}, graph, CONTEXT
     )
     assert list(counts.items()) == [("none", 0), ("one", 1), ("again", 0)]
+
+
+def test_stages_and_passes_are_logged(caplog: pytest.LogCaptureFixture) -> None:
+    model, args, _ = models.mlp()
+    plan = {"up": "colwise", "down": "rowwise"}
+    captured = capture(model, args, mesh=Mesh(tp=2), parallel=TensorParallel("tp", plan=plan))
+    road = Road(captured, Options(compute="inductor"), ranks=[0])
+    with caplog.at_level("DEBUG", logger="torchtrt_md"):
+        road.build(road.lower(road.default()), road.default())
+    said = [(record.name, record.levelname, record.getMessage()) for record in caplog.records]
+    assert [text.split(":")[0] for name, level, text in said if name == "torchtrt_md.lowering.passes"] == list(PASSES)
+    stages = [text for name, level, text in said if (name, level) == ("torchtrt_md.road", "INFO")]
+    assert any(text.startswith("rank 0: lowering took ") for text in stages), stages
+    assert any(text.startswith("rank 0: building took ") for text in stages)
 
 
 def test_what_nothing_uses_any_more_goes_after_each_pass() -> None:

@@ -64,8 +64,7 @@ def in_dtype(q: Tensor, k: list[Tensor], v: list[Tensor]) -> Tensor:
     return F.scaled_dot_product_attention(q, torch.cat(k, 2), torch.cat(v, 2), enable_gqa=True)
 
 
-@pytest.mark.parametrize("tokens", [64, 512])
-@pytest.mark.parametrize("size", [2, 4, 8])
+@pytest.mark.parametrize(("size", "tokens"), [(2, 64), (4, 64), (8, 64), (2, 256)])
 @pytest.mark.parametrize("dtype", DTYPES)
 def test_the_verdict_on_a_ring(dtype: torch.dtype, size: int, tokens: int) -> None:
     test = ring(dtype, size, tokens)

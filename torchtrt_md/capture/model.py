@@ -55,7 +55,7 @@ def _captured(
 ) -> ShardedProgram:
     check_axes(parallels, mesh)
     arguments = Arguments.of(model, args, kwargs)
-    own = next((p.device_mesh for p in model.parameters() if isinstance(p, DTensor)), None)
+    own = own_mesh(model)
     with _device_mesh(mesh, parallels, own, arguments.device.type) as device_mesh:
         shadow = _shadow(model, without_memory=any(isinstance(p, TensorParallel) for p in parallels))
         plans: list[context_parallel.AppliedPlan] = []
@@ -78,6 +78,11 @@ def _captured(
     check_axes_used(mesh, parallels, own, traces[0], groups)
     traces = traces if device_mesh is not None else traces * mesh.size
     return _program(traces, mesh, parallels, groups, _weights(model, mesh, weights, parallels), arguments)
+
+
+def own_mesh(model: nn.Module) -> DeviceMesh | None:
+    """The mesh that ``parallelize_module`` was given; None of a dense model."""
+    return next((p.device_mesh for p in model.parameters() if isinstance(p, DTensor)), None)
 
 
 @contextmanager
