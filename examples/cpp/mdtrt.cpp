@@ -2,12 +2,14 @@
 
 #include <algorithm>
 #include <chrono>
+#include <cmath>
 #include <cstdio>
 #include <optional>
 #include <set>
 
 #include "core/plan.h"
 #include "core/rendezvous.h"
+#include "core/selftest.h"
 #include "core/sha256.h"
 #include "core/text.h"
 #include "core/watchdog.h"
@@ -24,6 +26,15 @@ constexpr int kWarmUp = 5;
 struct Communicator {
     const Nccl* nccl;
     void* pointer;
+};
+
+std::string_view bytes_in(const std::vector<float>& values) {
+    return {reinterpret_cast<const char*>(values.data()), values.size() * sizeof(float)};
+}
+
+struct SelfTest {
+    std::unique_ptr<Context> context;
+    std::unique_ptr<gpu::Memory> x, y;
 };
 
 } // namespace
@@ -49,6 +60,7 @@ struct Program::State {
     Plan plan;
     gpu::Stream stream = nullptr;
     std::vector<std::unique_ptr<Context>> contexts; // in the order in which they run
+    std::vector<SelfTest> tests;                    // as in the manifest, until all have passed
     std::unique_ptr<gpu::Graph> graph;
     std::string waits_for;
     bool left = false;
@@ -79,6 +91,9 @@ struct Program::State {
     void load_engines();
     void make_contexts();
     void bind_communicators();
+    void make_self_tests();
+    void run_self_test(size_t index);
+    void run_self_tests();
     void place_tensors();
     void enqueue();
 };
@@ -122,6 +137,7 @@ void Program::State::read() {
     check_versions(manifest, compiled_flavour());
     std::set<std::string> needed;
     for (const auto& segment : segments()) needed.insert(segment.file);
+    for (const auto& test : manifest.self_tests) needed.insert(test.file);
     if (const auto& weights = manifest.weights[ranks->rank()]) needed.insert(*weights);
     for (const auto& file : needed) {
         Mapped& mapped = files[file] = Mapped(folder, file);
@@ -218,19 +234,20 @@ void Program::State::load_engines() {
         runtime = std::make_unique<Runtime>(*tensorrt);
         std::string built_for =
             manifest.target + " (this GPU: " + versions["GPU"] + ", " + versions["compute capability"] + ")";
-        for (const auto& segment : segments()) {
-            auto file = files.find(segment.file);
-            if (file == files.end()) continue; // it is loaded already
-            engines[segment.file] = runtime->load(file->second.bytes(), folder + "/" + segment.file, built_for);
-            files.erase(file); // TensorRT has what it needs of it
-        }
+        for (const auto* list : {&std::as_const(manifest).self_tests, &segments()})
+            for (const auto& segment : *list) {
+                auto file = files.find(segment.file);
+                if (file == files.end()) continue; // it is loaded already
+                engines[segment.file] = runtime->load(file->second.bytes(), folder + "/" + segment.file, built_for);
+                files.erase(file); // TensorRT has what it needs of it
+            }
     });
 }
 
 void Program::State::make_contexts() {
     step("making the engines' contexts", [&] {
         int64_t most = 1;
-        for (const auto& engine : engines) most = std::max(most, engine.second->scratch_bytes());
+        for (const auto& segment : segments()) most = std::max(most, engines.at(segment.file)->scratch_bytes());
         if (segments().size() > 1) scratch = std::make_unique<gpu::Memory>(most); // they run one after another
         for (size_t i = 0; i < segments().size(); ++i)
             contexts.push_back(std::make_unique<Context>(*runtime, *engines.at(segments()[i].file), segments()[i],
@@ -246,6 +263,64 @@ void Program::State::bind_communicators() {
             Watchdog::Waiting waiting(*watchdog, "binding the communicator of " + name(i));
             contexts[i]->set_communicator(communicators.at(*segments()[i].axis).pointer);
         }
+    });
+}
+
+void Program::State::make_self_tests() {
+    step("making the self-tests' contexts", [&] {
+        for (const Segment& test : manifest.self_tests) {
+            const Binding &x = test.inputs.at(0), &y = test.outputs.at(0);
+            // With scratch of their own: they are small.
+            tests.push_back({std::make_unique<Context>(*runtime, *engines.at(test.file), test, test.name, nullptr, 0),
+                             std::make_unique<gpu::Memory>(bytes_of(x.shape, x.dtype)),
+                             std::make_unique<gpu::Memory>(bytes_of(y.shape, y.dtype))});
+            tests.back().context->set_address(x.name, tests.back().x->data());
+            tests.back().context->set_address(y.name, tests.back().y->data());
+        }
+    });
+    step("binding the self-tests' communicators", [&] {
+        for (size_t i = 0; i < tests.size(); ++i) {
+            const Segment& test = manifest.self_tests[i];
+            Watchdog::Waiting waiting(*watchdog, "binding the communicator of " + test.name);
+            tests[i].context->set_communicator(communicators.at(*test.axis).pointer);
+        }
+    });
+}
+
+void Program::State::run_self_test(size_t index) {
+    const Segment& test = manifest.self_tests[index];
+    const Mesh& mesh = manifest.mesh;
+    const Binding& y = test.outputs.at(0);
+    int axis = mesh.find(*test.axis);
+    int64_t place = mesh.coordinate(ranks->rank(), axis), ranks_of_axis = mesh.axes[axis].second;
+    // A run that writes nothing must not pass.
+    std::vector<float> result(elements_of(y.shape), std::nanf(""));
+    step("running " + test.name, [&] {
+        std::vector<float> x = operand(ranks_of_axis, place);
+        gpu::copy_to_gpu(tests[index].x->data(), bytes_in(x));
+        gpu::copy_to_gpu(tests[index].y->data(), bytes_in(result));
+        Watchdog::Waiting waiting(*watchdog, test.name + ", " + ranks_named(mesh.group(ranks->rank(), axis), 0));
+        tests[index].context->enqueue(stream);
+        gpu::wait(stream);
+        gpu::copy_to_host(reinterpret_cast<char*>(result.data()), tests[index].y->data(),
+                          static_cast<int64_t>(bytes_in(result).size()), stream);
+    });
+    Flavour flavour = compiled_flavour();
+    auto wrong = judge(test, result, place, flavour.name + " " + flavour.version());
+    ranks->vote(wrong ? &*wrong : nullptr, test.name);
+}
+
+void Program::State::run_self_tests() {
+    if (manifest.self_tests.empty()) return;
+    make_self_tests();
+    for (size_t i = 0; i < tests.size(); ++i) run_self_test(i);
+    step("letting go of the self-tests", [&] {
+        Watchdog::Waiting waiting(*watchdog, "letting go of the self-tests");
+        tests.clear();
+        std::set<std::string> needed;
+        for (const auto& segment : segments()) needed.insert(segment.file);
+        for (const auto& test : manifest.self_tests)
+            if (!needed.count(test.file)) engines.erase(test.file);
     });
 }
 
@@ -299,7 +374,7 @@ std::unique_ptr<Program> Program::load(const std::string& bundle, const Options&
     s.load_engines();
     s.make_contexts();
     s.bind_communicators();
-    // The bundle's self-tests belong here: every engine that communicates has its communicator, and none has run.
+    s.run_self_tests(); // every engine that communicates has its communicator, and none has run
     s.place_tensors();
     return program;
 }

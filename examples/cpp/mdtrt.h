@@ -33,7 +33,7 @@ class Rendezvous;
 class Program {
   public:
     // Collective.  Raises Error on all ranks: the bundle, the libraries, the GPUs or the launch are not what they must
-    // be.
+    // be, or one of the bundle's self-tests gives a wrong result.
     static std::unique_ptr<Program> load(const std::string& bundle, const Options& options = {});
     ~Program(); // after leave(): lets go of the GPU's memory; else of nothing, since that could wait without end
 

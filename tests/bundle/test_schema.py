@@ -37,7 +37,7 @@ def test_written_manifests_are_valid(name: str) -> None:
 @pytest.mark.parametrize(
     ("change", "said"),
     [
-        ({"schema": 99}, "3 was expected"),
+        ({"schema": 99}, "4 was expected"),
         ({"more": 1}, "'more' was unexpected"),
         ({"mesh": {"cp": "2"}}, "'2' is not of type 'integer'"),
         ({"result": {"output": 0, "constant": 1}}, "is not valid under any of the given schemas"),

@@ -21,6 +21,7 @@ from torchtrt_md.bundle.structure import mesh_of
 from torchtrt_md.bundle.weights import DTYPES, save_weights
 from torchtrt_md.errors import BundleError
 from torchtrt_md.program import dtype_name, part
+from torchtrt_md.selftest import OPS, RING, expected, operand
 
 
 def check(programs: Path, *command: object) -> subprocess.CompletedProcess[str]:
@@ -71,6 +72,17 @@ def test_c_plus_plus_refuses_the_manifests_that_python_refuses(programs: Path, t
         read, refused = read + (cpp is None), refused + (cpp is not None)
     assert read > 100
     assert refused > 1000
+
+
+@pytest.mark.parametrize("ranks", [1, 2, 3, 4, 8, 17])
+def test_self_tests_have_the_values_of_python(programs: Path, ranks: int) -> None:
+    found = lines(check(programs, "self-tests", ranks))
+    assert {line["op"] for line in found} == set(OPS) - {RING}
+    assert len(found) == ranks * (len(OPS) - 1)
+    for line in found:
+        right = expected(line["op"], ranks, line["rank"])
+        assert line["operand"] == operand(ranks, line["rank"]).flatten().tolist()
+        assert line["expected"] == (None if right is None else right.flatten().tolist())
 
 
 def test_damaged_weights_are_read_or_refused(programs: Path, tmp_path: Path) -> None:

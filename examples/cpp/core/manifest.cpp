@@ -239,6 +239,11 @@ Parsed parsed(const Json& json) {
         for (const auto& file : files.object()) m.files.emplace(file.first, file.second.string());
         return 0;
     });
+    if (const Json* tests = fields.optional("self_tests")) m.self_tests = list(*tests, "$.self_tests", segment);
+    if (const Json* given = fields.optional("given")) m.given = list(*given, "$.given", value);
+    if (const Json* joined = fields.optional("joined"))
+        for (const auto& weight : located("$.joined", [&]() -> const Json::Object& { return joined->object(); }))
+            m.joined[weight.first] = list(weight.second, "$.joined", text_of);
     found.described.transport = string_or(fields, "transport", "nccl");
     if (const Json* decisions = fields.optional("decisions")) list(*decisions, "$.decisions", decision);
     string_or(fields, "tuned_on", "");
@@ -322,6 +327,12 @@ Manifest read_manifest(const std::string& folder) {
 }
 
 void check_runnable(const Manifest& manifest) {
+    if (!manifest.given.empty())
+        throw bundle_error("the bundle lacks " + std::to_string(manifest.given.size()) + " weights of its model, " +
+                               in_quotes(manifest.given[0].name) +
+                               " first, and this runner cannot take them from a checkpoint",
+                           "export the bundle again with its weights (without --strip-weights), or run it from Python,"
+                           " which gives them at load");
     for (size_t rank = 0; rank < manifest.ranks.size(); ++rank)
         for (size_t i = 0; i < manifest.ranks[rank].size(); ++i) {
             const Segment& segment = manifest.ranks[rank][i];

@@ -15,7 +15,7 @@
 
 namespace mdtrt {
 
-inline constexpr int64_t kSchema = 3;
+inline constexpr int64_t kSchema = 4;
 
 // Named axes over the ranks of a launch, in order; ranks are row-major, the last axis varying fastest.
 struct Mesh {
@@ -34,7 +34,7 @@ struct Sharding {
     std::string axis;
 };
 
-// An input or output of the program, with its global shape.
+// An input or output of the program, or a weight that is given at load, with its global shape.
 struct Value {
     std::string name;
     Shape shape;
@@ -59,6 +59,10 @@ struct Binding {
 
     bool is_weight() const { return source.kind == "weight"; }
     Shape source_shape() const { return transposed ? Shape(shape.rbegin(), shape.rend()) : shape; }
+    bool operator==(const Binding& other) const {
+        return std::tie(name, source, dtype, shape, transposed) ==
+               std::tie(other.name, other.source, other.dtype, other.shape, other.transposed);
+    }
 };
 
 struct Collective {
@@ -93,14 +97,18 @@ struct Manifest {
     std::string target;
     Versions versions;
     std::map<std::string, std::string> files; // path -> sha256
-    std::string digest;                       // sha256 of the manifest's own bytes
+    std::vector<Segment> self_tests;          // which all ranks run before any other engine, in this order
+    std::vector<Value> given;                 // weights that the bundle does not have
+    std::map<std::string, std::vector<std::string>> joined; // weights that are several of `given`
+    std::string digest;                                     // sha256 of the manifest's own bytes
 };
 
 // Raises Error (BundleError): no manifest of this schema, or one that contradicts itself.  `path` is for messages.
 Manifest parse_manifest(std::string_view text, const std::string& path);
 Manifest read_manifest(const std::string& folder);
 
-// Raises Error (BundleError) for what only Python runs: segments that are no engines, and rings inside of engines.
+// Raises Error (BundleError) for what only Python runs: segments that are no engines, rings inside of engines, and
+// weights that are given at load.
 void check_runnable(const Manifest& manifest);
 
 // The shape that each rank holds of an input or output; raises Error where a sharding does not fit.

@@ -2,6 +2,7 @@
 
 #include <algorithm>
 #include <map>
+#include <optional>
 #include <set>
 #include <unordered_map>
 #include <unordered_set>
@@ -9,6 +10,7 @@
 #include "core/error.h"
 #include "core/files.h"
 #include "core/limits.h"
+#include "core/selftest.h"
 #include "core/text.h"
 
 namespace mdtrt {
@@ -162,7 +164,45 @@ void check_binding(const Binding& binding, const Known& known, const std::string
                   listed(known.second));
 }
 
-void check_rank(const Manifest& manifest, const Wires& given, const Wires& outputs, size_t rank) {
+// What a rank holds of each weight that is given at load.
+Wires given_weights(const Manifest& manifest) {
+    std::vector<const std::string*> names;
+    for (const auto& value : manifest.given) names.push_back(&value.name);
+    for (const auto& weight : manifest.joined) names.push_back(&weight.first);
+    if (const auto* name = twice(names)) throw refused("the manifest has more than one weight " + in_quotes(*name));
+    Wires held;
+    for (const auto& value : manifest.given) {
+        check_shape(value.shape, value.dtype, "the weight " + in_quotes(value.name));
+        held[{"weight", value.name}] = {value.dtype, local_shape(value, manifest.mesh)};
+    }
+    Wires found = held;
+    for (const auto& [name, parts] : manifest.joined) {
+        auto unfit = [&, &name = name] {
+            return refused("the manifest joins the weight " + in_quotes(name) + " of others that do not fit");
+        };
+        std::optional<Known> whole;
+        for (const auto& part : parts) {
+            auto known = held.find({"weight", part});
+            if (known == held.end() || known->second.second.empty()) throw unfit();
+            const auto& [dtype, shape] = known->second;
+            if (!whole) {
+                whole = known->second;
+                continue;
+            }
+            Shape like = shape;
+            like[0] = whole->second[0];
+            if (dtype != whole->first || like != whole->second) throw unfit();
+            // Beyond the limit nothing that a segment may take is equal to it.
+            whole->second[0] = std::min(whole->second[0] + shape[0], 2 * kMaxTensorBytes);
+        }
+        if (!whole) throw unfit();
+        found[{"weight", name}] = *whole;
+    }
+    return found;
+}
+
+void check_rank(const Manifest& manifest, const Wires& given, const Wires& outputs, const Wires& given_weights,
+                size_t rank) {
     const auto& weights = manifest.weights[rank];
     if (weights && !manifest.files.count(*weights))
         throw refused("the weights of rank " + std::to_string(rank) + " are in " + in_quotes(*weights) +
@@ -173,7 +213,10 @@ void check_rank(const Manifest& manifest, const Wires& given, const Wires& outpu
         std::string where = "segment " + std::to_string(i) + " of rank " + std::to_string(rank);
         check_segment(manifest, segment, where);
         for (const Binding& binding : segment.inputs) {
-            if (binding.is_weight()) {
+            auto at_load = given_weights.find(binding.source);
+            if (at_load != given_weights.end()) {
+                made[binding.source] = at_load->second;
+            } else if (binding.is_weight()) {
                 if (!weights)
                     throw refused(where + " reads " + in_quotes(binding.source.text()) + ", and rank " +
                                   std::to_string(rank) + " has no file of weights");
@@ -280,7 +323,9 @@ void check_structure(const Manifest& manifest, const Described& described) {
             check_shape(value.shape, value.dtype, "the " + std::string(kind) + " " + in_quotes(value.name));
             (*wires)[{kind, value.name}] = {value.dtype, local_shape(value, manifest.mesh)};
         }
-    for (size_t rank = 0; rank < manifest.ranks.size(); ++rank) check_rank(manifest, given, outputs, rank);
+    Wires weights = given_weights(manifest);
+    for (size_t rank = 0; rank < manifest.ranks.size(); ++rank) check_rank(manifest, given, outputs, weights, rank);
+    check_self_tests(manifest);
     Walk(manifest).check();
 }
 

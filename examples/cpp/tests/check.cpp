@@ -12,6 +12,7 @@
 #include "core/guard.h"
 #include "core/json.h"
 #include "core/manifest.h"
+#include "core/selftest.h"
 #include "core/sha256.h"
 #include "core/tensors.h"
 
@@ -152,7 +153,7 @@ template <class F> int damage(int times, F damaged_and_read) {
 int hostile_manifests(const std::string& folder, int times) {
     std::vector<std::string> texts;
     std::vector<Json> samples;
-    for (const char* name : {"engines", "parts", "two_axes"}) {
+    for (const char* name : {"engines", "parts", "two_axes", "given"}) {
         samples.push_back(Json::parse(read(folder + "/" + name + ".json")));
         texts.push_back(samples.back().text());
         parse_manifest(texts.back(), "m"); // before it is damaged it is read
@@ -237,6 +238,28 @@ int parts(const std::string& manifest_path, const std::string& inputs) {
     return 0;
 }
 
+Json numbers(const std::vector<float>& values) {
+    Json::Array found;
+    for (float value : values) found.push_back(static_cast<double>(value));
+    return found;
+}
+
+// Of each op over this many ranks: what each rank puts in, and must get.
+int self_tests(int ranks) {
+    for (const char* op : {"all_reduce", "all_to_all", "broadcast", "reduce", "all_gather", "gather", "reduce_scatter",
+                           "scatter"})
+        for (int rank = 0; rank < ranks; ++rank) {
+            auto right = expected(op, ranks, rank);
+            std::cout << Json(Json::Object{{"op", std::string(op)},
+                                           {"rank", int64_t{rank}},
+                                           {"operand", numbers(operand(ranks, rank))},
+                                           {"expected", right ? numbers(*right) : Json(nullptr)}})
+                             .text()
+                      << "\n";
+        }
+    return 0;
+}
+
 int guard(char** argv) {
     check_library(Library(argv[0], "TensorRT", ""),
                   {argv[1], std::atoi(argv[2]), std::atoi(argv[3]), std::atoi(argv[4]), std::atoi(argv[5])});
@@ -252,6 +275,7 @@ int main(int argc, char** argv) {
         if (command == "hostile-manifests" && argc == 4) return hostile_manifests(argv[2], std::atoi(argv[3]));
         if (command == "hostile-safetensors" && argc == 4) return hostile_safetensors(argv[2], std::atoi(argv[3]));
         if (command == "manifests" && argc == 3) return manifests(argv[2]);
+        if (command == "self-tests" && argc == 3) return self_tests(std::atoi(argv[2]));
         if (command == "dtypes" && argc == 2) return dtype_table();
         if (command == "parts" && argc == 4) return parts(argv[2], argv[3]);
         if (command == "guard" && argc == 8) return guard(argv + 2);
@@ -262,6 +286,7 @@ int main(int argc, char** argv) {
         std::fprintf(stderr, "%s\n", error.what());
         return 3;
     }
-    std::fprintf(stderr, "mdtrt_check hostile-manifests | hostile-safetensors | manifests | dtypes | parts | guard\n");
+    std::fprintf(stderr, "mdtrt_check hostile-manifests | hostile-safetensors | manifests | self-tests | dtypes | parts"
+                         " | guard\n");
     return kUsage;
 }

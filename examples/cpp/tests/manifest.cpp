@@ -47,10 +47,10 @@ TEST_CASE("ranks are row-major, in the order of the axes") {
 }
 
 TEST_CASE("another schema, a missing field and one that is not known are refused") {
-    CHECK_SAYS(changed("engines", "\"schema\": 3", "\"schema\": 99"), "schema 99 and this runner reads schema 3");
-    CHECK_SAYS(changed("engines", "\"schema\": 3", "\"schema\": true"), "is not a bundle's manifest");
+    CHECK_SAYS(changed("engines", "\"schema\": 4", "\"schema\": 99"), "schema 99 and this runner reads schema 4");
+    CHECK_SAYS(changed("engines", "\"schema\": 4", "\"schema\": true"), "is not a bundle's manifest");
     CHECK_SAYS(changed("engines", "\"placement\"", "\"replacement\""), "'placement' is missing");
-    CHECK_SAYS(changed("engines", "\"schema\": 3,", "\"schema\": 3, \"more\": 1,"), "'more' is not known");
+    CHECK_SAYS(changed("engines", "\"schema\": 4,", "\"schema\": 4, \"more\": 1,"), "'more' is not known");
     CHECK_SAYS(changed("engines", "\"dtype\": \"float32\"", "\"dtype\": \"float99\""), "'float99' is not known");
     CHECK_SAYS(changed("engines", "\"coordinate\"", "\"pigeon\""), "'pigeon' is not known");
     CHECK_SAYS(refusal("[]"), "is not a bundle's manifest");
@@ -82,6 +82,24 @@ TEST_CASE("what only Python runs is refused, and says how to export what runs") 
     CHECK(raised([&] { check_runnable(engines); }).empty());
     engines.ranks[1][0].collectives[0].op = "ring_attention";
     CHECK_SAYS(raised([&] { check_runnable(engines); }), "ring attention");
+    Manifest given = parse_manifest(sample("given"), "m");
+    CHECK_SAYS(raised([&] { check_runnable(given); }), "lacks 3 weights of its model, 'q' first");
+    CHECK_SAYS(raised([&] { check_runnable(given); }), "export the bundle again with its weights");
+    given.given.clear();
+    CHECK(raised([&] { check_runnable(given); }).empty());
+}
+
+TEST_CASE("weights that are given at load fit what segments take") {
+    Manifest given = parse_manifest(sample("given"), "m");
+    CHECK(given.joined.at("q+k") == std::vector<std::string>{"q", "k"});
+    CHECK_SAYS(changed("given", "\"name\": \"k\"", "\"name\": \"q\""), "more than one weight 'q'");
+    CHECK_SAYS(changed("given", "\"name\": \"k\"", "\"name\": \"q+k\""), "more than one weight 'q+k'");
+    CHECK_SAYS(changed("given", "\"name\": \"k\"", "\"name\": \"l\""), "joins the weight 'q+k' of others");
+    CHECK_SAYS(changed("given", "\"q+k\": [", "\"q+k\": [\"out\", "), "joins the weight 'q+k' of others");
+    CHECK_SAYS(changed("given", "\"q+k\": [", "\"none\": [], \"q+k\": ["), "joins the weight 'none' of others");
+    CHECK_SAYS(changed("given", "\"q+k\": [", "\"q+k\": [\"q\", "), "and it is float32 [10, 8]");
+    CHECK_SAYS(changed("given", "\"q+k\": [", "\"q+q\": ["), "has no file of weights");
+    CHECK_SAYS(changed("given", "\"joined\": {", "\"joined\": {\"a\": 1,"), "$.joined");
 }
 
 TEST_CASE("an engine of another TensorRT is refused, by flavour and by all four numbers") {
