@@ -44,14 +44,14 @@ def test_not_a_manifest(folder: Path, text: str) -> None:
 
 def test_a_newer_schema_is_refused_by_its_number_whatever_else_it_holds(folder: Path) -> None:
     (folder / "manifest.json").write_text('{"schema": 7, "meshes": []}')
-    with pytest.raises(BundleError, match="schema 7 and this version of torchtrt_md reads schema 3"):
+    with pytest.raises(BundleError, match="schema 7 and this version of torchtrt_md reads schema 4"):
         read_manifest(folder)
 
 
-@pytest.mark.parametrize("schema", [1, 2])
+@pytest.mark.parametrize("schema", [1, 2, 3])
 def test_a_bundle_of_an_older_schema_must_be_exported_again(folder: Path, schema: int) -> None:
     edit(folder, lambda c: c.update(schema=schema))
-    message = rf"has schema {schema} and this version.* reads schema 3\n.*or export it again"
+    message = rf"has schema {schema} and this version.* reads schema 4\n.*or export it again"
     with pytest.raises(BundleError, match=message):
         read_manifest(folder)
 

@@ -14,7 +14,7 @@ from torchtrt_md.choices import Decision
 from torchtrt_md.program import Value, dtype_name
 from torchtrt_md.segment import Segment
 
-SCHEMA = 3
+SCHEMA = 4
 MANIFEST = "manifest.json"
 
 
@@ -33,11 +33,11 @@ class Manifest(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     ``placement`` says where attention runs, "engine" or "split", and ``transport`` what does the exchanges between
     segments, "nccl" or the GPUs' "copy" engines.  ``ranks[r]`` holds rank r's segments and
     ``weights[r]`` the path of the safetensors file with its part of the weights, null where it needs none: engines
-    may hold their own.  ``constants`` are the arguments that are built in, as far as a call can
-    be compared with them.  A leaf of an argument is named by its path, in ``inputs`` as in ``constants``: ``mask``,
-    ``mask.0``.  ``positional`` names the arguments that may be passed by position, in order; one of them may be
-    nested, and then names no input itself, or be built in.  ``result`` nests the outputs as the model returns
-    them: ``{"output": i}``, ``{"constant": x}``, ``{"tuple": [...]}``, ``{"list": [...]}`` or ``{"dict": {...}}``.
+    may hold their own.  ``constants`` are the arguments that are built in, as far as a call can be compared with them;
+    ``opaque`` names those with which it cannot.  A leaf of an argument is named by its path, in ``inputs`` as in both:
+    ``mask``, ``mask.0``.  ``positional`` names the arguments that may be passed by position, in order; one of them may
+    be nested, and then names no input itself, or be built in.  ``result`` nests the outputs as the model returns them:
+    ``{"output": i}``, ``{"constant": x}``, ``{"tuple": [...]}``, ``{"list": [...]}`` or ``{"dict": {...}}``.
     ``files`` gives the sha256 of every other file of the bundle.  ``decisions`` is what was chosen and why;
     ``tuned_on`` the name of the GPU whose times decided, "" where none did.
     """
@@ -58,6 +58,7 @@ class Manifest(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     transport: str = "nccl"
     decisions: list[Decision] = []
     tuned_on: str = ""
+    opaque: list[str] = []
 
 
 def encode(manifest: Manifest) -> bytes:
