@@ -123,7 +123,7 @@ def _check_files(manifest: Manifest) -> None:
 
 def _check_names(manifest: Manifest) -> None:
     for kind, names in (
-        ("input", [t.name for t in manifest.inputs] + list(manifest.constants)),
+        ("input", [t.name for t in manifest.inputs] + list(manifest.constants) + manifest.opaque),
         ("output", [t.name for t in manifest.outputs]),
         ("positional argument", manifest.positional),
     ):

@@ -247,6 +247,7 @@ Parsed parsed(const Json& json) {
     found.described.transport = string_or(fields, "transport", "nccl");
     if (const Json* decisions = fields.optional("decisions")) list(*decisions, "$.decisions", decision);
     string_or(fields, "tuned_on", "");
+    if (const Json* opaque = fields.optional("opaque")) found.described.opaque = list(*opaque, "$.opaque", text_of);
     fields.none_left();
     return found;
 }

@@ -98,6 +98,7 @@ void check_all_names(const Manifest& manifest, const Described& described) {
     std::vector<const std::string*> inputs, outputs, positional;
     for (const auto& value : manifest.inputs) inputs.push_back(&value.name);
     for (const auto& name : described.constants) inputs.push_back(&name);
+    for (const auto& name : described.opaque) inputs.push_back(&name);
     for (const auto& value : manifest.outputs) outputs.push_back(&value.name);
     for (const auto& name : described.positional) positional.push_back(&name);
     check_names("input", inputs);

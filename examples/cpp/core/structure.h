@@ -10,7 +10,7 @@ namespace mdtrt {
 
 // What the manifest says beside what a runner keeps of it.
 struct Described {
-    std::vector<std::string> constants, positional;
+    std::vector<std::string> constants, opaque, positional;
     std::string placement, transport;
 };
 
