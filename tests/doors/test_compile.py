@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import subprocess
+import sys
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -156,6 +158,24 @@ def compile_without_a_mesh(rank: int) -> None:
 def compile_for_another_launch(rank: int) -> None:
     model, args, _ = models.mlp()
     md.compile(model, args, mesh=md.Mesh(tp=4), parallel=md.TensorParallel("tp", plan={"up": "colwise"}), **OPTIONS)
+
+
+WITHOUT_TENSORRT = """
+import os, sys
+sys.modules.update(dict.fromkeys(("tensorrt", "tensorrt_rtx", "torch_tensorrt")))
+import torch, torch.distributed as dist
+import torchtrt_md as md
+dist.init_process_group("gloo", store=dist.HashStore(), rank=0, world_size=1)
+runner = md.compile(
+    torch.nn.Identity(), (torch.ones(2),), mesh=md.Mesh(d=1), compute="inductor", placement="split", report=False
+)
+assert torch.equal(runner(torch.ones(2)), torch.ones(2))
+"""
+
+
+def test_inductor_needs_no_tensorrt() -> None:
+    done = subprocess.run([sys.executable, "-c", WITHOUT_TENSORRT], capture_output=True, text=True, timeout=500)
+    assert done.returncode == 0, done.stderr
 
 
 def test_a_mesh_that_is_missing_or_does_not_fit(ranks: Ranks) -> None:

@@ -15,7 +15,7 @@ a larger scale round more.  A multiple of its own magnitude comes on top.
 The largest is too much for a token whose scale is far below that of the others: in each channel its peers are others'
 elements that cancelled.  So ``rounding`` also asks what the element's own place is worth (``_Places``): the noise of
 its row times that of its column, over that of all, where the tensor's dims are cut in two.  Its unit is no larger than
-three times that, or than what the least of its slices says, whichever is more.  This noise is of several draws of
+five times that, or than what the least of its slices says, whichever is more.  This noise is of several draws of
 rounding, one of which moves the weights and inputs: where terms cancel inside a product, the dense model rounds their
 sum once, and a program that has parts of it on several ranks rounds each.
 
@@ -61,7 +61,7 @@ _REACH = 6  # buckets above its own from which an element's unit may come
 _FEW = 8
 _NOISE_FACTOR = 64.0  # structure: how much the sample of rounding, scaled to fp64, may be too small by
 _HUGE = 1e150  # squares must stay finite
-_PLACE_FACTOR = 3.0  # how far the noise of a place may be beyond the product of its row's and its column's
+_PLACE_FACTOR = 5.0  # how far the noise of a place may be beyond the product of its row's and its column's
 _LOG_BIAS = 1.0  # by how much the mean of the logarithms of a few draws' squares is below that of many
 
 
