@@ -51,8 +51,6 @@ def case_of(name: str) -> tuple[models.Call, dict[str, Any]]:
     if name == "exchange":
         exchange = Exchange("ulysses", head_groups=2, values_first=True)
         return models.attention(), {**cp, "parallel": md.ContextParallel("cp", "ulysses", PLAN), "exchange": exchange}
-    if name == "flux":
-        return models.flux(), {**cp, "parallel": md.ContextParallel("cp", "ulysses")}
     return models.attention(), {**cp, "parallel": md.ContextParallel("cp", name, PLAN)}  # type: ignore[arg-type]
 
 
@@ -70,11 +68,10 @@ def compile_and_compare(rank: int, name: str) -> tuple[list[float], bool, bool, 
     (model, args, kwargs), options = case_of(name)
     runner = md.compile(model, args, kwargs, **OPTIONS, **options)
     other = tuple(a.flip(1) for a in args)
-    changed = {k: v * 0.5 if k in ("hidden_states", "encoder_hidden_states") else v for k, v in kwargs.items()}
     errors, same_class, results = [], True, []
     with torch.no_grad():
-        for a, k in ((args, kwargs), (other, changed)):
-            want, found = model(*a, **k), runner(*a, **k)
+        for a in (args, other):
+            want, found = model(*a, **kwargs), runner(*a, **kwargs)
             same_class &= type(found) is type(want) and (name != "llama" or isinstance(found, CausalLMOutputWithPast))
             errors.append(relative_error(first_tensor(found), first_tensor(want)))
             results.append((first_tensor(found), first_tensor(found).clone()))
@@ -85,7 +82,7 @@ def compile_and_compare(rank: int, name: str) -> tuple[list[float], bool, bool, 
     return errors, same_class, untouched, summary, {kind: runs.count(kind) for kind in set(runs)}
 
 
-@pytest.mark.parametrize("name", ["flux", "allgather_kv", "llama", "causal ring", "exchange"])
+@pytest.mark.parametrize("name", ["ulysses", "allgather_kv", "llama", "causal ring", "exchange"])
 def test_what_is_compiled_computes_what_the_model_computes(name: str, ranks: Ranks) -> None:
     for outcome in ranks(compile_and_compare, name):
         assert not outcome.error, outcome.message
