@@ -16,7 +16,7 @@ logging.set_verbosity_error()
 SMALL_EXAMPLES = {
     "FLUX_LAYERS": "1",
     "FLUX_SINGLE_LAYERS": "1",
-    "FLUX_IMAGE_TOKENS": "64",
+    "FLUX_IMAGE_TOKENS": "32",
     "FLUX_TEXT_TOKENS": "16",
     "LLAMA_HIDDEN": "128",
     "LLAMA_INTERMEDIATE": "256",
