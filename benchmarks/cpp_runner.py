@@ -33,6 +33,7 @@ from torchtrt_md.bundle.read import manifest_digest, read_manifest
 from torchtrt_md.bundle.structure import mesh_of
 from torchtrt_md.bundle.weights import save_weights
 from torchtrt_md.program import Value, part
+from torchtrt_md.runtime.timing import call_times
 
 WARM_UP = 5  # calls, as in mdtrt_run
 
@@ -103,22 +104,15 @@ def timed(runner: Any, inputs: Mapping[str, Tensor], repeat: int, device: torch.
             last = runner(**inputs)
             times.append((time.perf_counter() - began) * 1e3)
         return times, last
-    stream: Any = torch.cuda.Stream(device)  # type: ignore[no-untyped-call]
-    stream.wait_stream(torch.cuda.current_stream(device))
-    events: list[tuple[Any, Any]] = []
-    with torch.cuda.stream(stream):
-        for _ in range(WARM_UP if repeat else 0):
-            runner(**inputs)
-        stream.synchronize()
+
+    def call() -> None:
+        nonlocal last
+        last = runner(**inputs)
+
+    def begin() -> None:
         runner.agreement.vote(None, "the start of the timing")
-        for _ in range(repeat):
-            begin, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))  # type: ignore[no-untyped-call]
-            begin.record(stream)
-            last = runner(**inputs)
-            end.record(stream)
-            events.append((begin, end))
-        stream.synchronize()
-    return [begin.elapsed_time(end) for begin, end in events], last
+
+    return call_times(call, repeat, warm_up=WARM_UP if repeat else 0, begin=begin, device=device), last
 
 
 def hashes(outputs: Mapping[str, Tensor]) -> dict[str, str]:

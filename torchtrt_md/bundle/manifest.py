@@ -66,6 +66,11 @@ class Manifest(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     tuned_on: str = ""
     opaque: list[str] = []
 
+    @property
+    def given_names(self) -> set[str]:
+        """The weights that are given at load, by the names that segments read."""
+        return {value.name for value in self.given} | set(self.joined)
+
 
 def encode(manifest: Manifest) -> bytes:
     """The manifest as JSON: a dtype is PyTorch's name of it, a source ``[kind, name]``, a sharding ``[dim, axis]``."""

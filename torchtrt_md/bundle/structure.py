@@ -33,7 +33,7 @@ from torchtrt_md.selftest import OPS, RING, RING_DTYPES, self_tests
 
 _REBUILD = "export the bundle again; do not edit manifest.json by hand"
 # What a schedule names: the ops of the IR that communicate, and a ring that is one op of an engine.
-_COLLECTIVES = {op._schema.name.split("::")[1] for op in COLLECTIVES} | {"ring_attention"}
+_COLLECTIVES = {op._schema.name.split("::")[1] for op in COLLECTIVES} | {RING}
 _SHA256 = re.compile("[0-9a-f]{64}")
 
 Known: TypeAlias = tuple[torch.dtype, tuple[int, ...]]  # the dtype and shape of a wire

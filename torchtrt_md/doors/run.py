@@ -28,6 +28,7 @@ from torchtrt_md.program import Value, part
 from torchtrt_md.runtime.report import RankReport, Timing, rank_report, report, show_steps
 from torchtrt_md.runtime.runner import Runner
 from torchtrt_md.runtime.signature import Signature
+from torchtrt_md.runtime.timing import call_times
 from torchtrt_md.verification.compare import engine_ratio, rounding
 from torchtrt_md.verification.dense import Reference, dense_reference, precision_name
 from torchtrt_md.verification.simulate import Precision
@@ -358,23 +359,15 @@ def _check_finite(runner: Runner, returned: object) -> None:
 
 
 def _time(runner: Runner, inputs: dict[str, Tensor], iterations: int) -> Timing:
-    """Time calls that are enqueued back to back, each between two events on a stream of their own."""
-    stream: torch.cuda.Stream = torch.cuda.Stream(runner.device)  # type: ignore[no-untyped-call]
-    stream.wait_stream(torch.cuda.current_stream(runner.device))
-    events: list[tuple[torch.cuda.Event, torch.cuda.Event]] = []
-    with torch.cuda.stream(stream):
-        for _ in range(WARM_UP):
-            runner(**inputs)
-        stream.synchronize()
-        runner.agreement.vote(None, "the start of the timing")
-        for _ in range(iterations):
-            begin, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))  # type: ignore[no-untyped-call]
-            begin.record(stream)
-            runner(**inputs)
-            end.record(stream)
-            events.append((begin, end))
-        stream.synchronize()
-    return Timing.of([begin.elapsed_time(end) for begin, end in events])
+    """Time calls that are enqueued back to back."""
+    times = call_times(
+        lambda: runner(**inputs),
+        iterations,
+        warm_up=WARM_UP,
+        begin=lambda: runner.agreement.vote(None, "the start of the timing"),
+        device=runner.device,
+    )
+    return Timing.of(times)
 
 
 def _leave() -> None:
