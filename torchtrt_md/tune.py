@@ -340,12 +340,8 @@ class _Tuner:
 
     def _timed(self, executor: Executor, inputs: Mapping[Key, Tensor]) -> float:
         """The largest of all ranks' medians; the ranks begin together."""
-
-        def watched() -> list[float]:
-            with self.session.launch.watchdog.waiting("a candidate that is timed"):
-                return self.clock.milliseconds(executor, inputs)
-
-        mine = float(median(self.agreement.together("timing a candidate", watched)))
+        times = self.session.launch.meet("timing a candidate", lambda: self.clock.milliseconds(executor, inputs))
+        mine = float(median(times))
         executor.close()
         gc.collect()
         if self.session.launch.device.type == "cuda":

@@ -120,7 +120,7 @@ def test_blocking_waits(dog: Dog) -> None:
 def test_what_needs_all_ranks_is_not_waited_for_when_one_has_ended(capsys: pytest.CaptureFixture[str]) -> None:
     clock, stopped, gone = Clock(), threading.Event(), [""]
     watchdog = Watchdog(
-        100.0, rank=3, ended=lambda: gone[0], exit_process=lambda code: stopped.set(), clock=clock, poll=0.01
+        100.0, rank=3, lost=lambda: gone[0], exit_process=lambda code: stopped.set(), clock=clock, poll=0.01
     )
     gone[0] = "rank 1 has ended"
     with watchdog.waiting("a call"):  # another rank may be done with it and gone

@@ -48,7 +48,7 @@ class Launch:
             self.timeout,
             rank=self.rank,
             abort=lambda: private.abort(self.groups, device),
-            ended=lambda: said_ended(agreement.board.ended()),
+            lost=lambda: agreement.board.failed or said_ended(agreement.board.ended()),
         )
         self.tested: set[tuple[Mesh, str, str]] = set()
 
@@ -80,6 +80,22 @@ class Launch:
         """See :meth:`~torchtrt_md.launch.agree.Agreement.together`."""
         return self.agreement.together(about, step)
 
+    def meet(self, about: str, step: Callable[[], T]) -> T:
+        """Do a step that itself waits for the other ranks, as where NCCL makes a communicator, and vote on it.
+
+        A rank that fails before it comes there leaves the others in a wait that no error ends.  So the watchdog ends
+        them: once a rank has failed or ended, or after ``timeout`` seconds.
+
+        Raises:
+            MDError: on every rank that is left, naming the ranks that failed.
+        """
+
+        def watched() -> T:
+            with self.watchdog.waiting(about, on_all=True), self.agreement.board.working(meeting=True):
+                return step()
+
+        return self.together(about, watched)
+
     def connect(self, mesh: Mesh) -> dict[str, dist.ProcessGroup]:
         """This rank's group along each axis of more than one rank, its communicator made.  Collective.
 
@@ -89,9 +105,9 @@ class Launch:
 
         def step() -> dict[str, dist.ProcessGroup]:
             mesh.check_launch(self.size)
-            return communicator.connect(mesh, self.device, self.watchdog)
+            return communicator.connect(mesh, self.device)
 
-        groups = self.together("the communicators", step)
+        groups = self.meet(f"the communicators of {mesh}", step)
         self.groups += [group for group in groups.values() if group not in self.groups]
         return groups
 

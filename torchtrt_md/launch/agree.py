@@ -148,7 +148,8 @@ class Board:
         self.rank, self.size = dist.get_rank(), dist.get_world_size()
         self.number = self.programs = 0
         self._processes: dict[int, str] = {}  # rank -> what it told of its process
-        self._working = 0
+        self.failed = ""  # who said in the vote under way that it failed, while this rank is in a meeting
+        self._working = self._meeting = 0
         self._beating: threading.Thread | None = None
         with _store_errors("joining the launch"):
             self.store = _Store(PrefixStore("torchtrt_md", private.default_store()), self.rank, patience)
@@ -163,6 +164,8 @@ class Board:
     def write(self, rank: int, ballot: Ballot) -> Ballot:
         """Write a slot unless it is written; what it holds then."""
         text = base64.b64encode(pickle.dumps(ballot)).decode()
+        if ballot.failure is not None:  # for a rank that waits for this one and cannot come to the vote
+            self.store.set(f"failed {self.slot(rank)}", ballot.failure.problem)
         return _ballot(self.store.compare_set(self.slot(rank), "", text))
 
     def missing(self) -> list[int]:
@@ -205,9 +208,14 @@ class Board:
         return [rank for rank, told in sorted(self._processes.items()) if host.has_ended(told)]
 
     @contextmanager
-    def working(self) -> Iterator[None]:
-        """Say that this rank works, for as long as the body takes."""
+    def working(self, *, meeting: bool = False) -> Iterator[None]:
+        """Say that this rank works, for as long as the body takes.
+
+        Args:
+            meeting: the body waits for other ranks, so look whether one of them has failed, and say so in ``failed``.
+        """
         self._working += 1
+        self._meeting += meeting
         if self._beating is None:
             self._beating = threading.Thread(target=self._beat, name="torchtrt_md heartbeat", daemon=True)
             self._beating.start()
@@ -215,6 +223,9 @@ class Board:
             yield
         finally:
             self._working -= 1
+            self._meeting -= meeting
+            if not self._meeting:
+                self.failed = ""
 
     def _beat(self) -> None:
         store = self.store.inner.clone()  # a client of its own: the other may be in use
@@ -223,8 +234,15 @@ class Board:
             if self._working:
                 try:
                     store.add(f"work of {self.rank}", 1)
+                    if self._meeting:
+                        self.failed = self._look_for_failures(store)
                 except RuntimeError:  # the store has ended, and with it the launch
                     return
+
+    def _look_for_failures(self, store: Store) -> str:
+        keys = {rank: f"failed {self.slot(rank)}" for rank in range(self.size) if rank != self.rank}
+        told = {rank: store.get(key).decode() for rank, key in keys.items() if store.check([key])}
+        return "; ".join(f"rank {rank} has failed: {problem}" for rank, problem in told.items())
 
 
 def _ballot(text: bytes) -> Ballot:

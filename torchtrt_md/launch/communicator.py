@@ -12,7 +12,6 @@ from torch.distributed.device_mesh import DeviceMesh
 
 from torchtrt_md.errors import CommunicatorError
 from torchtrt_md.launch import private
-from torchtrt_md.launch.watchdog import Watchdog
 from torchtrt_md.mesh import Mesh
 
 # A prototype of our own: ctypes.pythonapi.PyCapsule_New is one object that other libraries set up for themselves.
@@ -22,7 +21,7 @@ _new_capsule = ctypes.PYFUNCTYPE(ctypes.py_object, ctypes.c_void_p, ctypes.c_cha
 _NAME = b"ncclComm_t"  # a capsule keeps the pointer to its name, so the name must live as long as the module
 
 
-def connect(mesh: Mesh, device: torch.device, watchdog: Watchdog) -> dict[str, dist.ProcessGroup]:
+def connect(mesh: Mesh, device: torch.device) -> dict[str, dist.ProcessGroup]:
     """The group of this rank along each axis, of more than one rank, its communicator made.  Collective.
 
     PyTorch makes a communicator at a group's first collective, so each group runs a tiny one here.
@@ -36,7 +35,7 @@ def connect(mesh: Mesh, device: torch.device, watchdog: Watchdog) -> dict[str, d
     groups = {}
     try:
         on_gpu = torch.cuda.device(device) if device.type == "cuda" else nullcontext()
-        with on_gpu, watchdog.waiting(f"the communicators of {mesh}", on_all=True):
+        with on_gpu:
             own = device_mesh(mesh, device.type)
             for axis in axes:
                 groups[axis] = own.get_group(axis)

@@ -57,7 +57,7 @@ class Watchdog:
         timeout: seconds for each piece of work.
         rank: this process, for the message.
         abort: what to do before the end, best effort: abort the communicators.
-        ended: says which ranks have ended; "" where none is known to have.
+        lost: says which ranks have ended or failed; "" where none is known to have.
         exit_process: ends the process without clean-up, which would wait on the hung GPU.
         clock: seconds, monotonic.
         poll: seconds between two looks.
@@ -69,12 +69,12 @@ class Watchdog:
         *,
         rank: int = 0,
         abort: Callable[[], object] = lambda: None,
-        ended: Callable[[], str] = lambda: "",
+        lost: Callable[[], str] = lambda: "",
         exit_process: Callable[[int], object] = os._exit,
         clock: Callable[[], float] = time.monotonic,
         poll: float = 0.5,
     ) -> None:
-        self.timeout, self.rank, self.abort, self.ended = timeout, rank, abort, ended
+        self.timeout, self.rank, self.abort, self.lost = timeout, rank, abort, lost
         self._exit, self._clock, self._poll = exit_process, clock, min(poll, timeout / 4)
         self._waits: deque[_Wait] = deque()
         self._last_done = clock()
@@ -97,12 +97,13 @@ class Watchdog:
 
         Args:
             what: it may be waiting for.
-            on_all: it cannot be done without all ranks: once one has ended, it is not waited for.
+            on_all: it cannot be done without all ranks: once one has ended or failed, it is not waited for.
         """
         flag = _Flag()
         with self._condition:
             self._waits.append(_Wait(flag, what, self._clock(), on_all))
-            self._condition.notify()
+            if len(self._waits) == 1:
+                self._condition.notify()
         try:
             yield
         finally:
@@ -141,8 +142,8 @@ class Watchdog:
         self._expire(head.what, waited)
 
     def _is_bereft(self) -> bool:
-        """Whether a rank has ended a while ago."""
-        if not self.ended():
+        """Whether a rank has ended or failed a while ago."""
+        if not self.lost():
             self._bereft = None
         elif self._bereft is None:
             self._bereft = self._clock()
@@ -161,7 +162,7 @@ class Watchdog:
     def _expire(self, what: str, waited: float) -> None:
         who = (
             f"{gone}; see its output."
-            if (gone := self.ended())
+            if (gone := self.lost())
             else ("Another rank has failed, has ended, or did not make this call; its output says why.")
         )
         print(

@@ -6,6 +6,7 @@ Each step is voted on by all ranks; no engine runs before all ranks' engines too
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -68,8 +69,8 @@ def bring_up(
     engines = launch.together(
         "making the engines' contexts", lambda: _make_engines(parts, loaded, launch.device, kernels)
     )
-    launch.together("binding the communicators", lambda: bind_engines(engines, groups, launch.device))
-    return launch.together(
+    launch.meet("binding the communicators", lambda: bind_engines(engines, groups, launch.device))
+    steps, fixed = launch.together(
         "assembling the program",
         lambda: assemble(
             parts,
@@ -79,12 +80,12 @@ def bring_up(
             groups=groups,
             device=launch.device,
             weights=laid_out([part.segment for part in parts], weight_of, launch.device, stored),
-            outputs=outputs,
-            overlap=overlap,
-            transport=transport,
-            after_first=kernels.save if kernels is not None else None,
         ),
     )
+    share = (lambda axis, size: Shared(size, groups[axis], launch.device)) if transport == "copy" else None
+    make = partial(Executor, steps, fixed=fixed, outputs=outputs, device=launch.device, overlap=overlap, share=share)
+    save = kernels.save if kernels is not None else None
+    return launch.meet("the memory of the program", lambda: make(after_first=save))
 
 
 def _check_one_host(mesh: Mesh, launch: Launch) -> None:
@@ -184,7 +185,7 @@ def check_communication(
     device = launch.device
     loaded = launch.together("loading the self-tests", lambda: _load_engines(tests, device, target))
     engines = launch.together("making the self-tests' contexts", lambda: _make_engines(tests, loaded, device))
-    launch.together("binding the self-tests' communicators", lambda: bind_engines(engines, groups, device))
+    launch.meet("binding the self-tests' communicators", lambda: bind_engines(engines, groups, device))
     for test, engine in zip(tests, engines.values(), strict=True):
         assert test.segment.axis is not None
         run_self_test(engine, groups[test.segment.axis], launch)
@@ -200,21 +201,16 @@ def assemble(
     groups: Mapping[str, dist.ProcessGroup],
     device: torch.device,
     weights: Mapping[Key, Tensor],
-    outputs: Sequence[Wire],
-    overlap: bool = True,
-    transport: str = "nccl",
-    after_first: Callable[[], None] | None = None,
-) -> Executor:
-    """The executor of these parts; see :func:`bring_up`.
+) -> tuple[list[Step], dict[Key, Tensor]]:
+    """The steps of these parts, and what is the same in every call: weights and coordinates.
 
     Args:
         engines: of the parts that are engines, by their place, bound to their communicators.
         groups: axis -> this rank's group along it.
         weights: as segments read them, of :func:`laid_out`.
-        after_first: called when the first call is enqueued.
     """
     coordinates = {axis: mesh.coordinate(rank, axis) for axis in mesh.names}
-    fixed = {**weights}
+    fixed: dict[Key, Tensor] = {**weights}
     for axis, at in coordinates.items():
         fixed[Wire("coordinate", axis)] = torch.tensor([at], dtype=torch.int32, device=device)
     steps: list[Step] = []
@@ -232,15 +228,7 @@ def assemble(
             steps += eager_steps(
                 part.segment, copied(part.graph), groups=groups, coordinates=coordinates, device=device, index=index
             )
-    return Executor(
-        steps,
-        fixed=fixed,
-        outputs=outputs,
-        device=device,
-        overlap=overlap,
-        share=(lambda axis, size: Shared(size, groups[axis], device)) if transport == "copy" else None,
-        after_first=after_first,
-    )
+    return steps, fixed
 
 
 def _compiled(

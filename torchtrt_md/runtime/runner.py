@@ -87,7 +87,7 @@ class Runner:
         self.name = launch.name_program(name)
         self.signature = Signature(manifest)
         self._nest, self._guard = nest or self.signature.nest, guard
-        self._watchdog = launch.watchdog
+        self._launch, self._watchdog = launch, launch.watchdog
         self._communicates = any(segment.collectives for segment in manifest.ranks[self.rank])
         self._waits_for = waits_for(manifest.ranks[self.rank], self.signature.mesh, self.rank)
         self._static_outputs = static_outputs
@@ -208,7 +208,8 @@ class Runner:
             stream.wait_stream(current)
         if not capturing and self._last is not None and self._last[0] != stream:
             stream.wait_event(self._last[1])  # one set of addresses and memory, one run at a time
-        with torch.cuda.stream(stream):
+        # NCCL connects to a rank when it first sends to it, and waits for it on this thread.
+        with torch.cuda.stream(stream), self._watchdog.waiting(self._waits_for):
             outputs = self.enqueue(ready, weights, graphs=not capturing)
         if not capturing:
             self._watch(stream)
@@ -289,14 +290,14 @@ class Runner:
         wired: dict[Key, Tensor] = {Wire("input", name): prepared(tensor) for name, tensor in inputs.items()}
 
         def step() -> list[StepTime]:
-            with torch.no_grad(), self._watchdog.waiting(f"the times of the steps of {self.name}"):
+            with torch.no_grad():
                 if self._side is None:
                     return time_steps(self.executor, wired, iterations)
                 torch.cuda.synchronize(self.device)
                 with torch.cuda.device(self.device), torch.cuda.stream(self._side):
                     return time_steps(self.executor, wired, iterations)
 
-        return self.agreement.together(f"timing the steps of {self.name}", step)
+        return self._launch.meet(f"timing the steps of {self.name}", step)
 
     def settle(self) -> bool:
         """Whether all calls are done, so far as the watchdog knows."""

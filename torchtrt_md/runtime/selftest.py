@@ -43,8 +43,7 @@ def run_self_test(engine: Engine, group: dist.ProcessGroup, launch: Launch) -> T
     """
     test, rank = engine.segment, dist.get_rank(group)
     about, device = test.name, launch.device
-    with launch.watchdog.waiting(about):
-        result = launch.together(f"running {about}", lambda: _run(engine, rank, device))
+    result = launch.meet(f"running {about}", lambda: _run(engine, rank, device))
     launch.agreement.vote(judge(test, result.cpu(), rank), about)
     return result
 
