@@ -40,7 +40,7 @@ PLACES = {
 }
 # A process of Python that Ctrl-C ends without being caught ends itself by that signal.
 SIGNALS = {signal.SIGKILL: "killed", signal.SIGTERM: "SIGTERM", signal.SIGINT: "Ctrl-C"}
-_LEFT = 64 * 2**20  # bytes that are left on a GPU that somebody holds
+_FULL, _LITTLE = 2**21, 2**26  # bytes that are left on a GPU that somebody holds
 _HOLD = """
 import sys, torch
 held = []
@@ -60,9 +60,14 @@ def cases(device: str) -> list[Case]:
     found = [Case(f"{calls} calls and {loads} loads", functools.partial(endures, bundle), "faults", 600)]
     if gpu:
         for by in ("this process", "another process"):
-            found.append(
-                Case(f"rank 1: its GPU's memory is held by {by}", functools.partial(held, bundle, by), "faults")
-            )
+            full = functools.partial(held, bundle, by, _FULL)
+            found.append(Case(f"rank 1: its GPU's memory is held by {by}", full, "faults"))
+        # NCCL has no memory on rank 1, and rank 0 waits for it inside of NCCL: the watchdog ends that wait
+        little, name = (
+            functools.partial(held, bundle, "this process", _LITTLE),
+            "rank 1: little memory is left for NCCL",
+        )
+        found.append(Case(name, little, "little memory", ends={0: EXIT_CODE}, says=("rank 1 has failed",)))
     for place in PLACES if gpu else ("in a step",):
         for number, name in SIGNALS.items() if gpu else [(signal.SIGKILL, "killed")]:
             run = functools.partial(struck, bundle, place, number)
@@ -100,15 +105,17 @@ def struck(bundle: Bundle, place: str, number: int, at: Rank) -> Found:
     return found
 
 
-def held(bundle: Bundle, by: str, at: Rank) -> Found:
-    """No memory on one GPU is an error on all ranks; once it is there again, so are the results."""
+def held(bundle: Bundle, by: str, left: int, at: Rank) -> Found:
+    """No memory on one GPU is an error on all ranks that live on; once it is there again, so are the results."""
     found = Found()
     with loaded(at, bundle) as (runner, (_, args, kwargs)):
         expected = first_tensor(runner(*args, **kwargs)).clone()
     at.clean_up()
-    with (_held_here() if by == "this process" else _held_by_another(at)) if at.rank == 1 else _nothing():
+    with (_held_here(left) if by == "this process" else _held_by_another(at, left)) if at.rank == 1 else _nothing():
         found.must_refuse(MDError, lambda: md.load(bundle_of(at, bundle.name), timeout=SHORT), "rank 1")
     at.clean_up()
+    if left != _FULL:  # the other rank has ended
+        return found
     with loaded(at, bundle) as (runner, (_, args, kwargs)):
         found.compare([first_tensor(runner(*args, **kwargs)), expected], *at.reference(bundle.model))
     return found
@@ -120,21 +127,21 @@ def _nothing() -> Iterator[None]:
 
 
 @contextmanager
-def _held_here() -> Iterator[None]:
+def _held_here(left: int) -> Iterator[None]:
     blocks = []
     for size in (2**30, 2**26, 2**22):
-        while torch.cuda.mem_get_info()[0] > size + _LEFT:
+        while torch.cuda.mem_get_info()[0] > size + left:
             blocks.append(torch.empty(size, dtype=torch.uint8, device="cuda"))
     yield
     blocks.clear()
 
 
 @contextmanager
-def _held_by_another(at: Rank) -> Iterator[None]:
+def _held_by_another(at: Rank, left: int) -> Iterator[None]:
     visible = os.environ.get("CUDA_VISIBLE_DEVICES", "").split(",")
     own = visible[at.device.index or 0] if len(visible) > 1 else str(at.device.index or 0)
     holder = subprocess.Popen(
-        [sys.executable, "-c", _HOLD, str(_LEFT)],
+        [sys.executable, "-c", _HOLD, str(left)],
         env={**os.environ, "CUDA_VISIBLE_DEVICES": own},
         stdin=subprocess.PIPE,
         stdout=subprocess.PIPE,
