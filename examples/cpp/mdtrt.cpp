@@ -1,5 +1,7 @@
 #include "mdtrt.h"
 
+#include <malloc.h>
+
 #include <algorithm>
 #include <chrono>
 #include <cmath>
@@ -252,6 +254,9 @@ void Program::State::make_contexts() {
         for (size_t i = 0; i < segments().size(); ++i)
             contexts.push_back(std::make_unique<Context>(*runtime, *engines.at(segments()[i].file), segments()[i],
                                                          name(i), scratch ? scratch->data() : nullptr, most));
+#ifdef __GLIBC__
+        malloc_trim(0); // TensorRT-RTX has compiled kernels, and the allocator keeps what that freed: a GiB and more
+#endif
     });
 }
 

@@ -1,7 +1,9 @@
 """Steps that wait for other ranks: two processes, one of which fails before it comes there."""
 
 import contextlib
+import ctypes
 import multiprocessing
+import os
 import threading
 import time
 from pathlib import Path
@@ -14,49 +16,63 @@ from torchtrt_md.errors import CommunicatorError, LaunchError
 from torchtrt_md.launch import Launch
 from torchtrt_md.launch.watchdog import EXIT_CODE
 
-LONG = 600.0
+LONG, SHORT = 600.0, 3.0
 
 
-def meet(rank: int, size: int, store: str, timeout: float, told: Any, output: str) -> None:
+def meet(rank: int, size: int, store: str, locked: bool, told: Any, output: str) -> None:
     """Rank 1 is refused; the others wait for it in a call that nothing ends, as in NCCL."""
+    os.dup2(os.open(output, os.O_WRONLY | os.O_CREAT), 2)
     dist.init_process_group("gloo", init_method=f"file://{store}", rank=rank, world_size=size)
-    launch = Launch.join(timeout, cpu=True)
+    launch = Launch.join(SHORT if locked else LONG, cpu=True)
 
-    def step() -> None:
+    def bind() -> None:
         if rank == 1:
             raise CommunicatorError("NCCL has no memory", fix="free some")
+        if locked:
+            ctypes.PyDLL("libc.so.6").sleep(int(LONG))  # holds Python's lock, so that no thread of Python runs
         threading.Event().wait()
 
     start = time.monotonic()
-    with Path(output).open("w") as file, contextlib.redirect_stderr(file):
-        try:
-            launch.meet("binding", step)
-        except LaunchError as error:
-            told.put((rank, str(error), time.monotonic() - start))
+    try:
+        launch.meet("binding", bind)
+    except LaunchError as error:
+        told.put((rank, str(error), time.monotonic() - start))
 
 
-@pytest.mark.parametrize("size", [2, 3])
-def test_a_rank_that_fails_before_it_comes_ends_the_wait_of_the_others(tmp_path: Path, size: int) -> None:
+def met(folder: Path, size: int, *, locked: bool) -> tuple[list[tuple[int, str]], str, float]:
+    """Exit code and output of each rank; the message of the one that is left, and when it came."""
     context = multiprocessing.get_context("spawn")
     told = context.Queue()
     processes = [
-        context.Process(target=meet, args=(r, size, str(tmp_path / "store"), LONG, told, str(tmp_path / f"{r}")))
+        context.Process(target=meet, args=(r, size, str(folder / "store"), locked, told, str(folder / f"{r}")))
         for r in range(size)
     ]
     for process in processes:
         process.start()
     rank, message, seconds = told.get(timeout=120)
-    for process in processes:
-        process.join(30)
     assert rank == 1
+    for process in processes:
+        process.join(60)
+    return [(p.exitcode or 0, (folder / f"{r}").read_text()) for r, p in enumerate(processes)], message, seconds
+
+
+@pytest.mark.parametrize("size", [2, 3])
+def test_a_rank_that_fails_before_it_comes_ends_the_wait_of_the_others(tmp_path: Path, size: int) -> None:
+    ranks, message, seconds = met(tmp_path, size, locked=False)
     assert "NCCL has no memory" in message
     assert seconds < 60, "not the timeout of 600 s"
-    for other, process in enumerate(processes):
-        if other != 1:
-            assert process.exitcode == EXIT_CODE
-            output = (tmp_path / f"{other}").read_text()
-            assert "binding" in output
-            assert "rank 1 has failed: NCCL has no memory" in output
+    for code, output in (ranks[0], *ranks[2:]):
+        assert code == EXIT_CODE
+        assert "binding" in output
+        assert "rank 1 has failed: NCCL has no memory" in output
+
+
+def test_a_wait_that_holds_the_lock_of_python_ends_too(tmp_path: Path) -> None:
+    ranks, message, _ = met(tmp_path, 2, locked=True)
+    assert "NCCL has no memory" in message
+    code, output = ranks[0]
+    assert code == 1
+    assert "in bind" in output, "where it waited"
 
 
 def both_come(rank: int, size: int, store: str, told: Any) -> None:

@@ -9,6 +9,7 @@ private        the private names of PyTorch that these need
 
 from __future__ import annotations
 
+import faulthandler
 import socket
 from collections.abc import Callable
 from typing import TypeVar, cast
@@ -23,6 +24,7 @@ from torchtrt_md.launch.watchdog import Watchdog
 from torchtrt_md.mesh import Mesh
 
 T = TypeVar("T")
+_LOCKED_SECONDS = 8.0  # more than the watchdog takes to end the process by itself
 
 
 class Launch:
@@ -84,15 +86,21 @@ class Launch:
         """Do a step that itself waits for the other ranks, as where NCCL makes a communicator, and vote on it.
 
         A rank that fails before it comes there leaves the others in a wait that no error ends.  So the watchdog ends
-        them: once a rank has failed or ended, or after ``timeout`` seconds.
+        them: once a rank has failed or ended, or after ``timeout`` seconds.  Where the wait holds Python's lock, as
+        TensorRT's ``setCommunicator`` does, no thread of Python runs; faulthandler's, which needs none, then ends the
+        process with its stack and exit code 1.
 
         Raises:
             MDError: on every rank that is left, naming the ranks that failed.
         """
 
         def watched() -> T:
-            with self.watchdog.waiting(about, on_all=True), self.agreement.board.working(meeting=True):
-                return step()
+            faulthandler.dump_traceback_later(self.timeout + _LOCKED_SECONDS, exit=True, file=2)
+            try:
+                with self.watchdog.waiting(about, on_all=True), self.agreement.board.working(meeting=True):
+                    return step()
+            finally:
+                faulthandler.cancel_dump_traceback_later()
 
         return self.together(about, watched)
 

@@ -82,7 +82,8 @@ def bind(context: Any, group: dist.ProcessGroup, device: torch.device, *, engine
     capsule: object = _new_capsule(pointer, _NAME, None)
     if context.set_communicator(capsule) is not True:
         raise CommunicatorError(
-            f"{engine} refused the NCCL communicator of axis {axis!r}; without it, it would compute wrong values",
-            fix="export the bundle again: its manifest says that this engine has collectives on that axis",
+            f"{engine} did not take the NCCL communicator of axis {axis!r}; without it, it would compute wrong values",
+            fix="see the line of TensorRT above: where NCCL failed, free GPU memory; NCCL_DEBUG=INFO says more.  Else"
+            " export the bundle again: its manifest says that this engine has collectives on that axis",
         )
     return capsule

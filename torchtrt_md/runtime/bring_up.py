@@ -5,7 +5,9 @@ Each step is voted on by all ranks; no engine runs before all ranks' engines too
 
 from __future__ import annotations
 
+import ctypes
 from collections.abc import Callable, Mapping, Sequence
+from contextlib import suppress
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -69,6 +71,7 @@ def bring_up(
     engines = launch.together(
         "making the engines' contexts", lambda: _make_engines(parts, loaded, launch.device, kernels)
     )
+    _return_freed_memory()
     launch.meet("binding the communicators", lambda: bind_engines(engines, groups, launch.device))
     steps, fixed = launch.together(
         "assembling the program",
@@ -153,6 +156,16 @@ def _make_engines(
         i: Engine(parts[i].segment, engine, named(parts[i].segment, i), keep, scratch, cache)
         for i, engine in engines.items()
     }
+
+
+def _return_freed_memory() -> None:
+    """Give the host what was freed while engines were loaded.
+
+    TensorRT-RTX compiles kernels when a context is made, and glibc keeps what that freed: 1.4 of 2.4 GiB of a process
+    with a small FLUX (benchmarks/results/2026-11-21-memory-of-loads-h200-x2.md).
+    """
+    with suppress(OSError, AttributeError):  # another C library
+        ctypes.CDLL("libc.so.6").malloc_trim(0)
 
 
 def bind_engines(engines: Mapping[int, Engine], groups: Mapping[str, dist.ProcessGroup], device: torch.device) -> None:

@@ -121,7 +121,8 @@ Context::~Context() = default;
 void Context::set_communicator(void* communicator) {
     if (!state_->context->setCommunicator(communicator))
         throw Error("CommunicatorError",
-                    state_->name + " refused its NCCL communicator; without it, it would compute wrong values",
+                    state_->name + " did not take its NCCL communicator; without it, it would compute wrong values",
+                    "see the line of TensorRT above: where NCCL failed, free GPU memory; NCCL_DEBUG=INFO says more. Else "
                     "export the bundle again: its manifest says that this engine has collectives");
 }
 
