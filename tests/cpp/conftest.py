@@ -9,6 +9,8 @@ from pathlib import Path
 
 import pytest
 
+from torchtrt_md.build.flavour import flavour
+
 ROOT = Path(__file__).parents[2]
 PACKAGES = {
     "g++": "/usr/include/c++",
@@ -38,3 +40,12 @@ def programs() -> Path:
     built = subprocess.run([make, "-s", "cpp-tests"], cwd=ROOT, capture_output=True, text=True)
     assert built.returncode == 0, built.stdout[-3000:] + built.stderr[-3000:]
     return ROOT / "build/cpp-tests"
+
+
+@pytest.fixture(scope="session")
+def tensorrt() -> str:
+    """The library that this process has loaded."""
+    assert flavour().name == "TensorRT-RTX"
+    return next(
+        line.split()[-1] for line in Path("/proc/self/maps").read_text().splitlines() if "libtensorrt_rtx" in line
+    )

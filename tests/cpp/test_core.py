@@ -105,15 +105,6 @@ def test_each_rank_takes_its_part_as_in_python(programs: Path, tmp_path: Path) -
     assert (tmp_path / "in.again").read_bytes() == (tmp_path / "in").read_bytes()
 
 
-@pytest.fixture(scope="module")
-def tensorrt() -> str:
-    """The library that this process has loaded."""
-    assert flavour().name == "TensorRT-RTX"
-    return next(
-        line.split()[-1] for line in Path("/proc/self/maps").read_text().splitlines() if "libtensorrt_rtx" in line
-    )
-
-
 def test_the_installed_tensorrt_is_taken_by_its_own_numbers_alone(programs: Path, tensorrt: str) -> None:
     numbers = [int(n) for n in flavour().version.split(".")]
     found = check(programs, "guard", tensorrt, "TensorRT-RTX", *numbers)
