@@ -23,8 +23,8 @@ from torchtrt_md.verification.simulate import simulate
 
 EXAMPLES = 300
 SECONDS = float(os.environ.get("TORCHTRT_MD_FUZZ_SECONDS", "0"))
-# Of all programs: those that are accepted although something in them is split.  It was 0.42 when this was written.
-LEAST_ACCEPTED = 0.3
+# Of all programs: those that are accepted although something in them is split.  It was 0.34 when this was written.
+LEAST_ACCEPTED = 0.25
 
 
 def check(program: random_programs.Program) -> str:

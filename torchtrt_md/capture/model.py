@@ -24,6 +24,7 @@ from torchtrt_md.capture import context_parallel, tensor_parallel
 from torchtrt_md.capture.arguments import Arguments
 from torchtrt_md.capture.axes import check_axes, check_axes_used
 from torchtrt_md.capture.kept_state import KeptState
+from torchtrt_md.capture.marks import Marking, marking
 from torchtrt_md.capture.torch_private import as_written, coordinates, fake_mesh
 from torchtrt_md.capture.trace import LocalWeight, Trace, same_graph, trace
 from torchtrt_md.errors import CaptureError, MeshError, PlanError
@@ -68,13 +69,16 @@ def _captured(
                 plans.append(context_parallel.apply(shadow, p, mesh.axis_size(p.axis)))
         local = _local_weights(shadow, mesh, arguments.device)
         kept = KeptState(shadow)
+        marks = Marking({p.axis: mesh.axis_size(p.axis) for p in parallels if isinstance(p, ContextParallel)})
         traces = []
         for rank in range(mesh.size if device_mesh is not None else 1):
-            with coordinates({axis: mesh.coordinate(rank, axis) for axis in mesh.names}), kept:
+            here = {axis: mesh.coordinate(rank, axis) for axis in mesh.names}
+            with coordinates(here), kept, marking(marks):
                 traces.append(trace(shadow, arguments, local))
         groups = _groups(device_mesh)
     for plan in plans:
-        plan.check_used()
+        plan.check_used(marks.split)
+    marks.check_used()
     check_axes_used(mesh, parallels, own, traces[0], groups)
     traces = traces if device_mesh is not None else traces * mesh.size
     return _program(traces, mesh, parallels, groups, _weights(model, mesh, weights, parallels), arguments)
