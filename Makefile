@@ -4,7 +4,7 @@ VENV   ?= .venv
 BIN    := $(VENV)/bin
 READY  := $(VENV)/.ready
 
-.PHONY: demo test gpu-test lint install clean
+.PHONY: demo test gpu-test models lint install clean
 
 demo: $(READY)
 	$(BIN)/torchtrt-md export examples/flux.py --mesh cp=4 --strategy ulysses -o flux.mdtrt
@@ -14,6 +14,10 @@ test: $(READY)
 
 gpu-test: $(READY)
 	$(BIN)/python -m pytest -q tests/gpu
+
+# Writes docs/models.md: which models of the installed transformers verify under their own tensor-parallel plans.
+models: $(READY)
+	$(BIN)/python benchmarks/model_matrix.py -o docs/models.md
 
 lint: $(READY)
 	$(BIN)/ruff check .
