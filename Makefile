@@ -7,7 +7,7 @@ BIN    := $(VENV)/bin
 READY  := $(VENV)/.ready
 TRITON := $(VENV)/triton/.ready
 
-.PHONY: demo test gpu-test faults lint install clean
+.PHONY: demo test gpu-test faults models lint install clean
 
 demo: $(READY)
 	$(BIN)/torchtrt-md export examples/flux.py --mesh cp=4 --strategy ulysses -o flux.mdtrt
@@ -20,6 +20,10 @@ gpu-test: $(READY) $(TRITON)
 
 faults: $(READY)
 	$(BIN)/python tests/faults/report.py
+
+# Writes docs/models.md: which models of the installed transformers verify under their own tensor-parallel plans.
+models: $(READY)
+	$(BIN)/python benchmarks/model_matrix.py -o docs/models.md
 
 lint: $(READY)
 	$(BIN)/ruff check .

@@ -19,6 +19,8 @@ its shapes depend on and holds no process group.  Semantics, for the ``size`` ra
     context_attention(q, k, v, ...)          the same, q, k and v each holding this rank's part of the sequence
     ring_attention(q, k, v, coordinate, step, ...)   attention over the block that a ring has in this step, and its
                                              log-sum-exp; no communication
+    grouped_mm(x, weight, ends)              rows of x times a matrix each: rows up to ends[0] by weight[0], from there
+                                             to ends[1] by weight[1], and so on; rows behind the last are undefined
 
 Each has a shape rule and an eager rule over ``torch.distributed`` here, and one for all ranks at once in
 :mod:`torchtrt_md.verification.simulate`.
@@ -378,6 +380,25 @@ def seen_by(
     parts = zip(lengths[::2], lengths[1::2], strict=True)
     by_rank = [torch.arange(size * held, device=q.device).view(size, held) < total for held, total in parts]
     return torch.cat(by_rank, 1).view(1, -1)
+
+
+@torch.library.custom_op(f"{NAMESPACE}::grouped_mm", mutates_args=())
+def grouped_mm(x: Tensor, weight: Tensor, ends: Tensor) -> Tensor:
+    """x [S, K], weight [E, K, N], ends int [E] -> [S, N].  PyTorch's kernel takes 16-bit floats only, on GPUs."""
+    if x.is_cuda and x.dtype in (torch.bfloat16, torch.float16):
+        product: Tensor = torch._grouped_mm(x, weight, offs=ends.to(torch.int32))
+        return product
+    out = x.new_zeros(x.shape[0], weight.shape[2])
+    begin = 0
+    for expert, end in enumerate(ends.tolist()):
+        out[begin:end] = x[begin:end] @ weight[expert]
+        begin = end
+    return out
+
+
+@grouped_mm.register_fake
+def _(x: Tensor, weight: Tensor, ends: Tensor) -> Tensor:
+    return x.new_empty(x.shape[0], weight.shape[2])
 
 
 def causal_rows(q: Tensor, whole_k: Tensor, index: int) -> Tensor:

@@ -94,13 +94,14 @@ class ContextParallel:
 
 @dataclass(frozen=True)
 class TensorParallel:
-    """Split weights over one axis of the mesh, by DTensor.
+    """Split weights over one axis of the mesh.
 
     Args:
         axis: the mesh axis.
-        plan: module name -> ``ParallelStyle`` of ``torch.distributed.tensor.parallel``, or the name of one
-            in transformers' and diffusers' plans (``"colwise"``, ``"rowwise"``, ...).  ``None`` takes the
-            model's own ``tp_plan`` (transformers) or ``_tp_plan`` (diffusers).
+        plan: name of a module or parameter -> a style by its name in transformers' and diffusers' plans
+            (``"colwise"``, ``"rowwise"``, ...), one of diffusers' packed ones, or, for a module, a ``ParallelStyle``
+            of ``torch.distributed.tensor.parallel``, which DTensor applies.  ``None`` takes the model's own
+            ``tp_plan`` (transformers) or ``_tp_plan`` (diffusers).
 
     Raises:
         PlanError: an argument of another type.

@@ -57,17 +57,18 @@ def _captured(
     check_axes(parallels, mesh)
     arguments = Arguments.of(model, args, kwargs)
     own = own_mesh(model)
-    with _device_mesh(mesh, parallels, own, arguments.device.type) as device_mesh:
+    by_dtensor = any(isinstance(p, TensorParallel) and tensor_parallel.needs_mesh(model, p) for p in parallels)
+    with _device_mesh(mesh, by_dtensor, own, arguments.device.type) as device_mesh:
         shadow = _shadow(model, without_memory=any(isinstance(p, TensorParallel) for p in parallels))
         plans: list[context_parallel.AppliedPlan] = []
+        parts = tensor_parallel.Parts()
         # Tensor parallelism first: the other's hooks go around DTensor's.
         for p in sorted(parallels, key=lambda p: not isinstance(p, TensorParallel)):
             if isinstance(p, TensorParallel):
-                assert device_mesh is not None
-                tensor_parallel.apply(shadow, p, device_mesh)
+                tensor_parallel.apply(shadow, p, mesh, device_mesh, parts)
             elif isinstance(p, ContextParallel):
                 plans.append(context_parallel.apply(shadow, p, mesh.axis_size(p.axis)))
-        local = _local_weights(shadow, mesh, arguments.device)
+        local = _local_weights(shadow, mesh, arguments.device, parts)
         kept = KeptState(shadow)
         marks = Marking({p.axis: mesh.axis_size(p.axis) for p in parallels if isinstance(p, ContextParallel)})
         traces = []
@@ -90,9 +91,7 @@ def own_mesh(model: nn.Module) -> DeviceMesh | None:
 
 
 @contextmanager
-def _device_mesh(
-    mesh: Mesh, parallels: Sequence[Parallel], own: DeviceMesh | None, device_type: str
-) -> Iterator[DeviceMesh | None]:
+def _device_mesh(mesh: Mesh, by_dtensor: bool, own: DeviceMesh | None, device_type: str) -> Iterator[DeviceMesh | None]:
     """The mesh that DTensor traces on: the user's own, or a fake one; None where none is needed."""
     if own is not None:
         for axis, size in zip(axis_names(own), own.mesh.shape, strict=True):
@@ -103,7 +102,7 @@ def _device_mesh(
                     fix="pass the mesh that parallelize_module was given",
                 )
         yield own
-    elif not any(isinstance(p, TensorParallel) for p in parallels):
+    elif not by_dtensor:
         yield None
     else:
         with fake_mesh(mesh, device_type) as made:
@@ -166,12 +165,16 @@ def _uncopied(model: nn.Module, shared: Mapping[int, object], error: Exception) 
     )
 
 
-def _local_weights(shadow: nn.Module, mesh: Mesh, device: torch.device) -> list[LocalWeight]:
+def _local_weights(
+    shadow: nn.Module, mesh: Mesh, device: torch.device, parts: tensor_parallel.Parts
+) -> list[LocalWeight]:
     """What each rank holds of every parameter and buffer."""
     found = []
     for name, t in [*shadow.named_parameters(), *shadow.named_buffers()]:
-        parts = tensor_parallel.shardings(name, t, mesh) if isinstance(t, DTensor) else ()
-        found.append(LocalWeight(Weight(name, tuple(t.shape), t.dtype, parts), t, device))
+        whole, shardings = parts.of(t)
+        if isinstance(t, DTensor):
+            shardings = tensor_parallel.shardings(name, t, mesh)
+        found.append(LocalWeight(Weight(name, tuple(whole), t.dtype, shardings), t, device))
     return found
 
 
