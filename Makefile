@@ -7,7 +7,12 @@ BIN    := $(VENV)/bin
 READY  := $(VENV)/.ready
 TRITON := $(VENV)/triton/.ready
 
-.PHONY: demo test gpu-test faults models lint install clean
+.PHONY: demo test gpu-test faults models lint cpp cpp-tests install clean
+
+# The C++ runner: its core with tests, and with TENSORRT_INCLUDE=path, the folder of NvInferVersion.h, mdtrt_run.
+CPP_TESTS   := build/cpp-tests
+CPP_RUNNER  := build/cpp
+NCCL_INCLUDE ?= $(firstword $(wildcard $(VENV)/lib/python3*/site-packages/nvidia/nccl/include))
 
 demo: $(READY)
 	$(BIN)/torchtrt-md export examples/flux.py --mesh cp=4 --strategy ulysses -o flux.mdtrt
@@ -29,6 +34,20 @@ lint: $(READY)
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
+
+cpp: cpp-tests
+	ctest --test-dir $(CPP_TESTS) --output-on-failure
+ifdef TENSORRT_INCLUDE
+	cmake -S examples/cpp -B $(CPP_RUNNER) -DMDTRT_TESTS=OFF \
+	  -DTENSORRT_INCLUDE=$(abspath $(TENSORRT_INCLUDE)) -DNCCL_INCLUDE=$(abspath $(NCCL_INCLUDE))
+	cmake --build $(CPP_RUNNER) --parallel $(shell nproc)
+endif
+
+cpp-tests:
+	@for tool in cmake c++; do command -v $$tool >/dev/null || { \
+	  echo "$$tool is missing: apt-get install g++ cmake nlohmann-json3-dev libssl-dev libcli11-dev doctest-dev"; exit 1; }; done
+	cmake -S examples/cpp -B $(CPP_TESTS) -DMDTRT_SANITIZE=ON
+	cmake --build $(CPP_TESTS) --parallel $(shell nproc)
 
 install: $(READY)
 

@@ -33,8 +33,8 @@ def model() -> tuple[torch.nn.Module, tuple[Any, ...], dict[str, Any]]:
         guidance_embeds=True,
     )
     transformer = transformer.to(torch.bfloat16).eval()
-    side = math.isqrt(image_tokens)
-    rows, columns = torch.meshgrid(torch.arange(side), torch.arange(image_tokens // side), indexing="ij")
+    height = next(side for side in range(math.isqrt(image_tokens), 0, -1) if image_tokens % side == 0)
+    rows, columns = torch.meshgrid(torch.arange(height), torch.arange(image_tokens // height), indexing="ij")
     image_ids = torch.stack([torch.zeros_like(rows), rows, columns], dim=-1).reshape(-1, 3)
     inputs = {
         "hidden_states": torch.randn(1, image_tokens, 64),

@@ -29,7 +29,7 @@ def main() -> None:
     config = LlamaConfig(
         hidden_size=width,
         intermediate_size=4 * width,
-        num_hidden_layers=3,
+        num_hidden_layers=6,
         num_attention_heads=16,
         num_key_value_heads=4,
         vocab_size=32000,

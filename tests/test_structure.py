@@ -5,6 +5,7 @@ from __future__ import annotations
 import ast
 import dataclasses
 import fnmatch
+import functools
 import re
 from collections.abc import Iterator
 from pathlib import Path
@@ -24,9 +25,14 @@ STAGES = ["graph", "capture", "lowering", "verification", "place", "build", "bun
 USED_EARLIER = {"lowering.ops", "lowering.passes", "bundle.limits", "bundle.read.NO_JSON"}
 
 
-def imports(path: Path) -> Iterator[str]:
+@functools.cache
+def imports(path: Path) -> list[str]:
     """Names of this package that a file imports, anywhere in it and for types only too: ``road.Road``."""
-    for node in ast.walk(ast.parse(path.read_text())):
+    return list(_imports(ast.parse(path.read_text())))
+
+
+def _imports(tree: ast.Module) -> Iterator[str]:
+    for node in ast.walk(tree):
         if isinstance(node, ast.ImportFrom) and node.module and node.module.split(".")[0] == "torchtrt_md":
             yield from (f"{node.module}.{alias.name}".removeprefix("torchtrt_md.") for alias in node.names)
         elif isinstance(node, ast.Import):

@@ -138,6 +138,7 @@ class ShardedProgram:
         outputs: the tensors that the graph returns, in order.
         weights: where the weights are.
         constants: arguments that are not tensors, by name; they are part of the graph.
+        opaque: the names of arguments that are part of the graph and that no call can be compared with.
         positional: the arguments that may be passed by position, in order, whether tensors, nested or built in.
         strategies: context-parallel axis -> strategy.
         groups: process-local name of a group in the graphs -> mesh axis; only captured programs need it.
@@ -158,6 +159,7 @@ class ShardedProgram:
     out_spec: TreeSpec
     out_leaves: tuple[object, ...]
     positional: tuple[str, ...] = ()
+    opaque: tuple[str, ...] = ()
     lowered: bool = False
     counts: Mapping[str, int] = field(default_factory=dict)
 

@@ -15,10 +15,8 @@ import gc
 import hashlib
 import logging
 import time
-import uuid
 import warnings
 from collections.abc import Iterator, Mapping, Sequence
-from contextlib import suppress
 from dataclasses import replace
 from pathlib import Path
 from statistics import median
@@ -40,6 +38,7 @@ from torchtrt_md.runtime.executor import Executor
 from torchtrt_md.runtime.graphs import Budget, Graphs
 from torchtrt_md.runtime.steps import Key
 from torchtrt_md.segment import Binding, Part, Runs, Wire
+from torchtrt_md.whole_file import write_whole
 
 if TYPE_CHECKING:
     from torchtrt_md.road import Built
@@ -145,15 +144,10 @@ def tune(session: Session, default: Choices, clock: Clock | None = None) -> Choi
 
 def _keep(choices: Choices, file: Path) -> None:
     """Keep them for later launches; where that cannot be, warn: for this one they hold as they are."""
-    unfinished = file.with_suffix(f".{uuid.uuid4().hex}")
     try:
-        file.parent.mkdir(parents=True, exist_ok=True)
-        unfinished.write_bytes(msgspec.json.encode(choices))
-        unfinished.replace(file)
+        write_whole(file, msgspec.json.encode(choices))
     except OSError as error:
         warnings.warn(f"what was tuned cannot be kept in {file.parent}: {error.strerror or error}", stacklevel=3)
-        with suppress(OSError):
-            unfinished.unlink()
 
 
 def _read(file: Path) -> Choices | None:

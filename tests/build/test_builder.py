@@ -147,6 +147,37 @@ def test_an_input_and_a_weight_can_be_outputs(tmp_path: Path) -> None:
     assert [c.op for c in engine.segment.collectives].count("all_gather") == 1  # of the split weight
 
 
+def test_any_name_of_an_argument_is_a_name_in_an_engine(tmp_path: Path) -> None:
+    """Also that of the rank's coordinate, and those that TensorRT does not take."""
+
+    class Named(nn.Module):
+        def forward(self, x: torch.Tensor, **others: torch.Tensor) -> tuple[torch.Tensor, ...]:
+            return x + sum(others.values()), x * 2
+
+    names = [
+        "coordinate_cp",
+        "coordinate_cp_",
+        "in1",
+        "output0",
+        "a b",
+        "1/2",
+        "tab\t",
+        "nul\0",
+        "nul\0 too",
+        "n" * 5000,
+    ]
+    kwargs = {name: torch.ones(8) for name in names}
+    parallel = md.ContextParallel("cp", plan={"": {"x": md.Split(1)}})
+    program = md.capture(Named(), (torch.randn(1, 4, 8),), kwargs, mesh=md.Mesh(cp=2), parallel=parallel)
+    (engine,) = md.build(program, tmp_path)
+    bindings = [*engine.segment.inputs, *engine.segment.outputs]
+    assert len({b.name for b in bindings}) == len(bindings) == len(names) + 4
+    assert [b.source.name for b in engine.segment.inputs] == ["x", *names, "cp"]
+    kept = [name for name in names if name.isprintable() and len(name) < 5000]
+    assert [b.name for b in bindings if b.source.name in names and b.name == b.source.name] == kept
+    assert engine.segment.inputs[-1].name == "coordinate_cp__"
+
+
 def test_a_network_with_other_bindings_is_refused() -> None:
     model, args, kwargs = models.mlp()
     net, segment, _ = network(md.capture(model, args, kwargs, mesh=md.Mesh(tp=1)))

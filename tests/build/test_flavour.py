@@ -1,12 +1,16 @@
 from __future__ import annotations
 
+import importlib
+from pathlib import Path
 from types import ModuleType
 
 import pytest
 import torch
 
 from torchtrt_md.build.flavour import CURRENT, PORTABLE, Flavour, boundary_dtypes, flavour, trt_dtype
-from torchtrt_md.errors import TargetError
+from torchtrt_md.errors import BuildError, TargetError
+
+flavour_module = importlib.import_module("torchtrt_md.build.flavour")
 
 
 def test_targets_end_in_the_two_that_every_flavour_has() -> None:
@@ -65,6 +69,27 @@ def test_ring_attention_is_for_compute_capability_10_and_later(target: str, refu
 
 
 @pytest.mark.skipif(torch.cuda.is_available(), reason="this machine has a GPU to build for")
+@pytest.mark.parametrize(
+    ("text", "problem"),
+    [
+        ("raise OSError('libnvinfer.so.11: cannot open')", "does not load: OSError: libnvinfer.so.11: cannot open"),
+        ("raise ImportError('GLIBC_2.99 not found')", "does not load: ImportError: GLIBC_2.99 not found"),
+        ("import no_such_bindings", "does not load: ModuleNotFoundError: No module named 'no_such_bindings'"),
+    ],
+)
+def test_a_tensorrt_that_does_not_load_is_not_reported_as_missing(
+    text: str, problem: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (tmp_path / "broken_tensorrt.py").write_text(text)
+    monkeypatch.syspath_prepend(tmp_path)
+    monkeypatch.setattr(flavour_module, "_MODULES", {"TensorRT-RTX": "no_such_tensorrt", "TensorRT": "broken_tensorrt"})
+    with pytest.raises(BuildError, match=f"TensorRT is installed and {problem}"):
+        flavour_module.flavour.__wrapped__()
+    monkeypatch.setattr(flavour_module, "_MODULES", {"TensorRT-RTX": "no_such_tensorrt"})
+    with pytest.raises(BuildError, match="no TensorRT is installed"):
+        flavour_module.flavour.__wrapped__()
+
+
 def test_the_current_gpu_must_be_there_to_be_known() -> None:
     assert not flavour().rings(CURRENT)
 

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import inspect
+import math
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -222,6 +224,32 @@ def test_a_default_that_was_not_passed_has_no_position() -> None:
     signature = signature_of(md.capture(Optional(), (X,), {"y": Y}, mesh=ONE))
     with pytest.raises(InputError, match="2 positional arguments, and the engines take 1: x"):
         signature.bind((X, Y), {}, CPU)
+
+
+def test_what_no_call_can_be_compared_with_is_named_unless_it_is_the_default() -> None:
+    class Given(nn.Module):
+        def forward(
+            self, x: Tensor, dtype: torch.dtype = torch.float64, fill: float = math.inf, nest: Any = None
+        ) -> Tensor:
+            return x.to(dtype).clamp(max=fill)
+
+    default = inspect.signature(Given.forward).parameters["fill"].default
+    for kwargs, opaque in (
+        ({}, ()),
+        ({"dtype": torch.float64, "fill": default}, ()),
+        ({"dtype": torch.float32, "fill": -math.inf}, ("dtype", "fill")),
+        ({"dtype": torch.float64, "nest": {"a": [torch.int8, 1]}}, ("nest.a.0",)),
+    ):
+        assert md.capture(Given(), (X,), kwargs, mesh=ONE).opaque == opaque
+
+
+def test_an_argument_without_a_name_is_refused() -> None:
+    class Any_(nn.Module):
+        def forward(self, x: Tensor, **kwargs: Tensor) -> Tensor:
+            return x + sum(kwargs.values())
+
+    with pytest.raises(CaptureError, match="has no name"):
+        md.capture(Any_(), (X,), {"": Y}, mesh=ONE)
 
 
 def test_empty_containers_keep_their_position() -> None:

@@ -237,6 +237,22 @@ def test_the_users_caches_without_tensors_are_left_alone() -> None:
     assert number.cache_info().currsize == 1
 
 
+def test_a_cache_is_looked_into_again_once_there_is_something_new_in_it() -> None:
+    @functools.cache
+    def kept(n: int) -> object:
+        return n if n < 2 else make(n)
+
+    kept(0)
+    md.capture(nn.Linear(8, 8), (torch.ones(1, 8),), mesh=md.Mesh(d=1))  # finds no tensor in it
+    assert kept.cache_info().currsize == 1
+    kept(1)
+    md.capture(nn.Linear(8, 8), (torch.ones(1, 8),), mesh=md.Mesh(d=1))
+    assert kept.cache_info().currsize == 2
+    kept(6)
+    md.capture(nn.Linear(8, 8), (torch.ones(1, 8),), mesh=md.Mesh(d=1))
+    assert kept.cache_info().currsize == 0
+
+
 def test_a_failed_trace_leaves_no_fake_tensor_either() -> None:
     class Fails(OfFile):
         def forward(self, x: Tensor) -> Tensor:

@@ -175,6 +175,7 @@ def test_errors_are_messages_and_not_tracebacks(
     assert message in wrong
     assert "Instead:" in wrong
     assert "Traceback" not in said + wrong
+    assert "typer" not in said + wrong, "the line of an error is the user's"
     assert not (tmp_path / "out.mdtrt").exists()
 
 

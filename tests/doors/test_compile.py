@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import subprocess
+import sys
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -49,8 +51,6 @@ def case_of(name: str) -> tuple[models.Call, dict[str, Any]]:
     if name == "exchange":
         exchange = Exchange("ulysses", head_groups=2, values_first=True)
         return models.attention(), {**cp, "parallel": md.ContextParallel("cp", "ulysses", PLAN), "exchange": exchange}
-    if name == "flux":
-        return models.flux(), {**cp, "parallel": md.ContextParallel("cp", "ulysses")}
     return models.attention(), {**cp, "parallel": md.ContextParallel("cp", name, PLAN)}  # type: ignore[arg-type]
 
 
@@ -68,11 +68,10 @@ def compile_and_compare(rank: int, name: str) -> tuple[list[float], bool, bool, 
     (model, args, kwargs), options = case_of(name)
     runner = md.compile(model, args, kwargs, **OPTIONS, **options)
     other = tuple(a.flip(1) for a in args)
-    changed = {k: v * 0.5 if k in ("hidden_states", "encoder_hidden_states") else v for k, v in kwargs.items()}
     errors, same_class, results = [], True, []
     with torch.no_grad():
-        for a, k in ((args, kwargs), (other, changed)):
-            want, found = model(*a, **k), runner(*a, **k)
+        for a in (args, other):
+            want, found = model(*a, **kwargs), runner(*a, **kwargs)
             same_class &= type(found) is type(want) and (name != "llama" or isinstance(found, CausalLMOutputWithPast))
             errors.append(relative_error(first_tensor(found), first_tensor(want)))
             results.append((first_tensor(found), first_tensor(found).clone()))
@@ -83,7 +82,7 @@ def compile_and_compare(rank: int, name: str) -> tuple[list[float], bool, bool, 
     return errors, same_class, untouched, summary, {kind: runs.count(kind) for kind in set(runs)}
 
 
-@pytest.mark.parametrize("name", ["flux", "allgather_kv", "llama", "causal ring", "exchange"])
+@pytest.mark.parametrize("name", ["ulysses", "allgather_kv", "llama", "causal ring", "exchange"])
 def test_what_is_compiled_computes_what_the_model_computes(name: str, ranks: Ranks) -> None:
     for outcome in ranks(compile_and_compare, name):
         assert not outcome.error, outcome.message
@@ -156,6 +155,24 @@ def compile_without_a_mesh(rank: int) -> None:
 def compile_for_another_launch(rank: int) -> None:
     model, args, _ = models.mlp()
     md.compile(model, args, mesh=md.Mesh(tp=4), parallel=md.TensorParallel("tp", plan={"up": "colwise"}), **OPTIONS)
+
+
+WITHOUT_TENSORRT = """
+import os, sys
+sys.modules.update(dict.fromkeys(("tensorrt", "tensorrt_rtx", "torch_tensorrt")))
+import torch, torch.distributed as dist
+import torchtrt_md as md
+dist.init_process_group("gloo", store=dist.HashStore(), rank=0, world_size=1)
+runner = md.compile(
+    torch.nn.Identity(), (torch.ones(2),), mesh=md.Mesh(d=1), compute="inductor", placement="split", report=False
+)
+assert torch.equal(runner(torch.ones(2)), torch.ones(2))
+"""
+
+
+def test_inductor_needs_no_tensorrt() -> None:
+    done = subprocess.run([sys.executable, "-c", WITHOUT_TENSORRT], capture_output=True, text=True, timeout=500)
+    assert done.returncode == 0, done.stderr
 
 
 def test_a_mesh_that_is_missing_or_does_not_fit(ranks: Ranks) -> None:

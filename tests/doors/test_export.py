@@ -108,6 +108,17 @@ def test_nothing_is_written_when_a_stage_fails(tmp_path: Path) -> None:
         export()
 
 
+def test_a_place_that_cannot_be_written_is_told_before_the_work(tmp_path: Path) -> None:
+    class Untraced(torch.nn.Module):
+        def forward(self, x: torch.Tensor) -> torch.Tensor:
+            raise AssertionError("the work has begun")
+
+    (tmp_path / "file").write_text("no folder")
+    for out in (tmp_path / "file" / "out.mdtrt", Path("/proc/out.mdtrt")):
+        with pytest.raises(md.BundleError, match="cannot be written"):
+            md.export(Untraced(), (torch.ones(2),), mesh=md.Mesh(d=1), out=out, placement="engine")
+
+
 def test_a_sharded_output_stays_sharded(tmp_path: Path) -> None:
     model, args, _ = models.attention()
     exported = md.export(

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import functools
 import inspect
 import io
 import pickle
@@ -18,6 +19,10 @@ from torch import Tensor, nn
 import torchtrt_md as md
 from torchtrt_md.verification.compare import relative_error
 
+MLP: dict[str, Any] = {
+    "mesh": md.Mesh(tp=2),
+    "parallel": md.TensorParallel("tp", plan={"mlp.up": "colwise", "mlp.down": "rowwise"}),
+}
 OPTIONS: dict[str, Any] = {"compute": "inductor", "report": False, "check": False, "timeout": 120.0}
 
 
@@ -49,15 +54,26 @@ def scaled() -> models.Call:
     return Scaled().eval(), (x, 3.0, 1, x.flip(1)), {"bias": torch.randn(32)}
 
 
+class Typed(nn.Module):
+    """An argument that no call can be compared with."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.mlp = models.MLP()
+
+    def forward(self, x: Tensor, dtype: torch.dtype = torch.float32) -> Tensor:
+        return self.mlp(x).to(dtype)  # type: ignore[no-any-return]
+
+
+def typed(*given: torch.dtype) -> models.Call:
+    return Typed().eval(), (torch.ones(2, 8, 32), *given), {}
+
+
 CASES: dict[str, tuple[Callable[[], models.Call], dict[str, Any]]] = {
     "flux": (models.flux, {"mesh": md.Mesh(cp=2), "parallel": md.ContextParallel("cp")}),
-    "scaled": (
-        scaled,
-        {
-            "mesh": md.Mesh(tp=2),
-            "parallel": md.TensorParallel("tp", plan={"mlp.up": "colwise", "mlp.down": "rowwise"}),
-        },
-    ),
+    "scaled": (scaled, MLP),
+    "typed": (functools.partial(typed, torch.bfloat16), MLP),
+    "default dtype": (typed, MLP),
     "llama": (models.llama, {"mesh": md.Mesh(tp=2), "parallel": md.TensorParallel("tp")}),
 }
 _compiled: dict[str, md.Runner] = {}  # in each rank's process
@@ -192,6 +208,24 @@ def test_a_default_that_was_not_compiled_on_one_rank_is_refused_on_both(ranks: R
     assert first.error == second.error == "InputError"
     assert "rank 1: return_dict is True" in first.message
     assert "return_dict is left out" in second.message
+
+
+def in_place_of_typed(rank: int, name: str, *given: torch.dtype) -> torch.dtype:
+    model, args, _ = typed(*given)
+    dtype: torch.dtype = _compiled[name].as_module(model)(*args).dtype
+    return dtype
+
+
+def test_what_no_call_can_be_compared_with_is_refused_by_name_unless_it_is_the_default(ranks: Ranks) -> None:
+    """A call that leaves it out means the default, and one that passes it may mean another value."""
+    for given in ((), (torch.bfloat16,)):
+        for outcome in ranks(in_place_of_typed, "typed", *given):
+            assert outcome.error == "InputError"
+            assert "compiled with a value of 'dtype' that no call can be compared with" in outcome.message
+    assert values(ranks(in_place_of_typed, "default dtype")) == [torch.float32] * 2
+    assert values(ranks(in_place_of_typed, "default dtype", torch.float32)) == [torch.float32] * 2
+    for outcome in ranks(in_place_of_typed, "default dtype", torch.bfloat16):
+        assert outcome.error == "InputError"
 
 
 def call_without_a_positional_default(rank: int) -> None:

@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+
 import pytest
 import torch
 from torch import Tensor, nn
 
 from torchtrt_md.errors import VerificationError
-from torchtrt_md.verification.compare import relative_error
-from torchtrt_md.verification.dense import captured, check_finite, dense_reference
+from torchtrt_md.verification.compare import relative_error, rounding
+from torchtrt_md.verification.dense import captured, check_finite, dense_reference, longest_sum
 from torchtrt_md.verification.draw import draw
 
 CPU = torch.device("cpu")
@@ -50,6 +52,51 @@ def test_the_reference_is_finer_than_the_model(dtype: torch.dtype, inner: bool) 
 def test_a_model_that_takes_other_arguments() -> None:
     with pytest.raises(VerificationError, match="the dense Model cannot be run to compare with: RuntimeError: "):
         dense_reference(Model(torch.float32), (torch.randn(8, 63),), {"scale": 2}, first, CPU)
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_a_token_that_is_much_smaller_than_the_others_has_a_scale_of_its_own(dtype: torch.dtype) -> None:
+    """So an engine that gets it wrong is found without a comparison in fp64."""
+    model, x = Model(dtype), torch.randn(2, 24, 64)
+    x[:, 7] *= 1e-3
+    with torch.no_grad():
+        model.linear.bias.zero_()
+    x = x.to(dtype)
+    reference = dense_reference(model, (x,), {"scale": 2}, first, CPU)
+    sample, expected = reference.samples["y"], reference.outputs["y"]
+
+    def error(value: Tensor) -> float:
+        return rounding(value, expected, sample.value, dtype, sample.noise).error
+
+    with torch.no_grad():
+        halves = [x[..., i : i + 32] @ model.linear.weight[:, i : i + 32].t() for i in (0, 32)]
+    right = (halves[0] + halves[1]) * 2
+    assert error(right) <= sample.ratio
+    wrong = right.clone()
+    wrong[:, 7] *= 1.25
+    assert error(wrong) > sample.ratio
+
+
+def test_the_longest_sum() -> None:
+    class Sums(nn.Module):
+        def forward(self, x: Tensor) -> tuple[Tensor, ...]:
+            return x * 2, x.unsqueeze(0).transpose(1, 2), self.summed(x)
+
+        def __init__(self, summed: Callable[[Tensor], Tensor]) -> None:
+            super().__init__()
+            self.summed = summed
+
+    w = torch.ones(9, 64)
+    for summed, terms in (
+        (torch.relu, 1),
+        (lambda x: nn.functional.linear(x, w), 64),
+        (lambda x: x.t() @ x, 32),
+        (lambda x: x.sum(), 32 * 64),
+        (lambda x: x.view(2, 16, 64).mean((1, 2)), 16 * 64),
+        (lambda x: x.softmax(-1), 64),
+        (lambda x: nn.functional.conv1d(x[None], torch.ones(4, 32, 3)), 96),
+    ):
+        assert longest_sum(captured(Sums(summed), (torch.randn(32, 64),), {})) == terms
 
 
 def test_a_sixteen_bit_weight_is_not_sixteen_bit_rounding() -> None:

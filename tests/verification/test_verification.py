@@ -161,6 +161,30 @@ def test_more_rounding_than_the_model_is_caught() -> None:
         md.verify(_wrong(program, coarse), model, args, kwargs)
 
 
+def test_a_small_token_that_is_rounded_more_is_caught() -> None:
+    """In fp64, where all dtypes are widened, it is right."""
+    model, (x,), kwargs = models.mlp(torch.bfloat16)
+    with torch.no_grad():
+        for p in model.parameters():
+            if p.ndim == 1:
+                p.zero_()
+    x = x.clone()
+    x[:, 3] *= 1e-5  # which float8 takes for zeros
+    program = md.capture(model, (x,), kwargs, mesh=md.Mesh(tp=2), parallel=md.TensorParallel("tp", plan=MLP_PLAN))
+    md.verify(program, model, (x,), kwargs)
+
+    def coarse(graph: torch.fx.GraphModule) -> None:
+        (output,) = graph.graph.find_nodes(op="output")
+        (node,) = output.args[0]
+        parts = [emit(output, torch.ops.aten.slice.Tensor, node, 1, a, b) for a, b in ((0, 3), (3, 4), (4, 8))]
+        for dtype in (torch.float8_e5m2, torch.bfloat16):
+            parts[1] = emit(output, torch.ops.aten._to_copy.default, parts[1], dtype=dtype)
+        output.replace_input_with(node, emit(output, torch.ops.aten.cat.default, parts, 1))
+
+    with pytest.raises(VerificationError, match="rounds more"):
+        md.verify(_wrong(program, coarse), model, (x,), kwargs)
+
+
 def test_other_weights_than_the_dense_models_are_caught() -> None:
     model, args, kwargs = models.mlp()
     program = md.capture(model, args, kwargs, mesh=md.Mesh(tp=2), parallel=md.TensorParallel("tp", plan=MLP_PLAN))

@@ -141,14 +141,25 @@ def flavour() -> Flavour:
     """The installed TensorRT.
 
     Raises:
-        BuildError: none is installed.
+        BuildError: none is installed, or one that is does not load.
     """
+    broken: dict[str, Exception] = {}
     for name, module in _MODULES.items():
         try:
             trt = importlib.import_module(module)
-        except ImportError:
-            continue
-        return Flavour(name, trt.__version__, trt)
+        except ModuleNotFoundError as error:
+            if error.name != module:  # something that it needs
+                broken[name] = error
+        except Exception as error:  # a library that is not found, or not for this machine
+            broken[name] = error
+        else:
+            return Flavour(name, trt.__version__, trt)
+    if broken:
+        name, reason = next(iter(broken.items()))
+        raise BuildError(
+            f"{name} is installed and does not load: {type(reason).__name__}: {reason}",
+            fix=f"install what it lacks, or {name} again; import {_MODULES[name]} in Python says more",
+        ) from reason
     raise BuildError(
         "no TensorRT is installed",
         fix="pip install torchtrt_md[rtx] for TensorRT-RTX, or torchtrt_md[tensorrt] for TensorRT",

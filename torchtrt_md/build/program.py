@@ -19,6 +19,8 @@ from torchtrt_md.place import PlacedProgram, place
 from torchtrt_md.program import ShardedProgram, Weight, placeholders
 from torchtrt_md.segment import Binding, Part, Segment
 
+_LONGEST_NAME = 1024  # bytes; TensorRT's own limit is 4096
+
 
 def build_program(
     program: ShardedProgram, folder: Path, target: str, ranks: Collection[int], progress: Callable[[str], None]
@@ -82,15 +84,24 @@ def build_whole(
 
 
 def without_weights(part: Part) -> Segment:
-    """The segment of an engine that holds its weights, its bindings named as the program's inputs and outputs are."""
+    """The segment of an engine that holds its weights, its bindings named as the program's inputs and outputs are.
+
+    A rank's coordinate has a name that none of these has; what TensorRT would not take as a name is counted instead.
+    """
+    s = part.segment
+    inputs = [b for b in s.inputs if b.weight is None]
+    taken = {b.source.name for b in (*inputs, *s.outputs) if b.source.kind != "coordinate"}
 
     def named(binding: Binding) -> Binding:
         kind, name = binding.source
-        return msgspec.structs.replace(binding, name=f"coordinate_{name}" if kind == "coordinate" else name)
+        if kind == "coordinate" or not name.isprintable() or len(name.encode()) > _LONGEST_NAME:
+            name = f"coordinate_{name}" if kind == "coordinate" else binding.name
+            while name in taken:
+                name += "_"
+            taken.add(name)
+        return msgspec.structs.replace(binding, name=name)
 
-    s = part.segment
-    inputs = tuple(named(b) for b in s.inputs if b.weight is None)
-    return msgspec.structs.replace(s, inputs=inputs, outputs=tuple(map(named, s.outputs)), name="")
+    return msgspec.structs.replace(s, inputs=tuple(map(named, inputs)), outputs=tuple(map(named, s.outputs)), name="")
 
 
 def _release_memory() -> None:

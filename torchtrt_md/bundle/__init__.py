@@ -5,6 +5,7 @@ read        a folder -> a manifest that is whole, and files that are what it say
 files       opens plain files inside the folder, and nothing else
 structure   what makes a manifest consistent; writing and reading ask it
 rendezvous  whether the ranks meet at their collectives
+schema      the JSON Schema of the manifest
 limits      how large anything in a bundle may be
 weights     a rank's weights <-> safetensors
 given       a rank's part of weights that the bundle does not have, from the model's own checkpoint

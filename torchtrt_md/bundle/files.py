@@ -29,13 +29,13 @@ _KINDS = {
 
 
 def check_path(path: str) -> None:
-    """Refuse a path that is not a plain relative one inside the bundle.
+    """Refuse a path that is not a plain relative one, of printable ASCII, inside the bundle.
 
     Raises:
         BundleError: naming the path.
     """
     parts = PurePosixPath(path).parts
-    plain = parts and path == "/".join(parts) and path.isprintable() and not set(path) & set("\\:")
+    plain = parts and path == "/".join(parts) and path.isascii() and path.isprintable() and not set(path) & set("\\:")
     if not plain or path.startswith("/") or ".." in parts:
         raise BundleError(
             f"the manifest names the file {path!r}, which is not inside the bundle",

@@ -41,6 +41,7 @@ def manifest_of(
         outputs=list(program.outputs),
         constants={name: _scalar(value) for name, value in program.constants.items()},
         positional=list(program.positional),
+        opaque=list(program.opaque),
         result=_result(program),
         placement=choices.placement,
         ranks=[list(segments) for segments in ranks],

@@ -34,8 +34,7 @@ def given_weights(manifest: Manifest, rank: int, source: Given, device: torch.de
         BundleError: weights are given where the bundle has its own, or are not where it has none; one is missing, in
             two files, or of another dtype or shape than the model had.
     """
-    known = {value.name for value in manifest.given} | set(manifest.joined)
-    wanted = known.intersection(w for segment in manifest.ranks[rank] for w in segment.weights)
+    wanted = manifest.given_names.intersection(w for segment in manifest.ranks[rank] for w in segment.weights)
     if not manifest.given:
         if source is not None:
             raise BundleError("weights are given, and the bundle has its own", fix="leave weights out")

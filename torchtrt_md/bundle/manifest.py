@@ -33,11 +33,11 @@ class Manifest(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     ``placement`` says where attention runs, "engine" or "split", and ``transport`` what does the exchanges between
     segments, "nccl" or the GPUs' "copy" engines.  ``ranks[r]`` holds rank r's segments and
     ``weights[r]`` the path of the safetensors file with its part of the weights, null where it needs none: engines
-    may hold their own.  ``constants`` are the arguments that are built in, as far as a call can
-    be compared with them.  A leaf of an argument is named by its path, in ``inputs`` as in ``constants``: ``mask``,
-    ``mask.0``.  ``positional`` names the arguments that may be passed by position, in order; one of them may be
-    nested, and then names no input itself, or be built in.  ``result`` nests the outputs as the model returns
-    them: ``{"output": i}``, ``{"constant": x}``, ``{"tuple": [...]}``, ``{"list": [...]}`` or ``{"dict": {...}}``.
+    may hold their own.  ``constants`` are the arguments that are built in, as far as a call can be compared with them;
+    ``opaque`` names those with which it cannot.  A leaf of an argument is named by its path, in ``inputs`` as in both:
+    ``mask``, ``mask.0``.  ``positional`` names the arguments that may be passed by position, in order; one of them may
+    be nested, and then names no input itself, or be built in.  ``result`` nests the outputs as the model returns them:
+    ``{"output": i}``, ``{"constant": x}``, ``{"tuple": [...]}``, ``{"list": [...]}`` or ``{"dict": {...}}``.
     ``files`` gives the sha256 of every other file of the bundle.  ``self_tests`` are engines of one collective each, in
     the order in which all ranks run them first (:mod:`torchtrt_md.selftest`).  ``given`` are the weights
     that the bundle does not have, whole, with how each rank's part is cut; ``joined`` weights are several of these,
@@ -64,6 +64,12 @@ class Manifest(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     transport: str = "nccl"
     decisions: list[Decision] = []
     tuned_on: str = ""
+    opaque: list[str] = []
+
+    @property
+    def given_names(self) -> set[str]:
+        """The weights that are given at load, by the names that segments read."""
+        return {value.name for value in self.given} | set(self.joined)
 
 
 def encode(manifest: Manifest) -> bytes:

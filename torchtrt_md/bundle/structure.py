@@ -33,7 +33,7 @@ from torchtrt_md.selftest import OPS, RING, RING_DTYPES, self_tests
 
 _REBUILD = "export the bundle again; do not edit manifest.json by hand"
 # What a schedule names: the ops of the IR that communicate, and a ring that is one op of an engine.
-_COLLECTIVES = {op._schema.name.split("::")[1] for op in COLLECTIVES} | {"ring_attention"}
+_COLLECTIVES = {op._schema.name.split("::")[1] for op in COLLECTIVES} | {RING}
 _SHA256 = re.compile("[0-9a-f]{64}")
 
 Known: TypeAlias = tuple[torch.dtype, tuple[int, ...]]  # the dtype and shape of a wire
@@ -123,7 +123,7 @@ def _check_files(manifest: Manifest) -> None:
 
 def _check_names(manifest: Manifest) -> None:
     for kind, names in (
-        ("input", [t.name for t in manifest.inputs] + list(manifest.constants)),
+        ("input", [t.name for t in manifest.inputs] + list(manifest.constants) + manifest.opaque),
         ("output", [t.name for t in manifest.outputs]),
         ("positional argument", manifest.positional),
     ):

@@ -123,7 +123,7 @@ def rank_weights(folder: Path | str, manifest: Manifest, rank: int, device: torc
     Raises:
         BundleError: as :func:`load_weights` and :func:`check_weights`, or a link in place of the file.
     """
-    given = {value.name for value in manifest.given} | set(manifest.joined)
+    given = manifest.given_names
     read = [b for segment in manifest.ranks[rank] for b in segment.inputs if b.weight is not None]
     bindings = [b for b in read if b.weight not in given]
     path = manifest.weights[rank]

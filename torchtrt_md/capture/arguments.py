@@ -21,17 +21,19 @@ from torch.utils import _pytree as pytree
 from torchtrt_md.errors import CaptureError
 
 Scalar = (type(None), bool, int, float, str)
+_NO_DEFAULT = object()
 
 
 @dataclass(frozen=True)
 class Arguments:
     """The leaves of a call by name, and how to make the call again from other tensors.
 
-    A leaf that is neither a tensor nor comparable (a dtype, a device, an object) is built in without a trace.
+    A leaf that is neither a tensor nor comparable (a dtype, a device, an object) is built in by its name alone.
 
     Attributes:
         tensors: name -> example, in the order of the call.
         constants: name -> value, for the leaves that are :func:`comparable`.
+        opaque: the names of the leaves that are neither, but for those that are what forward has as its default.
         positional: the arguments that may be passed by position, in order: those that were, and those that were
             passed by name but could have followed them by position.
         leaves: every leaf of the call, in order.
@@ -41,6 +43,7 @@ class Arguments:
 
     tensors: Mapping[str, Tensor]
     constants: Mapping[str, object]
+    opaque: tuple[str, ...]
     positional: tuple[str, ...]
     leaves: tuple[object, ...]
     names: tuple[str, ...]
@@ -66,6 +69,10 @@ class Arguments:
                 f"two values among the example arguments have the name {twice!r}",
                 fix="rename a key of a dict, or an argument",
             )
+        if "" in names:
+            raise CaptureError(
+                "one of the example arguments has no name: it is passed as **{'': ...}", fix="give the argument a name"
+            )
         leaves, spec = pytree.tree_flatten((tuple(args), dict(kwargs)))
         by_name = dict(zip(names, leaves, strict=True))
         tensors = {name: leaf for name, leaf in by_name.items() if isinstance(leaf, Tensor)}
@@ -74,7 +81,13 @@ class Arguments:
         for name, tensor in tensors.items():
             _check_plain(name, tensor)
         constants = {name: leaf for name, leaf in by_name.items() if comparable(leaf)}
-        return cls(tensors, constants, tuple(positional), tuple(leaves), tuple(names), spec)
+        defaults = {p.name: p.default for p in signature.parameters.values()}
+        opaque = [
+            name
+            for name, leaf in by_name.items()
+            if name not in tensors and name not in constants and leaf is not defaults.get(name, _NO_DEFAULT)
+        ]
+        return cls(tensors, constants, tuple(opaque), tuple(positional), tuple(leaves), tuple(names), spec)
 
     @property
     def device(self) -> torch.device:

@@ -15,6 +15,7 @@ from collections import deque
 from collections.abc import Iterable, Iterator
 from types import FunctionType, ModuleType
 from typing import Any
+from weakref import WeakKeyDictionary
 
 from torch import Tensor, nn
 
@@ -22,6 +23,8 @@ from torchtrt_md.capture.torch_private import is_fake
 
 # What is not part of a value, though the value refers to it.
 _OPAQUE = (type, FunctionType, ModuleType, nn.Module)
+# Cache -> its misses when no tensor was found in it: with no other miss there is nothing new in it.
+_LOOKED_INTO: WeakKeyDictionary[Any, int] = WeakKeyDictionary()
 
 
 class FunctionCaches:
@@ -36,10 +39,14 @@ class FunctionCaches:
 
         An object that has tensors stays: it may be the only one of its kind, as a model that a cached function loads.
         """
-        for cache in self._misses:
-            if cache.cache_info().currsize and any(isinstance(p, Tensor) for p in parts(_entries(cache), False)):
+        for cache, misses in self._misses.items():
+            if not cache.cache_info().currsize or _LOOKED_INTO.get(cache) == misses:
+                continue
+            if any(isinstance(p, Tensor) for p in parts(_entries(cache), False)):
                 cache.cache_clear()
                 self._misses[cache] = 0
+            else:
+                _LOOKED_INTO[cache] = misses
 
     def clear_fake(self) -> None:
         """Empty those that got fake tensors since, at any depth."""

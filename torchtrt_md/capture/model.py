@@ -231,6 +231,7 @@ def _program(
         weights=weights,
         constants=arguments.constants,
         positional=arguments.positional,
+        opaque=arguments.opaque,
         strategies={p.axis: p.strategy for p in parallels if isinstance(p, ContextParallel)},
         groups=groups,
         out_spec=first.out_spec,

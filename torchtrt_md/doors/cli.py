@@ -204,6 +204,8 @@ def _print_bundle(folder: Path, manifest: Manifest) -> None:
             table.add_row(kind, value.name, dtype_name(value.dtype), str(list(value.shape)), split)
     for name, constant in manifest.constants.items():
         table.add_row("built in", name, "", repr(constant), "")
+    for name in manifest.opaque:
+        table.add_row("built in", name, "", "not to be compared with", "")
     console.print(table)
     table = Table("segment", "runs as", "axis", "collectives", "weights", "file", title="Rank 0", title_justify="left")
     for index, segment in enumerate(manifest.ranks[0]):

@@ -166,7 +166,8 @@ def export(
             given = _given(built, dense or model) if strip_weights else set()
             held = _weights(built, folder, files, given)
             described = manifest_of(lowered, ranks, chosen, target=target, weights=held, self_tests=tests, given=given)
-            bundle = out if format == "bundle" else folder / "bundle"
+            # Not in the folder itself, whose lock says that this process lives.
+            bundle = out if format == "bundle" else folder / "whole" / "bundle"
             written = write_bundle(bundle, described, files)
             if format != "bundle":
                 triton(bundle, out, format=format)

@@ -24,12 +24,14 @@ from torchtrt_md.bundle.read import manifest_digest, read_manifest
 from torchtrt_md.bundle.structure import mesh_of
 from torchtrt_md.doors.load import load
 from torchtrt_md.errors import InputError, LaunchError, MDError, OptionError, VerificationError
-from torchtrt_md.program import part
+from torchtrt_md.program import Value, part
 from torchtrt_md.runtime.report import RankReport, Timing, rank_report, report, show_steps
 from torchtrt_md.runtime.runner import Runner
 from torchtrt_md.runtime.signature import Signature
+from torchtrt_md.runtime.timing import call_times
 from torchtrt_md.verification.compare import engine_ratio, rounding
 from torchtrt_md.verification.dense import Reference, dense_reference, precision_name
+from torchtrt_md.verification.simulate import Precision
 
 WARM_UP = 5
 STEP_CALLS = 10
@@ -294,30 +296,46 @@ def _compare(runner: Runner, file: Path, seed: int, model_device: str) -> tuple[
     precision, terms = told
     compared = Comparison(precision_name(precision), {}, {}, {}, {})
     for t in signature.outputs:
-        own, (unit, ratio, coarse) = outputs[t.name], terms[t.name]
-        dtype = precision if precision is not None and own.is_floating_point() else own.dtype
-        expected, sample = (
-            part(_broadcast(whole, t.shape, dtype, device), t.sharding, signature.mesh, runner.rank)
-            for whole in _wholes(reference, t.name)
+        own, (unit, ratio, coarse, noisy) = outputs[t.name], terms[t.name]
+        dtype = own.dtype if precision is None else Precision(precision).of(own.dtype)
+        expected, sample, noise = (
+            None if kind is None else part(_broadcast(whole, *kind, device), t.sharding, signature.mesh, runner.rank)
+            for kind, whole in zip(_kinds(t, dtype, noisy), _wholes(reference, t.name), strict=True)
         )
-        found = rounding(own, expected, sample, coarse)
+        assert expected is not None
+        assert sample is not None
+        found = rounding(own, expected, sample, coarse, noise)
         compared.dense_errors[t.name], compared.limits[t.name] = unit, ratio * unit
         compared.errors[t.name], compared.places[t.name] = found.error * unit, found.place
     return inputs, compared
 
 
-_Terms = dict[str, tuple[float, float, torch.dtype]]
+_Terms = dict[str, tuple[float, float, torch.dtype, bool]]
+_Kind = tuple[tuple[int, ...], torch.dtype]
 
 
 def _told(reference: Reference) -> tuple[torch.dtype | None, _Terms]:
-    """What every rank must know of the reference beside its tensors: its dtype; by output unit, ratio and dtype."""
-    terms = {n: (s.unit, max(s.ratio, engine_ratio(s.coarse)), s.coarse) for n, s in reference.samples.items()}
+    """What every rank must know of the reference beside its tensors: its dtype; by output unit, ratio, dtype, noise."""
+    terms = {
+        name: (s.unit, max(s.ratio, engine_ratio(s.coarse, reference.terms)), s.coarse, s.noise is not None)
+        for name, s in reference.samples.items()
+    }
     return reference.precision, terms
 
 
-def _wholes(reference: Reference | None, name: str) -> tuple[Tensor | None, Tensor | None]:
-    """The reference of an output and its sample of rounding; nothing on the ranks that do not hold them."""
-    return (None, None) if reference is None else (reference.outputs[name], reference.samples[name].value)
+def _kinds(output: Value, dtype: torch.dtype, noisy: bool) -> tuple[_Kind, _Kind, _Kind | None]:
+    """Shape and dtype of an output's reference, of its sample of rounding, and of the noise of its elements."""
+    shape = tuple(output.shape)
+    noise = ((*shape, 2) if dtype.is_complex else shape, torch.float32)
+    return (shape, dtype), (shape, dtype), noise if noisy else None
+
+
+def _wholes(reference: Reference | None, name: str) -> tuple[Tensor | None, Tensor | None, Tensor | None]:
+    """The tensors of :func:`_kinds`; nothing on the ranks that do not hold them."""
+    if reference is None:
+        return None, None, None
+    sample = reference.samples[name]
+    return reference.outputs[name], sample.value, sample.noise
 
 
 def _broadcast(tensor: Tensor | None, shape: Sequence[int], dtype: torch.dtype, device: torch.device) -> Tensor:
@@ -341,23 +359,15 @@ def _check_finite(runner: Runner, returned: object) -> None:
 
 
 def _time(runner: Runner, inputs: dict[str, Tensor], iterations: int) -> Timing:
-    """Time calls that are enqueued back to back, each between two events on a stream of their own."""
-    stream: torch.cuda.Stream = torch.cuda.Stream(runner.device)  # type: ignore[no-untyped-call]
-    stream.wait_stream(torch.cuda.current_stream(runner.device))
-    events: list[tuple[torch.cuda.Event, torch.cuda.Event]] = []
-    with torch.cuda.stream(stream):
-        for _ in range(WARM_UP):
-            runner(**inputs)
-        stream.synchronize()
-        runner.agreement.vote(None, "the start of the timing")
-        for _ in range(iterations):
-            begin, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))  # type: ignore[no-untyped-call]
-            begin.record(stream)
-            runner(**inputs)
-            end.record(stream)
-            events.append((begin, end))
-        stream.synchronize()
-    return Timing.of([begin.elapsed_time(end) for begin, end in events])
+    """Time calls that are enqueued back to back."""
+    times = call_times(
+        lambda: runner(**inputs),
+        iterations,
+        warm_up=WARM_UP,
+        begin=lambda: runner.agreement.vote(None, "the start of the timing"),
+        device=runner.device,
+    )
+    return Timing.of(times)
 
 
 def _leave() -> None:

@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 from torch.fx import GraphModule, Interpreter, Node
 from torch.fx.experimental.proxy_tensor import make_fx
+from torch.fx.node import map_arg
 
 aten = torch.ops.aten
 # Ops that only rename a tensor; functionalization refuses some of them.
@@ -21,6 +22,8 @@ def functional(graph: GraphModule, inputs: Sequence[Tensor]) -> GraphModule:
     """The same graph without in-place ops, as far as PyTorch can; ``inputs`` are fake tensors like its placeholders."""
     graph = _without_renames(graph)
     graph.graph.eliminate_dead_code()  # DTensor's shape propagation leaves some on its first run
+    for node in graph.graph.nodes:
+        _out_of_place(node)
     graph.recompile()
     if not any(mutates(node) for node in graph.graph.nodes):
         return graph
@@ -46,6 +49,35 @@ def copied(graph: GraphModule) -> GraphModule:
 def mutates(node: Node) -> bool:
     """Does this node write to one of its operands?"""
     return isinstance(node.target, torch._ops.OpOverload) and node.target._schema.is_mutable
+
+
+def _out_of_place(node: Node) -> None:
+    """Let an elementwise op that writes to a value of no other use make a new one: PyTorch's RMS norm adds its eps so.
+
+    What is left is for PyTorch's functionalization, which traces the whole graph once more.
+    """
+    if not mutates(node) or node.kwargs or not isinstance(node.args[0], Node):
+        return
+    written, schema = node.args[0], node.target._schema  # type: ignore[union-attr]
+    packet = getattr(aten, schema.name.removeprefix("aten::").removesuffix("_"), None)
+    new = getattr(packet, schema.overload_name or "default", None)
+    if new is None or new._schema.is_mutable or torch.Tag.pointwise not in new.tags:
+        return
+    if not _is_fresh(written) or set(written.users) != {node}:
+        return
+    was = node.meta["val"]
+    with was.fake_mode:
+        result = new(*map_arg(node.args, lambda n: n.meta["val"]))
+    if (result.dtype, result.shape, result.stride()) == (was.dtype, was.shape, was.stride()):
+        node.target = new
+
+
+def _is_fresh(node: Node) -> bool:
+    """Has this value memory of its own, as its op declares?"""
+    op = node.target
+    if not isinstance(op, torch._ops.OpOverload) or op.namespace != "aten" or op is aten._unsafe_view.default:
+        return False
+    return not any(returned.alias_info for returned in op._schema.returns)
 
 
 def _without_renames(graph: GraphModule) -> GraphModule:

@@ -21,6 +21,7 @@ MACHINERY = re.compile(
     "|".join(re.escape(f"{folder}{os.sep}") for folder in _FOLDERS)
     + rf"|^{re.escape(sysconfig.get_path('stdlib') + os.sep)}(?!site-packages|dist-packages)"
     + r"|[/\\]torch_tensorrt[/\\]|[/\\]typing_extensions\.py$|^<frozen |^<eval_with_key>"
+    + r"|[/\\](?:site|dist)-packages[/\\](?:typer|click)[/\\]"  # the command line's, between it and a stage
 )
 # The code is missing where Python cannot read the file, as for what was typed into a shell.
 _FRAME = re.compile(

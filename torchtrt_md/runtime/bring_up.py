@@ -22,7 +22,7 @@ from torchtrt_md.mesh import Mesh
 from torchtrt_md.runtime.engine import Engine, deserialize, runtime_cache, scratch_bytes, trt_runtime
 from torchtrt_md.runtime.executor import Executor
 from torchtrt_md.runtime.kernels import KernelCache, kernel_file
-from torchtrt_md.runtime.offers import Offers, stream_weights
+from torchtrt_md.runtime.offers import NOTHING, Offers, stream_weights
 from torchtrt_md.runtime.push import Shared
 from torchtrt_md.runtime.steps import Key, Step, call_step, eager_steps, engine_step
 from torchtrt_md.runtime.weights import Stored, WeightOf, laid_out
@@ -41,7 +41,7 @@ def bring_up(
     transport: str = "nccl",
     overlap: bool = True,
     stored: Stored | None = None,
-    offers: Offers | None = None,
+    offers: Offers = NOTHING,
 ) -> Executor:
     """What runs this rank's parts.  Collective.
 
@@ -63,7 +63,6 @@ def bring_up(
         _check_one_host(mesh, launch)
     groups = launch.connect(mesh)
     check_communication(launch, mesh, groups, self_tests, target)
-    offers = offers or Offers()
     loaded = launch.together("loading the engines", lambda: _load_engines(parts, launch.device, target, offers))
     kernels = launch.together("the engines' kernels", lambda: _kernels(loaded, launch.device, offers))
     engines = launch.together(
@@ -105,12 +104,11 @@ def _check_one_host(mesh: Mesh, launch: Launch) -> None:
 
 
 def _load_engines(
-    parts: Sequence[Part], device: torch.device, target: str, offers: Offers | None = None
+    parts: Sequence[Part], device: torch.device, target: str, offers: Offers = NOTHING
 ) -> dict[Path, Any]:
     """TensorRT's engines by their files, each loaded once."""
     files = dict.fromkeys(part.engine for part in parts if part.engine is not None)
-    if offers is not None:
-        offers.check(len(files))
+    offers.check(len(files))
     if not files:
         return {}
     runtime, _ = trt_runtime(device)
@@ -119,8 +117,7 @@ def _load_engines(
     with torch.cuda.device(device):
         engines = {file: deserialize(runtime, file, built_for) for file in files}
         for file, loaded in engines.items():
-            if offers is not None:
-                stream_weights(loaded, offers.weight_budget, f"the engine {file.name}")
+            stream_weights(loaded, offers.weight_budget, f"the engine {file.name}")
         return engines
 
 

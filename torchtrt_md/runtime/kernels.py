@@ -11,13 +11,12 @@ from __future__ import annotations
 import hashlib
 import logging
 import os
-import uuid
 from collections.abc import Iterable
-from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
 from torchtrt_md.errors import LaunchError
+from torchtrt_md.whole_file import write_whole
 
 log = logging.getLogger(__name__)
 _KERNELS = ".kernels"
@@ -72,15 +71,10 @@ def store(file: Path, data: bytes) -> None:
 
     Where it cannot be written there is a warning: the call under way is right without it, and other ranks are in it.
     """
-    unfinished = file.with_name(f"{file.name}.{uuid.uuid4().hex[:8]}")
     try:
-        file.parent.mkdir(parents=True, exist_ok=True)
-        unfinished.write_bytes(data)
-        unfinished.replace(file)
+        write_whole(file, data)
     except OSError as error:
         log.warning("the compiled kernels cannot be kept in %s: %s", file, error.strerror or error)
-        with suppress(OSError):
-            unfinished.unlink(missing_ok=True)
 
 
 def kernel_file(folder: Path, engines: Iterable[Path], version: str, gpu: str) -> Path:

@@ -190,8 +190,16 @@ class _Call:
         self.signature = inspect.signature(model.forward)
         parameters = self.signature.parameters
         self.variadic = next((p.name for p in parameters.values() if p.kind is p.VAR_KEYWORD), None)
-        self.defaults = {p.name: p.default for p in parameters.values() if comparable(p.default)}
+        self.defaults = {p.name: p.default for p in parameters.values() if p.default is not p.empty}
         self.constants = runner.manifest.constants
+        if runner.manifest.opaque:
+            name = runner.manifest.opaque[0]
+            raise InputError(
+                f"the runner was compiled with a value of {name!r} that no call can be compared with, whether it passes"
+                f" {_argument(name)} or leaves it out",
+                fix=f"leave {_argument(name)} out of the example arguments and compile again; where the default of"
+                f" {type(model).__name__}.forward will not do, set the value on the model",
+            )
         inputs = {_argument(tensor.name) for tensor in runner.manifest.inputs}
         self.built = inputs | set(map(_argument, self.constants))
         # Built in with other values than a call has that leaves them out.
@@ -229,9 +237,11 @@ class _Call:
             ) from error
 
     def _is_default(self, name: str, value: object) -> bool:
-        if name not in self.defaults or not comparable(value):  # the latter may be built in without a trace
+        if name not in self.defaults:
             return False
         default = self.defaults[name]
+        if not comparable(value) or not comparable(default):
+            return value is default
         return isinstance(value, bool) == isinstance(default, bool) and value == default  # 1 == True in Python
 
 

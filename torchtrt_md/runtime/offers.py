@@ -55,7 +55,7 @@ class Offers:
         Raises:
             LaunchError: naming what was asked for.
         """
-        if self == Offers():
+        if self == NOTHING:
             return
         asked = "weight_budget" if self.weight_budget is not None else "kernel_cache"
         if not engines:
@@ -66,6 +66,9 @@ class Offers:
                 f"{f.name} {f.version} compiles no kernels when engines run, so there is no kernel_cache",
                 fix="leave it out; it is for TensorRT-RTX",
             )
+
+
+NOTHING = Offers()
 
 
 def stream_weights(loaded: Any, budget: Budget, name: str) -> None:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from typing import Any
 
@@ -56,6 +56,35 @@ def time_steps(executor: Executor, inputs: Mapping[Key, Tensor], iterations: int
             layers = profilers[index].means(iterations) if index in profilers else {}
             found.append(StepTime(step.name, kind, clock.total(index) / iterations, layers))
     return found
+
+
+def call_times(
+    call: Callable[[], object], calls: int, *, warm_up: int, begin: Callable[[], object], device: torch.device
+) -> list[float]:
+    """Milliseconds of each of some calls that are enqueued back to back, by events on a stream of their own.
+
+    Args:
+        call: enqueues one on the current stream.
+        warm_up: calls before these.
+        begin: called when those are done, to bring the ranks together.
+        device: a GPU.
+    """
+    stream: torch.cuda.Stream = torch.cuda.Stream(device)  # type: ignore[no-untyped-call]
+    stream.wait_stream(torch.cuda.current_stream(device))
+    events: list[tuple[torch.cuda.Event, torch.cuda.Event]] = []
+    with torch.cuda.stream(stream):
+        for _ in range(warm_up):
+            call()
+        stream.synchronize()
+        begin()
+        for _ in range(calls):
+            first, last = (torch.cuda.Event(enable_timing=True) for _ in range(2))  # type: ignore[no-untyped-call]
+            first.record(stream)
+            call()
+            last.record(stream)
+            events.append((first, last))
+        stream.synchronize()
+    return [first.elapsed_time(last) for first, last in events]
 
 
 class _Clock:

@@ -194,11 +194,11 @@ def _trials(proof: _Proof) -> tuple[list[_Trial], list[str]]:
     except VerificationError as error:  # a model need not take what was drawn
         return [_trial(proof, given)], [f"{names} cannot tell programs apart, and others do not fit: {error.problem}"]
     note = f"{names} cannot tell programs apart, so others were drawn too"
-    return [_with_program(proof, *first), _trial(proof, given)], [note]
+    return [_with_program(proof, *first), _trial(proof, given, draws=False)], [note]
 
 
-def _trial(proof: _Proof, inputs: Mapping[str, Tensor]) -> _Trial:
-    return _with_program(proof, *_reference(proof, inputs))
+def _trial(proof: _Proof, inputs: Mapping[str, Tensor], *, draws: bool = True) -> _Trial:
+    return _with_program(proof, *_reference(proof, inputs), draws=draws)
 
 
 def _reference(proof: _Proof, inputs: Mapping[str, Tensor]) -> tuple[Mapping[str, Tensor], list[Tensor]]:
@@ -208,14 +208,14 @@ def _reference(proof: _Proof, inputs: Mapping[str, Tensor]) -> tuple[Mapping[str
     return inputs, [t.detach().clone() for t in own]
 
 
-def _with_program(proof: _Proof, inputs: Mapping[str, Tensor], own: list[Tensor]) -> _Trial:
+def _with_program(proof: _Proof, inputs: Mapping[str, Tensor], own: list[Tensor], *, draws: bool = True) -> _Trial:
     def both(precision: Precision) -> tuple[tuple[Tensor, ...], list[tuple[Tensor, ...]]]:
         reference = interpret(proof.dense, inputs, weights=proof.weights, precision=precision)
         return reference, simulate(proof.program, inputs, weights=proof.weights, precision=precision)
 
     (reference, exact), wide, limited = widest(both)
     check_finite({v.name: t for v, t in zip(proof.program.outputs, reference, strict=True)})
-    made = samples(proof.dense, inputs, proof.weights, own, reference, wide)
+    made = samples(proof.dense, inputs, proof.weights, own, reference, wide, draws=draws)
     return _Trial(inputs, own, reference, made, exact, wide, limited)
 
 
@@ -264,7 +264,7 @@ def _rounding(proof: _Proof, trial: _Trial) -> tuple[list[list[_Found]], float]:
     for index, (value, own, reference, sample) in enumerate(
         zip(graph, trial.own, trial.reference, trial.samples, strict=True)
     ):
-        difference = rounding(value, reference, sample.value, sample.coarse)
+        difference = rounding(value, reference, sample.value, sample.coarse, sample.noise)
         if not torch.equal(value, own) and not difference.error <= sample.ratio:
             raise VerificationError(
                 f"{proof.name} computes something else than what is captured of it: output {index}, {difference.place}",
@@ -274,7 +274,8 @@ def _rounding(proof: _Proof, trial: _Trial) -> tuple[list[list[_Found]], float]:
     found: list[list[_Found]] = [[] for _ in program]
     for rank, output, value, reference, sample in _parts(proof, trial, program):
         own = _part(sample.value, output, proof.program, rank)
-        difference = rounding(value, reference, own, sample.coarse)
+        noise = None if sample.noise is None else _part(sample.noise, output, proof.program, rank)
+        difference = rounding(value, reference, own, sample.coarse, noise)
         place = f"{output.name!r} of rank {rank}: {difference.place}"
         if not difference.error <= sample.ratio:
             raise VerificationError(

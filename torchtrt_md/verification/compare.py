@@ -12,14 +12,21 @@ after cancellation, but none that is 2**24 and more above: those are another sca
 nothing here.  An element belongs to several slices and takes the largest of their units, since channels or tokens of
 a larger scale round more.  A multiple of its own magnitude comes on top.
 
+The largest is too much for a token whose scale is far below that of the others: in each channel its peers are others'
+elements that cancelled.  So ``rounding`` also asks what the element's own place is worth (``_Places``): the noise of
+its row times that of its column, over that of all, where the tensor's dims are cut in two.  Its unit is no larger than
+five times that, or than what the least of its slices says, whichever is more.  This noise is of several draws of
+rounding, one of which moves the weights and inputs: where terms cancel inside a product, the dense model rounds their
+sum once, and a program that has parts of it on several ranks rounds each.
+
 **The parts.**  Each element, each slice, each slice by magnitude, and the whole by magnitude.  A part's
 error is the root mean square of its elements' errors in their units, over a slack for chance: ``Slack``.
 
 **The questions.**  ``structure``: both in fp64, where a right program leaves 1e-12 or so and a wrong one 1e-6 or more,
 so every element alone must be right.  ``rounding``: both in the model's own dtype, where an element alone says little
 and the parts are compared with the dense model's own.  ``relative_error``: no sample of rounding is at hand; the unit
-is the magnitude of the peers.  Integers and booleans have no rounding: they are equal, or as many differ as of the
-dense model's own.
+is the magnitude of the peers, which is too much for a token that is far smaller than the others.  Integers and booleans
+have no rounding: they are equal, or as many differ as of the dense model's own.
 
 Tensors are read in blocks, so that comparing needs little memory beside them.  They may be on a CPU or a GPU.
 """
@@ -27,7 +34,7 @@ Tensors are read in blocks, so that comparing needs little memory beside them.  
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from itertools import combinations
 from typing import NamedTuple
@@ -44,8 +51,6 @@ ROUNDING_RATIO = 1.5
 # An fp32 model's error is of the order of its sums alone, which differs by kernel and by how many ranks share a sum.
 # One op in TF32 or a 16-bit dtype is thousands of times worse.
 FP32_RATIO = 32.0
-# TensorRT's fp32 kernels sum in other orders over long products.
-FP32_ENGINE_RATIO = 512.0
 FP32_TOLERANCE = 1e-4
 
 _BLOCK = 1 << 22
@@ -56,6 +61,8 @@ _REACH = 6  # buckets above its own from which an element's unit may come
 _FEW = 8
 _NOISE_FACTOR = 64.0  # structure: how much the sample of rounding, scaled to fp64, may be too small by
 _HUGE = 1e150  # squares must stay finite
+_PLACE_FACTOR = 5.0  # how far the noise of a place may be beyond the product of its row's and its column's
+_LOG_BIAS = 1.0  # by how much the mean of the logarithms of a few draws' squares is below that of many
 
 
 class Slack(NamedTuple):
@@ -130,7 +137,9 @@ def structure_tolerance(dtype: torch.dtype) -> float:
     return STRUCTURE_TOLERANCE if dtype in (torch.float64, torch.complex128) else STRUCTURE_TOLERANCE_FP32
 
 
-def rounding(value: Tensor, reference: Tensor, sample: Tensor, coarse: torch.dtype) -> Difference:
+def rounding(
+    value: Tensor, reference: Tensor, sample: Tensor, coarse: torch.dtype, noise: Tensor | None = None
+) -> Difference:
     """Is it as accurate as the dense model?  The unit is the dense model's own error.
 
     Args:
@@ -138,8 +147,22 @@ def rounding(value: Tensor, reference: Tensor, sample: Tensor, coarse: torch.dty
         reference: in fp64 (or the widest dtype that there is).
         sample: what the dense model gives in its own dtype.
         coarse: the coarsest floating dtype that the output is computed in.
+        noise: the root mean square of each element's error over several draws of rounding (:func:`noise_of`); by
+            default nothing is asked of an element's own place.
     """
-    return _compared(value, reference, sample, relative=_eps(coarse), factor=1.0, slack=_CHANCE)
+    return _compared(
+        value, reference, sample, relative=_eps(coarse), factor=1.0, slack=_CHANCE, noise=noise, least=_least(coarse)
+    )
+
+
+def noise_of(draws: Sequence[Tensor], reference: Tensor) -> Tensor:
+    """The root mean square of each element's error over draws of rounding: in float32, or as pairs of it (complex)."""
+    if reference.is_complex():
+        draws, reference = [_pairs(draw) for draw in draws], _pairs(reference)
+    total = torch.zeros(reference.shape, dtype=torch.float64, device=reference.device)
+    for draw in draws:
+        total += (draw.double() - reference.double()).nan_to_num_(0.0, _HUGE, -_HUGE).clamp_(-_HUGE, _HUGE).square_()
+    return (total / len(draws)).sqrt_().clamp_(max=torch.finfo(torch.float32).max).float()
 
 
 def relative_error(value: Tensor, reference: Tensor) -> float:
@@ -150,7 +173,8 @@ def relative_error(value: Tensor, reference: Tensor) -> float:
     """
     if value.shape == reference.shape and not _inexact(reference):
         return float((value != reference).double().mean()) if value.numel() else 0.0
-    return _compared(value, reference, None, relative=0.0, factor=1.0, slack=_WITHOUT_SAMPLE).error
+    least = _least(coarsest([value.dtype, reference.dtype]))
+    return _compared(value, reference, None, relative=0.0, factor=1.0, slack=_WITHOUT_SAMPLE, least=least).error
 
 
 def ratio(coarse: torch.dtype) -> float:
@@ -158,9 +182,14 @@ def ratio(coarse: torch.dtype) -> float:
     return ROUNDING_RATIO if _eps(coarse) > torch.finfo(torch.float32).eps else FP32_RATIO
 
 
-def engine_ratio(coarse: torch.dtype) -> float:
-    """The same of an engine."""
-    return ROUNDING_RATIO if ratio(coarse) == ROUNDING_RATIO else FP32_ENGINE_RATIO
+def engine_ratio(coarse: torch.dtype, terms: int) -> float:
+    """The same of an engine whose longest sum has so many terms.
+
+    fp32 sums of N terms, one after the other, which is the worst order that a kernel may take, are off by sqrt(N / 2)
+    roundings of the result, where the dense model's may be off by one.  In 16 bits all is summed in fp32, whose order
+    nobody sees.  Engines compute fp32 in fp32: TF32 is off when they are built, and would be found.
+    """
+    return ratio(coarse) if ratio(coarse) == ROUNDING_RATIO else max(FP32_RATIO, math.sqrt(terms / 2))
 
 
 def limit(dtype: torch.dtype, dense_error: float) -> float:
@@ -174,9 +203,21 @@ def limit(dtype: torch.dtype, dense_error: float) -> float:
 
 
 def _compared(
-    value: Tensor, reference: Tensor, sample: Tensor | None, *, relative: float, factor: float, slack: Slack
+    value: Tensor,
+    reference: Tensor,
+    sample: Tensor | None,
+    *,
+    relative: float,
+    factor: float,
+    slack: Slack,
+    noise: Tensor | None = None,
+    least: float = 0.0,
 ) -> Difference:
-    """The worst part; an element's unit is ``relative`` of its magnitude plus ``factor`` of its peers' rounding."""
+    """The worst part; an element's unit is ``relative`` of its magnitude plus ``factor`` of its peers' rounding.
+
+    With ``noise``, that is no more than the rounding of its own place.  What should not be zero may be off by
+    ``least``, in which it underflows.
+    """
     if value.shape != reference.shape:
         return Difference(math.inf, f"of shape {list(value.shape)}, and should be of {list(reference.shape)}")
     if not value.numel():
@@ -190,7 +231,8 @@ def _compared(
     infinite = _first_not_finite(cells, value, sample)
     if infinite is not None:
         return _element(math.inf, infinite, value, reference)
-    return _Judge(cells, value, sample, relative, factor, slack).worst()
+    places = None if noise is None else _Places(noise, reference, relative)
+    return _Judge(cells, value, sample, relative, factor, slack, least, places).worst()
 
 
 def _counted(value: Tensor, reference: Tensor, sample: Tensor | None) -> Difference:
@@ -270,14 +312,18 @@ class _Cells:
             found[dims] = (table.sum(others) if others else table).reshape(-1, width)
         return found
 
-    def largest(self, tables: Mapping[tuple[int, ...], Tensor]) -> tuple[Tensor, Tensor]:
-        """What an element finds in the tables of its leading and of its trailing dims: the largest."""
-        width = len(self.buckets)
-        found = [torch.zeros(*sizes, width, dtype=torch.float64, device=self.device) for sizes in self.sides]
+    def most(self, tables: Mapping[tuple[int, ...], Tensor], sign: int = 1) -> tuple[Tensor, Tensor]:
+        """What an element finds in the tables of its leading and of its trailing dims: the largest.
+
+        With ``sign`` -1, the smallest; a side without tables has 0, or infinity.
+        """
+        width, start = len(self.buckets), 0.0 if sign > 0 else math.inf
+        found = [torch.full((*sizes, width), start, dtype=torch.float64, device=self.device) for sizes in self.sides]
         for dims in self.dims or [()]:
             side, own = self._of_side(dims)
             view = [size if d in own else 1 for d, size in enumerate(self.sides[side])]
-            found[side] = torch.maximum(found[side], tables[dims].reshape(*view, width))
+            pick = torch.maximum if sign > 0 else torch.minimum
+            found[side] = pick(found[side], tables[dims].reshape(*view, width))
         return found[0].reshape(-1), found[1].reshape(-1)
 
     def _of_side(self, dims: tuple[int, ...]) -> tuple[int, list[int]]:
@@ -291,13 +337,78 @@ class _Cells:
         return counts.nonzero().reshape(-1)
 
 
+class _Places:
+    """What rounding does at each place of a tensor: the noise of its row times that of its column, over that of all.
+
+    That is so for every way to cut the dims in two, of which the least counts.  Rows and columns are averaged in two
+    ways, of which the larger counts: by squares; and by logarithms, of which a few places that are much noisier than
+    their row and their column say take nothing from the others.  Elements that should be zero, as many are behind a
+    ReLU, say nothing of others; a row or column of which few are left has at least the noise of all.
+
+    Args:
+        noise: of each element.
+        reference: what it should be.
+        relative: an element's noise is not far below this part of it, though it may be rounded well by chance.
+    """
+
+    def __init__(self, noise: Tensor, reference: Tensor, relative: float) -> None:
+        self.noise = noise.reshape(-1)
+        counts = ((reference != 0) & reference.isfinite()).reshape(-1).double()
+        least = reference.reshape(-1).double().abs().nan_to_num_(0.0, 0.0).clamp_(1 / _HUGE, _HUGE).mul_(relative / 8)
+        squares = torch.maximum(self.noise.double(), least).square_()
+        logs = squares.log().mul_(counts)
+        squares.mul_(counts)
+        shape = tuple(reference.shape)
+        # Columns; and of each row and each column the logarithm of its squared noise, the latter over that of all.
+        self.cuts: list[tuple[int, list[tuple[Tensor, Tensor]]]] = []
+        for columns in [math.prod(shape[at:]) for at in range(1, len(shape))] or [len(squares)]:
+            row, column, whole = (t.log() for t in self._means(squares, counts, columns))
+            by_squares = row, column - whole
+            row, column, whole = self._means(logs, counts, columns)
+            self.cuts.append((columns, [by_squares, (row + _LOG_BIAS, column - whole)]))
+
+    @staticmethod
+    def _means(values: Tensor, counts: Tensor, columns: int) -> tuple[Tensor, Tensor, Tensor]:
+        """Of rows, of columns, and of all."""
+        whole = values.sum() / counts.sum().clamp(min=1)
+        found = []
+        for dim in (1, 0):
+            n, s = (t.reshape(-1, columns).sum(dim) for t in (counts, values))
+            mean = s / n.clamp(min=1)
+            found.append(torch.where(n < _FEW, mean.where(n > 0, whole).clamp(min=whole), mean))
+        return found[0], found[1], whole
+
+    def units(self, first: int, shape: torch.Size) -> Tensor:
+        """Of the elements from the ``first`` on, as many as a block of this shape has."""
+        at = torch.arange(first, first + shape.numel(), device=self.noise.device)
+        found: Tensor | None = None
+        for columns, ways in self.cuts:
+            row, column = at // columns, at % columns
+            squared = torch.stack([of_row[row] + of_column[column] for of_row, of_column in ways]).amax(0)
+            found = squared if found is None else torch.minimum(found, squared)
+        assert found is not None
+        return found.div_(2).exp_().mul_(_PLACE_FACTOR).reshape(shape)
+
+    def own(self, first: int, shape: torch.Size) -> Tensor:
+        """The noise of these elements alone."""
+        return self.noise[first : first + shape.numel()].double().reshape(shape)
+
+
 class _Judge:
     """The errors of all parts, in their elements' units."""
 
     def __init__(
-        self, cells: _Cells, value: Tensor, sample: Tensor | None, relative: float, factor: float, slack: Slack
+        self,
+        cells: _Cells,
+        value: Tensor,
+        sample: Tensor | None,
+        relative: float,
+        factor: float,
+        slack: Slack,
+        least: float,
+        places: _Places | None,
     ) -> None:
-        self.cells, self.slack = cells, slack
+        self.cells, self.slack, self.least, self.places = cells, slack, least, places
         self.original = value
         self.value = value.reshape(cells.matrix.shape)
         self.sample = None if sample is None else sample.reshape(cells.matrix.shape)
@@ -306,9 +417,17 @@ class _Judge:
         self.largest, self.largest_at = -1.0, 0
 
     def worst(self) -> Difference:
-        units = self._units()
         for block in self.cells.blocks():
-            self._add(block, units)
+            for count, cells in zip(self.counts, self.cells.of(block), strict=True):
+                count += torch.bincount(cells.reshape(-1), minlength=len(count))
+        # Of each cell, among its row's slices and among its column's.
+        most = self.cells.most({dims: unit for dims, (unit, _) in self._peers(self._sampled).items()})
+        least = None
+        if self.places is not None:  # of slices in which an element has more than a few peers
+            peers = {dims: unit.masked_fill(few, math.inf) for dims, (unit, few) in self._peers(self._own).items()}
+            least = self.cells.most(peers, -1)
+        for block in self.cells.blocks():
+            self._add(block, most, least)
         error, part = self.largest / self.slack.element, ""
         counts, squares = self.cells.by_slice(self.counts), self.cells.by_slice(self.squares)
         for dims in self.cells.dims:
@@ -320,26 +439,38 @@ class _Judge:
             part = name
         return _element(max(error, whole), self.largest_at, self.original, self.cells.reference, part)
 
-    def _units(self) -> tuple[Tensor, Tensor]:
-        """The unit of each cell, among its row's slices and among its column's."""
+    def _peers(self, size: Callable[[slice, Tensor], Tensor]) -> dict[tuple[int, ...], tuple[Tensor, Tensor]]:
+        """The unit of each cell of each slice, of errors of this size, and whether its peers are few."""
         squares = self.cells.sums()
         for block in self.cells.blocks():
-            reference = self.cells.matrix[block].double()
-            size = reference if self.sample is None else self.sample[block].double() - reference
-            weight = size.nan_to_num(0.0, _HUGE, -_HUGE).clamp_(-_HUGE, _HUGE).square_().reshape(-1)
-            for count, square, cells in zip(self.counts, squares, self.cells.of(block), strict=True):
-                count += torch.bincount(cells.reshape(-1), minlength=len(count))
+            weight = size(block, self.cells.matrix[block].double())
+            weight = weight.nan_to_num(0.0, _HUGE, -_HUGE).clamp_(-_HUGE, _HUGE).square_().reshape(-1)
+            for square, cells in zip(squares, self.cells.of(block), strict=True):
                 square += torch.bincount(cells.reshape(-1), weight, minlength=len(square))
         n, s = self.cells.by_slice(self.counts), self.cells.by_slice(squares)
-        return self.cells.largest({dims: _peers(n[dims], s[dims], self.cells.buckets) for dims in n})
+        return {dims: _peers(n[dims], s[dims], self.cells.buckets) for dims in n}
 
-    def _add(self, block: slice, units: tuple[Tensor, Tensor]) -> None:
+    def _sampled(self, block: slice, reference: Tensor) -> Tensor:
+        return reference if self.sample is None else self.sample[block].double() - reference
+
+    def _own(self, block: slice, reference: Tensor) -> Tensor:
+        assert self.places is not None
+        return self.places.own(block.start * reference.shape[1], reference.shape)
+
+    def _add(self, block: slice, most: tuple[Tensor, Tensor], least: tuple[Tensor, Tensor] | None) -> None:
         reference = self.cells.matrix[block].double()
         error = (self.value[block].double() - reference).abs_()
         error.nan_to_num_(0.0, 0.0)  # both are infinite: they have been seen to be equal
         cells = self.cells.of(block)
-        unit = torch.maximum(units[0][cells[0]], units[1][cells[1]])
+        unit = torch.maximum(most[0][cells[0]], most[1][cells[1]])
+        if self.places is not None and least is not None:
+            local = torch.minimum(least[0][cells[0]], least[1][cells[1]])
+            local = torch.maximum(local, self.places.units(block.start * error.shape[1], error.shape))
+            # What is left of terms that cancelled to zero, or were cut off there, may be of any scale.
+            unit = torch.where(reference == 0, unit, torch.minimum(unit, local))
+            unit = torch.maximum(unit, self._own(block, reference))
         unit = unit.mul_(self.factor).add_(reference.abs(), alpha=self.relative)
+        unit += self.least * (reference != 0)
         error = error.div_(unit).nan_to_num_(0.0, math.inf)  # 0 / 0 is right where nothing may be left
         largest, at = error.reshape(-1).max(0)
         if float(largest) > self.largest:
@@ -368,13 +499,13 @@ class _Judge:
         return float(error), name
 
 
-def _peers(counts: Tensor, squares: Tensor, buckets: Tensor) -> Tensor:
-    """The unit of each cell: the larger of its own elements' and its peers' root mean square."""
+def _peers(counts: Tensor, squares: Tensor, buckets: Tensor) -> tuple[Tensor, Tensor]:
+    """The unit of each cell: the larger of its own elements' and its peers' root mean square; and if these are few."""
     numbers = buckets.tolist()
     own = torch.where(counts >= _FEW, squares / counts.clamp(min=1), 0.0)
     nonzero = [i for i, number in enumerate(numbers) if number]
     half = counts[:, nonzero].sum(1) / 2
-    units = torch.zeros_like(squares)
+    units, few = torch.zeros_like(squares), torch.zeros_like(squares, dtype=torch.bool)
     for i, number in enumerate(numbers):
         # Zeros may be what is left of terms that cancelled: their peers are the smallest elements that there are.
         at = number or (numbers[nonzero[0]] if nonzero else 0)
@@ -387,7 +518,8 @@ def _peers(counts: Tensor, squares: Tensor, buckets: Tensor) -> Tensor:
             below = below + counts[:, j]
         # Few of them may all be rounded well by chance.
         units[:, i] = torch.maximum(own[:, i], s / n.clamp(min=1) * (1 + 4 / n.clamp(min=1)).square())
-    return units.sqrt_()
+        few[:, i] = n < _FEW
+    return units.sqrt_(), few
 
 
 def _bucket(values: Tensor) -> Tensor:
@@ -436,6 +568,12 @@ def _inexact(tensor: Tensor) -> bool:
 
 def _eps(dtype: torch.dtype) -> float:
     return float(torch.finfo(dtype).eps)
+
+
+def _least(dtype: torch.dtype) -> float:
+    """The smallest number that this dtype has, or that GPUs have in it: some take for zero what is below normal."""
+    numbers = torch.finfo(dtype)
+    return numbers.tiny if numbers.tiny < 1e-30 else numbers.tiny * numbers.eps
 
 
 def coarsest(dtypes: Sequence[torch.dtype]) -> torch.dtype:

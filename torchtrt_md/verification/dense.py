@@ -13,6 +13,7 @@ rounding.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -28,12 +29,16 @@ from torchtrt_md.capture.marks import Marking, marking
 from torchtrt_md.errors import MDError, VerificationError
 from torchtrt_md.mesh import Mesh
 from torchtrt_md.program import Output, ShardedProgram, Weights, dtype_name, outputs_of
-from torchtrt_md.verification.compare import FP32_RATIO, coarsest, ratio, relative_error
+from torchtrt_md.verification.compare import FP32_RATIO, coarsest, noise_of, ratio, relative_error
 from torchtrt_md.verification.simulate import Precision, interpret
 
 T = TypeVar("T")
 # A 16-bit dtype that leaves less than this behind was only a dtype of what is stored, not of what is computed.
 _16_BIT_NOISE = 2e-5
+# Of the weights and inputs that a draw of rounding changes: what then comes out of a product is off by about as much as
+# where its terms were rounded and not their sum.
+_JITTER = 0.25
+aten, md = torch.ops.aten, torch.ops.torchtrt_md
 
 
 @dataclass(frozen=True)
@@ -42,6 +47,7 @@ class Sample:
 
     Attributes:
         value: the output with the rounding of the dense model's own dtype.
+        noise: of each element, over several draws of rounding; None where they were not asked for.
         coarse: the dtype that it is computed in, the coarsest of several.
         finer: epsilon of the reference's dtype over that of ``coarse``.
         ratio: how many times the unit the program may be off.
@@ -53,6 +59,7 @@ class Sample:
     finer: float
     ratio: float
     error: float
+    noise: Tensor | None = None
 
     @property
     def unit(self) -> float:
@@ -113,28 +120,58 @@ def samples(
     own: Sequence[Tensor],
     outputs: Sequence[Tensor],
     wide: torch.dtype | None,
+    *,
+    draws: bool = True,
 ) -> list[Sample]:
     """What rounding does to each output of the dense model.
 
     Args:
         own: the outputs in the model's own dtype.
         outputs: those in the dtype ``wide``.
+        draws: run the model once more, on weights and inputs that are changed by a rounding, for ``Sample.noise``.
     """
     jittered: tuple[Tensor, ...] = ()
     found = []
+    drawn: tuple[Tensor | None, ...] = (None,) * len(own)
+    if draws:
+        drawn = interpret(program, inputs, weights=weights, precision=Precision(None, jitter=_JITTER))
     for index, (node, value, reference) in enumerate(zip(outputs_of(program.graphs[0]), own, outputs, strict=True)):
         coarse = coarsest(_computed_in(node))
         error = _own_error(value, reference)
         finer = 1.0 if wide is None else torch.finfo(wide).eps / torch.finfo(coarse).eps
         if finer >= 1.0:
-            jittered = jittered or interpret(program, inputs, weights=weights, precision=Precision(wide, jitter=True))
+            jittered = jittered or interpret(program, inputs, weights=weights, precision=Precision(wide, jitter=1.0))
             # It says the order of magnitude only: what kernels round in between is not in it.
             found.append(Sample(jittered[index], coarse, 1.0, FP32_RATIO, error))
             continue
         if error < _16_BIT_NOISE and coarse not in (torch.float64, torch.float32):
             coarse, finer = torch.float32, finer * torch.finfo(coarse).eps / torch.finfo(torch.float32).eps
-        found.append(Sample(value, coarse, finer, ratio(coarse), error))
+        other = drawn[index]
+        noise = None if other is None else noise_of([value, other], reference)
+        found.append(Sample(value, coarse, finer, ratio(coarse), error, noise))
     return found
+
+
+def longest_sum(program: ShardedProgram) -> int:
+    """The number of terms of the longest sum that the program computes, at most: by shapes."""
+    return max((_terms(node) for graph in program.graphs for node in graph.graph.nodes), default=1)
+
+
+def _terms(node: Node) -> int:
+    if node.op != "call_function" or not isinstance(node.target, torch._ops.OpOverload):
+        return 1
+    if torch.Tag.pointwise in node.target.tags or node.target.is_view:
+        return 1
+    operands = [n.meta["val"] for n in node.all_input_nodes if isinstance(n.meta.get("val"), Tensor)]
+    packet = node.target.overloadpacket
+    if packet in (aten.mm, aten.bmm, aten.addmm, aten.baddbmm):
+        return int(operands[-1].shape[-2])
+    if packet == aten.convolution:
+        return int(math.prod(operands[1].shape[1:]))
+    # Norms, softmax, attention, reductions of some dims or of all: what they take, over what they leave of it.
+    results = [v.numel() for v in pytree.tree_leaves(node.meta.get("val")) if isinstance(v, Tensor)]
+    reduced = max((v.numel() for v in operands), default=1) // max(min(results, default=1), 1)
+    return int(max([reduced, 1, *(size for v in operands for size in v.shape)]))
 
 
 def check_finite(outputs: Mapping[str, Tensor]) -> None:
@@ -161,12 +198,14 @@ class Reference(NamedTuple):
         samples: what rounding does to them.
         precision: None for the model's own dtype.
         limited: why it is not fp64.
+        terms: of the longest sum.
     """
 
     outputs: dict[str, Tensor]
     samples: dict[str, Sample]
     precision: torch.dtype | None
     limited: str
+    terms: int
 
 
 def dense_reference(
@@ -199,7 +238,8 @@ def dense_reference(
         own_leaves = [t for t in pytree.tree_leaves(own) if isinstance(t, Tensor)]
         made = samples(program, inputs, weights, own_leaves, found, wide)
         by_tensor = {id(t): s for t, s in zip(found, made, strict=True)}
-        return Reference(outputs, {name: by_tensor[id(t)] for name, t in outputs.items()}, wide, limited)
+        by_name = {name: by_tensor[id(t)] for name, t in outputs.items()}
+        return Reference(outputs, by_name, wide, limited, longest_sum(program))
 
 
 def precision_name(wide: torch.dtype | None) -> str:

@@ -38,32 +38,38 @@ class Precision:
 
     Attributes:
         wide: None for the program as it is.
-        jitter: change each weight and input by one rounding, at random: what that changes of a result is what
-            rounding may change.
+        jitter: change this share of the elements of each weight and input by one rounding, at random: what that changes
+            of a result is what rounding may change.
     """
 
     wide: torch.dtype | None
-    jitter: bool = False
+    jitter: float = 0.0
 
     def of(self, x: Any) -> Any:
         """A tensor or dtype in the precision that is computed in; all else as it is."""
-        if isinstance(x, Tensor):
-            return x.to(self.of(x.dtype))
-        if self.wide is None or not isinstance(x, torch.dtype):
+        if self.wide is None or not isinstance(x, (Tensor, torch.dtype)):
             return x
+        if isinstance(x, Tensor):
+            dtype = self.of(x.dtype)
+            return x if x.dtype == dtype else x.to(dtype)
         return self.wide if x.is_floating_point else self.wide.to_complex() if x.is_complex else x
 
     def results(self, results: Any) -> Any:
         """What an op returns: some make their result in PyTorch's default dtype, as a quotient of integers."""
-        return results if self.wide is None else pytree.tree_map(self.of, results)
+        if self.wide is None or isinstance(results, Tensor):
+            return self.of(results)
+        return pytree.tree_map(self.of, results)
 
     def given(self, x: Tensor, name: str) -> Tensor:
         """A weight or an input."""
         x = self.of(x)
-        if not self.jitter or not (x.is_floating_point() or x.is_complex()):
-            return x
-        generator = torch.Generator().manual_seed(zlib.crc32(name.encode()))
-        signs = torch.randint(0, 2, x.shape, generator=generator, dtype=torch.int8).mul_(2).sub_(1).to(x.device)
+        if not self.jitter or x.dtype.itemsize == 1 or not (x.is_floating_point() or x.is_complex()):
+            return x  # float8 has no arithmetic
+        generator = torch.Generator(x.device).manual_seed(zlib.crc32(name.encode()))
+        drawn = torch.randint(
+            0, round(2 / self.jitter), x.shape, generator=generator, dtype=torch.int8, device=x.device
+        )
+        signs = (drawn == 0).to(torch.int8) - (drawn == 1).to(torch.int8)
         return (x + x * signs * torch.finfo(x.dtype).eps).to(x.dtype)
 
 

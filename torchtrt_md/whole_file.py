@@ -1,0 +1,24 @@
+"""Small files that several processes keep and read: each appears whole or not at all."""
+
+from __future__ import annotations
+
+import uuid
+from contextlib import suppress
+from pathlib import Path
+
+
+def write_whole(file: Path, data: bytes) -> None:
+    """Write a file, in place of an older one, by one rename; its folder is made where there is none.
+
+    Raises:
+        OSError: it cannot be written; nothing is left behind.
+    """
+    unfinished = file.with_name(f"{file.name}.{uuid.uuid4().hex[:8]}")
+    try:
+        file.parent.mkdir(parents=True, exist_ok=True)
+        unfinished.write_bytes(data)
+        unfinished.replace(file)
+    except OSError:
+        with suppress(OSError):
+            unfinished.unlink(missing_ok=True)
+        raise
