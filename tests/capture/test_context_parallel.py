@@ -156,7 +156,7 @@ class Writes(nn.Module):
 @pytest.mark.parametrize(
     ("model", "problem", "line"),
     [
-        (Branches(), "could not be traced", "if x.sum() > 0:"),
+        (Branches(), "what is done next, depends on the values of tensors", "if x.sum() > 0:"),
         (Draws(), "draws random numbers", "return x + torch.rand_like(x)"),
         (Writes(), "writes to an input or a buffer", "self.calls += 1"),
         (nn.Dropout(), "draws random numbers", ""),

@@ -186,6 +186,19 @@ def test_on_one_rank_a_plan_is_checked_as_on_more() -> None:
     capture(WHOLE, mesh=md.Mesh(cp=1))
 
 
+def test_a_models_own_plan_may_name_modules_that_this_configuration_lacks() -> None:
+    """As one that was written down for each of 40 layers; it has to split something all the same."""
+    model, plan = Model().eval(), {**WHOLE, "blocks.2": md.Gather(1), "norm.*": {"x": md.Split(1)}}
+    model._cp_plan = plan  # type: ignore[assignment]
+    lowered = md.lower(md.capture(model, (X,), mesh=CP2, parallel=md.ContextParallel("cp")))
+    assert md.verify(lowered, model, (X,)).error <= 1e-5
+    with pytest.raises(PlanError, match=r"a module 'blocks\.2' that Model does not have"):
+        capture(plan)
+    model._cp_plan = {"blocks.2": {"x": md.Split(1)}}  # type: ignore[assignment]
+    with pytest.raises(PlanError, match="the plan splits nothing of Model"):
+        md.capture(model, (X,), mesh=CP2, parallel=md.ContextParallel("cp"))
+
+
 def test_a_hint_in_the_models_own_names() -> None:
     model, args, _ = models.mlp()
     with pytest.raises(PlanError) as caught:

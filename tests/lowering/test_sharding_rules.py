@@ -41,7 +41,10 @@ ACCEPTED: dict[str, Case] = {
     "cat with whole": (lambda x: torch.cat([x.new_ones(2, 3, 6), x, x.new_ones(2, 1, 6)], 1).tanh()[:, 3:-1], [X]),
     "cut of what is whole": (lambda x: torch.cat([x.new_ones(2, 3, 6).cumsum(1), x], 1)[:, 2:][:, 1:], [X]),
     "select of what is whole": (lambda x: (x, torch.cat([x, x.new_ones(2, 3, 6).cumsum(1)], 1)[:, -2]), [X]),
-    "split of what is whole": (lambda x: torch.cat([x.new_ones(2, 3, 6).cumsum(1), x], 1).split([2, 1, 8], 1), [X]),
+    "split of what is whole": (
+        lambda x: torch.split(torch.cat([x.new_ones(2, 3, 6).cumsum(1), x], 1), [2, 1, 8], 1),
+        [X],
+    ),
     "broadcast": (lambda x, y, row: torch.where(x > 0, x * y + row, 0.5), [X, Y, ROW]),
     "expanded operand": (lambda x, t: x + t[:, None].expand(-1, x.shape[1], -1), [X, KEEP]),
     "more dims": (lambda x, w: x[:, :, None] * w, [X, W]),

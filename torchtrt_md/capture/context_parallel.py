@@ -104,7 +104,8 @@ def apply(model: nn.Module, parallel: ContextParallel, size: int) -> AppliedPlan
     Raises:
         PlanError: there is no plan, or it does not fit the model.
     """
-    plan = parallel.plan if parallel.plan is not None else getattr(model, "_cp_plan", None)
+    own = parallel.plan is None
+    plan = getattr(model, "_cp_plan", None) if own else parallel.plan
     if plan is None:
         raise PlanError(
             f"{type(model).__name__} has no context-parallel plan of its own (_cp_plan)",
@@ -113,12 +114,16 @@ def apply(model: nn.Module, parallel: ContextParallel, size: int) -> AppliedPlan
     hooks = _Hooks(parallel.axis, size)
     for name, entry in plan.items():
         modules = modules_named(model, name)
+        if not modules and own:  # it serves other configurations too, as of more layers
+            continue
+        if not modules:
+            raise _no_module(model, name)
         if isinstance(entry, Mapping):
             hooks.add_splits(modules, name, {key: _splits(s) for key, s in entry.items()})
         else:
             gathers = list(entry) if isinstance(entry, (list, tuple)) else [entry]
             hooks.add_gathers(modules, name, [_gather(g) for g in gathers])
-    return AppliedPlan(type(model).__name__, parallel.axis, tuple(hooks.entries), own=parallel.plan is None)
+    return AppliedPlan(type(model).__name__, parallel.axis, tuple(hooks.entries), own)
 
 
 def _example(model: nn.Module, axis: str) -> str:
@@ -131,29 +136,26 @@ def _example(model: nn.Module, axis: str) -> str:
 
 
 def modules_named(model: nn.Module, pattern: str) -> list[tuple[str, nn.Module]]:
-    """The modules whose dotted name fits the pattern, part by part, in the model's order.
-
-    Raises:
-        PlanError: none does.
-    """
+    """The modules whose dotted name fits the pattern, part by part, in the model's order."""
     parts = pattern.split(".")
-    found = [
+    return [
         (name, module)
         for name, module in model.named_modules()
         if bool(name) == bool(pattern)  # the model itself has no name, which * would fit
         and len(name.split(".")) == len(parts)
         and all(map(fnmatch.fnmatchcase, name.split("."), parts))
     ]
-    if not found:
-        names = [name for name, _ in model.named_modules() if name]
-        close = difflib.get_close_matches(pattern, names, n=3) or names[:3]
-        raise PlanError(
-            f"the plan names a module {pattern!r} that {type(model).__name__} does not have",
-            fix=f"use a name from model.named_modules(), such as {', '.join(map(repr, close))}"
-            if close
-            else 'the model has no modules in it: name the model itself, as ""',
-        )
-    return found
+
+
+def _no_module(model: nn.Module, pattern: str) -> PlanError:
+    names = [name for name, _ in model.named_modules() if name]
+    close = difflib.get_close_matches(pattern, names, n=3) or names[:3]
+    return PlanError(
+        f"the plan names a module {pattern!r} that {type(model).__name__} does not have",
+        fix=f"use a name from model.named_modules(), such as {', '.join(map(repr, close))}"
+        if close
+        else 'the model has no modules in it: name the model itself, as ""',
+    )
 
 
 def _splits(entry: Any) -> Nested:
