@@ -7,13 +7,12 @@ BIN    := $(VENV)/bin
 READY  := $(VENV)/.ready
 TRITON := $(VENV)/triton/.ready
 
-.PHONY: demo test gpu-test faults lint cpp cpp-tests install clean
+.PHONY: demo test gpu-test faults models lint cpp cpp-tests install clean
 
 # The C++ runner: its core with tests, and with TENSORRT_INCLUDE=path, the folder of NvInferVersion.h, mdtrt_run.
 CPP_TESTS   := build/cpp-tests
 CPP_RUNNER  := build/cpp
 NCCL_INCLUDE ?= $(firstword $(wildcard $(VENV)/lib/python3*/site-packages/nvidia/nccl/include))
-
 
 demo: $(READY)
 	$(BIN)/torchtrt-md export examples/flux.py --mesh cp=4 --strategy ulysses -o flux.mdtrt
@@ -26,6 +25,10 @@ gpu-test: $(READY) $(TRITON)
 
 faults: $(READY)
 	$(BIN)/python tests/faults/report.py
+
+# Writes docs/models.md: which models of the installed transformers verify under their own tensor-parallel plans.
+models: $(READY)
+	$(BIN)/python benchmarks/model_matrix.py -o docs/models.md
 
 lint: $(READY)
 	$(BIN)/ruff check .

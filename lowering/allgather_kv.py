@@ -9,7 +9,9 @@
 With a batch of one nothing is copied between the gather and attention.  Keys and values of other widths, lengths or
 batches do not fit one tensor, and are gathered apart.
 
-Causal attention gets the rows of the mask that this rank's queries have: row i of rank r is r S/P + i.
+Causal attention gets the rows of the mask that this rank's queries have: row i of rank r is r S/P + i.  Of a mask,
+each rank takes its rows.  Keys behind the end of the sequence, where P does not divide it, are cut off once they are
+gathered.
 Sent by each rank, of N tokens and width d = H D in b bytes, with f = Hkv / H: 2 f N d b (P - 1) / P.
 """
 
@@ -19,7 +21,7 @@ import torch
 from torch.fx import GraphModule, Node
 
 from torchtrt_md.graph.rewrite import emit, permute, substitute
-from torchtrt_md.lowering.layout import joined, whole_sequence
+from torchtrt_md.lowering.layout import joined, seen_keys, whole_sequence
 from torchtrt_md.lowering.ops import bound_args
 from torchtrt_md.lowering.passes import PassContext
 from torchtrt_md.program import value_of
@@ -48,12 +50,18 @@ def _expand(
     strategy: str,
     axis: str,
     size: int,
+    mask: Node | None,
+    lengths: list[int] | None,
 ) -> Node:
     if value_of(k).shape == value_of(v).shape:
         k, v = _gathered(node, [k, v], axis, size)
     else:
         (k,), (v,) = (_gathered(node, [x], axis, size) for x in (k, v))
-    mask = _causal_rows(node, q, k, axis, size) if is_causal else None
+    k, v = (seen_keys(node, x, lengths, size) for x in (k, v))
+    if is_causal:
+        mask = _causal_rows(node, q, k, axis, size)
+    elif mask is not None and value_of(mask).shape[2] > 1:
+        mask = emit(node, md.shard.default, mask, 2, axis, size)
     return emit(node, md.attention.default, q, k, v, mask, False, scale, enable_gqa)
 
 

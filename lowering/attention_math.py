@@ -12,6 +12,7 @@ https://github.com/zhuzilin/ring-flash-attention).  Nothing here communicates or
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
 
 import torch
 import torch.nn.functional as F
@@ -22,12 +23,18 @@ aten = torch.ops.aten
 
 
 def attention_with_lse(
-    q: Tensor, k: Tensor, v: Tensor, is_causal: bool, scale: float | None, enable_gqa: bool
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    is_causal: bool,
+    scale: float | None,
+    enable_gqa: bool,
+    mask: Tensor | None = None,
 ) -> tuple[Tensor, Tensor]:
     """Attention and the log-sum-exp of its scores, as ``scaled_dot_product_attention`` defines the arguments.
 
     On CUDA it is the flash or cuDNN kernel that PyTorch itself would choose, and plain math where it would choose
-    another; on the CPU it is plain math, in at least float32.
+    another, and where there is a mask; on the CPU it is plain math, in at least float32.
 
     Args:
         q: [B, H, Sq, D].
@@ -36,18 +43,19 @@ def attention_with_lse(
         is_causal: query i attends to keys 0 .. i.
         scale: of the scores; 1/sqrt(D) where None.
         enable_gqa: each key/value head serves H / Hkv query heads.
+        mask: boolean or added to the scores, broadcast to [B, H, Sq, Sk]; a query that it lets see nothing gets zeros.
 
     Returns:
         The output [B, H, Sq, Dv] in q's dtype, in any layout, and the natural logarithm of the sum of the
         exponentials of the scaled scores [B, H, Sq] in float32, or float64 where q is.
     """
-    kernel = _fused_kernel(q, k, v, is_causal, scale, enable_gqa)
+    kernel = _fused_kernel(q, k, v, is_causal, scale, enable_gqa) if mask is None else None
     if kernel is SDPBackend.FLASH_ATTENTION:
         out, lse, *_ = aten._scaled_dot_product_flash_attention(q, k, v, 0.0, is_causal, scale=scale)
     elif kernel is SDPBackend.CUDNN_ATTENTION:
         out, lse, *_ = aten._scaled_dot_product_cudnn_attention(q, k, v, None, True, 0.0, is_causal, scale=scale)
     else:
-        return _attention_in_math(q, k, v, is_causal, scale, enable_gqa)
+        return _attention_in_math(q, k, v, is_causal, scale, enable_gqa, mask)
     return out, lse.reshape(q.shape[:3])  # cuDNN's is [B, H, Sq, 1]
 
 
@@ -63,7 +71,7 @@ def _fused_kernel(
 
 
 def _attention_in_math(
-    q: Tensor, k: Tensor, v: Tensor, is_causal: bool, scale: float | None, enable_gqa: bool
+    q: Tensor, k: Tensor, v: Tensor, is_causal: bool, scale: float | None, enable_gqa: bool, mask: Tensor | None
 ) -> tuple[Tensor, Tensor]:
     wide = torch.promote_types(q.dtype, torch.float32)
     if enable_gqa:
@@ -72,8 +80,11 @@ def _attention_in_math(
     if is_causal:
         attended = torch.ones(scores.shape[-2:], dtype=torch.bool, device=q.device).tril()
         scores = scores.masked_fill(~attended, -math.inf)
+    if mask is not None:
+        scores = scores.masked_fill(~mask, -math.inf) if mask.dtype is torch.bool else scores + mask
     lse = scores.logsumexp(-1)
-    return ((scores - lse[..., None]).exp() @ v.to(wide)).to(q.dtype), lse
+    weighed = lse if mask is None else lse.masked_fill(lse == -math.inf, 0.0)  # of a query that sees nothing
+    return ((scores - weighed[..., None]).exp() @ v.to(wide)).to(q.dtype), lse
 
 
 def ring_attention_block(
@@ -86,6 +97,8 @@ def ring_attention_block(
     scale: float | None,
     enable_gqa: bool,
     size: int,
+    mask: Tensor | None = None,
+    lengths: Sequence[int] | None = None,
 ) -> tuple[Tensor, Tensor]:
     """Attention of this rank's queries over the block of keys and values that it has in this step of the ring.
 
@@ -93,17 +106,28 @@ def ring_attention_block(
         q: [B, H, Sq, D], this rank's; causal: in zigzag order.
         k: [B, Hkv, Sk, D], those of rank ``(coordinate - step) % size``; causal: in zigzag order, with Sk = Sq.
         v: [B, Hkv, Sk, Dv], likewise.
-        coordinate: where this rank stands along the axis; read where causal only.
+        coordinate: where this rank stands along the axis; read where it matters only.
         step: how often the blocks went on, from 0.
         is_causal: of the whole sequence.
         scale: as in :func:`attention_with_lse`.
         enable_gqa: as in :func:`attention_with_lse`.
         size: the number of ranks along the axis.
+        mask: for this rank's queries and all ranks' keys, in the order of the ranks; None where causal.
+        lengths: of the parts of the keys, how many a rank has and how many there are, as ``context_attention`` has
+            them; None where all keys are to be seen.
 
     Returns:
         Output and log-sum-exp as in :func:`attention_with_lse`, both contiguous.  Queries that attend to nothing of
         the block have zeros, and a log-sum-exp of -inf.
     """
+    source = (coordinate - step) % size
+    if lengths:
+        k, v = (_there(x, lengths, source) for x in (k, v))
+    if mask is not None and mask.shape[3] > 1:
+        mask = mask[..., source * k.shape[2] : (source + 1) * k.shape[2]]
+    if not k.shape[2]:  # all of this block is behind the end
+        out = q.new_zeros(*q.shape[:3], v.shape[3])
+        return out, q.new_full(q.shape[:3], -math.inf, dtype=torch.promote_types(q.dtype, torch.float32))
     if is_causal and step:
         rows, keys, values = block_of(q, k, v, coordinate, step, size)
         out, lse = attention_with_lse(rows, keys, values, False, scale, enable_gqa)
@@ -111,8 +135,17 @@ def ring_attention_block(
         if missing:
             out, lse = F.pad(out, (0, 0, missing, 0)), F.pad(lse, (missing, 0), value=-math.inf)
     else:
-        out, lse = attention_with_lse(q, k, v, is_causal, scale, enable_gqa)
+        out, lse = attention_with_lse(q, k, v, is_causal, scale, enable_gqa, mask)
     return out.contiguous(), lse.contiguous()
+
+
+def _there(x: Tensor, lengths: Sequence[int], source: int) -> Tensor:
+    """A rank's keys or values that are not behind the end of their part; a view, unless there are several parts."""
+    parts, start = [], 0
+    for held, total in zip(lengths[::2], lengths[1::2], strict=True):
+        parts.append(x[:, :, start : start + max(0, min(held, total - source * held))])
+        start += held
+    return parts[0] if len(parts) == 1 else torch.cat(parts, 2)
 
 
 def block_of(q: Tensor, k: Tensor, v: Tensor, coordinate: int, step: int, size: int) -> tuple[Tensor, Tensor, Tensor]:

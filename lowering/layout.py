@@ -55,6 +55,28 @@ def whole_sequence(before: Node, received: Node, batch: int, heads: Sequence[int
     return slices(before, permute(before, whole, [0, 2, 1, 3]), 1, heads)
 
 
+def seen_keys(before: Node, x: Node, lengths: Sequence[int] | None, size: int) -> Node:
+    """All ranks' keys or values [B, h, S, D] without those behind the ends of their parts.
+
+    Args:
+        before: where nodes are inserted.
+        x: of all ranks, in their order.
+        lengths: as ``context_attention`` has them.
+        size: the number of ranks.
+    """
+    lengths = lengths or ()
+    parts = list(zip(lengths[::2], lengths[1::2], strict=True))
+    if len(parts) < 2:
+        return emit(before, aten.slice.Tensor, x, 2, 0, parts[0][1]) if parts else x
+    batch, heads, tokens, width = value_of(x).shape
+    by_rank = emit(before, aten.reshape.default, x, [batch, heads, size, tokens // size, width])
+    seen = []
+    for (held, total), part in zip(parts, slices(before, by_rank, 3, [held for held, _ in parts]), strict=True):
+        part = emit(before, aten.reshape.default, part, [batch, heads, size * held, width])
+        seen.append(part if total == size * held else emit(before, aten.slice.Tensor, part, 2, 0, total))
+    return emit(before, aten.cat.default, seen, 2)
+
+
 def slices(before: Node, x: Node, dim: int, sizes: Sequence[int]) -> list[Node]:
     """``x`` cut on ``dim``; no node where one slice is all of it."""
     if len(sizes) == 1:
@@ -64,3 +86,17 @@ def slices(before: Node, x: Node, dim: int, sizes: Sequence[int]) -> list[Node]:
         found.append(emit(before, aten.slice.Tensor, x, dim, start, start + size))
         start += size
     return found
+
+
+def kv_repeats(heads: int, kv_heads: int, size: int) -> int:
+    """How often each key/value head is repeated for an exchange among ``size`` ranks.
+
+    As rarely as can be for the ranks to divide them.  Where they cannot: not at all, if that leaves no more heads to
+    attend to than a repetition for each query head does, and for each query head otherwise.
+    """
+    group = heads // kv_heads
+    times = size // math.gcd(kv_heads, size)
+    if group % times == 0:
+        return times
+    whole_groups = group * size * math.ceil(kv_heads / size)
+    return 1 if whole_groups <= size * math.ceil(heads / size) else group

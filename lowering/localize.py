@@ -15,6 +15,7 @@ that the analysis said, the graph is refused.
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
+from itertools import accumulate, pairwise
 from typing import Any, TypeAlias
 
 import torch
@@ -23,9 +24,9 @@ from torch.fx import GraphModule, Node
 from torch.fx.node import map_arg
 from torch.utils import _pytree as pytree
 
-from torchtrt_md.graph.rewrite import substitute
+from torchtrt_md.graph.rewrite import emit, substitute
 from torchtrt_md.lowering.ops import bound_args, is_sequence_mark
-from torchtrt_md.lowering.sharding import Call, Result, is_sharded, local_shape
+from torchtrt_md.lowering.sharding import Call, Result, Sharded, is_sharded, local_position, local_shape
 from torchtrt_md.lowering.sharding_moves import bounds
 from torchtrt_md.program import value_of
 
@@ -51,7 +52,7 @@ def localize(graph: GraphModule, axis: str, size: int, states: dict[Node, Result
         if not call.sharded and not is_sharded(states[node]):
             continue
         whole = node.meta.get("val")
-        expected = _expected(states[node], whole, size)
+        expected = _expected(states[node], whole)
         rewrite = _ARGUMENTS.get(getattr(node.target, "overloadpacket", None))
         if rewrite is not None:
             rewrite(call)
@@ -67,16 +68,49 @@ def _place_marks(graph: GraphModule, axis: str, size: int, states: dict[Node, Re
     """Marks of the axis -> what ranks do there."""
     for node in [n for n in graph.graph.nodes if is_sequence_mark(n) and bound_args(n)["axis"] == axis]:
         x, dim = bound_args(node)["x"], bound_args(node)["dim"] % value_of(node).ndim
-        target: torch._ops.OpOverload = md.shard.default
-        args: tuple[Any, ...] = (x, dim, axis, size)
-        if node.target is md.gather_sequence.default:
-            target = md.all_gather.default
+        gathers = node.target is md.gather_sequence.default
+        state = states[x] if gathers else states[node]
+        assert isinstance(state, Sharded)
+        (part,) = state.parts(size)
+        behind = state.inner * (part.held * size - part.total)
+        if gathers:
+            new = _added(node, md.all_gather.default, x, dim, axis, size)
+            if behind:  # the copies of the last entry go
+                longer = [n + behind if d == dim else n for d, n in enumerate(value_of(node).shape)]
+                new.meta, states[new] = {**node.meta, "val": value_of(node).new_empty(longer)}, None
+                new = _added(node, aten.slice.Tensor, new, dim, 0, state.inner * part.total)
         elif _is_uniform(x, dim):  # all parts are equal, and the first is cheaper to take than one's own
-            target, args = aten.slice.Tensor, (x, dim, 0, value_of(x).shape[dim] // size)
-        with graph.graph.inserting_before(node):
-            new = graph.graph.call_function(target, args)
+            new = _added(node, aten.slice.Tensor, x, dim, 0, state.extent)
+        else:
+            new = _added(
+                node, md.shard.default, _repeated_last(x, node, dim, state.inner, behind, states), dim, axis, size
+            )
         new.meta, states[new] = node.meta, states[node]
         substitute(node, new)
+
+
+def _added(before: Node, target: torch._ops.OpOverload, *args: Any) -> Node:
+    """The op, without a shape: those of a rank are computed later."""
+    with before.graph.inserting_before(before):
+        return before.graph.call_function(target, args)
+
+
+def _repeated_last(x: Node, before: Node, dim: int, inner: int, behind: int, states: dict[Node, Result]) -> Node:
+    """The whole with ``behind`` more entries of ``dim``, copies of its last position, so that the ranks divide it.
+
+    A copy of what is there cannot turn into what no position does, as zeros do that something divides by.
+    """
+    if not behind:
+        return x
+    extent = value_of(x).shape[dim]
+    last = emit(before, aten.slice.Tensor, x, dim, extent - inner, extent)
+    shape = [behind if d == dim else n for d, n in enumerate(value_of(x).shape)]
+    copies = [emit(before, aten.expand.default, last, shape)] if inner == 1 else [last] * (behind // inner)
+    longer = emit(before, aten.cat.default, [x, *copies], dim)
+    for node in (last, *copies, longer):
+        states[node] = None
+        node.meta["sharding"] = dict(x.meta["sharding"])
+    return longer
 
 
 def _is_uniform(x: Node, dim: int) -> bool:
@@ -89,10 +123,10 @@ def _is_uniform(x: Node, dim: int) -> bool:
     return dim < 0 or before.shape[dim] == 1
 
 
-def _expected(state: Result, whole: Any, size: int) -> list[list[int]]:
+def _expected(state: Result, whole: Any) -> list[list[int]]:
     values = pytree.tree_leaves(whole)
     states = state if isinstance(state, list) else [state] * len(values)
-    return [local_shape(v.shape, s, size) for v, s in zip(values, states, strict=True) if isinstance(v, Tensor)]
+    return [local_shape(v.shape, s) for v, s in zip(values, states, strict=True) if isinstance(v, Tensor)]
 
 
 def _shapes(values: Any) -> list[list[int]]:
@@ -129,7 +163,7 @@ def _set(call: Call, **values: Any) -> None:
 def _result_shape(call: Call) -> list[int]:
     state = call.states[call.node]
     assert not isinstance(state, list)
-    return local_shape(call.shape, state, call.size)
+    return local_shape(call.shape, state)
 
 
 def _view(call: Call) -> None:
@@ -156,7 +190,7 @@ def _slice(call: Call) -> None:
     state = call.state(call.args["self"])
     if state is None or call.dim("dim", len(call.shape)) != state.dim:
         return
-    start, stop = (at // call.size for at in bounds(call, state))  # borders of pieces
+    start, stop = (local_position(state, at, call.size) for at in bounds(call, state))
     _set(call, **({"start": start, "length": stop - start} if "length" in call.args else {"start": start, "end": stop}))
 
 
@@ -164,9 +198,16 @@ def _split(call: Call) -> None:
     state = call.state(call.args["self"])
     dim = call.dim("dim", value_of(call.args["self"]).ndim)
     if state is not None and state.dim == dim:
-        sizes = [part.shape[dim] // call.size for part in call.node.meta["val"]]
+        edges = [0, *accumulate(part.shape[dim] for part in call.node.meta["val"])]
+        sizes = [b - a for a, b in pairwise(local_position(state, at, call.size) for at in edges)]
         call.node.target, call.node.kwargs = aten.split_with_sizes.default, {}
         call.node.args = (call.args["self"], sizes, dim)
+
+
+def _select(call: Call) -> None:
+    state = call.state(call.args["self"])
+    if state is not None and state.dim == call.dim("dim", value_of(call.args["self"]).ndim):
+        _set(call, index=local_position(state, call.args["index"] % state.whole(call.size), call.size))
 
 
 def _slice_scatter(call: Call) -> None:
@@ -176,7 +217,7 @@ def _slice_scatter(call: Call) -> None:
 
 
 def _group_norm(call: Call) -> None:
-    _set(call, N=call.args["N"] // call.size)
+    _set(call, N=call.sole(call.args["input"]).extent)
 
 
 _ARGUMENTS: dict[Any, Rewrite] = {
@@ -187,6 +228,7 @@ _ARGUMENTS: dict[Any, Rewrite] = {
     **dict.fromkeys((aten.slice, aten.slice_copy, aten.narrow, aten.narrow_copy), _slice),
     **dict.fromkeys((aten.split, aten.split_with_sizes, aten.unsafe_split, aten.split_copy), _split),
     **dict.fromkeys((aten.unsafe_split_with_sizes, aten.split_with_sizes_copy, aten.chunk, aten.unsafe_chunk), _split),
+    **dict.fromkeys((aten.select, aten.select_copy), _select),
     aten.slice_scatter: _slice_scatter,
     aten.native_group_norm: _group_norm,
 }

@@ -19,6 +19,8 @@ its shapes depend on and holds no process group.  Semantics, for the ``size`` ra
     context_attention(q, k, v, ...)          the same, q, k and v each holding this rank's part of the sequence
     ring_attention(q, k, v, coordinate, step, ...)   attention over the block that a ring has in this step, and its
                                              log-sum-exp; no communication
+    grouped_mm(x, weight, ends)              rows of x times a matrix each: rows up to ends[0] by weight[0], from there
+                                             to ends[1] by weight[1], and so on; rows behind the last are undefined
 
 Each has a shape rule and an eager rule over ``torch.distributed`` here, and one for all ranks at once in
 :mod:`torchtrt_md.verification.simulate`.
@@ -289,10 +291,24 @@ def context_attention(
     strategy: str,
     axis: str,
     size: int,
+    mask: Tensor | None = None,
+    lengths: list[int] | None = None,
 ) -> Tensor:
+    """Attention of which each rank has a part of queries, keys and values, in the order of the ranks.
+
+    Args:
+        q: [B, H, Sq/P, D], as are k and v.
+        is_causal, scale, enable_gqa: as in ``attention``; with ``is_causal`` there is no mask.
+        strategy: of ``parallel.STRATEGIES``.
+        axis, size: over which the sequence is split.
+        mask: as ``scaled_dot_product_attention`` has it, for all ranks' queries and keys; equal on all ranks.
+        lengths: of the parts that the keys consist of, how many keys a rank has and how many there are, one after the
+            other; those behind the end of a part are not to be seen.  None where there are none.
+    """
     whole_k, whole_v = all_gather(k, 2, axis, size), all_gather(v, 2, axis, size)
-    mask = causal_rows(q, whole_k, dist.get_rank(_group(axis, size))) if is_causal else None
-    attended: Tensor = attention(q, whole_k, whole_v, mask, False, scale, enable_gqa)
+    mine = dist.get_rank(_group(axis, size))
+    seen = seen_by(q, whole_k, is_causal, mask, lengths, mine, size)
+    attended: Tensor = attention(q, whole_k, whole_v, seen, False, scale, enable_gqa)
     return attended
 
 
@@ -307,6 +323,8 @@ def _(
     strategy: str,
     axis: str,
     size: int,
+    mask: Tensor | None = None,
+    lengths: list[int] | None = None,
 ) -> Tensor:
     return _attended(q, k, v)
 
@@ -322,11 +340,13 @@ def ring_attention(
     scale: float | None,
     enable_gqa: bool,
     size: int,
+    mask: Tensor | None = None,
+    lengths: list[int] | None = None,
 ) -> tuple[Tensor, Tensor]:
-    """:func:`~torchtrt_md.lowering.attention_math.ring_attention_block`; ``coordinate`` is int32 [1], and for causal
-    attention only."""
+    """:func:`~torchtrt_md.lowering.attention_math.ring_attention_block`; ``coordinate`` is int32 [1], and there where
+    the rank matters only."""
     mine = 0 if coordinate is None else int(coordinate.item())
-    return ring_attention_block(q, k, v, mine, step, is_causal, scale, enable_gqa, size)
+    return ring_attention_block(q, k, v, mine, step, is_causal, scale, enable_gqa, size, mask, lengths)
 
 
 @ring_attention.register_fake
@@ -340,9 +360,45 @@ def _(
     scale: float | None,
     enable_gqa: bool,
     size: int,
+    mask: Tensor | None = None,
+    lengths: list[int] | None = None,
 ) -> tuple[Tensor, Tensor]:
     out = _attended(q, k, v)
     return out, out.new_empty(out.shape[:-1], dtype=torch.promote_types(q.dtype, torch.float32))
+
+
+def seen_by(
+    q: Tensor, whole_k: Tensor, is_causal: bool, mask: Tensor | None, lengths: list[int] | None, index: int, size: int
+) -> Tensor | None:
+    """The mask for the ``index``-th part of the queries over all keys, from the arguments of ``context_attention``."""
+    if is_causal:
+        return causal_rows(q, whole_k, index)
+    if mask is not None:
+        return mask.chunk(size, -2)[index] if mask.shape[-2] > 1 else mask
+    if not lengths:
+        return None
+    parts = zip(lengths[::2], lengths[1::2], strict=True)
+    by_rank = [torch.arange(size * held, device=q.device).view(size, held) < total for held, total in parts]
+    return torch.cat(by_rank, 1).view(1, -1)
+
+
+@torch.library.custom_op(f"{NAMESPACE}::grouped_mm", mutates_args=())
+def grouped_mm(x: Tensor, weight: Tensor, ends: Tensor) -> Tensor:
+    """x [S, K], weight [E, K, N], ends int [E] -> [S, N].  PyTorch's kernel takes 16-bit floats only, on GPUs."""
+    if x.is_cuda and x.dtype in (torch.bfloat16, torch.float16):
+        product: Tensor = torch._grouped_mm(x, weight, offs=ends.to(torch.int32))
+        return product
+    out = x.new_zeros(x.shape[0], weight.shape[2])
+    begin = 0
+    for expert, end in enumerate(ends.tolist()):
+        out[begin:end] = x[begin:end] @ weight[expert]
+        begin = end
+    return out
+
+
+@grouped_mm.register_fake
+def _(x: Tensor, weight: Tensor, ends: Tensor) -> Tensor:
+    return x.new_empty(x.shape[0], weight.shape[2])
 
 
 def causal_rows(q: Tensor, whole_k: Tensor, index: int) -> Tensor:

@@ -14,8 +14,7 @@ import math
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from functools import cached_property
-from itertools import accumulate
-from typing import Any, NoReturn, TypeAlias
+from typing import Any, NamedTuple, NoReturn, TypeAlias
 
 import torch
 from torch import Tensor
@@ -34,18 +33,42 @@ GATHER_FIRST = "gather the sequence before this op (md.Gather in the plan), or l
 class Sharded:
     """This rank has ``outer * sum(pieces) * inner`` of dim ``dim``; the middle factor is its part of a sequence.
 
+    A part of a sequence is split over the ranks, in equal chunks, or every rank has all of it, as of text tokens beside
+    those of an image that is split.  Where the ranks do not divide a part, its last entry is repeated until they do:
+    what lies behind the end is a copy of that entry, through every op that keeps positions apart.
+
     Attributes:
         dim: the tensor dimension, counted from the left.
         pieces: local lengths of the parts that were concatenated on the sharded dim, each of which holds this
             rank's chunk of its own sequence: (T/P, I/P) for text and image tokens.
         outer: product of the unsharded dims that a view merged into ``dim`` before the sequence ([B, S] -> [B*S]).
         inner: the same, after it ([S, H] -> [S*H]).
+        totals: lengths of the parts on the whole; () where that is P times what a rank has, for all of them.  A part
+            of which a rank has as much as there is, is whole on every rank.
     """
 
     dim: int
     pieces: tuple[int, ...]
     outer: int = 1
     inner: int = 1
+    totals: tuple[int, ...] = ()
+
+    @staticmethod
+    def of(dim: int, parts: Iterable[Part], size: int, outer: int = 1, inner: int = 1) -> Sharded:
+        """Of these parts; neighbors that are whole on every rank are one."""
+        merged: list[Part] = []
+        for part in parts:
+            if merged and part.is_whole and merged[-1].is_whole:
+                part = Part(merged[-1].held + part.held, merged[-1].total + part.total)
+                merged.pop()
+            merged.append(part)
+        even = all(part.total == part.held * size for part in merged)
+        pieces = tuple(part.held for part in merged)
+        return Sharded(dim, pieces, outer, inner, () if even else tuple(part.total for part in merged))
+
+    def parts(self, size: int) -> tuple[Part, ...]:
+        totals = self.totals or tuple(size * held for held in self.pieces)
+        return tuple(Part(held, total) for held, total in zip(self.pieces, totals, strict=True))
 
     @property
     def length(self) -> int:
@@ -56,15 +79,31 @@ class Sharded:
         """The local size of ``dim``."""
         return self.outer * self.length * self.inner
 
+    def whole(self, size: int) -> int:
+        """The size of ``dim`` on the whole."""
+        return self.outer * sum(part.total for part in self.parts(size)) * self.inner
+
     @property
     def is_chunk(self) -> bool:
         """Do the ranks' parts, concatenated on ``dim``, make the whole in order?"""
-        return len(self.pieces) == 1 and self.outer == 1
+        return len(self.pieces) == 1 and self.outer == 1 and not self.totals
 
     @property
     def is_plain(self) -> bool:
         """Is ``dim`` the sequence and nothing else?"""
         return self.outer == 1 and self.inner == 1
+
+
+class Part(NamedTuple):
+    """One part of a sequence: how many positions a rank has of it, and how many there are."""
+
+    held: int
+    total: int
+
+    @property
+    def is_whole(self) -> bool:
+        """Has every rank all of it?"""
+        return self.held == self.total
 
 
 State: TypeAlias = "Sharded | None"
@@ -83,12 +122,14 @@ class Call:
     """One node under analysis along one axis of ``size`` ranks, with what is known of all nodes before it.
 
     ``to_split`` are the replicated operands of which the op needs this rank's part only, with how they must be split.
+    ``unit`` is what a rank's number of positions must divide by.
     """
 
     node: Node
     axis: str
     size: int
     states: Mapping[Node, Result]
+    unit: int = 1
     to_split: dict[Node, Sharded] = field(default_factory=dict)
 
     @cached_property
@@ -105,6 +146,10 @@ class Call:
     def sharded(self) -> bool:
         """Is any operand sharded?"""
         return any(is_sharded(self.states[n]) for n in self.node.all_input_nodes)
+
+    def held(self, total: int) -> int:
+        """How many of these positions each rank has."""
+        return self.unit * math.ceil(total / (self.unit * self.size))
 
     def state(self, operand: object) -> State:
         """An operand's sharding; anything that is not a node is replicated."""
@@ -140,14 +185,15 @@ def _describe(node: Node, state: Result, size: int) -> str:
         return node.name
     if not isinstance(state, Sharded):
         return f"{node.name} {list(value.shape)}, equal on all ranks"
-    pieces = f" as parts of {' + '.join(map(str, state.pieces))} per rank" if len(state.pieces) > 1 else ""
-    part, whole = local_shape(value.shape, state, size), list(value.shape)
+    held = " + ".join(f"{part.held}{' (all)' if part.is_whole else ''}" for part in state.parts(size))
+    pieces = f" as parts of {held} per rank" if len(state.pieces) > 1 else ""
+    part, whole = local_shape(value.shape, state), list(value.shape)
     return f"{node.name} {part}, this rank's part of {whole} on dim {state.dim}{pieces}"
 
 
-def local_shape(whole: Sequence[int], state: State, size: int) -> list[int]:
-    """The shape of what each of ``size`` ranks holds."""
-    return [n // size if state and d == state.dim else n for d, n in enumerate(whole)]
+def local_shape(whole: Sequence[int], state: State) -> list[int]:
+    """The shape of what each rank holds."""
+    return [state.extent if state and d == state.dim else n for d, n in enumerate(whole)]
 
 
 def combine(call: Call, *operands: tuple[object, Dims], across: str = "mixes positions across the shard") -> State:
@@ -192,7 +238,7 @@ def _part_beside(call: Call, operand: Node, dims: Dims, result: Sharded) -> Stat
     dim = next((dim for dim, to in enumerate(dims) if to == result.dim), None)
     if dim is None or value_of(operand).shape[dim] == 1:  # one entry is for all positions
         return None
-    extent, whole = value_of(operand).shape[dim], result.extent * call.size
+    extent, whole = value_of(operand).shape[dim], result.whole(call.size)
     if extent != whole:
         call.refuse(
             f"uses {extent} entries of {operand.name} beside a sharded dim of {whole}",
@@ -235,30 +281,55 @@ def carried_by_view(state: Sharded, old: Sequence[int], new: Sequence[int], size
     if 0 in new:
         return None
     step = state.inner * math.prod(old[state.dim + 1 :])
-    span = step * state.length * size
+    parts = state.parts(size)
+    span = step * sum(part.total for part in parts)
     for dim, extent in enumerate(new):
         below = math.prod(new[dim + 1 :])
         if below >= span or below * extent % span:
             continue
         outer = below * extent // span
         if step % below == 0:
-            return Sharded(dim, state.pieces, outer, step // below)
+            return replace(state, dim=dim, outer=outer, inner=step // below)
         m = below // step
-        if below % step == 0 and not any(piece % m for piece in state.pieces):
-            return Sharded(dim, tuple(piece // m for piece in state.pieces), outer)
+        if below % step == 0 and not any(part.held % m or part.total % m for part in parts):
+            return Sharded.of(dim, (Part(part.held // m, part.total // m) for part in parts), size, outer)
     return None
 
 
 def cut(state: Sharded, start: int, stop: int, size: int) -> State:
-    """The sharding of ``start:stop`` of the whole sharded dim; ``None`` unless whole pieces are cut out."""
-    if (start, stop) == (0, state.extent * size):
+    """The sharding of ``start:stop`` of the whole sharded dim; ``None`` unless it consists of whole parts of it.
+
+    Of a part that every rank has, any positions may be cut out.
+    """
+    if (start, stop) == (0, state.whole(size)):
         return state
-    edges = piece_edges(state, size)
-    if state.outer != 1 or start not in edges or stop not in edges or start >= stop:
+    if state.outer != 1 or start >= stop or start % state.inner or stop % state.inner:
         return None
-    return replace(state, pieces=state.pieces[edges.index(start) : edges.index(stop)])
+    start, stop, first, kept = start // state.inner, stop // state.inner, 0, []
+    for part in state.parts(size):
+        taken = min(stop, first + part.total) - max(start, first)
+        first += part.total
+        if taken <= 0:
+            continue
+        if part.is_whole:
+            part = Part(taken, taken)
+        elif taken != part.total:
+            return None
+        kept.append(part)
+    return Sharded.of(state.dim, kept, size, 1, state.inner) if kept else None
 
 
-def piece_edges(state: Sharded, size: int) -> list[int]:
-    """Where on the whole sharded dim the concatenated parts begin, and the last ends."""
-    return [size * state.inner * length for length in accumulate(state.pieces, initial=0)]
+def local_position(state: Sharded, at: int, size: int) -> int:
+    """Where on a rank's sharded dim a position of the whole is, which is at a border or in a part that is whole."""
+    before, local = 0, 0
+    for part in state.parts(size):
+        extent, held = part.total * state.inner, part.held * state.inner
+        if at < before + extent:
+            break
+        before, local = before + extent, local + held
+    return local + at - before
+
+
+def unless_whole(state: Sharded, size: int) -> State:
+    """The same; ``None``, replicated, where every rank has all of it."""
+    return None if all(part.is_whole for part in state.parts(size)) else state

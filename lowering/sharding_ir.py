@@ -9,7 +9,7 @@ from __future__ import annotations
 import torch
 
 import torchtrt_md.lowering.ops  # noqa: F401  (registers torch.ops.torchtrt_md)
-from torchtrt_md.lowering.sharding import Call, Result, Sharded, aligned, combine, keeping
+from torchtrt_md.lowering.sharding import Call, Part, Result, Sharded, aligned, combine, keeping
 from torchtrt_md.program import value_of
 
 md = torch.ops.torchtrt_md
@@ -28,18 +28,14 @@ def split_sequence(call: Call) -> Result:
         call.refuse("splits a value that is split over this axis already", "name it in the plan once")
     dim = call.dim("dim", value_of(x).ndim)
     extent = call.shape[dim]
-    if extent % call.size:
+    length = call.held(extent)
+    if length < 2 or length >= extent:
         call.refuse(
-            f"splits {extent} entries over {call.size} ranks: {extent % call.size} left over",
-            f"pad to {extent + call.size - extent % call.size} or cut to {extent - extent % call.size}",
-        )
-    length = extent // call.size
-    if length < 2:
-        call.refuse(
-            f"leaves {length} of dim {dim} to each rank, and fewer than 2 per rank cannot be told from broadcasting",
+            f"leaves {min(length, 1)} of the {extent} entries of dim {dim} to each rank, and fewer than 2 per rank"
+            " cannot be told from broadcasting",
             f"leave this value out of the plan, or use a sequence of at least {2 * call.size}",
         )
-    return Sharded(dim, (length,))
+    return Sharded.of(dim, [Part(length, extent)], call.size)
 
 
 def gather_sequence(call: Call) -> Result:
@@ -53,24 +49,7 @@ def gather_sequence(call: Call) -> Result:
         )
     if call.dim("dim", value_of(x).ndim) != state.dim:
         call.refuse(f"gathers dim {call.args['dim']} of a value that is split on dim {state.dim}", "gather that dim")
-    if len(state.pieces) > 1:
-        order = " ".join(f"{part}{rank}" for rank in range(call.size) for part in _letters(state))
-        call.refuse(
-            f"gathers {len(state.pieces)} concatenated parts at once: the result would have them in the order"
-            f" {order}, not part after part",
-            "gather each part by itself, before they are concatenated or after they are split again",
-        )
-    if not state.is_chunk:
-        call.refuse(
-            f"gathers dim {state.dim}, in which a view merged the sequence with {state.outer} entries before it",
-            "view it as it was before the gather",
-        )
     return None
-
-
-def _letters(state: Sharded) -> list[str]:
-    """Names of the parts, as of text and image tokens."""
-    return ["T", "I"] if len(state.pieces) == 2 else [chr(ord("A") + i) for i in range(len(state.pieces))]
 
 
 def collective(call: Call) -> Result:
@@ -108,12 +87,13 @@ def attention(call: Call) -> Result:
     lead = range(seq)
     # An attention along another axis has its queries on that axis.
     queries = None if "axis" in call.args or call.args["is_causal"] else seq
+    rows: list[int | None] = [queries if dim == seq else dim for dim in aligned(mask, seq + 2) if dim != seq + 1]
     return combine(
         call,
         (q, [*lead, queries, None]),
         (k, [*lead, None, None]),
         (v, [*lead, None, seq + 1]),
-        (mask, [*[*aligned(mask, seq + 2)][:-1], None]),
+        (mask, [*rows, None]),
         across="reads across the sharded dim of its operands",
     )
 

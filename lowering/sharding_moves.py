@@ -11,6 +11,7 @@ from torch.fx import Node
 
 from torchtrt_md.lowering.sharding import (
     Call,
+    Part,
     Result,
     Sharded,
     State,
@@ -19,6 +20,7 @@ from torchtrt_md.lowering.sharding import (
     combine,
     cut,
     keeping,
+    unless_whole,
     without,
 )
 from torchtrt_md.program import value_of
@@ -83,12 +85,12 @@ def slice_(call: Call) -> Result:
     after = cut(state, start, stop, call.size)
     if after is None:
         call.refuse(f"cuts {start}:{stop} out of dim {state.dim}, across the shard", _BORDER)
-    return after
+    return unless_whole(after, call.size)
 
 
 def bounds(call: Call, state: Sharded) -> tuple[int, int]:
     """Start and stop of a slice of the sharded dim, on the whole, counted from its first entry."""
-    extent = state.extent * call.size
+    extent = state.whole(call.size)
     start, step = call.args["start"] or 0, call.args.get("step", 1)
     if isinstance(start, Node):
         call.refuse("takes a part of the sharded dim that starts where the data says")
@@ -103,7 +105,12 @@ def bounds(call: Call, state: Sharded) -> tuple[int, int]:
 
 
 def select(call: Call) -> Result:
-    x = call.args["self"]
+    x, state = call.args["self"], call.state(call.args["self"])
+    if state is not None and state.dim == call.dim("dim", value_of(x).ndim) and state.inner == 1:
+        index = call.args["index"]
+        after = None if isinstance(index, Node) else cut(state, at := index % state.whole(call.size), at + 1, call.size)
+        if after is not None and unless_whole(after, call.size) is None:
+            return None  # one of the positions that every rank has
     return combine(call, (x, without(value_of(x).ndim, [call.args["dim"]])), across="takes one position of the shard")
 
 
@@ -121,9 +128,10 @@ def split(call: Call) -> Result:
     start = 0
     for part in parts:
         stop = start + part.shape[state.dim]
-        results.append(cut(state, start, stop, call.size))
-        if results[-1] is None:
+        after = cut(state, start, stop, call.size)
+        if after is None:
             call.refuse(f"cuts {start}:{stop} out of dim {state.dim}, across the shard", _BORDER)
+        results.append(unless_whole(after, call.size))
         start = stop
     return results
 
@@ -136,16 +144,19 @@ def cat(call: Call) -> Result:
     first = next(s for s in states if s is not None)
     if first.dim != dim:
         return combine(call, *((t, range(len(call.shape))) for t in tensors))
-    pieces: tuple[int, ...] = ()
-    for state in states:
-        if len(states) > 1 and (state is None or (state.dim, state.outer, state.inner) != (dim, 1, first.inner)):
+    parts: list[Part] = []
+    for tensor, state in zip(tensors, states, strict=True):
+        extent = value_of(tensor).shape[dim]
+        if state is None and extent % first.inner == 0:  # every rank has all of it, and keeps it
+            parts += [Part(extent // first.inner, extent // first.inner)] if extent else []
+        elif state is not None and (len(states) == 1 or (state.dim, state.outer, state.inner) == (dim, 1, first.inner)):
+            parts += state.parts(call.size)
+        else:
             call.refuse(
                 "concatenates this rank's part of one sequence with something else on the sharded dim",
                 "split every part on this dim before it is concatenated, or gather them all",
             )
-        assert state is not None
-        pieces += state.pieces
-    return first if len(states) == 1 else Sharded(dim, pieces, 1, first.inner)
+    return first if len(states) == 1 else Sharded.of(dim, parts, call.size, 1, first.inner)
 
 
 def stack(call: Call) -> Result:
@@ -202,7 +213,7 @@ def slice_scatter(call: Call) -> Result:
 
 def _bounds_cover(call: Call, dim: int) -> bool:
     state = call.state(call.args["self"])
-    return state is not None and state.dim == dim and bounds(call, state) == (0, state.extent * call.size)
+    return state is not None and state.dim == dim and bounds(call, state) == (0, state.whole(call.size))
 
 
 def select_scatter(call: Call) -> Result:

@@ -75,7 +75,7 @@ def _fits(call: Call, result: Result, values: Any) -> bool:
     """Does the claim fit the shape that the op really returns, whatever the rule thought of it?"""
     pairs = zip(result, values, strict=True) if isinstance(result, list) else [(result, values)]
     return all(
-        state is None or value.shape[state.dim : state.dim + 1] == (state.extent * call.size,) for state, value in pairs
+        state is None or value.shape[state.dim : state.dim + 1] == (state.whole(call.size),) for state, value in pairs
     )
 
 

@@ -13,6 +13,11 @@ make queries, keys and values, and how attention kernels of PyTorch write their 
 copied between the exchanges and attention.  What is copied is what is sent (the cat) and what came back.  Sent by each
 rank, of N tokens and width d = H D in b bytes, with f = Hkv / H: (2 + 2f) (N d b / P) (P - 1) / P.
 
+Heads that P does not divide are exchanged with copies of the last behind them, which are dropped from the result.  Of
+fewer key/value heads than ranks, or of a number that P does not divide, each is repeated as often as its queries allow.
+A mask is there for all queries and keys; a rank takes that of its heads, if they have one each.  Keys behind the end of
+the sequence, where P does not divide it, are cut off once they are there.
+
 In the split placement an :class:`~torchtrt_md.lowering.passes.Exchange` may ask for more exchanges that send the same
 bytes, so that a runtime which starts collectives in the order of the graph overlaps them with something:
 
@@ -32,7 +37,7 @@ from torchtrt_md.errors import ShardingError
 from torchtrt_md.graph.rewrite import emit, permute, substitute
 from torchtrt_md.graph.source import source_line
 from torchtrt_md.lowering.choose_strategy import attention_key
-from torchtrt_md.lowering.layout import joined, whole_sequence
+from torchtrt_md.lowering.layout import joined, kv_repeats, seen_keys, slices, whole_sequence
 from torchtrt_md.lowering.ops import bound_args
 from torchtrt_md.lowering.passes import Exchange, PassContext
 from torchtrt_md.program import value_of
@@ -45,7 +50,7 @@ def run(graph: GraphModule, context: PassContext) -> int:
     """Number of attentions that were rewritten.
 
     Raises:
-        ShardingError: heads do not divide by the ranks, or a rank's heads by the groups that were asked for.
+        ShardingError: a rank's heads do not divide by the groups that were asked for.
     """
     count = 0
     for node in list(graph.graph.find_nodes(op="call_function", target=md.context_attention.default)):
@@ -67,21 +72,33 @@ class _Expansion:
     def __init__(self, node: Node, how: Exchange) -> None:
         self.node, self.how, self.args = node, how, bound_args(node)
         self.axis, self.size = self.args["axis"], self.args["size"]
-        self.operands: dict[str, Node] = {name: self.args[name] for name in ("q", "k", "v")}
-        _check_heads(node, self.operands, self.axis, self.size)
+        self.operands = _with_heads_for_all(node, {name: self.args[name] for name in ("q", "k", "v")}, self.size)
         _check_groups(node, self.operands, self.size, how.head_groups)
         # of each operand, those of a group that stay on a rank
         self.heads = {n: value_of(x).shape[1] // self.size // how.head_groups for n, x in self.operands.items()}
 
     def attended(self) -> Node:
-        groups = self._exchange_there()
-        rest = (None, self.args["is_causal"], self.args["scale"], self.args["enable_gqa"])
+        groups, masks = self._exchange_there(), self._masks()
+        rest = (self.args["is_causal"], self.args["scale"], self.args["enable_gqa"])
         returned = []
-        for group in groups:
-            local = emit(self.node, md.attention.default, group["q"], group["k"], group["v"], *rest)
+        for group, mask in zip(groups, masks, strict=True):
+            k, v = (seen_keys(self.node, group[name], self.args["lengths"], self.size) for name in ("k", "v"))
+            local = emit(self.node, md.attention.default, group["q"], k, v, mask, *rest)
             returned.append(self._exchange_back(local))
         by_rank = [permute(self.node, x, _BY_RANK) for x in returned]  # [B, P, heads/P, S/P, D]
-        return emit(self.node, aten.view.default, joined(self.node, by_rank, 2), list(value_of(self.node).shape))
+        batch, wanted, tokens, width = value_of(self.node).shape
+        heads = value_of(self.operands["q"]).shape[1]
+        y = emit(self.node, aten.view.default, joined(self.node, by_rank, 2), [batch, heads, tokens, width])
+        return y if heads == wanted else emit(self.node, aten.slice.Tensor, y, 1, 0, wanted)
+
+    def _masks(self) -> list[Node | None]:
+        """The mask of each group of heads."""
+        mask, groups = self.args["mask"], self.how.head_groups
+        if mask is None or value_of(mask).shape[1] == 1:
+            return [mask] * groups
+        mask = _repeated_last(self.node, mask, value_of(self.operands["q"]).shape[1])
+        mine = emit(self.node, md.shard.default, mask, 1, self.axis, self.size)
+        return list(slices(self.node, mine, 1, [self.heads["q"]] * groups))
 
     def _exchange_there(self) -> list[dict[str, Node]]:
         """For each group of heads q, k and v of the whole sequence, [B, h, S, D]."""
@@ -161,16 +178,40 @@ def _move_behind(node: Node, last: Node, end: Node) -> None:
         node = moved
 
 
-def _check_heads(node: Node, operands: Mapping[str, Node], axis: str, size: int) -> None:
-    for what, name in (("heads", "q"), ("key/value heads", "k")):
-        heads = value_of(operands[name]).shape[1]
-        if heads % size:
-            raise ShardingError(
-                f"ulysses exchanges heads, and the {heads} {what} of attention {node.name!r} do not divide by the"
-                f" {size} ranks of axis {axis!r}: {heads % size} left over",
-                fix=f'use strategy="allgather_kv", or an axis whose size divides {heads}',
-                at=source_line(node),
-            )
+def _with_heads_for_all(node: Node, operands: dict[str, Node], size: int) -> dict[str, Node]:
+    """The operands with numbers of heads that the ranks divide."""
+    heads, kv_heads = (value_of(operands[name]).shape[1] for name in ("q", "k"))
+    assert heads % kv_heads == 0, f"{node.name} has {heads} heads over {kv_heads}; capture makes them fit"
+    times = kv_repeats(heads, kv_heads, size)
+    kv_heads *= times
+    # Query heads of one key/value head stay together, so that each rank has those of its key/value heads.
+    all_kv_heads = size * math.ceil(kv_heads / size)
+    all_heads = heads // kv_heads * all_kv_heads
+    found = {"q": _repeated_last(node, operands["q"], all_heads)}
+    for name in ("k", "v"):
+        found[name] = _repeated_last(node, _each_repeated(node, operands[name], times), all_kv_heads)
+    return found
+
+
+def _each_repeated(before: Node, x: Node, times: int) -> Node:
+    """[B, h, S, D] -> [B, h times, S, D], each head beside its copies."""
+    if times == 1:
+        return x
+    batch, heads, tokens, width = value_of(x).shape
+    copies = emit(before, aten.unsqueeze.default, x, 2)
+    copies = emit(before, aten.expand.default, copies, [batch, heads, times, tokens, width])
+    return emit(before, aten.reshape.default, copies, [batch, heads * times, tokens, width])
+
+
+def _repeated_last(before: Node, x: Node, heads: int) -> Node:
+    """[B, h, ...] -> [B, heads, ...] with copies of the last head."""
+    shape = list(value_of(x).shape)
+    missing = heads - shape[1]
+    if not missing:
+        return x
+    last = emit(before, aten.slice.Tensor, x, 1, shape[1] - 1, shape[1])
+    copies = emit(before, aten.expand.default, last, [shape[0], missing, *shape[2:]])
+    return emit(before, aten.cat.default, [x, copies], 1)
 
 
 def _check_groups(node: Node, operands: Mapping[str, Node], size: int, groups: int) -> None:

@@ -46,6 +46,8 @@ def run(graph: GraphModule, context: PassContext) -> int:
     for axis, size in rings.items():
         for node in causal:
             _check_attention(node, axis)
+        for node in _nodes(graph, md.context_attention.default):
+            _check_order_unseen(node, axis)
         _check_order(graph, axis, size)
         count += _reorder(graph, axis, size)
     return count
@@ -75,11 +77,24 @@ def _check_attention(node: Node, axis: str) -> None:
         )
 
 
+def _check_order_unseen(node: Node, axis: str) -> None:
+    """A mask or a length is of positions, and these are elsewhere now."""
+    args = bound_args(node)
+    if args["axis"] == axis and (args["mask"] is not None or args["lengths"]):
+        what = "a mask" if args["mask"] is not None else "a sequence that the ranks do not divide"
+        raise ShardingError(
+            f"attention {node.name!r} has {what}, and other attentions over axis {axis!r} are causal rings, for which"
+            " the sequence is in another order",
+            fix=_OTHERWISE,
+            at=source_line(node),
+        )
+
+
 def _check_order(graph: GraphModule, axis: str, size: int) -> None:
     """All that is split over the axis can be cut into two halves, and no output is split."""
     for node in graph.graph.nodes:
         for state in _held(node, axis):
-            odd = next((length for length in state.pieces if length % 2), None)
+            odd = next((p.held for p in state.parts(size) if p.held % 2 and not p.is_whole), None)
             if odd is not None:
                 raise ShardingError(
                     f"{node.name} has {odd} of {odd * size} positions on each rank of axis {axis!r}, and a causal ring"

@@ -50,8 +50,8 @@ def test_all_public_names_are_there() -> None:
     code = (
         "import torchtrt_md as md, torchtrt_md.verification, torchtrt_md.doors.export, torchtrt_md.runtime,"
         " torchtrt_md.doors.compile, torchtrt_md.doors.triton;"
-        "names = 'Mesh ContextParallel TensorParallel Split Gather capture lower verify build export load compile"
-        " triton Runner InputError VerificationError MDError'.split();"
+        "names = 'Mesh ContextParallel TensorParallel Split Gather split gather use_mesh capture lower verify build"
+        " export load compile triton Runner InputError VerificationError MDError'.split();"
         "assert all(callable(getattr(md, n)) for n in names); assert set(names) <= set(dir(md))"
     )
     _python(code)

@@ -34,6 +34,7 @@ from torchtrt_md.mesh import Mesh
 from torchtrt_md.parallel import ContextParallel, DataParallel, Gather, Split, TensorParallel
 
 if TYPE_CHECKING:
+    from torchtrt_md.capture.marks import gather, split, use_mesh
     from torchtrt_md.doors.compile import compile
     from torchtrt_md.doors.export import export
     from torchtrt_md.doors.load import load
@@ -74,14 +75,18 @@ __all__ = [
     "capture",
     "compile",
     "export",
+    "gather",
     "load",
     "lower",
+    "split",
     "triton",
+    "use_mesh",
     "verify",
 ]
 
 # These import DTensor or TensorRT, so they are imported when they are first used.
 _HOMES = {
+    **dict.fromkeys(("split", "gather", "use_mesh"), "capture.marks"),
     "compile": "doors.compile",
     "lower": "lowering",
     "verify": "verification",

@@ -55,7 +55,8 @@ class Gather:
             raise PlanError(f"a Gather has the dim {self.dim!r}", fix="give the dimension as an integer: md.Gather(1)")
 
 
-ModulePlan: TypeAlias = "Mapping[str | int, Split | Sequence[Split]] | Gather | Sequence[Gather | None]"
+NestedSplit: TypeAlias = "Split | Sequence[NestedSplit | None] | Mapping[str, NestedSplit | None]"
+ModulePlan: TypeAlias = "Mapping[str | int, NestedSplit] | Gather | Sequence[Gather | None]"
 ContextPlan: TypeAlias = "Mapping[str, ModulePlan]"
 
 
@@ -66,13 +67,14 @@ class ContextParallel:
     Args:
         axis: the mesh axis.
         strategy: what attention does about it.  ``"ulysses"`` exchanges heads for sequence (all-to-all;
-            heads must divide by the axis; https://arxiv.org/abs/2309.14509), ``"allgather_kv"`` gathers
+            https://arxiv.org/abs/2309.14509), ``"allgather_kv"`` gathers
             keys and values, ``"ring"`` passes them from rank to rank while attending to those in hand
             (https://arxiv.org/abs/2310.01889), ``"auto"`` takes for each attention what sends the fewest bytes
             among those that its shapes allow.
         plan: module name -> which arguments or results are split, or where the result is gathered, in the
             shape of diffusers' ``_cp_plan`` (whose own classes are accepted as well).  ``""`` is the model
-            itself, ``*`` stands for any one part of a name.  ``None`` takes the model's own ``_cp_plan``.
+            itself, ``*`` stands for any one part of a name.  ``None`` takes the model's own ``_cp_plan``; ``{}`` is
+            for a model that calls ``md.split`` and ``md.gather`` itself.
 
     Raises:
         PlanError: an unknown strategy, or an argument of another type.
@@ -92,13 +94,14 @@ class ContextParallel:
 
 @dataclass(frozen=True)
 class TensorParallel:
-    """Split weights over one axis of the mesh, by DTensor.
+    """Split weights over one axis of the mesh.
 
     Args:
         axis: the mesh axis.
-        plan: module name -> ``ParallelStyle`` of ``torch.distributed.tensor.parallel``, or the name of one
-            in transformers' and diffusers' plans (``"colwise"``, ``"rowwise"``, ...).  ``None`` takes the
-            model's own ``tp_plan`` (transformers) or ``_tp_plan`` (diffusers).
+        plan: name of a module or parameter -> a style by its name in transformers' and diffusers' plans
+            (``"colwise"``, ``"rowwise"``, ...), one of diffusers' packed ones, or, for a module, a ``ParallelStyle``
+            of ``torch.distributed.tensor.parallel``, which DTensor applies.  ``None`` takes the model's own
+            ``tp_plan`` (transformers) or ``_tp_plan`` (diffusers).
 
     Raises:
         PlanError: an argument of another type.

@@ -23,6 +23,28 @@ class Sharding(NamedTuple):
     axis: str
 
 
+class UnevenSharding(NamedTuple):
+    """As :class:`Sharding`, of a weight whose dim is cut in another way than into even chunks.
+
+    The dim is made of ``blocks``, one after the other, given by their relative sizes, each of which is cut by itself,
+    as where gate and up projections are joined.  Each is cut into as many chunks as there are groups of ``copies``
+    ranks that hold the same; where it does not divide by these, it is filled up with zeros at its end.
+    """
+
+    dim: int
+    axis: str
+    blocks: tuple[int, ...] = (1,)
+    copies: int = 1
+
+    def extents(self, whole: int, size: int) -> list[int]:
+        """How much of each block of a dim each of ``size`` ranks holds."""
+        return [-(-block // (size // self.copies)) for block in self.sizes(whole)]
+
+    def sizes(self, whole: int) -> list[int]:
+        """How large the blocks of a dim are."""
+        return [whole * block // sum(self.blocks) for block in self.blocks]
+
+
 @dataclass(frozen=True)
 class Weight:
     """A parameter or buffer of the model, of which each rank may hold a part.
@@ -34,11 +56,11 @@ class Weight:
     name: str
     shape: tuple[int, ...]
     dtype: torch.dtype
-    shardings: tuple[Sharding, ...] = ()
+    shardings: tuple[Sharding | UnevenSharding, ...] = ()
     parts: tuple[Weight, ...] = ()
 
     def local(self, whole: Tensor, mesh: Mesh, rank: int) -> Tensor:
-        """This rank's part, a view of the whole: no memory is copied."""
+        """This rank's part: a view of the whole, but for an :class:`UnevenSharding`, where it may be a copy."""
         return part(whole, self.shardings, mesh, rank)
 
 
@@ -85,7 +107,7 @@ class Weights:
     unrelated: frozenset[str] = frozenset()
 
     def local(self, weight: Weight, mesh: Mesh, rank: int) -> Tensor:
-        """This rank's part of a weight, without a copy unless it is joined of several.
+        """This rank's part of a weight, without a copy unless it is joined of several or cut unevenly.
 
         Raises:
             CaptureError: the process has only another rank's shard.
@@ -166,12 +188,29 @@ class ShardedProgram:
         return replace(self, graphs=tuple(graphs[id(g)] for g in self.graphs), **changes)  # type: ignore[arg-type]
 
 
-def part(whole: Tensor, shardings: Iterable[Sharding], mesh: Mesh, rank: int) -> Tensor:
-    """What a rank holds of a tensor with these shardings, applied in order: a view."""
+def part(whole: Tensor, shardings: Iterable[Sharding | UnevenSharding], mesh: Mesh, rank: int) -> Tensor:
+    """What a rank holds of a tensor with these shardings, applied in order; a view where all are even."""
     for s in shardings:
+        if isinstance(s, UnevenSharding):
+            whole = _uneven_part(whole, s, mesh.axis_size(s.axis), mesh.coordinate(rank, s.axis))
+            continue
         extent = whole.shape[s.dim] // mesh.axis_size(s.axis)
         whole = whole.narrow(s.dim, mesh.coordinate(rank, s.axis) * extent, extent)
     return whole
+
+
+def _uneven_part(whole: Tensor, s: UnevenSharding, size: int, coordinate: int) -> Tensor:
+    length = whole.shape[s.dim]
+    found = []
+    for block, extent in zip(torch.split(whole, s.sizes(length), s.dim), s.extents(length, size), strict=True):
+        first = coordinate // s.copies * extent
+        there = max(0, min(extent, block.shape[s.dim] - first))
+        found.append(block.narrow(s.dim, first if there else 0, there))
+        if there < extent:
+            missing = list(whole.shape)
+            missing[s.dim] = extent - there
+            found.append(whole.new_zeros(missing))
+    return found[0] if len(found) == 1 else torch.cat(found, s.dim)
 
 
 def dtype_name(dtype: torch.dtype) -> str:

@@ -7,7 +7,7 @@ import torch
 from torch import Tensor, nn
 
 import torchtrt_md as md
-from torchtrt_md.errors import CaptureError, ShardingError
+from torchtrt_md.errors import CaptureError
 
 X = torch.randn(2, 8, 16, generator=torch.Generator().manual_seed(0))
 
@@ -28,8 +28,15 @@ class Heads(nn.Module):
 @pytest.mark.parametrize("strategy", ["ulysses", "allgather_kv"])
 @pytest.mark.parametrize(
     "model",
-    [Heads(4, 1), Heads(1, 1), Heads(1, 4), Heads(2, 2, grouped=True), Heads(4, 4, batch=1)],
-    ids=["one of values", "one of both", "one of keys", "grouped", "one batch of keys"],
+    [
+        Heads(4, 1),
+        Heads(1, 1),
+        Heads(1, 4),
+        Heads(2, 2, grouped=True),
+        Heads(1, 1, grouped=True),  # fewer than the ranks
+        Heads(4, 4, batch=1),
+    ],
+    ids=["one of values", "one of both", "one of keys", "grouped", "one group", "one batch of keys"],
 )
 def test_what_pytorch_broadcasts_is_computed(model: nn.Module, strategy: md.parallel.Strategy) -> None:
     parallel = md.ContextParallel("cp", strategy, plan={"": {"x": md.Split(1)}})
@@ -74,10 +81,3 @@ def test_shapes_that_are_no_attention(keys: tuple[int, ...], values: tuple[int, 
 def test_grouped_heads_of_values_that_are_not_those_of_keys() -> None:
     with pytest.raises(CaptureError, match="4 heads of queries, 2 of keys and 4 of values"):
         md.capture(Heads(2, 4, grouped=True), (X,), mesh=md.Mesh(cp=1))
-
-
-def test_one_grouped_head_does_not_divide() -> None:
-    parallel = md.ContextParallel("cp", "ulysses", plan={"": {"x": md.Split(1)}})
-    program = md.capture(Heads(1, 1, grouped=True), (X,), mesh=md.Mesh(cp=2), parallel=parallel)
-    with pytest.raises(ShardingError, match="1 key/value heads"):
-        md.lower(program)

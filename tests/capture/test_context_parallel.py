@@ -112,23 +112,6 @@ def test_plans_that_do_not_fit(plan: dict[str, Any], problem: str, fix: str) -> 
     assert fix in error.value.fix
 
 
-def test_a_sequence_that_does_not_divide_says_by_how_much() -> None:
-    model, args, kwargs = models.flux(image=30)
-    with pytest.raises(
-        PlanError, match=r"'hidden_states' of the model has 30 on dim 1.*4 ranks of axis 'cp': 2 left"
-    ) as e:
-        md.capture(model, args, kwargs, mesh=md.Mesh(cp=4), parallel=md.ContextParallel("cp"))
-    assert "pad to 32 or cut to 28" in e.value.fix
-
-
-def test_heads_that_do_not_divide_say_by_how_much() -> None:
-    model, args, kwargs = models.flux(heads=6)
-    program = md.capture(model, args, kwargs, mesh=md.Mesh(cp=4), parallel=md.ContextParallel("cp", "ulysses"))
-    with pytest.raises(md.MDError, match=r"6 heads .* 4 ranks of axis 'cp': 2 left over") as error:
-        md.lower(program)
-    assert "allgather_kv" in str(error.value)
-
-
 def test_a_model_without_a_plan() -> None:
     model, args, kwargs = models.attention()
     with pytest.raises(PlanError, match="SelfAttention has no context-parallel plan"):
@@ -173,7 +156,7 @@ class Writes(nn.Module):
 @pytest.mark.parametrize(
     ("model", "problem", "line"),
     [
-        (Branches(), "could not be traced", "if x.sum() > 0:"),
+        (Branches(), "what is done next, depends on the values of tensors", "if x.sum() > 0:"),
         (Draws(), "draws random numbers", "return x + torch.rand_like(x)"),
         (Writes(), "writes to an input or a buffer", "self.calls += 1"),
         (nn.Dropout(), "draws random numbers", ""),

@@ -82,7 +82,7 @@ WHOLE = {"": {"x": md.Split(1)}, "proj": md.Gather(1)}
             "for each",
         ),
         ({"": {"x": [md.Split(1, output=True)]}}, "does not say how to split a list", "one md.Split"),
-        ({}, r"the plan of ContextParallel\('cp'\) is empty", '"x": md.Split(1)'),
+        ({}, "the plan splits nothing of Model", "md.split(x, dim, 'cp')"),
     ],
 )
 def test_entries_that_cannot_apply(plan: dict[str, Any], problem: str, fix: str) -> None:
@@ -104,6 +104,58 @@ def test_entries_that_did_not_apply_in_this_call_are_warned_of(entries: dict[str
     with pytest.warns(PlanWarning, match=warning) as caught:
         capture({**WHOLE, **entries})
     assert len(caught) == 1
+
+
+class Rotated(nn.Module):
+    def forward(self, x: Tensor, tables: tuple[Any, ...], named: dict[str, Tensor]) -> Tensor:
+        (whole, (cos, sin)), bias = tables, named["bias"]
+        y: Tensor = x * cos + x.flip(-1) * sin + bias * whole[0] + named["whole"][0]
+        return y
+
+
+class Nested(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.layers = nn.ModuleList([Rotated(), Rotated()])
+        self.norm = nn.Identity()
+
+    def forward(self, x: Tensor, tables: list[Tensor]) -> Tensor:
+        for layer in self.layers:
+            x = layer(x, (tables[0], tables[1:]), {"bias": tables[1], "whole": tables[2]})
+        result: Tensor = self.norm(x)
+        return result
+
+
+@pytest.mark.parametrize("size", [2, 4])
+def test_an_entry_mirrors_a_nested_argument(size: int) -> None:
+    """Layers take tables in a nest, of which some stay whole; and which are split is seen in the graph."""
+    model, args = Nested().eval(), (torch.randn(8, 4), [torch.randn(8, 4) for _ in range(3)])
+    nested = (None, [md.Split(0), md.Split(-2)])
+    plan = {
+        "layers.0": {"x": md.Split(0)},
+        "layers.*": {"tables": nested, "named": {"bias": md.Split(0)}},
+        "norm": md.Gather(0),
+    }
+    program = md.capture(model, args, mesh=md.Mesh(cp=size), parallel=md.ContextParallel("cp", plan=plan))
+    marks = program.graphs[0].graph.find_nodes(op="call_function", target=torch.ops.torchtrt_md.split_sequence.default)
+    assert len(list(marks)) == 1 + 2 * 3
+    assert md.verify(md.lower(program), model, args).error <= 1e-5
+
+
+@pytest.mark.parametrize(
+    ("entry", "problem"),
+    [
+        ((None, md.Split(0)), "'tables' of module 'layers.0' is a .*, not a tensor"),
+        ((None,), "'tables' of module 'layers.0' is 2 values, and the plan has 1 splits"),
+        ((None, {"x": md.Split(0)}), "'tables' of module 'layers.0' is a list, and the plan splits 'x' of it"),
+        ((None, [md.Split(0, output=True)]), "does not say how to split a list"),
+    ],
+)
+def test_an_entry_in_another_form_than_its_argument_is_refused(entry: Any, problem: str) -> None:
+    args = (torch.randn(8, 4), [torch.randn(8, 4) for _ in range(3)])
+    parallel = md.ContextParallel("cp", plan={"layers.0": {"x": md.Split(0), "tables": entry}})
+    with pytest.raises(PlanError, match=problem):
+        md.capture(Nested().eval(), args, mesh=CP2, parallel=parallel)
 
 
 def test_an_argument_that_only_kwargs_takes_may_be_split_where_it_is_passed() -> None:
@@ -134,6 +186,19 @@ def test_on_one_rank_a_plan_is_checked_as_on_more() -> None:
     capture(WHOLE, mesh=md.Mesh(cp=1))
 
 
+def test_a_models_own_plan_may_name_modules_that_this_configuration_lacks() -> None:
+    """As one that was written down for each of 40 layers; it has to split something all the same."""
+    model, plan = Model().eval(), {**WHOLE, "blocks.2": md.Gather(1), "norm.*": {"x": md.Split(1)}}
+    model._cp_plan = plan  # type: ignore[assignment]
+    lowered = md.lower(md.capture(model, (X,), mesh=CP2, parallel=md.ContextParallel("cp")))
+    assert md.verify(lowered, model, (X,)).error <= 1e-5
+    with pytest.raises(PlanError, match=r"a module 'blocks\.2' that Model does not have"):
+        capture(plan)
+    model._cp_plan = {"blocks.2": {"x": md.Split(1)}}  # type: ignore[assignment]
+    with pytest.raises(PlanError, match="the plan splits nothing of Model"):
+        md.capture(model, (X,), mesh=CP2, parallel=md.ContextParallel("cp"))
+
+
 def test_a_hint_in_the_models_own_names() -> None:
     model, args, _ = models.mlp()
     with pytest.raises(PlanError) as caught:
@@ -148,24 +213,21 @@ class ClassToken(nn.Module):
     def __init__(self) -> None:
         super().__init__()
         self.token = nn.Parameter(torch.zeros(1, 1, 4))
-        self.block = nn.Linear(4, 4)
+        self.block, self.out = nn.Linear(4, 4), nn.Identity()
 
     def forward(self, x: Tensor) -> Tensor:
         x = torch.cat([self.token.expand(x.shape[0], -1, -1), x], dim=1)
-        result: Tensor = self.block(x)
+        result: Tensor = self.out(self.block(x))
         return result
 
 
-def test_a_length_that_the_model_makes_is_not_to_be_padded() -> None:
-    parallel = md.ContextParallel("cp", plan={"block": {"input": md.Split(1)}})
-    with pytest.raises(
-        PlanError, match=r"argument 'input' of module 'block' has 9 on dim 1, .* the 2 ranks of axis 'cp': 1 left over"
-    ) as caught:
-        md.capture(ClassToken(), (X,), mesh=CP2, parallel=parallel)
-    assert "pad to" not in caught.value.fix
-    assert "class token, counts and cannot be padded" in caught.value.fix
-    assert "an axis of 3 or 9 ranks" in caught.value.fix
-    assert "in forward: result: Tensor = self.block(x)" in caught.value.at
+@pytest.mark.parametrize("size", [2, 4])
+def test_a_length_that_the_model_makes_need_not_divide(size: int) -> None:
+    """A token that the model adds, split with the others or whole beside them."""
+    for split in ({"block": {"input": md.Split(1)}}, {"": {"x": md.Split(1)}}):
+        model, parallel = ClassToken().eval(), md.ContextParallel("cp", plan={**split, "out": md.Gather(1)})
+        program = md.capture(model, (X,), mesh=md.Mesh(cp=size), parallel=parallel)
+        assert md.verify(md.lower(program), model, (X,)).error <= 1e-5
 
 
 @pytest.mark.parametrize(

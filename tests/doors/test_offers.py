@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections import OrderedDict
 from pathlib import Path
 from typing import Any
 
@@ -18,7 +19,7 @@ from torchtrt_md.build.flavour import flavour
 from torchtrt_md.bundle import check_files, rank_files, read_manifest
 from torchtrt_md.bundle.given import given_weights
 from torchtrt_md.bundle.weights import rank_weights
-from torchtrt_md.errors import BuildError
+from torchtrt_md.errors import BuildError, BundleError
 
 RTX = pytest.mark.skipif(flavour().name != "TensorRT-RTX", reason="TensorRT builds for the GPU that is there only")
 
@@ -191,6 +192,35 @@ def test_what_is_given_is_what_the_bundle_would_have_had(placement: Any, tmp_pat
     if placement == "engine":
         assert [s.runs for s in manifest.ranks[0]] == ["engine"]
         assert whole.manifest.ranks[0][0].weights == ()
+
+
+@pytest.mark.parametrize(("width", "style"), [(45, "colwise"), (48, "packed_colwise")])
+def test_weights_that_are_cut_unevenly_are_not_left_out(width: int, style: str, tmp_path: Path) -> None:
+    """No manifest can say how a rank cuts them; in the bundle they are each rank's part."""
+    up = nn.Linear(32, width)
+    model = nn.Sequential(OrderedDict(up=up, down=nn.Linear(width, 32))).eval()
+    rowwise = "packed_rowwise" if style == "packed_colwise" else "rowwise"
+    options: dict[str, Any] = {
+        "mesh": md.Mesh(tp=2),
+        "parallel": md.TensorParallel("tp", {"up": style, "down": rowwise}),
+        "compute": "inductor",
+        "out": tmp_path / "out.mdtrt",
+    }
+    x = torch.randn(4, 32)
+    built: list[str] = []
+    with pytest.raises(BundleError, match=r"the weight 'up\.(weight|bias)' of shape") as refused:
+        md.export(model, (x,), strip_weights=True, progress=lambda stage, *_: built.append(stage), **options)
+    assert "Instead: export with strip_weights=False" in str(refused.value)
+    assert "build" not in built, "refused before anything is built"
+    assert not (tmp_path / "out.mdtrt").exists()
+
+    manifest = md.export(model, (x,), **options).manifest
+    parts = [rank_weights(tmp_path / "out.mdtrt", manifest, rank, "cpu") for rank in range(2)]
+    extent = -(-width // 2)
+    assert [part["up.bias"].numel() for part in parts] == [extent, extent]
+    if style == "colwise":
+        bias = torch.cat([part["up.bias"] for part in parts])
+        assert torch.equal(bias, torch.cat([up.bias.detach(), torch.zeros(2 * extent - width)]))
 
 
 def test_weights_that_are_left_out_are_not_streamed(tmp_path: Path) -> None:

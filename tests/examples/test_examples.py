@@ -46,6 +46,7 @@ def test_the_docstring_says_how_to_run_it(example: str) -> None:
         ("llama", {"tp": 4}, "all_reduce", 4),  # two for each of two layers
         ("vit", {"tp": 4}, "all_reduce", 4),
         ("wan", {"cp": 4}, "all_to_all", 4),
+        ("cosmos3", {"cp": 4}, "all_to_all", 4),
     ],
 )
 def test_a_model_file_becomes_a_bundle(
@@ -70,7 +71,8 @@ def test_a_model_file_becomes_a_bundle(
     for segments in manifest.ranks:
         assert sum(c.op == op for segment in segments for c in segment.collectives) >= least
     assert "is it the same function" in printed  # it was compared with the dense model
-    assert "In PyTorch" not in printed
+    # TensorRT has no scatter_add, of which Cosmos 3 has one in front of its layers for vision and one for sound.
+    assert ("In PyTorch" in printed) == (example == "cosmos3")
 
 
 @pytest.mark.parametrize(

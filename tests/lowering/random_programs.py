@@ -88,6 +88,8 @@ def program(random: Random) -> Program:
     split_batch = random.random() < 0.1
     batch, width = 4 if split_batch else random.choice([1, 1, 2]), random.choice([2, 4, 4, 6, 8])
     length, other = (size * random.choice([2, 2, 3, 4]) for _ in "xy")
+    if random.random() < 0.4:  # lengths that the ranks need not divide
+        length, other = (random.randint(size + 1, 4 * size) for _ in "xy")
     inputs = {"x": _values((batch, length, width)), "y": _values((batch, random.choice([length, other]), width))}
     plan: dict[str, object] = {"": {"x": md.Split(1)}}
     if random.random() < 0.6:
@@ -99,6 +101,8 @@ def program(random: Random) -> Program:
     lines = _Lines(random, inputs)
     for _ in range(random.choice([1, 2, 3, 4, 6, 8])):
         lines.add()
+    if random.random() < 0.5:  # what is left split must be the ranks' parts in a row, of equal lengths
+        lines.add(_of("self.gather1(A)"))
     returned = lines.last[-random.choice([1, 1, 2]) :]
     strategy = random.choice(["ulysses", "allgather_kv", "auto", "ring"])
     placement = "split" if strategy == "ring" else random.choice(["engine", "split"])
@@ -128,11 +132,11 @@ class _Lines:
         self.names: dict[str, object] = {**GLOBALS, "self": Body(), **self.held}
         self.last = [*reversed(inputs)]
 
-    def add(self) -> None:
-        """One more line; several that do not run may be tried before."""
+    def add(self, wanted: Line | None = None) -> None:
+        """One more line, of any kind or a wanted one; several that do not run may be tried before."""
         new = f"v{len(self.text)}"
         for _ in range(20):
-            line = self.random.choice(LINES)(self).replace("NEW", new)
+            line = (wanted or self.random.choice(LINES))(self).replace("NEW", new)
             names = dict(self.names)
             try:
                 exec(line, names)
@@ -232,10 +236,18 @@ def _of(*templates: str) -> Line:
 def _attention(lines: _Lines) -> str:
     q, k = lines.sequence(), lines.sequence()
     k = q if lines.random.random() < 0.6 else k
-    heads = lines.random.choice([1, 2, 2, 4])
-    kv = lines.random.choice([heads, heads, 1])
+    heads = lines.random.choice([1, 2, 2, 3, 4])
+    kv = lines.random.choice([heads, heads, 2 if heads == 4 else 1, 1])
     rows, keys = f"{q}.shape[1]", f"{k}.shape[1]"
+    made = lines.value()  # of an input, in whatever shape fits
     masks = ["None"] * 6 + [
+        f"{q}[:, None, :, :1] > 0",
+        f"{k}[:, None, :, 0].unsqueeze(2)",
+        f"(({k}[:, None, None, :, 0] > 0) | (torch.arange({keys}) < 1))",
+        f"({q}.sum(-1)[:, None, :, None] > torch.arange({keys})) | (torch.arange({keys}) < 1)",
+        f"{q}[:, None] @ {k}[:, None].mT",
+        f"({made}.flatten()[:{keys}] > 0) | (torch.arange({keys}) < 2)",
+        f"{made}.flatten()[:{rows}, None] * torch.arange({heads})[:, None, None]",
         f"torch.ones({rows}, {keys}, dtype=torch.bool).tril()",
         f"torch.arange({rows})[:, None] >= torch.arange({keys})",
         f"(torch.arange({rows})[:, None] - torch.arange({keys})).abs() < {lines.part(q, 1)}",
@@ -251,7 +263,8 @@ def _attention(lines: _Lines) -> str:
         operands = operands.replace(
             f"({kv}, -1)).transpose(1, 2)", f"({kv}, -1)).transpose(1, 2).expand(-1, {heads}, -1, -1)"
         )
-    attended = f"F.scaled_dot_product_attention({operands}, {mask}, is_causal={causal})"
+    grouped = ", enable_gqa=True" if 1 < kv < heads else ""
+    attended = f"F.scaled_dot_product_attention({operands}, {mask}, is_causal={causal}{grouped})"
     return f"NEW = {attended}.transpose(1, 2).flatten(2)"
 
 
@@ -305,6 +318,12 @@ _MOVES: list[Line] = [
     _index,
     _index,
     _write,
+]
+_BESIDE: list[Line] = [  # tokens that every rank has, beside those that are split, and apart again
+    _of("torch.cat([A, x.new_ones(A.shape[0], M, A.shape[2])], 1)", "torch.cat([A[:, :1] * 0 + 1, A], 1)"),
+    _of("torch.cat([self.w[None, :M, :W].expand(A.shape[0], -1, -1), A], 1)", "torch.cat([A, B], 1)[:, -B.shape[1] :]"),
+    _of("torch.cat([x.new_ones(A.shape[0], M, W).cumsum(1), A], 1)", "A[:, M:]", "A[:, :-M]", "A[:, 0]", "A[:, -1:]"),
+    _of("torch.cat([self.w[None, :M, :W].expand(A.shape[0], -1, -1), A, x.new_ones(A.shape[0], 1, W)], 1)"),
 ]
 _MIXES: list[Line] = [
     _of(
@@ -364,4 +383,4 @@ _MADE: list[Line] = [
     _of("A.take_along_dim(A.argsort(-1), -1)", "A.masked_fill(torch.arange(W) > 1, 0.0)", "A.masked_fill(B > 0, 0.0)"),
 ]
 _PLANNED: list[Line] = [_of(f"self.gather{d}(A)") for d in (0, 1, 1, 2)] + [_of(f"self.split{d}(A)") for d in (0, 1, 2)]
-LINES: list[Line] = [*_POSITIONWISE * 4, *_MOVES * 2, *_MIXES, *_MADE * 2, *_PLANNED, *[_attention] * 10]
+LINES: list[Line] = [*_POSITIONWISE * 4, *_MOVES * 2, *_MIXES, *_MADE * 2, *_BESIDE * 2, *_PLANNED, *[_attention] * 10]

@@ -1,7 +1,6 @@
 """Functions over split inputs for the tests: traced, analyzed, and run on all ranks in lockstep."""
 
 from collections.abc import Callable, Sequence
-from itertools import accumulate
 from typing import Any
 
 import torch
@@ -11,7 +10,7 @@ from torch.fx.experimental.proxy_tensor import make_fx
 from torch.fx.node import map_arg
 
 from torchtrt_md.lowering import sequence
-from torchtrt_md.lowering.ops import bound_args, causal_rows
+from torchtrt_md.lowering.ops import bound_args, seen_by
 from torchtrt_md.lowering.passes import PassContext
 from torchtrt_md.lowering.sharding import Sharded
 from torchtrt_md.mesh import Mesh
@@ -92,7 +91,10 @@ def _attention(ranks: list[dict[str, Any]]) -> list[Tensor]:
 
 def _context_attention(ranks: list[dict[str, Any]]) -> list[Tensor]:
     k, v = (torch.cat([args[name] for args in ranks], 2) for name in ("k", "v"))
-    masks = [causal_rows(args["q"], k, r) if args["is_causal"] else None for r, args in enumerate(ranks)]
+    masks = [
+        seen_by(args["q"], k, args["is_causal"], args["mask"], args["lengths"], r, len(ranks))
+        for r, args in enumerate(ranks)
+    ]
     return [
         md.attention(args["q"], k, v, mask, False, args["scale"], args["enable_gqa"])
         for args, mask in zip(ranks, masks, strict=True)
@@ -109,15 +111,14 @@ _IR: dict[str, Callable[[list[dict[str, Any]]], list[Tensor]]] = {
 
 def part(whole: Tensor, state: Sharded, rank: int, size: int = SIZE) -> Tensor:
     """What a rank holds of the whole, by the definition of ``Sharded``."""
-    lengths = [size * piece for piece in state.pieces]
-    shape = whole.shape
-    split = whole.reshape(*shape[: state.dim], state.outer, sum(lengths), state.inner, *shape[state.dim + 1 :])
-    starts = [0, *accumulate(lengths)]
-    mine = [
-        split.narrow(state.dim + 1, start + rank * piece, piece)
-        for start, piece in zip(starts, state.pieces, strict=False)
-    ]
-    return torch.cat(mine, state.dim + 1).flatten(state.dim, state.dim + 2)
+    shape, dim = whole.shape, state.dim
+    parts = state.parts(size)
+    split = whole.reshape(*shape[:dim], state.outer, sum(p.total for p in parts), state.inner, *shape[dim + 1 :])
+    mine = []
+    for held, piece in zip(parts, torch.split(split, [p.total for p in parts], dim + 1), strict=True):
+        positions = torch.arange(held.held) + (0 if held.is_whole else rank * held.held)
+        mine.append(piece.index_select(dim + 1, positions.clamp(max=held.total - 1)))  # the last is repeated
+    return torch.cat(mine, dim + 1).flatten(dim, dim + 2)
 
 
 def check_claims(graph: GraphModule, tensors: Sequence[Tensor], whole: Sequence[Tensor]) -> list[Sharded | None]:

@@ -62,9 +62,9 @@ def choose(graph: GraphModule, placement: str = "engine", exchanges: dict[str, E
     [
         (8, 8, 2, "ulysses"),  # both send the same
         (8, 8, 4, "ulysses"),
-        (8, 8, 3, "allgather_kv"),  # the heads do not divide
+        (8, 8, 3, "ulysses"),  # with one more head
         (6, 3, 3, "ulysses"),
-        (8, 2, 4, "allgather_kv"),  # the key/value heads do not divide
+        (8, 2, 4, "allgather_kv"),  # with each key/value head twice
         (8, 4, 2, "allgather_kv"),  # 2 + 1 halves against 2
         (16, 8, 8, "ulysses"),
         (32, 8, 4, "allgather_kv"),  # 2.5 quarters against 1/2

@@ -24,8 +24,8 @@ from torchtrt_md.verification.simulate import simulate
 
 EXAMPLES = 600
 SECONDS = float(os.environ.get("TORCHTRT_MD_FUZZ_SECONDS", "0"))
-# Of all programs: those that are accepted although something in them is split.  It was 0.42 when this was written.
-LEAST_ACCEPTED = 0.3
+# Of all programs: those that are accepted although something in them is split.  It was 0.34 when this was written.
+LEAST_ACCEPTED = 0.25
 
 
 @pytest.fixture(autouse=True)

@@ -378,3 +378,18 @@ def test_refused_when_traced(call: Callable[[Tensor], Tensor], message: str) -> 
 def test_what_would_divide_is_said() -> None:
     with pytest.raises(CollectiveError, match="use a multiple of 4: 4 or 8"):
         graphs.trace(lambda x: md.shard(x, 1, "cp", 4), torch.ones(4, 6))
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64, torch.bfloat16])
+@pytest.mark.parametrize("ends", [[2, 2, 7], [0, 7, 7], [1, 2, 7]])
+def test_grouped_mm(dtype: torch.dtype, ends: list[int]) -> None:
+    """Each group of rows by its own matrix, of which some have none; the shape rule knows every dtype."""
+    torch.manual_seed(0)
+    x, weight = torch.randn(7, 4).to(dtype), torch.randn(3, 4, 5).to(dtype)
+    found = ops.grouped_mm(x, weight, torch.tensor(ends, dtype=torch.int32))
+    matrix_of_row = [sum(end <= row for end in ends) for row in range(7)]
+    expected = torch.stack([row @ weight[which] for row, which in zip(x, matrix_of_row, strict=True)])
+    torch.testing.assert_close(found, expected)
+    with FakeTensorMode() as mode:
+        fake = ops.grouped_mm(*(mode.from_tensor(t) for t in (x, weight, torch.tensor(ends))))
+    assert (fake.shape, fake.dtype) == (found.shape, dtype)

@@ -198,7 +198,6 @@ def test_whole_queries_with_a_mask_for_the_whole_keys(mask: Tensor) -> None:
         ((2, None, None), True, "causal with split queries and whole keys"),
         ((2, 2, None), False, "queries, keys and values that are split differently"),
         ((2, None, 2), False, "queries, keys and values that are split differently"),
-        ((None, 2, None), False, "queries, keys and values that are split differently"),
         ((1, 2, 2), False, "queries, keys and values that are split differently"),
         ((None, 3, None), False, "reads across the sharded dim"),
         ((3, 3, 3), False, "reads across the sharded dim"),
@@ -224,26 +223,44 @@ def test_causal_needs_positions_in_one_row() -> None:
 
     refused(uneven, SHORT, K, message="is causal with 2 queries and 4 keys per rank")
 
+
+def test_whole_queries_have_keys_in_the_order_of_the_whole() -> None:
     def gathered(q: Tensor, k: Tensor) -> Tensor:
         both = torch.cat([shard(k, 2), shard(k, 2)], 2)
         return attend(q, both, both, causal=True)
 
-    refused(gathered, Q, K, message="keys of concatenated parts")
+    graph = sf.trace(gathered, Q, K)
+    assert sf.analyze(graph) == 1
+    both = torch.cat([K, K], 2)
+    assert sf.check_claims(graph, [Q, K], [attend(Q, both, both, causal=True)]) == [None]
+    graph = sf.trace(lambda q, k, v: attend(q, shard(k, 2), v), Q, K, V)
+    assert sf.analyze(graph) == 1, "values that are whole are not gathered"
+    assert sf.check_claims(graph, [Q, K, V], [attend(Q, K, V)]) == [None]
 
 
-@pytest.mark.parametrize("size", [(8, 8), (1, 8), (1, 1)])
-def test_masks_over_a_split_sequence_are_not_supported_yet(size: tuple[int, int]) -> None:
+@pytest.mark.parametrize("size", [(8, 8), (1, 8), (1, 1), (2, 4, 8, 8)])
+def test_a_mask_over_a_split_sequence_is_whole(size: tuple[int, ...]) -> None:
     def forward(q: Tensor, k: Tensor, v: Tensor, mask: Tensor) -> Tensor:
         return attend(shard(q, 2), shard(k, 2), shard(v, 2), mask)
 
-    refused(forward, Q, K, V, torch.randn(size), message="masks over a split sequence are not supported yet")
+    mask = torch.randn(size)
+    graph = sf.trace(forward, Q, K, V, mask)
+    assert sf.analyze(graph) == 1
+    assert sf.check_claims(graph, [Q, K, V, mask], [attend(Q, K, V, mask)]) == [Sharded(2, (4,))]
 
 
-def test_masks_that_do_not_fit_cross_attention() -> None:
+def test_a_mask_that_is_split_is_gathered_for_whole_queries() -> None:
+    mask = torch.randn(4, 8)
+    graph = sf.trace(lambda q, k, v, m: attend(q, shard(k, 2), shard(v, 2), shard(m)), SHORT, K, V, mask)
+    assert sf.analyze(graph) == 3
+    assert sf.check_claims(graph, [SHORT, K, V, mask], [attend(SHORT, K, V, mask)]) == [None]
+
+
+def test_a_mask_that_is_split_by_heads_is_refused() -> None:
     refused(
-        lambda q, k, v, m: attend(q, shard(k, 2), shard(v, 2), shard(m)),
-        *(SHORT, K, V, torch.randn(4, 8)),
-        message="that is split, and whole queries and keys",
+        lambda q, m: attend(shard(q, 2), shard(q, 2), shard(q, 2), shard(m, 1)),
+        *(Q, torch.randn(2, 4, 8, 8)),
+        message="is split by batches or heads, unlike its queries",
     )
 
 
@@ -261,7 +278,7 @@ def test_layouts_that_are_not_of_attention() -> None:
         message="queries of which a view merged",
     )
     refused(
-        lambda q, k, v: attend(q, torch.cat([shard(k, 2)] * 2, 2), shard(v, 2)),
+        lambda q, k, v: attend(shard(q, 2), torch.cat([shard(k, 2)] * 2, 2), shard(v, 2)),
         *(Q, Q, torch.randn(2, 4, 16, 6)),
         message="keys and values that are split differently",
     )
@@ -288,14 +305,10 @@ def test_gathering_what_is_not_one_part() -> None:
     def joint(text: Tensor, image: Tensor) -> Tensor:
         return gather(torch.cat([shard(text), shard(image)], 1))
 
-    refused(joint, TEXT, X, message="in the order T0 I0 T1 I1, not part after part")
-    refused(
-        lambda t, x: gather(torch.cat([shard(t), shard(x), shard(t)], 1)),
-        *(TEXT, X),
-        message="in the order A0 B0 C0 A1 B1 C1",
-    )
+    graph = sf.trace(lambda t, x: (joint(t, x), gather(shard(x).flatten(0, 1), 0)), TEXT, X)
+    assert sf.analyze(graph) == 0
+    assert sf.check_claims(graph, [TEXT, X], [torch.cat([TEXT, X], 1), X.flatten(0, 1)]) == [None, None]
     refused(lambda x: gather(shard(x), 2), X, message="gathers dim 2 of a value that is split on dim 1")
-    refused(lambda x: gather(shard(x).flatten(0, 1), 0), X, message="merged the sequence with 2 entries before it")
     refused(lambda x: (shard(x), gather(x)), X, message="gathers a replicated value, which every rank has already")
 
 

@@ -17,7 +17,7 @@ from torch.utils import _pytree as pytree
 
 from torchtrt_md.errors import ShardingError
 from torchtrt_md.lowering import sequence
-from torchtrt_md.lowering.sharding import Sharded, carried_by_view, cut, local_shape
+from torchtrt_md.lowering.sharding import Part, Sharded, carried_by_view, cut, local_shape
 from torchtrt_md.lowering.sharding_rules import RULES
 
 aten = torch.ops.aten
@@ -38,6 +38,13 @@ INDEX = (torch.tensor([1, 0, 3]), None)
 TABLE = (torch.randn(12, 6), None)
 
 ACCEPTED: dict[str, Case] = {
+    "cat with whole": (lambda x: torch.cat([x.new_ones(2, 3, 6), x, x.new_ones(2, 1, 6)], 1).tanh()[:, 3:-1], [X]),
+    "cut of what is whole": (lambda x: torch.cat([x.new_ones(2, 3, 6).cumsum(1), x], 1)[:, 2:][:, 1:], [X]),
+    "select of what is whole": (lambda x: (x, torch.cat([x, x.new_ones(2, 3, 6).cumsum(1)], 1)[:, -2]), [X]),
+    "split of what is whole": (
+        lambda x: torch.split(torch.cat([x.new_ones(2, 3, 6).cumsum(1), x], 1), [2, 1, 8], 1),
+        [X],
+    ),
     "broadcast": (lambda x, y, row: torch.where(x > 0, x * y + row, 0.5), [X, Y, ROW]),
     "expanded operand": (lambda x, t: x + t[:, None].expand(-1, x.shape[1], -1), [X, KEEP]),
     "more dims": (lambda x, w: x[:, :, None] * w, [X, W]),
@@ -234,7 +241,6 @@ REFUSED: dict[str, tuple[Callable[..., Any], list[tuple[Tensor, int | None]], st
     "joint cut of a batch": (lambda t, x: torch.cat([t, x], 1).flatten(0, 1)[:2], [TEXT, X], "cuts 0:2"),
     "split": (lambda x: x.split(2, 1), [X], "cuts 0:2 out of dim 1"),
     "split by a fixed length": (lambda x: x.split(6, 1), [X], "cuts 0:6 out of dim 1"),
-    "cat with whole": (lambda x, w: torch.cat([x, w.expand(2, -1, -1)], 1), [X, W], "concatenates this rank's part"),
     "cat of batches": (lambda x: torch.cat([x.flatten(0, 1)] * 2), [X], "concatenates this rank's part"),
     "view across": (lambda x: x.view(2, 3, 16), [X], "is no part of one dim"),
     "split view, odd rows": (lambda x: x.view(2, -1, 4, 6), [(torch.randn(2, 12, 6), 1)], "is no part of one dim"),
@@ -278,8 +284,11 @@ def views(draw: st.DrawFn) -> tuple[list[int], Sharded, list[int]]:
     sizes = st.integers(1, 4)
     before, after = draw(st.lists(sizes, max_size=2)), draw(st.lists(sizes, max_size=2))
     pieces = draw(st.lists(st.integers(2, 6), min_size=1, max_size=2))
-    state = Sharded(len(before), tuple(pieces), draw(st.integers(1, 3)), draw(st.integers(1, 3)))
-    old = [*before, state.extent * sf.SIZE, *after]
+    # what the ranks divide, what they do not, and beside it what every rank has
+    totals = [draw(st.sampled_from([2 * held, 2 * held - 1, held][: 3 if i else 2])) for i, held in enumerate(pieces)]
+    parts = map(Part, pieces, totals)
+    state = Sharded.of(len(before), parts, sf.SIZE, draw(st.integers(1, 3)), draw(st.integers(1, 3)))
+    old = [*before, state.whole(sf.SIZE), *after]
     left, new = math.prod(old), [1] * draw(st.integers(1, 5))
     for factor in range(2, left + 1):
         while left % factor == 0:
@@ -297,7 +306,7 @@ def test_a_view_takes_the_sharded_dim_along_or_is_refused(case: tuple[list[int],
         return
     whole = torch.arange(math.prod(old))
     for rank in range(sf.SIZE):
-        local = sf.part(whole.view(old), state, rank).reshape(local_shape(new, after, sf.SIZE))
+        local = sf.part(whole.view(old), state, rank).reshape(local_shape(new, after))
         assert torch.equal(local, sf.part(whole.view(new), after, rank))
 
 
@@ -321,13 +330,13 @@ def test_cuts_at_the_borders_of_parts_only(start: int, stop: int, pieces: tuple[
 
 
 def test_a_refusal_names_the_op_both_shapes_and_what_to_do() -> None:
-    graph = _trace(lambda x, t: torch.cat([x, t.expand(2, 8, 6)], 1), [X, ROW])
+    graph = _trace(lambda x, t: torch.cat([x.flatten(0, 1), t.expand(8, 6)]), [X, ROW])
     with pytest.raises(ShardingError) as caught:
         sf.analyze(graph)
     message = str(caught.value)
     assert message.startswith(
         "cat (aten.cat.default) concatenates this rank's part of one sequence with something else"
     )
-    assert "over axis 'cp' of 2 ranks: split_sequence [2, 4, 6], this rank's part of [2, 8, 6] on dim 1; " in message
-    assert "expand [2, 8, 6], equal on all ranks" in message
+    assert "over axis 'cp' of 2 ranks: view [8, 6], this rank's part of [16, 6] on dim 0; " in message
+    assert "expand [8, 6], equal on all ranks" in message
     assert "Instead: split every part on this dim" in message

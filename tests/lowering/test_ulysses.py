@@ -300,23 +300,6 @@ def test_one_axis_of_two(axes: dict[str, int], is_causal: bool) -> None:
 
 
 @pytest.mark.parametrize(
-    ("heads", "kv_heads", "message"),
-    [
-        (6, 6, r"the 6 heads of attention .* do not divide by the 4 ranks of axis 'cp': 2 left over"),
-        (8, 2, r"the 2 key/value heads of attention .* do not divide by the 4 ranks of axis 'cp': 2 left over"),
-        (3, 1, r"the 3 heads of attention .*: 3 left over"),
-    ],
-)
-def test_heads_that_do_not_divide(heads: int, kv_heads: int, message: str) -> None:
-    q, k = torch.randn(1, heads, 2, 4), torch.randn(1, kv_heads, 2, 4)
-    with pytest.raises(ShardingError, match=message) as raised:
-        graphs.rewrite(ulysses.run, graph_of(q, k, k, 4), Mesh(cp=4))
-    assert 'strategy="allgather_kv"' in raised.value.fix
-    assert raised.value.at.startswith(f"{__file__}:")
-    assert " in forward: " in raised.value.at
-
-
-@pytest.mark.parametrize(
     ("heads", "kv_heads", "groups", "fix"),
     [(12, 12, 4, "divides 6"), (16, 4, 4, "divides 2"), (8, 8, 0, "divides 4"), (6, 6, 2, "divides 3")],
 )

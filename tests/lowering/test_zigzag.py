@@ -97,7 +97,8 @@ def test_what_the_analysis_accepts_does_the_same_in_this_order(name: str, monkey
 
     graph = sf.trace(forward, *(t for t, _ in inputs))
     sf.analyze(graph)
-    if any(length % 2 for node in graph.graph.nodes for state in zigzag._held(node, "cp") for length in state.pieces):
+    states = [state for node in graph.graph.nodes for state in zigzag._held(node, "cp")]
+    if any(part.held % 2 and not part.is_whole for state in states for part in state.parts(sf.SIZE)):
         with pytest.raises(ShardingError, match="positions on each rank of axis"):
             zigzag._check_order(graph, "cp", sf.SIZE)
         return
@@ -111,16 +112,18 @@ def test_what_the_analysis_accepts_does_the_same_in_this_order(name: str, monkey
 
 
 def ordered(whole: Tensor, state: Sharded) -> Tensor:
-    """The whole with each of its sequences in zigzag order."""
-    lengths = [sf.SIZE * piece for piece in state.pieces]
+    """The whole with each of its sequences in zigzag order, but those that every rank has."""
+    parts = state.parts(sf.SIZE)
+    lengths = [part.total for part in parts]
     shape = whole.shape
     split = whole.reshape(*shape[: state.dim], state.outer, sum(lengths), state.inner, *shape[state.dim + 1 :])
     starts = [0, *accumulate(lengths)]
     order = [chunk for rank in range(sf.SIZE) for chunk in (rank, 2 * sf.SIZE - 1 - rank)]
     pieces = []
-    for start, length in zip(starts, lengths, strict=False):
-        chunks = split.narrow(state.dim + 1, start, length).chunk(2 * sf.SIZE, state.dim + 1)
-        pieces += [chunks[i] for i in order]
+    for start, part in zip(starts, parts, strict=False):
+        piece = split.narrow(state.dim + 1, start, part.total)
+        chunks = piece.chunk(2 * sf.SIZE, state.dim + 1)
+        pieces += [piece] if part.is_whole else [chunks[i] for i in order]
     return torch.cat(pieces, state.dim + 1).flatten(state.dim, state.dim + 2)
 
 
@@ -257,15 +260,14 @@ class Outer(nn.Module):
         return result
 
 
-def test_a_length_that_does_not_divide() -> None:
+@pytest.mark.parametrize("length", [12, 13])
+def test_a_length_that_does_not_divide(length: int) -> None:
+    """Each rank has two equal chunks of 16 positions, the last of which are copies."""
     plan = {"before": {0: torchtrt_md.Split(1, output=True)}, "inner": torchtrt_md.Gather(1)}
-    error = refusal(captured(Outer(), (torch.randn(1, 12, 32),), plan))
-    assert (
-        "has 3 of 12 positions on each rank of axis 'cp', and a causal ring gives each rank two of 8" in error.problem
-    )
-    assert "pad the sequence to a multiple of 8 positions" in error.fix
-    assert error.at.startswith(f"{__file__}:")
-    assert error.at.endswith("in forward: x = self.before(x)")
+    model, args = Outer().eval(), (torch.randn(1, length, 32),)
+    lowered = lower(captured(model, args, plan), placement="split")
+    assert lowered.counts["zigzag"] == 2
+    assert verify(lowered, model, args).structure_error <= 1e-12
 
 
 def test_an_output_that_is_left_split() -> None:

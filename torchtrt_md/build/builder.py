@@ -91,7 +91,16 @@ def without_converter(decomposed: GraphModule) -> list[Node]:
     """The nodes of a decomposed graph that Torch-TensorRT cannot convert."""
     names = load()
     names.CONVERTERS.set_compilation_settings(_settings())
-    return [n for n in decomposed.graph.nodes if n.op == "call_function" and names.CONVERTERS.get(n) is None]
+    calls = [n for n in decomposed.graph.nodes if n.op == "call_function"]
+    return [n for n in calls if names.CONVERTERS.get(n) is None or _sorts_integers(n)]
+
+
+def _sorts_integers(node: Node) -> bool:
+    """TensorRT sorts floats only, and Torch-TensorRT's converter says nothing until the network's outputs are asked."""
+    if node.target not in (torch.ops.aten.sort.default, torch.ops.aten.sort.stable):
+        return False
+    operand = node.all_input_nodes[0].meta.get("val")
+    return isinstance(operand, torch.Tensor) and not operand.is_floating_point()
 
 
 def _settings() -> Any:

@@ -107,8 +107,9 @@ def _attention(ctx: Any, target: Any, args: tuple[Any, ...], kwargs: dict[str, A
 
 
 def _context_attention(ctx: Any, target: Any, args: tuple[Any, ...], kwargs: dict[str, Any], name: str) -> Any:
-    q, k, v, is_causal, scale, _, strategy, _, size = args
+    q, k, v, is_causal, scale, _, strategy, _, size, *hides = args
     assert strategy == "ring", f"{name} is by {strategy}; lowering rewrites all strategies but ring"
+    assert not any(x is not None for x in hides), f"{name} hides keys; lowering refuses such a ring in an engine"
     with _at(ctx.current_node, name):
         flavour().check_ring(_target.get())
         q, k, v = _queries_keys_values(ctx, (q, k, v), name)

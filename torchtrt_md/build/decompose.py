@@ -30,6 +30,24 @@ class _Walk(Interpreter):
         return result
 
 
+aten = torch.ops.aten
+# Torch-TensorRT writes these out row by row, a dozen ops for each row of the source.  TensorRT has no such layers
+# either, so they stay whole, and in PyTorch.
+_WHOLE = (aten.scatter_add.default, aten.scatter_reduce.two)
+
+
+def _decompositions() -> dict[Any, Any]:
+    table = {op: rule for op, rule in load().get_decompositions().items() if op not in _WHOLE}
+    return {**table, aten.eye.default: _eye, aten.eye.m: _eye}
+
+
+def _eye(n: int, m: int | None = None, *, dtype: torch.dtype | None = None, **options: Any) -> Tensor:
+    """PyTorch's own counts in the narrowest integers, of which some cannot be folded to constants."""
+    device = options.get("device")
+    rows, columns = torch.arange(n, device=device), torch.arange(n if m is None else m, device=device)
+    return (rows[:, None] == columns).to(dtype or torch.get_default_dtype())
+
+
 def first_line(error: Exception) -> str:
     """What an exception says, without the graph and the advice that PyTorch appends to it."""
     return next((line.strip() for line in str(error).splitlines() if line.strip()), "")
@@ -57,7 +75,7 @@ def decompose(graph: GraphModule) -> GraphModule:
         with without_gpu(), torch.fx.traceback.preserve_node_meta():
             decomposed = make_fx(
                 run,
-                decomposition_table=load().get_decompositions(),
+                decomposition_table=_decompositions(),
                 tracing_mode="fake",
                 _allow_non_fake_inputs=True,
             )(*fakes)

@@ -12,7 +12,7 @@ import torchtrt_md
 from torchtrt_md.bundle import manifest
 from torchtrt_md.choices import Choices
 from torchtrt_md.errors import BundleError
-from torchtrt_md.program import Output, ShardedProgram, Value, Weight
+from torchtrt_md.program import Output, ShardedProgram, Sharding, Value, Weight
 from torchtrt_md.segment import Segment
 
 
@@ -32,7 +32,7 @@ def manifest_of(
         given: the weights that segments read and that are not in the bundle.
 
     Raises:
-        BundleError: the model returns what a bundle cannot name.
+        BundleError: the model returns what a bundle cannot name, or a weight that is given is cut unevenly.
     """
     return manifest.Manifest(
         schema=manifest.SCHEMA,
@@ -65,7 +65,24 @@ def _weights(program: ShardedProgram) -> list[Weight]:
 def _given(program: ShardedProgram, names: Collection[str]) -> list[Value]:
     """The whole weights that these are, or are joined of, each once."""
     leaves = [leaf for s in _weights(program) if s.name in names for leaf in (s.parts or (s,))]
-    return list({w.name: Value(w.name, w.shape, w.dtype, w.shardings) for w in leaves}.values())
+    return list({w.name: Value(w.name, w.shape, w.dtype, even(w)) for w in leaves}.values())
+
+
+def even(weight: Weight) -> tuple[Sharding, ...]:
+    """How a weight that is given is cut: into even chunks, which is all that a manifest can say.
+
+    Raises:
+        BundleError: it is cut otherwise.
+    """
+    found = tuple(s for s in weight.shardings if isinstance(s, Sharding))
+    if found != weight.shardings:
+        raise BundleError(
+            f"the weight {weight.name!r} of shape {list(weight.shape)} is not cut into even chunks of its own,"
+            " so no bundle without weights can say what a rank takes of it",
+            fix="export with strip_weights=False; or choose a number of ranks that divides it, and a plan that neither"
+            " repeats it nor cuts it in blocks",
+        )
+    return found
 
 
 def _versions(engines: bool) -> manifest.Versions:

@@ -1,6 +1,7 @@
-"""Keep each ``scaled_dot_product_attention`` one node of the graph.
+"""Keep each ``scaled_dot_product_attention`` one node of the graph, and each grouped product of experts.
 
-PyTorch would decompose it while tracing, differently for each device, and the strategies need it whole.
+PyTorch would decompose attention while tracing, differently for each device, and the strategies need it whole.  Its
+grouped product has a shape rule for 16-bit floats only, and no kernel in fp64, in which programs are verified.
 """
 
 from __future__ import annotations
@@ -8,6 +9,7 @@ from __future__ import annotations
 from collections.abc import Callable
 from typing import Any, Self
 
+import torch
 import torch.nn.functional as F
 from torch import Tensor
 from torch.overrides import TorchFunctionMode
@@ -18,7 +20,7 @@ from torchtrt_md.lowering import ops
 
 
 class WholeAttention(TorchFunctionMode):
-    """While active, attention calls become ``torchtrt_md::attention``.
+    """While active, attention calls become ``torchtrt_md::attention``, grouped products ``torchtrt_md::grouped_mm``.
 
     The function is also replaced where PyTorch's own modules look it up: a mode is off inside the functions
     that it was called for, and ``nn.MultiheadAttention`` calls it from inside one.
@@ -43,6 +45,8 @@ class WholeAttention(TorchFunctionMode):
     ) -> Any:
         if func is self._original:
             return _attention(*args, **(kwargs or {}))
+        if func is torch._grouped_mm:
+            return _grouped_mm(*args, **(kwargs or {}))
         return func(*args, **(kwargs or {}))
 
 
@@ -77,6 +81,25 @@ def _attention(
         fix="shape query, key and value as [batch, heads, tokens, head_dim]",
         at=running_line(),
     )
+
+
+def _grouped_mm(
+    x: Tensor,
+    weight: Tensor,
+    *,
+    offs: Tensor | None = None,
+    bias: Tensor | None = None,
+    out_dtype: torch.dtype | None = None,
+) -> Tensor:
+    if offs is None or bias is not None or (x.dim(), weight.dim()) != (2, 3) or out_dtype not in (None, x.dtype):
+        raise CaptureError(
+            f"a grouped_mm of {list(x.shape)} and {list(weight.shape)}"
+            + (", with a bias" if bias is not None else "" if offs is not None else ", without offs"),
+            fix="pass x [S, K], weight [E, K, N] and offs [E]; add a bias behind it",
+            at=running_line(),
+        )
+    out: Tensor = ops.grouped_mm(x, weight, offs)
+    return out
 
 
 def _alike(query: Tensor, key: Tensor, value: Tensor, enable_gqa: bool) -> tuple[Tensor, Tensor, Tensor]:

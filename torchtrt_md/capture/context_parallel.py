@@ -12,16 +12,19 @@ import difflib
 import fnmatch
 import inspect
 import warnings
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, TypeAlias
 
 from torch import Tensor, nn
 
+from torchtrt_md.capture.marks import mark_gathered, mark_split
 from torchtrt_md.errors import PlanError, PlanWarning
 from torchtrt_md.graph.source import running_line
-from torchtrt_md.lowering import ops
 from torchtrt_md.parallel import ContextParallel, Gather, Split
+
+# What a plan says of one argument: a split, nothing, or a nest of these in the form of the argument.
+Nested: TypeAlias = "Split | list[Nested] | dict[str, Nested] | None"
 
 
 @dataclass
@@ -52,16 +55,21 @@ class AppliedPlan:
 
     Attributes:
         model: the model's name.
+        axis: along which it splits.
         entries: of the plan.
         own: the plan is the model's own, which has entries for arguments of every kind of call.
     """
 
     model: str
+    axis: str
     entries: tuple[Entry, ...]
     own: bool
 
-    def check_used(self) -> None:
+    def check_used(self, split_by_code: Collection[str]) -> None:
         """
+        Args:
+            split_by_code: the axes over which the model's own code split something.
+
         Raises:
             PlanError: nothing was split, or an entry names an argument that does not exist.
 
@@ -76,11 +84,12 @@ class AppliedPlan:
                     " no call had it among its **kwargs",
                     fix="correct the name; " + entry.why if entry.why else "correct the name",
                 )
-        if not any(entry.applied for entry in self.entries if entry.splits):
+        if self.axis not in split_by_code and not any(entry.applied for entry in self.entries if entry.splits):
             raise PlanError(
                 f"the plan splits nothing of {self.model}"
                 + "".join(f"; {entry.name}: {entry.why}" for entry in missed if entry.splits),
-                fix="split the arguments that hold the sequence: {'': {'name': md.Split(dim)}}",
+                fix="split the arguments that hold the sequence: {'': {'name': md.Split(dim)}}; or call"
+                f" md.split(x, dim, {self.axis!r}) in the model",
             )
         for entry in missed if not self.own else ():
             what = "splits" if entry.splits else "gathers"
@@ -95,23 +104,26 @@ def apply(model: nn.Module, parallel: ContextParallel, size: int) -> AppliedPlan
     Raises:
         PlanError: there is no plan, or it does not fit the model.
     """
-    plan = parallel.plan if parallel.plan is not None else getattr(model, "_cp_plan", None)
-    if not plan:
+    own = parallel.plan is None
+    plan = getattr(model, "_cp_plan", None) if own else parallel.plan
+    if plan is None:
         raise PlanError(
-            f"{type(model).__name__} has no context-parallel plan of its own (_cp_plan)"
-            if parallel.plan is None
-            else f"the plan of ContextParallel({parallel.axis!r}) is empty",
-            fix=f"pass one: {_example(model, parallel.axis)}",
+            f"{type(model).__name__} has no context-parallel plan of its own (_cp_plan)",
+            fix=f"pass one: {_example(model, parallel.axis)}; a model that calls md.split itself needs plan={{}} only",
         )
     hooks = _Hooks(parallel.axis, size)
     for name, entry in plan.items():
         modules = modules_named(model, name)
+        if not modules and own:  # it serves other configurations too, as of more layers
+            continue
+        if not modules:
+            raise _no_module(model, name)
         if isinstance(entry, Mapping):
             hooks.add_splits(modules, name, {key: _splits(s) for key, s in entry.items()})
         else:
             gathers = list(entry) if isinstance(entry, (list, tuple)) else [entry]
             hooks.add_gathers(modules, name, [_gather(g) for g in gathers])
-    return AppliedPlan(type(model).__name__, tuple(hooks.entries), own=parallel.plan is None)
+    return AppliedPlan(type(model).__name__, parallel.axis, tuple(hooks.entries), own)
 
 
 def _example(model: nn.Module, axis: str) -> str:
@@ -124,45 +136,49 @@ def _example(model: nn.Module, axis: str) -> str:
 
 
 def modules_named(model: nn.Module, pattern: str) -> list[tuple[str, nn.Module]]:
-    """The modules whose dotted name fits the pattern, part by part, in the model's order.
-
-    Raises:
-        PlanError: none does.
-    """
+    """The modules whose dotted name fits the pattern, part by part, in the model's order."""
     parts = pattern.split(".")
-    found = [
+    return [
         (name, module)
         for name, module in model.named_modules()
         if bool(name) == bool(pattern)  # the model itself has no name, which * would fit
         and len(name.split(".")) == len(parts)
         and all(map(fnmatch.fnmatchcase, name.split("."), parts))
     ]
-    if not found:
-        names = [name for name, _ in model.named_modules() if name]
-        close = difflib.get_close_matches(pattern, names, n=3) or names[:3]
-        raise PlanError(
-            f"the plan names a module {pattern!r} that {type(model).__name__} does not have",
-            fix=f"use a name from model.named_modules(), such as {', '.join(map(repr, close))}"
-            if close
-            else 'the model has no modules in it: name the model itself, as ""',
-        )
-    return found
 
 
-def _splits(entry: Any) -> Split | list[Split]:
+def _no_module(model: nn.Module, pattern: str) -> PlanError:
+    names = [name for name, _ in model.named_modules() if name]
+    close = difflib.get_close_matches(pattern, names, n=3) or names[:3]
+    return PlanError(
+        f"the plan names a module {pattern!r} that {type(model).__name__} does not have",
+        fix=f"use a name from model.named_modules(), such as {', '.join(map(repr, close))}"
+        if close
+        else 'the model has no modules in it: name the model itself, as ""',
+    )
+
+
+def _splits(entry: Any) -> Nested:
     if isinstance(entry, Split):
         return entry
     if isinstance(entry, (list, tuple)):
-        found = [_splits(one) for one in entry]
-        if not all(isinstance(one, Split) and not one.output for one in found):
-            raise PlanError(
-                f"{entry!r} does not say how to split a list of tensors",
-                fix="give one md.Split(dim) for each; results are split one by one, by index",
-            )
-        return found  # type: ignore[return-value]
+        return [_nested(one, entry) for one in entry]
+    if isinstance(entry, Mapping):
+        return {key: _nested(one, entry) for key, one in entry.items()}
     if hasattr(entry, "split_dim"):  # diffusers' ContextParallelInput
         return Split(entry.split_dim, output=entry.split_output, ndim=entry.expected_dims)
     raise PlanError(f"{entry!r} does not say how to split", fix="use md.Split(dim)")
+
+
+def _nested(entry: Any, nest: Any) -> Nested:
+    """An entry for a part of an argument, which may be left as it is."""
+    found = None if entry is None else _splits(entry)
+    if isinstance(found, Split) and found.output:
+        raise PlanError(
+            f"{nest!r} does not say how to split a list of tensors",
+            fix="give one md.Split(dim) or None for each; results are split one by one, by index",
+        )
+    return found
 
 
 def _gather(entry: Any) -> Gather | None:
@@ -182,9 +198,9 @@ class _Hooks:
         self._taken: dict[tuple[str, str | int, bool], str] = {}  # (module, what, splits) -> pattern
 
     def add_splits(
-        self, modules: Sequence[tuple[str, nn.Module]], pattern: str, splits: Mapping[str | int, Split | list[Split]]
+        self, modules: Sequence[tuple[str, nn.Module]], pattern: str, splits: Mapping[str | int, Nested]
     ) -> None:
-        of_arguments: dict[str, tuple[Split | list[Split], Entry]] = {}
+        of_arguments: dict[str, tuple[Nested, Entry]] = {}
         of_results: dict[int, tuple[Split, Entry]] = {}
         for key, split in splits.items():
             for path, module in modules:
@@ -232,7 +248,7 @@ class _Hooks:
             )
 
 
-def _check_key(key: str | int, split: Split | list[Split], path: str, module: nn.Module) -> None:
+def _check_key(key: str | int, split: Nested, path: str, module: nn.Module) -> None:
     """An argument is named by its name, a result by its index.
 
     Raises:
@@ -264,7 +280,7 @@ def _check_key(key: str | int, split: Split | list[Split], path: str, module: nn
 
 
 def _argument_hook(
-    module: nn.Module, path: str, splits: Mapping[str, tuple[Split | list[Split], Entry]]
+    module: nn.Module, path: str, splits: Mapping[str, tuple[Nested, Entry]]
 ) -> Callable[..., tuple[Any, dict[str, Any]]]:
     signature = inspect.signature(module.forward)
     extra = next((p.name for p in signature.parameters.values() if p.kind is p.VAR_KEYWORD), "")
@@ -277,7 +293,7 @@ def _argument_hook(
                 others = f"{_shown(path)} takes {', '.join(signature.parameters)}"
                 entry.why = others if entry.undeclared else f"it is {'None' if key in where else 'not passed'}"
             else:
-                where[key] = _split(where[key], split, entry, f"argument {key!r} of {_shown(path)}", inner=bool(path))
+                where[key] = _split(where[key], split, entry, f"argument {key!r} of {_shown(path)}")
         return bound.args, bound.kwargs
 
     return split_arguments
@@ -316,53 +332,42 @@ def _result_hook(
 def _gathered(value: Any, gather: Gather, entry: Entry, what: str) -> Any:
     dim = _dim(value, gather.dim, what)
     entry.applied = True
-    return value if entry.size == 1 else ops.gather_sequence(value, dim, entry.axis, entry.size)
+    return mark_gathered(value, dim, entry.axis, entry.size)
 
 
-def _split(value: Any, split: Split | list[Split], entry: Entry, what: str, inner: bool = True) -> Any:
-    if isinstance(split, list):
-        if not isinstance(value, (tuple, list)) or len(value) != len(split):
-            found = f"{len(value)} values" if isinstance(value, (tuple, list)) else f"a {type(value).__name__}"
-            found = "one tensor" if isinstance(value, Tensor) else found
+def _split(value: Any, split: Nested, entry: Entry, what: str) -> Any:
+    if split is None:
+        return value
+    if isinstance(split, dict):
+        if not isinstance(value, Mapping) or not split.keys() <= value.keys():
+            keys = f"a dict of {', '.join(map(repr, value))}" if isinstance(value, Mapping) else _kind(value)
             raise PlanError(
-                f"{what} is {found}, and the plan has {len(split)} splits for it",
-                fix="give one md.Split for each",
+                f"{what} is {keys}, and the plan splits {', '.join(map(repr, split))} of it",
+                fix="write the entry in the form of the argument",
                 at=running_line(),
             )
-        return type(value)(_split(v, s, entry, what, inner) for v, s in zip(value, split, strict=True))
+        new = {k: _split(value[k], s, entry, f"{k!r} of {what}") for k, s in split.items()}
+        return type(value)({**value, **new})  # type: ignore[call-arg]
+    if isinstance(split, list):
+        if not isinstance(value, (tuple, list)) or len(value) != len(split):
+            found = f"{len(value)} values" if isinstance(value, (tuple, list)) else _kind(value)
+            raise PlanError(
+                f"{what} is {found}, and the plan has {len(split)} splits for it",
+                fix="give one md.Split for each, or None for those that stay whole",
+                at=running_line(),
+            )
+        values = [_split(v, s, entry, what) for v, s in zip(value, split, strict=True)]
+        return type(value)(*values) if hasattr(value, "_fields") else type(value)(values)
     if split.ndim is not None and isinstance(value, Tensor) and value.dim() != split.ndim:
         entry.why = f"it has {value.dim()} dims, and the plan splits it where it has {split.ndim}"
         return value
     dim = _dim(value, split.dim, what)
     entry.applied = True
-    if entry.size == 1:
-        return value
-    if value.shape[dim] % entry.size:
-        raise _indivisible(value.shape[dim], dim, entry, what, inner)
-    return ops.split_sequence(value, dim, entry.axis, entry.size)
+    return mark_split(value, dim, entry.axis, entry.size)
 
 
-def _indivisible(extent: int, dim: int, entry: Entry, what: str, inner: bool) -> PlanError:
-    """Every rank gets an equal part.  What to do depends on who chose the length: the user, or the model."""
-    size = entry.size
-    lower, upper = extent - extent % size, extent + size - extent % size
-    if inner:
-        wanted = f"{upper} or {lower}" if lower else f"{upper}"
-        fix = (
-            f"choose inputs of the model with which it is a multiple of {size}, as {wanted} is.  A token that the model"
-            " adds by itself, as a class token, counts and cannot be padded: split before it is added, or leave this"
-            " out of the plan.  What the plan has split once must not be split again"
-        )
-    else:
-        fix = f"pad to {upper}" + (f" or cut to {lower}" if lower else "")
-    divisors = [str(ranks) for ranks in range(2, min(extent, 64) + 1) if extent % ranks == 0]
-    fix += f"; or use an axis of {' or '.join(divisors)} ranks" if divisors else ""
-    return PlanError(
-        f"{what} has {extent} on dim {dim}, which does not divide by the {size} ranks of axis {entry.axis!r}:"
-        f" {extent % size} left over",
-        fix=fix,
-        at=running_line(),
-    )
+def _kind(value: object) -> str:
+    return "one tensor" if isinstance(value, Tensor) else f"a {type(value).__name__}"
 
 
 def _dim(value: Any, dim: int, what: str) -> int:

@@ -24,6 +24,7 @@ from torchtrt_md.capture import context_parallel, tensor_parallel
 from torchtrt_md.capture.arguments import Arguments
 from torchtrt_md.capture.axes import check_axes, check_axes_used
 from torchtrt_md.capture.kept_state import KeptState
+from torchtrt_md.capture.marks import Marking, marking
 from torchtrt_md.capture.torch_private import as_written, coordinates, fake_mesh
 from torchtrt_md.capture.trace import LocalWeight, Trace, same_graph, trace
 from torchtrt_md.errors import CaptureError, MeshError, PlanError
@@ -56,25 +57,29 @@ def _captured(
     check_axes(parallels, mesh)
     arguments = Arguments.of(model, args, kwargs)
     own = own_mesh(model)
-    with _device_mesh(mesh, parallels, own, arguments.device.type) as device_mesh:
+    by_dtensor = any(isinstance(p, TensorParallel) and tensor_parallel.needs_mesh(model, p) for p in parallels)
+    with _device_mesh(mesh, by_dtensor, own, arguments.device.type) as device_mesh:
         shadow = _shadow(model, without_memory=any(isinstance(p, TensorParallel) for p in parallels))
         plans: list[context_parallel.AppliedPlan] = []
+        parts = tensor_parallel.Parts()
         # Tensor parallelism first: the other's hooks go around DTensor's.
         for p in sorted(parallels, key=lambda p: not isinstance(p, TensorParallel)):
             if isinstance(p, TensorParallel):
-                assert device_mesh is not None
-                tensor_parallel.apply(shadow, p, device_mesh)
+                tensor_parallel.apply(shadow, p, mesh, device_mesh, parts)
             elif isinstance(p, ContextParallel):
                 plans.append(context_parallel.apply(shadow, p, mesh.axis_size(p.axis)))
-        local = _local_weights(shadow, mesh, arguments.device)
+        local = _local_weights(shadow, mesh, arguments.device, parts)
         kept = KeptState(shadow)
+        marks = Marking({p.axis: mesh.axis_size(p.axis) for p in parallels if isinstance(p, ContextParallel)})
         traces = []
         for rank in range(mesh.size if device_mesh is not None else 1):
-            with coordinates({axis: mesh.coordinate(rank, axis) for axis in mesh.names}), kept:
+            here = {axis: mesh.coordinate(rank, axis) for axis in mesh.names}
+            with coordinates(here), kept, marking(marks):
                 traces.append(trace(shadow, arguments, local))
         groups = _groups(device_mesh)
     for plan in plans:
-        plan.check_used()
+        plan.check_used(marks.split)
+    marks.check_used()
     check_axes_used(mesh, parallels, own, traces[0], groups)
     traces = traces if device_mesh is not None else traces * mesh.size
     return _program(traces, mesh, parallels, groups, _weights(model, mesh, weights, parallels), arguments)
@@ -86,9 +91,7 @@ def own_mesh(model: nn.Module) -> DeviceMesh | None:
 
 
 @contextmanager
-def _device_mesh(
-    mesh: Mesh, parallels: Sequence[Parallel], own: DeviceMesh | None, device_type: str
-) -> Iterator[DeviceMesh | None]:
+def _device_mesh(mesh: Mesh, by_dtensor: bool, own: DeviceMesh | None, device_type: str) -> Iterator[DeviceMesh | None]:
     """The mesh that DTensor traces on: the user's own, or a fake one; None where none is needed."""
     if own is not None:
         for axis, size in zip(axis_names(own), own.mesh.shape, strict=True):
@@ -99,7 +102,7 @@ def _device_mesh(
                     fix="pass the mesh that parallelize_module was given",
                 )
         yield own
-    elif not any(isinstance(p, TensorParallel) for p in parallels):
+    elif not by_dtensor:
         yield None
     else:
         with fake_mesh(mesh, device_type) as made:
@@ -162,12 +165,16 @@ def _uncopied(model: nn.Module, shared: Mapping[int, object], error: Exception) 
     )
 
 
-def _local_weights(shadow: nn.Module, mesh: Mesh, device: torch.device) -> list[LocalWeight]:
+def _local_weights(
+    shadow: nn.Module, mesh: Mesh, device: torch.device, parts: tensor_parallel.Parts
+) -> list[LocalWeight]:
     """What each rank holds of every parameter and buffer."""
     found = []
     for name, t in [*shadow.named_parameters(), *shadow.named_buffers()]:
-        parts = tensor_parallel.shardings(name, t, mesh) if isinstance(t, DTensor) else ()
-        found.append(LocalWeight(Weight(name, tuple(t.shape), t.dtype, parts), t, device))
+        whole, shardings = parts.of(t)
+        if isinstance(t, DTensor):
+            shardings = tensor_parallel.shardings(name, t, mesh)
+        found.append(LocalWeight(Weight(name, tuple(whole), t.dtype, shardings), t, device))
     return found
 
 

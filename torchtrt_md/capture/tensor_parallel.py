@@ -1,15 +1,21 @@
-"""Apply a tensor-parallel plan with DTensor, or read one that the user applied.
+"""Apply a tensor-parallel plan, or read one that the user applied.
 
-The plan is applied to a shadow of the model whose parameters have shapes but no memory; what it decides,
-the placements, then says which part of each dense weight a rank holds.
+The plan is applied to a shadow of the model whose parameters have shapes but no memory.  What it decides says which
+part of each dense weight a rank holds.  Styles that are named are :mod:`torchtrt_md.capture.tensor_styles`; a
+``ParallelStyle`` of PyTorch is applied by DTensor.
 """
 
 from __future__ import annotations
 
+import difflib
+import fnmatch
+import warnings
 from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field, replace
 from typing import Any
 
-from torch import nn
+import torch
+from torch import Tensor, nn
 from torch.distributed.device_mesh import DeviceMesh
 from torch.distributed.tensor import DTensor, Replicate, Shard
 from torch.distributed.tensor.parallel import (
@@ -20,59 +26,213 @@ from torch.distributed.tensor.parallel import (
     parallelize_module,
 )
 
-from torchtrt_md.capture.context_parallel import modules_named
-from torchtrt_md.errors import PlanError
+from torchtrt_md.capture.tensor_styles import STYLES, Axis, Colwise, Cut, Style, style_of
+from torchtrt_md.errors import PlanError, PlanWarning
 from torchtrt_md.mesh import Mesh, axis_names
 from torchtrt_md.parallel import TensorParallel
-from torchtrt_md.program import Sharding
+from torchtrt_md.program import Sharding, UnevenSharding
 
-# The names in transformers' and diffusers' plans whose meaning is one of PyTorch's own styles.
-STYLES: Mapping[str, Callable[[], ParallelStyle]] = {
-    "colwise": ColwiseParallel,
-    "colwise_gather_output": lambda: ColwiseParallel(output_layouts=Replicate()),
-    "colwise_rep": lambda: ColwiseParallel(output_layouts=Replicate()),
-    "rowwise": RowwiseParallel,
-    "rowwise_split_input": lambda: RowwiseParallel(input_layouts=Replicate()),
-    "rowwise_rep": lambda: RowwiseParallel(input_layouts=Replicate()),
-    "embedding_rowwise": lambda: RowwiseParallel(input_layouts=Replicate()),
-    "sequence_parallel": lambda: SequenceParallel(use_local_output=True),
+# The names whose meaning is one of PyTorch's own styles, of values that are DTensors in between.
+_BY_DTENSOR: Mapping[str, Callable[[], ParallelStyle]] = {
+    "sequence_parallel": lambda: SequenceParallel(use_local_output=True)
 }
-# These leave a module whole on every rank; what the second adds concerns training only.
-_REPLICATED = ("replicate", "replicated_with_grad_allreduce")
-# Config fields, with what they count, that a rank gets an equal part of.
-_HEADS = {"num_attention_heads": "heads", "num_key_value_heads": "key/value heads"}
+Shardings = tuple[Sharding | UnevenSharding, ...]
 
 
-def apply(shadow: nn.Module, parallel: TensorParallel, device_mesh: DeviceMesh) -> None:
-    """Parallelize the shadow in place.
+@dataclass
+class Parts:
+    """Which part of a weight a rank holds, of the parameters of a shadow that were cut."""
+
+    _held: dict[int, tuple[Tensor, torch.Size, Shardings]] = field(default_factory=dict)
+    _made: dict[tuple[int, Shardings], nn.Parameter] = field(default_factory=dict)
+
+    def of(self, parameter: Tensor) -> tuple[torch.Size, Shardings]:
+        """The whole shape, and the shardings."""
+        _, whole, shardings = self._held.get(id(parameter), (parameter, parameter.shape, ()))
+        return whole, shardings
+
+    def cut(self, module: nn.Module, name: str, cut: Cut, axis: Axis) -> None:
+        """Let the module's parameter be a rank's part; where it is another's too, that of equal cuts is one."""
+        parameter = module._parameters[name]
+        assert parameter is not None
+        whole, before = self.of(parameter)
+        shape = cut.local(parameter.shape, axis)
+        shardings = (*before, cut.sharding(parameter.shape, axis))
+        local = self._made.get((id(parameter), shardings))
+        if local is None:
+            local = nn.Parameter(
+                torch.empty(shape, dtype=parameter.dtype, device=parameter.device), requires_grad=False
+            )
+            self._made[id(parameter), shardings] = local
+            self._held[id(local)] = local, whole, shardings
+            self._held.setdefault(id(parameter), (parameter, whole, before))  # so that its id stays its own
+        module.register_parameter(name, local)
+
+
+def needs_mesh(model: nn.Module, parallel: TensorParallel) -> bool:
+    """Does the plan have a style that DTensor applies?"""
+    return any(
+        isinstance(e, ParallelStyle) or (isinstance(e, str) and e in _BY_DTENSOR)
+        for e in _plan(model, parallel).values()
+    )
+
+
+def apply(
+    shadow: nn.Module, parallel: TensorParallel, mesh: Mesh, device_mesh: DeviceMesh | None, parts: Parts
+) -> None:
+    """Parallelize the shadow in place; ``parts`` is told of each parameter that is cut.
 
     Raises:
-        PlanError: there is no plan, it names what is not there or one module twice, a style does not fit its module,
+        PlanError: there is no plan, it names nothing that is there or one thing twice, a style does not fit its module,
             or heads do not divide by the axis.
+
+    Warns:
+        PlanWarning: an entry of the user's plan names nothing that is there.  The model's own plan serves other
+            configurations, too.
     """
-    plan = parallel.plan
-    if plan is None:
-        plan = getattr(shadow, "tp_plan", None) or getattr(shadow, "_tp_plan", None)
-    if not plan:
-        raise PlanError(
-            f"{type(shadow).__name__} has no tensor-parallel plan of its own (tp_plan or _tp_plan)",
-            fix=f"pass one: {_example(shadow, parallel.axis)}",
-        )
-    names = dict(zip(axis_names(device_mesh), device_mesh.mesh_dim_names or (), strict=True))
-    mesh = device_mesh[names[parallel.axis]]
-    _check_heads(shadow, mesh.size(), parallel.axis)
+    plan = _plan(shadow, parallel)
+    axis = Axis(parallel.axis, mesh.axis_size(parallel.axis))
+    modules = dict(shadow.named_modules(remove_duplicate=False))
+    parameters = [name for name, _ in shadow.named_parameters(remove_duplicate=False)]
     taken: dict[str, str] = {}
-    for name, entry in plan.items():
-        style = _style(name, entry)
-        for path, module in modules_named(shadow, name):
-            if taken.setdefault(path, name) != name:
+    missing = []
+    for pattern in plan:
+        found = _named(pattern, [*modules, *parameters])
+        if not found:
+            missing.append(pattern)
+        for path in found:
+            if taken.setdefault(path, pattern) != pattern:
                 raise PlanError(
-                    f"the plan names module {path!r} twice: by {taken[path]!r} and by {name!r}",
+                    f"the plan names module {path!r} twice: by {taken[path]!r} and by {pattern!r}",
                     fix="let one of the two names stand for it",
                 )
-            if style is not None:
-                _check_weights(module, path, style, mesh.size(), parallel.axis)
-                _parallelize(module, path, mesh, style)
+    if parallel.plan is not None:
+        _tell_missing(shadow, missing, len(missing) == len(plan))
+    # In the order of the model, as an outer module's hooks look at what is in it.
+    for path, pattern in taken.items():
+        style = _style(path, plan[pattern], modules.get(path))
+        if isinstance(style, ParallelStyle):
+            assert device_mesh is not None
+            names = dict(zip(axis_names(device_mesh), device_mesh.mesh_dim_names or (), strict=True))
+            _check_divides(modules[path], path, style, axis)
+            _parallelize(modules[path], path, device_mesh[names[axis.name]], style)
+        elif path in modules:
+            _apply_to_module(modules, path, style, axis, parts, taken)
+        else:
+            owner, _, name = path.rpartition(".")
+            _cut(modules[owner], path, name, style, axis, parts)
+
+
+def _plan(model: nn.Module, parallel: TensorParallel) -> Mapping[str, Any]:
+    plan = parallel.plan
+    if plan is None:
+        plan = getattr(model, "tp_plan", None) or getattr(model, "_tp_plan", None)
+    if not plan:
+        raise PlanError(
+            f"{type(model).__name__} has no tensor-parallel plan of its own (tp_plan or _tp_plan)",
+            fix=f"pass one: {_example(model, parallel.axis)}",
+        )
+    return plan
+
+
+def _named(pattern: str, names: list[str]) -> list[str]:
+    """The names that fit a pattern, part by part."""
+    parts = pattern.split(".")
+    return [
+        name
+        for name in dict.fromkeys(names)
+        if bool(name) == bool(pattern)  # the model itself has no name, which * would fit
+        and len(own := name.split(".")) == len(parts)
+        and all(map(fnmatch.fnmatchcase, own, parts))
+    ]
+
+
+def _tell_missing(model: nn.Module, missing: list[str], all_of_them: bool) -> None:
+    names = [name for name, _ in [*model.named_modules(), *model.named_parameters()] if name]
+    for pattern in missing:
+        problem = f"the plan names a module {pattern!r} that {type(model).__name__} does not have"
+        close = difflib.get_close_matches(pattern, names, n=3) or names[:3]
+        fix = "use a name from model.named_modules(), such as " + ", ".join(map(repr, close))
+        if all_of_them:
+            raise PlanError(problem, fix=fix)
+        warnings.warn(f"{problem}; {fix}", PlanWarning, stacklevel=5)
+
+
+def _apply_to_module(
+    modules: Mapping[str, nn.Module], path: str, style: Style, axis: Axis, parts: Parts, taken: Mapping[str, str]
+) -> None:
+    module = modules[path]
+    style = _by_heads(modules, path, style, axis)
+    try:
+        hooks = style.hooks(module, axis)
+    except PlanError as error:
+        problem = f"the style of module {path!r}, a {type(module).__name__}, does not fit: {error.problem}"
+        raise PlanError(problem, fix=error.fix) from None
+    for name, parameter in list(module.named_parameters(recurse=False)):
+        if f"{path}.{name}" not in taken:
+            _cut(module, f"{path}.{name}" if path else name, name, style, axis, parts, parameter)
+    if hooks is not None:
+        hooks.put_on(module)
+
+
+def _cut(
+    module: nn.Module,
+    path: str,
+    name: str,
+    style: Style,
+    axis: Axis,
+    parts: Parts,
+    parameter: Tensor | None = None,
+) -> None:
+    parameter = module._parameters[name] if parameter is None else parameter
+    assert parameter is not None
+    cut = style.cut(module, name, tuple(parameter.shape))
+    if cut is None:
+        return
+    if cut.dim >= parameter.dim() or parameter.shape[cut.dim] % sum(cut.blocks):
+        raise PlanError(
+            f"parameter {path!r} of shape {list(parameter.shape)} is to be cut on dim {cut.dim}, in blocks of"
+            f" {':'.join(map(str, cut.blocks))}",
+            fix="leave it out of the plan",
+        )
+    parts.cut(module, name, cut, axis)
+
+
+def _by_heads(modules: Mapping[str, nn.Module], path: str, style: Style, axis: Axis) -> Style:
+    """The style of a projection to heads, of which a rank needs whole ones.
+
+    Key/value heads fewer than the axis has ranks are held by several ranks each, those that have the queries to them.
+
+    Raises:
+        PlanError: heads do not divide by the axis.
+    """
+    if not isinstance(style, Colwise) or style.gather or len(style.blocks) > 1:
+        return style
+    module, owner = modules[path], modules[path.rpartition(".")[0]]
+    width, head_dim = getattr(module, "out_features", None), getattr(owner, "head_dim", None)
+    if not isinstance(width, int) or not isinstance(head_dim, int) or width % head_dim:
+        return style
+    heads = width // head_dim
+    # As the model has it: it is changed below, with the first of keys and values.
+    grouped = owner.__dict__.setdefault(_GROUPED, getattr(owner, "num_key_value_groups", 1))
+    if heads % axis.size == 0:
+        return style
+    queries = heads * grouped
+    is_kv = grouped > 1 and any(getattr(m, "in_features", 0) == queries * head_dim for m in owner.children())
+    if is_kv and axis.size % heads == 0 and queries % axis.size == 0:
+        owner.num_key_value_groups = queries // axis.size
+        return replace(style, copies=axis.size // heads)
+    what = "key/value heads" if is_kv else "heads"
+    raise PlanError(
+        f"module {path!r} has {heads} {what}, which do not divide by the {axis.size} ranks of axis {axis.name!r}:"
+        f" {heads % axis.size} left over",
+        fix=f"use an axis whose size divides {heads}, or give the module the style colwise_gather_output and what takes"
+        " its result rowwise_split_input",
+    )
+
+
+# Among the attributes of a shadow's module: its num_key_value_groups before any key/value heads were copied.
+_GROUPED = "_torchtrt_md_num_key_value_groups"
 
 
 def _parallelize(module: nn.Module, path: str, mesh: DeviceMesh, style: ParallelStyle) -> None:
@@ -95,43 +255,35 @@ def _example(model: nn.Module, axis: str) -> str:
     return f'TensorParallel("{axis}", plan={{"{up}": "colwise", "{down}": "rowwise"}})'
 
 
-def _style(name: str, entry: Any) -> ParallelStyle | None:
+def _style(name: str, entry: Any, module: nn.Module | None) -> ParallelStyle | Style:
     if isinstance(entry, ParallelStyle):
         return entry
-    if entry in _REPLICATED:
-        return None
-    if isinstance(entry, str) and entry in STYLES:
-        return STYLES[entry]()
+    if isinstance(entry, str) and entry in _BY_DTENSOR:
+        return _BY_DTENSOR[entry]()
+    named = style_of(entry, module)
+    if named is not None:
+        return named
     raise PlanError(
         f"the plan gives module {name!r} the style {entry if isinstance(entry, str) else type(entry).__name__!r},"
-        " which has no equal in torch.distributed.tensor.parallel",
-        fix=f"use a ParallelStyle, or one of {', '.join((*STYLES, *_REPLICATED))}; or leave the module out",
+        " which is not known",
+        fix=f"use a ParallelStyle, or one of {', '.join((*STYLES, *_BY_DTENSOR))}; or leave the module out",
     )
 
 
-def _check_heads(model: nn.Module, size: int, axis: str) -> None:
-    config = getattr(model, "config", None)
-    for field, what in _HEADS.items():
-        heads = getattr(config, field, None)
-        if isinstance(heads, int) and heads % size:
-            raise PlanError(
-                f"{type(model).__name__} has {heads} {what}, which do not divide by the {size} ranks of axis"
-                f" {axis!r}: {heads % size} left over",
-                fix=f"use an axis whose size divides {heads}",
-            )
-
-
-def _check_weights(module: nn.Module, path: str, style: ParallelStyle, size: int, axis: str) -> None:
+def _check_divides(module: nn.Module, path: str, style: ParallelStyle, axis: Axis) -> None:
+    """DTensor would give ranks parts of several sizes."""
     dim = {ColwiseParallel: 0, RowwiseParallel: 1}.get(type(style))
     if isinstance(module, nn.Embedding) and dim is not None:
         dim = 1 - dim
     weight = getattr(module, "weight", None)
+    size = axis.size
     if dim is None or not isinstance(weight, nn.Parameter) or weight.dim() != 2 or weight.shape[dim] % size == 0:
         return
     raise PlanError(
         f"the weight of module {path!r} has {weight.shape[dim]} on dim {dim}, which does not divide by the {size}"
-        f" ranks of axis {axis!r}: {weight.shape[dim] % size} left over",
-        fix="use an axis whose size divides it, or leave the module out of the plan",
+        f" ranks of axis {axis.name!r}: {weight.shape[dim] % size} left over",
+        fix="name the style, as in transformers' plans: 'colwise', 'rowwise'; use an axis whose size divides it; or"
+        " leave the module out of the plan",
     )
 
 

@@ -14,6 +14,7 @@ import torch.distributed as dist
 import torch.distributed.distributed_c10d as c10d
 from torch import nn
 from torch._C._distributed_c10d import _unregister_process_group
+from torch._subclasses.fake_tensor import DataDependentOutputException, DynamicOutputShapeException
 from torch._subclasses.fake_tensor import FakeTensorMode as FakeTensorMode
 from torch._subclasses.fake_tensor import is_fake as is_fake
 from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
@@ -23,6 +24,8 @@ from torch.testing._internal.distributed.fake_pg import FakeStore
 from torchtrt_md.graph.source import told_frames
 from torchtrt_md.mesh import OF_A_CAPTURE, Mesh, axis_names
 
+# What fake tensors raise where a size, or which code runs, depends on values.
+DEPENDS_ON_VALUES = (DataDependentOutputException, DynamicOutputShapeException)
 _COORDINATE = "_coordinate_on_dim"
 _FRAMES = "_filter_traceback_frames"
 

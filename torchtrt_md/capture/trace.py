@@ -20,7 +20,7 @@ from torch.utils import _pytree as pytree
 from torchtrt_md.capture.arguments import Arguments, Scalar
 from torchtrt_md.capture.attention import WholeAttention
 from torchtrt_md.capture.quiet import quiet
-from torchtrt_md.capture.torch_private import FakeTensorMode, told_stacks
+from torchtrt_md.capture.torch_private import DEPENDS_ON_VALUES, FakeTensorMode, told_stacks
 from torchtrt_md.capture.written_collectives import refuse_written
 from torchtrt_md.errors import CaptureError, MDError
 from torchtrt_md.graph.functional import functional, mutates
@@ -112,6 +112,14 @@ def recorded(
         raise CaptureError(error.problem, fix=error.fix, at=(line or error_line)(error)) from error
     except MDError:
         raise
+    except DEPENDS_ON_VALUES as error:
+        raise CaptureError(
+            f"{what} calls {error.func}, whose result's size, or what is done next, depends on the values of tensors",
+            fix="make the model's forward depend on shapes only; where it is a loop over the experts that were chosen,"
+            " use a form without one: in transformers, model.set_experts_implementation('grouped_mm'), or 'batched_mm'"
+            " for a few tokens",
+            at=(line or error_line)(error),
+        ) from error
     except Exception as error:  # whatever the model's code raised, the user's line is what helps
         reason = next(iter(str(error).strip().splitlines()), "")
         raise CaptureError(

@@ -15,7 +15,7 @@ from torch import nn
 
 from torchtrt_md.build.engine import BuiltEngine
 from torchtrt_md.bundle import check_destination, manifest, write_bundle
-from torchtrt_md.bundle.from_program import manifest_of
+from torchtrt_md.bundle.from_program import even, manifest_of
 from torchtrt_md.bundle.weights import save_weights
 from torchtrt_md.bundle.write import workspace, writing
 from torchtrt_md.capture import capture
@@ -156,6 +156,8 @@ def export(
         road, lowered, chosen = proven.road, proven.lowered, proven.choices
         if format == "triton":  # what can be told of before hours of building
             check_values(lowered.mesh, lowered.inputs, lowered.outputs)
+        if strip_weights:
+            _check_given(lowered, dense or model)
         road.inside, road.progress = folder, stages.say
         road.streaming, road.strip = weight_streaming, strip_weights
         with stages("build") as say, writing(out):
@@ -278,6 +280,14 @@ def _segments(built: Built, folder: Path) -> tuple[list[list[Segment]], list[Seg
         return [msgspec.structs.replace(part.segment, file=file_of(part)) for part in parts]
 
     return [named(parts) for parts in built.parts], named(built.self_tests), files
+
+
+def _check_given(program: ShardedProgram, model: nn.Module) -> None:
+    """Refuse what the manifest would, of weights that are to be given at load."""
+    saved = set(model.state_dict())
+    for source in program.sources.values():
+        if isinstance(source, Weight) and source.name in saved:
+            even(source)
 
 
 def _given(built: Built, model: nn.Module) -> set[str]:

@@ -38,7 +38,7 @@ from torchtrt_md.lowering.sharding_rules import RULES
 aten, md = torch.ops.aten, torch.ops.torchtrt_md
 NAMESPACES = ("aten", "prims", "torchtrt_md")
 
-_IR = COLLECTIVES | {md.attention.default, md.ring_attention.default}
+_IR = COLLECTIVES | {md.attention.default, md.ring_attention.default, md.grouped_mm.default}
 _KERNELS = frozenset(
     getattr(aten, name)
     for name in (

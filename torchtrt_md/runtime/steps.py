@@ -10,7 +10,7 @@ import math
 import operator
 from collections.abc import Callable, Hashable, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any, TypeAlias, cast
+from typing import Any, TypeAlias
 
 import torch
 import torch.distributed as dist
@@ -231,13 +231,16 @@ def _attention(
 def _ring_step(
     node: Node, names: Mapping[Node, _Name], reads: tuple[_Name, ...], coordinates: Mapping[str, int]
 ) -> Step:
-    q, k, v, coordinate, *rest = cast(tuple[Any, ...], node.args)
+    args = bound_args(node)
+    q, k, v, coordinate, mask = (args.pop(x) for x in ("q", "k", "v", "coordinate", "mask"))
     name = names[node]
     # On the host the rank is known, so nothing waits for the GPU to tell it.
     mine = 0 if coordinate is None else coordinates[names[coordinate][1]]
 
     def call(values: Values) -> None:
-        values[name] = ring_attention_block(values[names[q]], values[names[k]], values[names[v]], mine, *rest)
+        hidden = None if mask is None else values[names[mask]]
+        operands = (values[names[q]], values[names[k]], values[names[v]])
+        values[name] = ring_attention_block(*operands, mine, mask=hidden, **args)
 
     return Step(name[1], tuple(r for r in reads if r[0] != "coordinate"), call, (name,))
 

@@ -62,7 +62,7 @@ class ModelWeights:
         self._owners = Counter(t.untyped_storage().data_ptr() for t in held)
 
     def local(self, name: str) -> Tensor:
-        """This rank's part of a weight; a copy only where it is joined of several."""
+        """This rank's part of a weight; a copy only where it is joined of several, or cut unevenly."""
         return self.program.weights.local(self.sources[name], self.program.mesh, self.rank)
 
     def store(self, name: str, seen: Tensor) -> None:

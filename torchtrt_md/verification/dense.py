@@ -25,6 +25,7 @@ from torch.fx import Node
 from torch.utils import _pytree as pytree
 
 from torchtrt_md.capture import capture
+from torchtrt_md.capture.marks import Marking, marking
 from torchtrt_md.errors import MDError, VerificationError
 from torchtrt_md.mesh import Mesh
 from torchtrt_md.program import Output, ShardedProgram, Weights, dtype_name, outputs_of
@@ -84,7 +85,7 @@ def run(model: nn.Module, args: Sequence[Any], kwargs: Mapping[str, Any]) -> Any
         VerificationError: it cannot be called with these arguments.
     """
     try:
-        with torch.no_grad():
+        with torch.no_grad(), marking(Marking({})):  # one process has the whole, also where a launch has a mesh in use
             return model(*args, **kwargs)
     except MDError:
         raise

@@ -21,7 +21,7 @@ from torch.utils import _pytree as pytree
 
 from torchtrt_md.errors import RankMismatchError, VerificationError
 from torchtrt_md.graph.source import source_line
-from torchtrt_md.lowering.ops import bound_args, causal_rows, is_collective
+from torchtrt_md.lowering.ops import bound_args, is_collective, seen_by
 from torchtrt_md.mesh import Mesh
 from torchtrt_md.program import Coordinate, ShardedProgram, Value, Weight, Weights, dtype_name
 
@@ -300,14 +300,18 @@ def _context_attention(
     qs: list[Tensor],
     ks: list[Tensor],
     vs: list[Tensor],
+    mask: list[Tensor] | None = None,
+    *,
     is_causal: bool,
     scale: float | None,
     enable_gqa: bool,
     strategy: str,
+    lengths: list[int] | None,
 ) -> list[Tensor]:
     k, v = torch.cat(ks, 2), torch.cat(vs, 2)
-    masks = [causal_rows(q, k, rank) if is_causal else None for rank, q in enumerate(qs)]
-    return [md.attention(q, k, v, mask, False, scale, enable_gqa) for q, mask in zip(qs, masks, strict=True)]
+    masks: Sequence[Tensor | None] = mask or [None] * len(qs)
+    seen = [seen_by(q, k, is_causal, masks[rank], lengths, rank, len(qs)) for rank, q in enumerate(qs)]
+    return [md.attention(q, k, v, rows, False, scale, enable_gqa) for q, rows in zip(qs, seen, strict=True)]
 
 
 # Each rule takes the operands of the group's ranks, in order, and returns their results.

@@ -1,0 +1,387 @@
+"""The named styles of tensor-parallel plans: what each rank holds, that one graph serves all, and what is refused."""
+
+from __future__ import annotations
+
+import warnings
+from collections.abc import Callable, Mapping
+from typing import Any
+
+import models
+import pytest
+import torch
+import torch.nn.functional as F
+from diffusers.hooks.tensor_parallel import PackedColwiseParallel, PackedRowwiseParallel
+from torch import Tensor, nn
+
+import torchtrt_md as md
+from torchtrt_md.capture import model as capture_model
+from torchtrt_md.capture.trace import trace
+from torchtrt_md.errors import CaptureError, PlanError, PlanWarning
+from torchtrt_md.program import Coordinate, ShardedProgram, Sharding, UnevenSharding, Weight
+
+SIZES = (2, 4)
+
+
+def programmed(model: nn.Module, args: tuple[Tensor, ...], size: int, plan: Mapping[str, Any]) -> ShardedProgram:
+    """The program of a model, verified; all ranks have one graph."""
+    program = md.capture(model, args, mesh=md.Mesh(tp=size), parallel=md.TensorParallel("tp", plan=plan))
+    assert len(program.distinct()) == 1
+    assert md.verify(program, model, args).error <= 1e-5
+    return program
+
+
+def sharding_of(program: ShardedProgram, name: str) -> tuple[Any, ...]:
+    (source,) = (s for s in program.sources.values() if isinstance(s, Weight) and s.name == name)
+    return source.shardings
+
+
+class MLP(nn.Module):
+    def __init__(self, hidden: int, act: Callable[[Tensor], Tensor] = F.silu) -> None:
+        super().__init__()
+        self.up, self.down, self.act = nn.Linear(16, hidden), nn.Linear(hidden, 16), act
+
+    def forward(self, x: Tensor) -> Tensor:
+        y: Tensor = self.down(self.act(self.up(x)))
+        return y
+
+
+@pytest.mark.parametrize("hidden", [64, 66, 33, 3])
+@pytest.mark.parametrize("size", SIZES)
+def test_widths_that_do_and_do_not_divide(hidden: int, size: int) -> None:
+    """What fills up a width becomes exp(0) = 1 here, and must not reach the result."""
+    model, x = MLP(hidden, torch.exp).eval(), torch.randn(5, 16)
+    program = programmed(model, (x,), size, {"up": "colwise", "down": "rowwise"})
+    even = hidden % size == 0
+    assert sharding_of(program, "up.bias") == (Sharding(0, "tp") if even else UnevenSharding(0, "tp"),)
+    assert sharding_of(program, "down.bias") == ()
+    source = next(s for s in program.sources.values() if isinstance(s, Weight) and s.name == "up.weight")
+    parts = [program.weights.local(source, program.mesh, rank) for rank in range(size)]
+    assert len({p.shape for p in parts}) == 1
+    assert torch.equal(torch.cat(parts)[:hidden], model.up.weight)
+    assert not torch.cat(parts)[hidden:].any()
+
+
+@pytest.mark.parametrize("size", SIZES)
+def test_results_that_are_gathered_and_arguments_that_are_split(size: int) -> None:
+    class Model(MLP):
+        def forward(self, x: Tensor) -> Tensor:
+            y: Tensor = self.down(torch.softmax(self.up(x), -1))  # needs the whole
+            return y
+
+    programmed(Model(33).eval(), (torch.randn(5, 16),), size, {"up": "colwise_rep", "down": "rowwise_split_input"})
+    with pytest.raises(PlanError, match=rf"a Linear of 33 to 16 features .* this rank's {-(-33 // size)} of them, and"):
+        programmed(Model(33).eval(), (torch.randn(5, 16),), size, {"up": "colwise_rep", "down": "rowwise"})
+
+
+class Packed(nn.Module):
+    """Parts of 1 : 1 : 2 joined in one product, all but the first of which are joined again in front of the last."""
+
+    def __init__(self, width: int) -> None:
+        super().__init__()
+        self.width, self.up, self.down = width, nn.Linear(16, 4 * width), nn.Linear(3 * width, 16)
+        self.up._tp_packed_col_blocks, self.down._tp_packed_row_blocks = [1, 1, 2], [1, 2]  # type: ignore[assignment]
+
+    def forward(self, x: Tensor) -> Tensor:
+        y = self.up(x)
+        unit = y.shape[-1] // 4
+        gate, up, more = y.split([unit, unit, y.shape[-1] - 2 * unit], -1)
+        out: Tensor = self.down(torch.cat([F.silu(gate) * up, more], -1))
+        return out
+
+
+@pytest.mark.parametrize("size", SIZES)
+@pytest.mark.parametrize("blocks", [None, [1, 1, 2]])
+def test_packed_weights_of_diffusers(size: int, blocks: list[int] | None) -> None:
+    plan = {"up": PackedColwiseParallel(blocks), "down": PackedRowwiseParallel()}
+    program = programmed(Packed(8).eval(), (torch.randn(3, 16),), size, plan)
+    assert sharding_of(program, "up.weight") == (UnevenSharding(0, "tp", (1, 1, 2)),)
+    assert sharding_of(program, "down.weight") == (UnevenSharding(1, "tp", (1, 2)),)
+
+
+def test_packed_weights_of_diffusers_that_do_not_say_how() -> None:
+    model = nn.Sequential(nn.Linear(8, 8))
+    with pytest.raises(PlanError, match="PackedColwiseParallel says no blocks, and its module has no _tp_packed_col"):
+        programmed(model, (torch.randn(2, 8),), 2, {"0": PackedColwiseParallel()})
+    with pytest.raises(PlanError, match=r"'0.weight' of shape \[8, 8\] is to be cut on dim 0, in blocks of 1:2"):
+        programmed(model, (torch.randn(2, 8),), 2, {"0": PackedColwiseParallel([1, 2])})
+
+
+@pytest.mark.parametrize("size", SIZES)
+def test_flux_by_its_own_tensor_parallel_plan(size: int) -> None:
+    model, args, kwargs = models.flux()
+    program = md.capture(model, args, kwargs, mesh=md.Mesh(tp=size), parallel=md.TensorParallel("tp"))
+    assert len(program.distinct()) == 1
+    assert md.verify(program, model, args, kwargs).error <= 1e-5
+
+
+class Tied(nn.Module):
+    """Token ids -> logits, with one weight for both."""
+
+    def __init__(self, vocabulary: int) -> None:
+        super().__init__()
+        self.embed = nn.Embedding(vocabulary, 16, padding_idx=vocabulary - 1)
+        self.head = nn.Linear(16, vocabulary, bias=False)
+        self.head.weight = self.embed.weight
+
+    def forward(self, ids: Tensor) -> Tensor:
+        logits: Tensor = self.head(torch.tanh(self.embed(ids)))
+        return logits
+
+
+@pytest.mark.parametrize("vocabulary", [64, 101, 5])
+@pytest.mark.parametrize("size", SIZES)
+def test_vocabularies(vocabulary: int, size: int) -> None:
+    """Where a rank's rows begin is an input, so that ranks share a graph; a tied weight is held once."""
+    ids = torch.arange(vocabulary).unsqueeze(0)
+    plan = {"embed": "embedding_rowwise", "head": "colwise_gather_output"}
+    program = programmed(Tied(vocabulary).eval(), (ids,), size, plan)
+    assert [s.name for s in program.sources.values() if isinstance(s, Weight)] == ["embed.weight"]
+    assert Coordinate("tp") in md.lower(program).sources.values()
+
+
+def test_a_tied_weight_that_is_cut_in_two_ways() -> None:
+    plan = {"embed": "embedding_colwise", "head": "colwise_gather_output"}
+    program = programmed(Tied(64).eval(), (torch.arange(9).unsqueeze(0),), 2, plan)
+    assert sharding_of(program, "embed.weight") == (Sharding(1, "tp"),)
+    assert sharding_of(program, "head.weight") == (Sharding(0, "tp"),)
+
+
+def test_one_trace_serves_any_number_of_ranks(monkeypatch: pytest.MonkeyPatch) -> None:
+    traced: list[object] = []
+
+    def counted(*args: Any) -> Any:
+        traced.append(args)
+        return trace(*args)
+
+    monkeypatch.setattr(capture_model, "trace", counted)
+    model, args, kwargs = models.llama(heads=8, kv_heads=4)
+    for mesh in (md.Mesh(tp=8), md.Mesh(tp=64)):
+        plan = {name: style for name, style in dict(model.tp_plan).items() if "self_attn" not in name}  # type: ignore[arg-type]
+        program = md.capture(model, args, kwargs, mesh=mesh, parallel=md.TensorParallel("tp", plan=plan))
+        assert len(program.distinct()) == 1
+        assert md.lower(program).distinct()[0][1] == tuple(range(mesh.size))
+    assert len(traced) == 2
+
+
+EXPERTS = 4
+
+
+class Experts(nn.Module):
+    """Gate and up projections joined in one parameter, a form of expert code, a bias for each expert."""
+
+    def __init__(self, form: str, transposed: bool) -> None:
+        super().__init__()
+        self.form, self.transposed, self.num_experts = form, transposed, EXPERTS
+        up, down = (EXPERTS, 24, 16), (EXPERTS, 16, 12)
+        self.gate_up = nn.Parameter(torch.randn(*up).transpose(1, 2).contiguous() if transposed else torch.randn(*up))
+        self.down = nn.Parameter(torch.randn(*down).transpose(1, 2).contiguous() if transposed else torch.randn(*down))
+
+    def forward(self, x: Tensor, chosen: Tensor, weights: Tensor) -> Tensor:
+        gate_up, down = (p if self.transposed else p.transpose(1, 2) for p in (self.gate_up, self.down))
+        flat, rows = chosen.reshape(-1), x.repeat_interleave(chosen.shape[1], 0)
+        if self.form == "loop":
+            out = torch.zeros_like(x)
+            for expert in range(self.num_experts):
+                token, place = torch.where(chosen == expert)
+                gate, up = (x[token] @ gate_up[expert]).chunk(2, -1)
+                out = out.index_add(0, token, (F.silu(gate) * up) @ down[expert] * weights[token, place, None])
+            return out
+        if self.form == "batched":
+            flat = flat.clamp(max=self.num_experts - 1)  # what is elsewhere has the weight 0
+            gate, up = torch.bmm(rows[:, None], gate_up[flat])[:, 0].chunk(2, -1)
+            done = torch.bmm((F.silu(gate) * up)[:, None], down[flat])[:, 0]
+        else:
+            order = flat.argsort()
+            ends = (flat[None] <= torch.arange(self.num_experts)[:, None]).sum(1).to(torch.int32)
+            gate, up = F.grouped_mm(rows[order], gate_up, offs=ends).chunk(2, -1)
+            done = F.grouped_mm(F.silu(gate) * up, down, offs=ends)[order.argsort()]
+        mixed: Tensor = (done.view(*chosen.shape, -1) * weights.unsqueeze(-1)).sum(1)
+        return mixed
+
+
+class MoE(nn.Module):
+    def __init__(self, form: str = "batched", transposed: bool = False) -> None:
+        super().__init__()
+        self.router, self.experts = nn.Linear(16, EXPERTS), Experts(form, transposed)
+
+    def forward(self, x: Tensor) -> Tensor:
+        weights, chosen = self.router(x).softmax(-1).topk(2)
+        y: Tensor = x + self.experts(x, chosen, weights)
+        return y
+
+
+@pytest.mark.parametrize("size", SIZES)
+@pytest.mark.parametrize("form", ["batched", "grouped"])
+@pytest.mark.parametrize("transposed", [False, True])
+def test_experts_of_which_a_rank_has_a_part_each(form: str, transposed: bool, size: int) -> None:
+    torch.manual_seed(0)
+    plan = {
+        "experts.gate_up": "packed_rowwise" if transposed else "packed_colwise",
+        "experts.down": "colwise" if transposed else "rowwise",
+        "experts": "moe_tp_experts",
+    }
+    program = programmed(MoE(form, transposed).eval(), (torch.randn(7, 16),), size, plan)
+    assert sharding_of(program, "experts.gate_up") == (UnevenSharding(2 if transposed else 1, "tp", (1, 1)),)
+    assert sharding_of(program, "experts.down") == (Sharding(1 if transposed else 2, "tp"),)
+
+
+@pytest.mark.parametrize("size", SIZES)
+def test_experts_of_which_a_rank_has_some(size: int) -> None:
+    torch.manual_seed(0)
+    plan = {"experts.*": "grouped_gemm", "experts": "ep_dispatch_experts"}
+    model = MoE().eval()
+    program = programmed(model, (torch.randn(7, 16),), size, plan)
+    assert sharding_of(program, "experts.down") == (Sharding(0, "tp"),)
+    assert model.experts.num_experts == EXPERTS  # the user's model is as it was
+
+
+def test_experts_that_do_not_divide() -> None:
+    with pytest.raises(PlanError, match="'experts', a Experts, does not fit: 4 experts do not divide by the 3 ranks"):
+        programmed(MoE().eval(), (torch.randn(7, 16),), 3, {"experts": "ep_dispatch_experts"})
+
+
+def test_a_loop_over_the_experts_that_were_chosen_is_refused_with_the_way_out() -> None:
+    plan = {"experts.gate_up": "packed_colwise", "experts.down": "rowwise", "experts": "moe_tp_experts"}
+    with pytest.raises(CaptureError, match=r"MoE calls aten.nonzero.default, whose result's size") as error:
+        programmed(MoE("loop").eval(), (torch.randn(7, 16),), 2, plan)
+    assert "set_experts_implementation('grouped_mm')" in error.value.fix
+    assert "torch.where(chosen == expert)" in error.value.at
+
+
+@pytest.mark.parametrize("style", ["all_reduce", "gather", "moe_tp_experts"])
+def test_a_module_whose_results_are_terms_of_a_sum(style: str) -> None:
+    """One expert does nothing, and is summed with the rest; a parameter of a module has an entry of its own."""
+
+    class Terms(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.weight, self.same = nn.Parameter(torch.randn(8, 8)), nn.Identity()
+
+        def forward(self, x: Tensor) -> tuple[Tensor, str]:
+            return x.chunk(x.shape[-1] // self.weight.shape[1], -1)[0] @ self.weight.t() + self.same(x), "as it is"
+
+    class Model(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.up, self.terms = nn.Linear(8, 8), Terms()
+
+        def forward(self, x: Tensor) -> Tensor:
+            hidden = torch.relu(self.up(x))
+            y: Tensor = self.terms(hidden)[0]
+            return y
+
+    plan = {"terms": style, "terms.same": "moe_identity_expert", "up": "replicate"}
+    model = Model().eval()
+    with torch.no_grad():
+        model.terms.weight.zero_()
+    programmed(model, (torch.randn(3, 8),), 2, plan)
+
+
+class Attention(nn.Module):
+    """Grouped-query attention with a sink for each head of queries, whose keys are repeated by hand."""
+
+    def __init__(self, heads: int, kv_heads: int, head_dim: int = 8) -> None:
+        super().__init__()
+        self.head_dim, self.num_key_value_groups = head_dim, heads // kv_heads
+        self.q_proj = nn.Linear(16, heads * head_dim)
+        self.k_proj, self.v_proj = nn.Linear(16, kv_heads * head_dim), nn.Linear(16, kv_heads * head_dim)
+        self.o_proj, self.sinks = nn.Linear(heads * head_dim, 16), nn.Parameter(torch.randn(heads))
+
+    def forward(self, x: Tensor) -> Tensor:
+        q, k, v = (
+            p(x).unflatten(-1, (-1, self.head_dim)).transpose(1, 2) for p in (self.q_proj, self.k_proj, self.v_proj)
+        )
+        k, v = (t.repeat_interleave(self.num_key_value_groups, 1) for t in (k, v))
+        y = F.scaled_dot_product_attention(q, k, v) * self.sinks.sigmoid()[:, None, None]
+        out: Tensor = self.o_proj(y.transpose(1, 2).flatten(2))
+        return out
+
+
+ATTENTION = {
+    "attn.q_proj": "colwise",
+    "attn.k_proj": "colwise",
+    "attn.v_proj": "colwise",
+    "attn.o_proj": "rowwise",
+    "attn.sinks": "colwise",
+    "attn": "local_params",
+}
+
+
+@pytest.mark.parametrize(("kv_heads", "size"), [(4, 2), (1, 2), (1, 4), (2, 4)])
+def test_key_value_heads_fewer_than_the_ranks(kv_heads: int, size: int) -> None:
+    """Each is held by the ranks that have the queries to it."""
+    model = nn.ModuleDict({"attn": Attention(8, kv_heads)}).eval()
+    model.forward = lambda x: model["attn"](x)
+    program = programmed(model, (torch.randn(1, 6, 16),), size, ATTENTION)
+    copies = max(1, size // kv_heads)
+    expected = Sharding(0, "tp") if copies == 1 else UnevenSharding(0, "tp", copies=copies)
+    assert sharding_of(program, "attn.k_proj.weight") == sharding_of(program, "attn.v_proj.bias") == (expected,)
+    assert sharding_of(program, "attn.sinks") == (Sharding(0, "tp"),)
+    assert model["attn"].num_key_value_groups == 8 // kv_heads
+
+
+def test_heads_that_do_not_divide() -> None:
+    model = nn.ModuleDict({"attn": Attention(6, 3)}).eval()
+    model.forward = lambda x: model["attn"](x)
+    with pytest.raises(
+        PlanError, match=r"'attn.q_proj' has 6 heads, which do not divide by the 4 ranks.*: 2 left over"
+    ):
+        programmed(model, (torch.randn(1, 6, 16),), 4, ATTENTION)
+    with pytest.raises(PlanError, match=r"'attn.k_proj' has 3 key/value heads, which do not divide by the 2 ranks"):
+        programmed(model, (torch.randn(1, 6, 16),), 2, ATTENTION)
+
+
+def test_entries_that_name_nothing() -> None:
+    """A plan serves several configurations: what this one lacks is a warning, whatever its style."""
+    model, x = MLP(32).eval(), torch.randn(2, 16)
+    with pytest.warns(PlanWarning, match=r"module 'gate' that MLP does not have; use a name .*'"):
+        programmed(model, (x,), 2, {"up": "colwise", "gate": "a style of the future", "down": "rowwise"})
+    model.tp_plan = {"up": "colwise", "gate": "colwise", "down": "rowwise"}  # type: ignore[assignment]
+    with warnings.catch_warnings():  # its own plan serves other configurations, too
+        warnings.simplefilter("error", PlanWarning)
+        md.capture(model, (x,), mesh=md.Mesh(tp=2), parallel=md.TensorParallel("tp"))
+    with pytest.raises(PlanError, match="'up' the style 'a style of the future', which is not known"):
+        programmed(model, (x,), 2, {"up": "a style of the future"})
+
+
+def test_styles_that_do_not_fit() -> None:
+    model, x = nn.Sequential(nn.LayerNorm(8), nn.Embedding(8, 8, max_norm=1.0)), torch.randn(2, 8)
+    for style in ("colwise", "rowwise"):
+        with pytest.raises(PlanError, match="the style of module '0', a LayerNorm, does not fit"):
+            programmed(model, (x,), 2, {"0": style})
+    with pytest.raises(PlanError, match="has a max_norm"):
+        programmed(model, (x,), 2, {"1": "embedding_rowwise"})
+
+
+@pytest.mark.parametrize(
+    ("sharding", "parts"),
+    [
+        (UnevenSharding(0, "tp"), [[0, 1, 2, 3], [4, 5, 6, 0]]),
+        (UnevenSharding(0, "tp", (3, 4)), [[0, 1, 3, 4], [2, 0, 5, 6]]),
+        (UnevenSharding(0, "tp", copies=2), [[0, 1, 2, 3, 4, 5, 6]] * 2),
+    ],
+)
+def test_parts_of_weights_that_are_uneven(sharding: UnevenSharding, parts: list[list[int]]) -> None:
+    weight = Weight("w", (7,), torch.int64, (sharding,))
+    found = [weight.local(torch.arange(7), md.Mesh(tp=2), rank).tolist() for rank in range(2)]
+    assert found == parts
+    assert [sum(sharding.extents(7, 2))] * 2 == [len(part) for part in parts]
+
+
+def test_with_a_sequence_split_along_another_axis() -> None:
+    class Model(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.embed, self.attn, self.head = nn.Embedding(33, 16), Attention(4, 2), nn.Linear(16, 33)
+
+        def forward(self, ids: Tensor) -> Tensor:
+            logits: Tensor = self.head(self.attn(self.embed(ids)))
+            return logits
+
+    model, ids = Model().eval(), torch.arange(8).unsqueeze(0)
+    plan = {**ATTENTION, "embed": "embedding_rowwise", "head": "colwise_gather_output"}
+    split = md.ContextParallel("cp", plan={"": {"ids": md.Split(1)}, "head": md.Gather(1)}, strategy="allgather_kv")
+    both = (md.TensorParallel("tp", plan=plan), split)
+    program = md.capture(model, (ids,), mesh=md.Mesh(tp=2, cp=2), parallel=both)
+    assert len(program.distinct()) == 1
+    assert md.verify(program, model, (ids,)).error <= 1e-5

@@ -1,0 +1,325 @@
+"""The named styles of tensor-parallel plans, as cuts of weights and hooks in the collective IR.
+
+A style says which part of a weight a rank holds, and what is sent where its module is called: the module's own code
+runs on its rank's part of the weights, all tensors being plain ones.  What differs between ranks, such as where a
+rank's rows of a vocabulary begin, is computed from ``shard``, which lowering turns into an input.  So one graph serves
+all ranks, however many there are.
+
+A dim that does not divide is filled up with zeros at its end.  What zeros in a weight make reaches the result in two
+ways only: through a product whose weight is zero there as well, or in a gathered result, from which it is cut off.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from torchtrt_md.errors import PlanError
+from torchtrt_md.graph.source import running_line
+from torchtrt_md.lowering import ops
+from torchtrt_md.program import Sharding, UnevenSharding
+
+Args = tuple[Any, ...]
+
+
+@dataclass(frozen=True)
+class Axis:
+    """The ranks that a plan is for, and what they send each other."""
+
+    name: str
+    size: int
+
+    def sum(self, x: Tensor) -> Tensor:
+        """x of all ranks, added."""
+        summed: Tensor = ops.all_reduce(x.contiguous(), "sum", self.name, self.size)
+        return summed
+
+    def whole(self, x: Tensor, extent: int) -> Tensor:
+        """The parts of the last dim of all ranks, one after the other, as far as ``extent``."""
+        gathered: Tensor = ops.all_gather(x, x.dim() - 1, self.name, self.size)
+        return gathered if gathered.shape[-1] == extent else gathered.narrow(-1, 0, extent)
+
+    def mine(self, x: Tensor) -> Tensor:
+        """This rank's part of the last dim of what all ranks have."""
+        missing = -x.shape[-1] % self.size
+        x = nn.functional.pad(x, (0, missing)) if missing else x
+        part: Tensor = ops.shard(x, x.dim() - 1, self.name, self.size)
+        return part
+
+    def first(self, step: int, like: Tensor) -> Tensor:
+        """``step`` times this rank's place along the axis, int64 [1], on the device of ``like``."""
+        starts = torch.arange(0, self.size * step, step, device=like.device)
+        start: Tensor = ops.shard(starts, 0, self.name, self.size)
+        return start
+
+
+@dataclass(frozen=True)
+class Cut:
+    """A weight is cut on ``dim``, counted from the first; see :class:`UnevenSharding`."""
+
+    dim: int
+    blocks: tuple[int, ...] = (1,)
+    copies: int = 1
+
+    def sharding(self, shape: Sequence[int], axis: Axis) -> Sharding | UnevenSharding:
+        """As the program has it; a plain one where the parts are views of the whole."""
+        if len(self.blocks) == self.copies == 1 and shape[self.dim] % axis.size == 0:
+            return Sharding(self.dim, axis.name)
+        return UnevenSharding(self.dim, axis.name, self.blocks, self.copies)
+
+    def local(self, shape: Sequence[int], axis: Axis) -> list[int]:
+        """The shape of a rank's part."""
+        uneven = UnevenSharding(self.dim, axis.name, self.blocks, self.copies)
+        extent = sum(uneven.extents(shape[self.dim], axis.size))
+        return [extent if dim == self.dim else whole for dim, whole in enumerate(shape)]
+
+
+class Style:
+    """What is done about one module, or one parameter, that a plan names."""
+
+    def cut(self, module: nn.Module, name: str, shape: tuple[int, ...]) -> Cut | None:
+        """Which part of the module's parameter a rank holds; None for all of it."""
+        return None
+
+    def hooks(self, module: nn.Module, axis: Axis) -> Hooks | None:
+        """What is done before and behind the module; None for nothing.
+
+        Raises:
+            PlanError: the style is not for such a module.
+        """
+        return None
+
+
+@dataclass(frozen=True)
+class Hooks:
+    """``before`` takes and returns the positional arguments; ``behind`` takes the result too and returns it."""
+
+    before: Callable[[Args], Args] | None = None
+    behind: Callable[[Args, Any], Any] | None = None
+
+    def put_on(self, module: nn.Module) -> None:
+        """The module is then called so."""
+        before, behind = self.before, self.behind
+        if before is not None:
+            module.register_forward_pre_hook(lambda _, args: before(args))
+        if behind is not None:
+            module.register_forward_hook(lambda _, args, result: behind(args, result))
+
+
+@dataclass(frozen=True)
+class Colwise(Style):
+    """A linear layer of which a rank computes a part of the result; an embedding, a part of each row."""
+
+    gather: bool = False
+    blocks: tuple[int, ...] = (1,)
+    copies: int = 1
+
+    def cut(self, module: nn.Module, name: str, shape: tuple[int, ...]) -> Cut | None:
+        if isinstance(module, nn.Embedding):
+            return Cut(1)
+        return Cut(max(len(shape) - 2, 0), self.blocks, self.copies)
+
+    def hooks(self, module: nn.Module, axis: Axis) -> Hooks | None:
+        extent = getattr(module, "out_features", getattr(module, "embedding_dim", None))
+        if not isinstance(extent, int):
+            raise PlanError(f"a {type(module).__name__} has no out_features", fix=_FITS)
+        return Hooks(behind=lambda _, y: axis.whole(y, extent)) if self.gather else None
+
+
+@dataclass(frozen=True)
+class Rowwise(Style):
+    """A linear layer of which a rank computes one term of the sum; an embedding of which it has some of the rows.
+
+    ``split``: the argument is whole and the layer takes this rank's part of it.
+    """
+
+    split: bool = False
+    blocks: tuple[int, ...] = (1,)
+
+    def cut(self, module: nn.Module, name: str, shape: tuple[int, ...]) -> Cut | None:
+        if isinstance(module, nn.Embedding):
+            return Cut(0)
+        return None if name == "bias" else Cut(len(shape) - 1, self.blocks)
+
+    def hooks(self, module: nn.Module, axis: Axis) -> Hooks | None:
+        if isinstance(module, nn.Embedding):
+            return _vocabulary(module, axis)
+        extent = getattr(module, "in_features", None)
+        if not isinstance(extent, int):
+            raise PlanError(f"a {type(module).__name__} has no in_features", fix=_FITS)
+        (local,) = Cut(0, self.blocks).local([extent], axis)
+        held: list[Any] = []
+        kind = f"{type(module).__name__} of {extent} to {getattr(module, 'out_features', '?')} features"
+
+        def before(args: Args) -> Args:
+            x = axis.mine(args[0]) if self.split else args[0]
+            if x.shape[-1] != local:
+                raise PlanError(
+                    f"a {kind} with the style rowwise takes this rank's {local} of them, and is called with"
+                    f" {x.shape[-1]}",
+                    at=running_line(),
+                    fix="give what feeds it the style colwise, or this module rowwise_split_input where its argument"
+                    " is whole on every rank",
+                )
+            # Added once, behind the sum.
+            held.append(module._parameters.get("bias"))
+            if held[-1] is not None:
+                module._parameters["bias"] = None
+            return (x, *args[1:])
+
+        def behind(_: Args, y: Any) -> Any:
+            bias, y = held.pop(), axis.sum(y)
+            if bias is None:
+                return y
+            module._parameters["bias"] = bias
+            return y + bias
+
+        return Hooks(before, behind)
+
+
+def _vocabulary(module: nn.Embedding, axis: Axis) -> Hooks:
+    """An embedding of which each rank has a part of the rows; what it has none of is zero in its term of the sum."""
+    rows = -(-module.num_embeddings // axis.size)
+    if module.max_norm is not None:
+        raise PlanError("the embedding has a max_norm, for which it writes to its weight", fix=_FITS)
+
+    def mine(ids: Tensor) -> tuple[Tensor, Tensor]:
+        local = ids - axis.first(rows, ids)
+        return local, (local >= 0) & (local < rows)
+
+    def before(args: Args) -> Args:
+        local, there = mine(args[0])
+        kept.append(there)
+        return (torch.where(there, local, 0), *args[1:])
+
+    def behind(_: Args, y: Any) -> Any:
+        there = kept.pop()
+        return axis.sum(torch.where(there.unsqueeze(-1), y, 0.0))
+
+    kept: list[Tensor] = []
+    module.padding_idx = None  # says something about gradients only, and is a row of the whole
+    return Hooks(before, behind)
+
+
+@dataclass(frozen=True)
+class Summed(Style):
+    """Ranks compute terms of the module's result, or of the first of its results."""
+
+    def hooks(self, module: nn.Module, axis: Axis) -> Hooks | None:
+        def behind(_: Args, y: Any) -> Any:
+            if isinstance(y, tuple):
+                return (axis.sum(y[0]), *y[1:])
+            return None if y is None else axis.sum(y)
+
+        return Hooks(behind=behind)
+
+
+@dataclass(frozen=True)
+class OneTerm(Style):
+    """All ranks compute the same, and what becomes of it is summed: each passes on its share."""
+
+    def hooks(self, module: nn.Module, axis: Axis) -> Hooks | None:
+        return Hooks(before=lambda args: (args[0] / axis.size, *args[1:]))
+
+
+@dataclass(frozen=True)
+class ByExpert(Style):
+    """A parameter that has an entry for each expert, of which a rank has some."""
+
+    def cut(self, module: nn.Module, name: str, shape: tuple[int, ...]) -> Cut | None:
+        return Cut(0)
+
+
+@dataclass(frozen=True)
+class Dispatched(Style):
+    """Experts of which a rank has some, called with (tokens, the experts of each, their weights).
+
+    As transformers has it, the number of the first expert that is not there stands for all that are elsewhere.
+    """
+
+    def hooks(self, module: nn.Module, axis: Axis) -> Hooks | None:
+        experts = getattr(module, "num_experts", None)
+        if not isinstance(experts, int):
+            raise PlanError(f"a {type(module).__name__} has no num_experts", fix=_FITS)
+        if experts % axis.size:
+            raise PlanError(
+                f"{experts} experts do not divide by the {axis.size} ranks of axis {axis.name!r}:"
+                f" {experts % axis.size} left over",
+                fix=f"use an axis whose size divides {experts}",
+            )
+        here = experts // axis.size
+        module.num_experts = here  # type: ignore[assignment]
+        module._is_expert_parallel = True  # type: ignore[assignment]
+
+        def before(args: Args) -> Args:
+            tokens, chosen, weights, *rest = args
+            local = chosen - axis.first(here, chosen).to(chosen.dtype)
+            there = (local >= 0) & (local < here)
+            return (tokens, torch.where(there, local, here), torch.where(there, weights, 0.0), *rest)
+
+        return Hooks(before, lambda _, y: axis.sum(y))
+
+
+_FITS = (
+    "colwise and rowwise are for linear layers and embeddings, packed ones for linear layers and for parameters that"
+    " join several; or leave the module out of the plan"
+)
+_WHOLE = Style()
+
+# The names in the plans of transformers and diffusers.
+STYLES: Mapping[str, Style] = {
+    "colwise": Colwise(),
+    "colwise_gather_output": Colwise(gather=True),
+    "colwise_rep": Colwise(gather=True),
+    "rowwise": Rowwise(),
+    "rowwise_split_input": Rowwise(split=True),
+    "rowwise_rep": Rowwise(split=True),
+    "embedding_rowwise": Rowwise(),
+    "embedding_colwise": Colwise(gather=True),
+    "packed_colwise": Colwise(blocks=(1, 1)),
+    "packed_rowwise": Rowwise(blocks=(1, 1)),
+    "moe_tp_experts": Summed(),
+    "all_reduce": Summed(),
+    "gather": Summed(),
+    "moe_identity_expert": OneTerm(),
+    "grouped_gemm": ByExpert(),
+    "ep_dispatch_experts": Dispatched(),
+    # Ranks do the same as the whole model, or as their weights have it; what these add concerns gradients, or DTensor.
+    "replicate": _WHOLE,
+    "replicated_with_grad_allreduce": _WHOLE,
+    "mla_kv_a_proj": _WHOLE,
+    "local_params": _WHOLE,
+}
+
+
+def style_of(entry: object, module: nn.Module | None) -> Style | None:
+    """The style that an entry of a plan names, or that diffusers has a class for; None where it is neither.
+
+    diffusers' packed styles say how large the parts are that one weight joins, or leave it to the module.
+
+    Raises:
+        PlanError: neither of them says it.
+    """
+    if isinstance(entry, str):
+        return STYLES.get(entry)
+    found = _PACKED.get(type(entry).__name__)
+    if found is None or not hasattr(entry, "blocks"):
+        return None
+    style, attribute = found
+    blocks = entry.blocks or getattr(module, attribute, None)
+    if not blocks:
+        raise PlanError(
+            f"{type(entry).__name__} says no blocks, and its module has no {attribute}",
+            fix="say how large the parts are that its weight joins, relatively: blocks=[1, 1]",
+        )
+    return style(blocks=tuple(blocks))
+
+
+_PACKED: Mapping[str, tuple[type[Colwise] | type[Rowwise], str]] = {
+    "PackedColwiseParallel": (Colwise, "_tp_packed_col_blocks"),
+    "PackedRowwiseParallel": (Rowwise, "_tp_packed_row_blocks"),
+}
