@@ -67,7 +67,7 @@ def ends(at: Rank) -> Found:
     return Found()
 
 
-def cases(device: str) -> list[Case]:
+def cases(device: str, ranks: int) -> list[Case]:
     found = [Case(run.__name__, run) for run in (passes, raises, differs, refuses, dies)]
     found += [Case("is silent", is_silent, seconds=2.0), Case("ends", ends, ends={1: 70}, says=("these words",))]
     return found
@@ -116,12 +116,12 @@ def test_what_is_not_run_by_the_deadline_is_in_the_report(tmp_path: Path, monkey
     report = suite(tmp_path, monkeypatch, 1.0).run()
     assert {result.state for result in report.results} == {NOT_RUN}
     assert report.exit_code == 2
-    assert len(json.loads((tmp_path / "report.json").read_text())["results"]) == len(cases("cpu"))
+    assert len(json.loads((tmp_path / "report.json").read_text())["results"]) == len(cases("cpu", 2))
 
 
 @pytest.mark.parametrize("device", ["cuda", "cpu"])
 def test_names_are_unique_and_a_process_that_ends_does_so_last(device: str) -> None:
-    found = real_cases(device)
+    found = real_cases(device, 2)
     assert len({case.name for case in found}) == len(found)
     last = {case.launch: case.name for case in found}
     assert [case.name for case in found if case.ends and last[case.launch] != case.name] == []
@@ -142,7 +142,7 @@ def test_all_cases_without_a_gpu_pass(tmp_path: Path) -> None:
     report: dict[str, Any] = json.loads((tmp_path / "report.json").read_text())
     wrong = {r["name"]: r["message"] for r in report["results"] if r["state"] not in (PASSED, REFUSED)}
     assert (done.returncode, wrong) == (0, {}), done.stderr
-    assert [r["name"] for r in report["results"]] == [case.name for case in real_cases("cpu")]
+    assert [r["name"] for r in report["results"]] == [case.name for case in real_cases("cpu", 2)]
     assert sum(r["state"] == REFUSED for r in report["results"]) == 4
 
 
@@ -156,6 +156,6 @@ def test_a_fault_without_a_gpu(tmp_path: Path) -> None:
 
 
 def test_faults_on_gpus_are_in_launches_of_their_own() -> None:
-    found = faults.cases("cuda")
+    found = faults.cases("cuda", 2)
     assert len({case.name for case in found}) == len(found)
     assert all(len({c.name for c in found if c.launch == case.launch}) == 1 for case in found if case.ends)

@@ -48,7 +48,7 @@ OTHERS: list[tuple[str, Callable[[Rank], Found]]] = [
 ]
 
 
-def cases(device: str) -> list[Case]:
+def cases(device: str, ranks: int) -> list[Case]:
     """All cases, in the order in which they run."""
     gpu = device == "cuda"
     bundles = BUNDLES if gpu else CPU_BUNDLES

@@ -55,7 +55,7 @@ sys.stdin.read()
 """
 
 
-def cases(device: str) -> list[Case]:
+def cases(device: str, ranks: int) -> list[Case]:
     """All cases, in the order in which they run."""
     gpu = device == "cuda"
     bundle = (BUNDLES if gpu else CPU_BUNDLES)[0]

@@ -35,7 +35,7 @@ ENOUGH_SECONDS = 10.0  # for a case to be begun before the deadline
 class Cases(Protocol):
     """A module of cases."""
 
-    def cases(self, device: str) -> list[Case]: ...
+    def cases(self, device: str, ranks: int) -> list[Case]: ...
 
     def make(self, name: str) -> Call: ...
 
@@ -137,7 +137,7 @@ def main() -> None:
     rank = Rank(join(given["device"]), work, Path(given["record"]), module.make)
     if rank.rank == 0:
         rank.tell(versions=versions())
-    named = {case.name: case for case in module.cases(given["device"])}
+    named = {case.name: case for case in module.cases(given["device"], rank.size)}
     code = RANKS_DIFFER
     try:
         code = run_cases(rank, [named[name] for name in given["cases"]], given["until"])

@@ -105,7 +105,7 @@ class Suite:
         self.module, self.device, self.ranks, self.out, self.work = module, device, ranks, out, work
         self.start = time.time()
         self.until = self.start + deadline
-        found: list[Case] = importlib.import_module(module).cases(device)
+        found: list[Case] = importlib.import_module(module).cases(device, ranks)
         self.cases = {case.name: case for case in found if only in case.name}
         self.results = {name: Result(name) for name in self.cases}
         gpus = _lines(["nvidia-smi", "--query-gpu=name", "--format=csv,noheader"]) if device == "cuda" else []
