@@ -29,6 +29,7 @@ from torchtrt_md.errors import (
     ShardingError,
     TargetError,
     VerificationError,
+    WeightsError,
 )
 from torchtrt_md.mesh import Mesh
 from torchtrt_md.parallel import ContextParallel, DataParallel, Gather, Split, TensorParallel
@@ -70,6 +71,7 @@ __all__ = [
     "TargetError",
     "TensorParallel",
     "VerificationError",
+    "WeightsError",
     "__version__",
     "build",
     "capture",

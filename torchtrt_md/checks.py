@@ -54,12 +54,14 @@ def as_parallels(parallel: object) -> tuple[Parallel, ...]:
 
 
 def check_weights(weights: object) -> None:
-    """Dense weights by name."""
+    """Dense weights: a path, or tensors by name."""
     from torch import Tensor
 
     if weights is not None:
-        check_type("weights", weights, Mapping, "what state_dict() of the dense model returns")
-        assert isinstance(weights, Mapping)
+        check_type(
+            "weights", weights, (Mapping, str, Path), "the folder of the dense model's checkpoint, or its state_dict()"
+        )
+    if isinstance(weights, Mapping):
         for value in weights.values():
             check_type("weights", value, Tensor, "tensors by name, as state_dict() of the dense model returns them")
 
@@ -111,6 +113,7 @@ def check_export(
     placement: object,
     choices: object,
     dense: object,
+    weights: object,
     coordinates_inside: object,
     format: object,
     weight_streaming: object,
@@ -136,6 +139,7 @@ def check_export(
         check_type("choices", choices, Choices, "the choices of a runner that md.compile(..., tune=True) made")
     if dense is not None:
         check_type("dense", dense, nn.Module, "the dense model, as it was before parallelize_module")
+    check_weights(weights)
     check_choice("weight_streaming", weight_streaming, (True, False))
     check_choice("strip_weights", strip_weights, (True, False))
     if dump is not None:

@@ -87,6 +87,10 @@ class BundleError(MDError):
     """A bundle that is damaged, of another version, or not made for this launch."""
 
 
+class WeightsError(MDError):
+    """Weights that were given as files or tensors are damaged, or not those of the model."""
+
+
 class InputError(MDError, ValueError):
     """An input at run time that is not what the engines were built for."""
 

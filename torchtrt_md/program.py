@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
-from typing import NamedTuple
+from typing import TYPE_CHECKING, NamedTuple
 
 import msgspec
 import torch
@@ -14,6 +14,9 @@ from torch.utils._pytree import TreeSpec
 
 from torchtrt_md.errors import CaptureError
 from torchtrt_md.mesh import Mesh
+
+if TYPE_CHECKING:
+    from torchtrt_md.checkpoint import Checkpoint
 
 
 class Sharding(NamedTuple):
@@ -98,22 +101,54 @@ class Weights:
     """The model's weights by name, whole where this process has them, else as this process's DTensor shards.
 
     What is whole is the model's own parameter or buffer.  ``unrelated`` are names of weights of which nothing says that
-    they are equal on all ranks: plain tensors of a model that communicates by itself.
+    they are equal on all ranks: plain tensors of a model that communicates by itself.  ``given`` are the names of those
+    that are in ``checkpoint``, and under which name there; each part of them is read when it is asked for.
     """
 
     whole: Mapping[str, Tensor]
     shards: Mapping[str, Tensor] = field(default_factory=dict)
     rank: int = 0  # whose shards these are
     unrelated: frozenset[str] = frozenset()
+    given: Mapping[str, str] = field(default_factory=dict)
+    checkpoint: Checkpoint | None = None
 
-    def local(self, weight: Weight, mesh: Mesh, rank: int) -> Tensor:
-        """This rank's part of a weight, without a copy unless it is joined of several or cut unevenly.
+    def check_values(self, weights: Iterable[Weight]) -> None:
+        """Refuse weights on meta of which nothing says what they are.  Ask before they are wanted one by one.
 
         Raises:
-            CaptureError: the process has only another rank's shard.
+            CaptureError: naming them.
+        """
+        leaves = [leaf.name for weight in weights for leaf in weight.parts or (weight,)]
+        held = {**self.whole, **self.shards}
+        if lacking := [name for name in dict.fromkeys(leaves) if name not in self.given and held[name].is_meta]:
+            raise self._valueless(lacking)
+
+    def _valueless(self, names: Sequence[str]) -> CaptureError:
+        more = f" and {len(names) - 1} more" if len(names) > 1 else ""
+        if self.checkpoint is None:
+            return CaptureError(
+                f"the weight {names[0]!r}{more} of the model is on meta and has no value",
+                fix="pass weights=..., the folder of the model's checkpoint",
+            )
+        return CaptureError(
+            f"the weight {names[0]!r}{more} of the model is on meta, and is not in {self.checkpoint.where}",
+            fix="let the model's constructor make what no checkpoint has, such as tables, with values: put only the"
+            " parameters on meta, as accelerate's init_empty_weights() does, or assign it a tensor",
+        )
+
+    def local(self, weight: Weight, mesh: Mesh, rank: int) -> Tensor:
+        """This rank's part of a weight, without a copy unless it is joined of several, cut unevenly, or read.
+
+        Raises:
+            CaptureError: the process has only another rank's shard, or it has no value.
+            WeightsError: it cannot be read any more.
         """
         if weight.parts:
             return torch.cat([self.local(part, mesh, rank) for part in weight.parts])
+        if weight.name in self.given:
+            assert self.checkpoint is not None
+            return self.checkpoint.part(self.given[weight.name], weight.shardings, mesh, rank)
+        self.check_values([weight])
         if weight.name in self.whole:
             return weight.local(self.whole[weight.name].detach(), mesh, rank)
         if weight.shardings and rank != self.rank:
@@ -162,6 +197,11 @@ class ShardedProgram:
     opaque: tuple[str, ...] = ()
     lowered: bool = False
     counts: Mapping[str, int] = field(default_factory=dict)
+
+    def read(self) -> list[Weight]:
+        """The weights that the graph of some rank reads."""
+        nodes = {node.name for graph, _ in self.distinct() for node in placeholders(graph) if node.users}
+        return [s for name, s in self.sources.items() if isinstance(s, Weight) and name in nodes]
 
     @property
     def inputs(self) -> tuple[Value, ...]:

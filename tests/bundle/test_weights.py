@@ -10,7 +10,8 @@ from torch import Tensor
 
 from bundle import bundle_samples
 from torchtrt_md.bundle.read import read_manifest
-from torchtrt_md.bundle.weights import DTYPES, check_weights, load_weights, rank_weights, save_weights
+from torchtrt_md.bundle.weights import check_weights, load_weights, rank_weights, save_weights
+from torchtrt_md.checkpoint import DTYPES
 from torchtrt_md.errors import BundleError
 from torchtrt_md.segment import Binding, Wire
 

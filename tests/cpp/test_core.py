@@ -18,7 +18,8 @@ from torchtrt_md.build.flavour import flavour
 from torchtrt_md.bundle.manifest import Manifest
 from torchtrt_md.bundle.read import parse_manifest
 from torchtrt_md.bundle.structure import mesh_of
-from torchtrt_md.bundle.weights import DTYPES, save_weights
+from torchtrt_md.bundle.weights import save_weights
+from torchtrt_md.checkpoint import DTYPES
 from torchtrt_md.errors import BundleError
 from torchtrt_md.program import dtype_name, part
 from torchtrt_md.selftest import OPS, RING, expected, operand

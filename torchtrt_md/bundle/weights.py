@@ -8,7 +8,7 @@ copy of a rank's whole shard, since its parts of the weights are views; so the w
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -19,37 +19,25 @@ from torch import Tensor
 
 from torchtrt_md.bundle.files import plain_file
 from torchtrt_md.bundle.manifest import Manifest
-from torchtrt_md.errors import BundleError
+from torchtrt_md.checkpoint import DTYPES, opened
+from torchtrt_md.errors import BundleError, WeightsError
 from torchtrt_md.program import dtype_name
 from torchtrt_md.segment import Binding
 
-# PyTorch's name of a dtype -> the format's.
-DTYPES = {
-    "float64": "F64",
-    "float32": "F32",
-    "float16": "F16",
-    "bfloat16": "BF16",
-    "float8_e4m3fn": "F8_E4M3",
-    "float8_e5m2": "F8_E5M2",
-    "int64": "I64",
-    "int32": "I32",
-    "int16": "I16",
-    "int8": "I8",
-    "uint64": "U64",
-    "uint32": "U32",
-    "uint16": "U16",
-    "uint8": "U8",
-    "bool": "BOOL",
-}
 _ALIGNMENT = 8  # of the tensors' bytes in the file
 
 
-def save_weights(tensors: Mapping[str, Tensor], file: Path) -> None:
+def save_weights(tensors: Mapping[str, Tensor], file: Path, value_of: Callable[[str], Tensor] | None = None) -> None:
     """Write tensors, on any device and of any strides.  Equal tensors under equal names give equal files.
+
+    Args:
+        tensors: by name; where ``value_of`` is given their dtypes and shapes only, as of tensors on meta.
+        value_of: gives the tensor of a name, which is let go of before the next is asked for.
 
     Raises:
         BundleError: a tensor that is not dense or of a dtype that the format lacks.
     """
+    value_of = value_of or tensors.__getitem__
     # The largest elements first, as the format's own writer has it: every tensor is then aligned for its dtype.
     names = sorted(tensors, key=lambda name: (-tensors[name].itemsize, name))
     header, end = {}, 0
@@ -69,7 +57,9 @@ def save_weights(tensors: Mapping[str, Tensor], file: Path) -> None:
         out.write(len(text).to_bytes(8, "little"))
         out.write(text)
         for name in names:
-            flat = tensors[name].detach().cpu().contiguous().reshape(-1)
+            value = value_of(name)
+            assert (value.shape, value.dtype) == (tensors[name].shape, tensors[name].dtype), name
+            flat = value.detach().cpu().contiguous().reshape(-1)
             out.write(flat.view(torch.uint8).numpy().data)
 
 
@@ -79,7 +69,7 @@ def load_weights(file: Path, names: Iterable[str], device: torch.device | str) -
     Raises:
         BundleError: not a whole safetensors file, or a name that it lacks.
     """
-    with opened(file, torch.device(device)) as stored:
+    with _opened(file, torch.device(device)) as stored:
         there = set(stored.keys())
         found: dict[str, Tensor] = {}
         for name in names:
@@ -97,7 +87,7 @@ def check_weights(file: Path, bindings: Iterable[Binding]) -> None:
     Raises:
         BundleError: a missing name, or another dtype or shape, naming both.
     """
-    with opened(file, torch.device("cpu")) as stored:
+    with _opened(file, torch.device("cpu")) as stored:
         there = set(stored.keys())
         for binding in bindings:
             name = binding.weight
@@ -135,23 +125,17 @@ def rank_weights(folder: Path | str, manifest: Manifest, rank: int, device: torc
 
 
 @contextmanager
-def opened(file: Path, device: torch.device) -> Iterator[Any]:
-    """A safetensors file, as the library reads it.
+def _opened(file: Path, device: torch.device) -> Iterator[Any]:
+    """A file of weights.
 
     Raises:
         BundleError: it is no whole one.
     """
-    from safetensors import SafetensorError, safe_open  # only programs with weights of their own need it
-
-    if file.exists() and not file.is_file():  # the library would wait for a pipe to be written
-        raise BundleError(f"{file} is no plain file", fix="copy the bundle again, whole, or export it again")
     try:
-        with safe_open(file, framework="pt", device=str(device)) as stored:
+        with opened(file, device) as stored:
             yield stored
-    except (SafetensorError, OSError) as error:
-        raise BundleError(
-            f"{file} is not a whole safetensors file: {error}", fix="copy the bundle again, whole, or export it again"
-        ) from error
+    except WeightsError as error:
+        raise BundleError(error.problem, fix="copy the bundle again, whole, or export it again") from error
 
 
 def _check_there(name: str, there: set[str], file: Path) -> None:

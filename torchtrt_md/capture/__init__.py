@@ -11,8 +11,9 @@ from typing import TYPE_CHECKING, Any
 from torchtrt_md.checks import as_parallels, check_call, check_mesh, check_weights
 
 if TYPE_CHECKING:
-    from torch import Tensor, nn
+    from torch import nn
 
+    from torchtrt_md.checkpoint import Given
     from torchtrt_md.mesh import Mesh
     from torchtrt_md.parallel import Parallel
     from torchtrt_md.program import ShardedProgram
@@ -25,7 +26,7 @@ def capture(
     *,
     mesh: Mesh,
     parallel: Parallel | Sequence[Parallel] = (),
-    weights: Mapping[str, Tensor] | None = None,
+    weights: Given = None,
 ) -> ShardedProgram:
     """Trace the graph of every rank of ``mesh``.
 
@@ -36,14 +37,17 @@ def capture(
         mesh: the mesh of the launch that the program is for.
         parallel: what is parallel: a :class:`ContextParallel`, a :class:`TensorParallel`, or several.  An axis of the
             mesh that nothing else uses needs a :class:`DataParallel`.
-        weights: dense weights by name, for a model whose parameters are DTensors already: this process
-            holds one rank's shards only, and other ranks' engines need the whole.
+        weights: dense weights, for a model whose parameters are DTensors already: this process holds one rank's
+            shards only, and other ranks' engines need the whole.  Or of a model whose parameters are on meta, of which
+            parts are then read when they are needed: a folder of safetensors files, one file, an index
+            (``model.safetensors.index.json``), or tensors by name.
 
     Raises:
         OptionError: an argument of another type.
         MeshError: an axis that the mesh lacks, or that nothing uses.
         PlanError: a plan that does not fit the model.
         CaptureError: the model cannot be traced.
+        WeightsError: the weights that were given are not those of the model.
 
     Warns:
         PlanWarning: an entry of a plan that applied to nothing in this call.

@@ -109,6 +109,11 @@ def _check_plain(name: str, tensor: Tensor) -> None:
     if tensor.layout != torch.strided or tensor.is_nested:
         kind = "nested" if tensor.is_nested else str(tensor.layout).removeprefix("torch.")
         raise CaptureError(f"argument {name!r} is a {kind} tensor", fix="pass a dense one: to_dense(), or padded")
+    if tensor.is_meta:
+        raise CaptureError(
+            f"argument {name!r} is on meta and has no value",
+            fix="make the parameters of the model on meta, if it is large, and the example arguments where it will run",
+        )
     if tensor.is_quantized:
         raise CaptureError(f"argument {name!r} is a quantized tensor", fix="pass dequantize() of it")
     if hasattr(tensor, "device_mesh"):

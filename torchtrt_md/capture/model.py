@@ -27,7 +27,8 @@ from torchtrt_md.capture.kept_state import KeptState
 from torchtrt_md.capture.marks import Marking, marking
 from torchtrt_md.capture.torch_private import as_written, coordinates, fake_mesh
 from torchtrt_md.capture.trace import LocalWeight, Trace, same_graph, trace
-from torchtrt_md.errors import CaptureError, MeshError, PlanError
+from torchtrt_md.checkpoint import Checkpoint, Given, listed
+from torchtrt_md.errors import CaptureError, MeshError, PlanError, WeightsError
 from torchtrt_md.mesh import Mesh, axis_names
 from torchtrt_md.parallel import ContextParallel, Parallel, TensorParallel
 from torchtrt_md.program import ShardedProgram, Value, Weight, Weights
@@ -39,7 +40,7 @@ def capture_model(
     kwargs: Mapping[str, Any],
     mesh: Mesh,
     parallels: Sequence[Parallel],
-    weights: Mapping[str, Tensor] | None,
+    weights: Given,
 ) -> ShardedProgram:
     """See :func:`torchtrt_md.capture`."""
     with as_written(model):
@@ -52,10 +53,11 @@ def _captured(
     kwargs: Mapping[str, Any],
     mesh: Mesh,
     parallels: Sequence[Parallel],
-    weights: Mapping[str, Tensor] | None,
+    weights: Given,
 ) -> ShardedProgram:
     check_axes(parallels, mesh)
     arguments = Arguments.of(model, args, kwargs)
+    held = _weights(model, weights, parallels)  # before the tracing, which may take minutes
     own = own_mesh(model)
     by_dtensor = any(isinstance(p, TensorParallel) and tensor_parallel.needs_mesh(model, p) for p in parallels)
     with _device_mesh(mesh, by_dtensor, own, arguments.device.type) as device_mesh:
@@ -82,7 +84,7 @@ def _captured(
     marks.check_used()
     check_axes_used(mesh, parallels, own, traces[0], groups)
     traces = traces if device_mesh is not None else traces * mesh.size
-    return _program(traces, mesh, parallels, groups, _weights(model, mesh, weights, parallels), arguments)
+    return _program(traces, mesh, parallels, groups, held, arguments)
 
 
 def own_mesh(model: nn.Module) -> DeviceMesh | None:
@@ -178,25 +180,70 @@ def _local_weights(
     return found
 
 
-def _weights(
-    model: nn.Module, mesh: Mesh, dense: Mapping[str, Tensor] | None, parallels: Sequence[Parallel]
-) -> Weights:
+def _weights(model: nn.Module, given: Given, parallels: Sequence[Parallel]) -> Weights:
     tensors: dict[str, Tensor] = dict(model.named_parameters(remove_duplicate=False))
     tensors |= dict(model.named_buffers(remove_duplicate=False))
     shards = {name: t.to_local().detach() for name, t in tensors.items() if isinstance(t, DTensor)}
     whole = {name: t for name, t in tensors.items() if name not in shards}
+    rank = dist.get_rank() if shards else 0
+    unrelated = frozenset() if parallels else frozenset(whole)
+    if given is not None and (not isinstance(given, Mapping) or any(t.is_meta for t in tensors.values())):
+        checkpoint = Checkpoint(given)
+        read = _read(model, tensors, checkpoint)
+        shards, whole = ({name: t for name, t in of.items() if name not in read} for of in (shards, whole))
+        return Weights(whole, shards, rank, unrelated, read, checkpoint)
     for name in shards:
-        if dense is not None and name in dense:
-            given, own = dense[name], tensors[name]
-            if (given.shape, given.dtype) != (own.shape, own.dtype):
+        if given is not None and name in given:
+            dense, own = given[name], tensors[name]
+            if (dense.shape, dense.dtype) != (own.shape, own.dtype):
                 raise PlanError(
-                    f"the dense weight {name!r} is {given.dtype} {list(given.shape)} and the model's is {own.dtype}"
+                    f"the dense weight {name!r} is {dense.dtype} {list(dense.shape)} and the model's is {own.dtype}"
                     f" {list(own.shape)}",
                     fix="pass the state_dict of the dense model that was parallelized",
                 )
-            whole[name] = dense[name].detach()
-    unrelated = frozenset() if parallels else frozenset(whole)
-    return Weights(whole, shards, dist.get_rank() if shards else 0, unrelated)
+            whole[name] = dense.detach()
+    return Weights(whole, shards, rank, unrelated)
+
+
+def _read(model: nn.Module, tensors: Mapping[str, Tensor], checkpoint: Checkpoint) -> dict[str, str]:
+    """The names of what is read from a checkpoint, each with its name there: one of those of tied weights.
+
+    A parameter has one source: the checkpoint, or the model where it is not on meta.  A buffer, such as a running mean,
+    is that of the checkpoint where it is there, else the model's own.
+
+    Raises:
+        WeightsError: a parameter that has none or two, a name that the model lacks, another dtype or shape.
+    """
+    parameters = dict(model.named_parameters(remove_duplicate=False))
+    if unexpected := sorted(checkpoint.forms.keys() - tensors.keys()):
+        raise WeightsError(
+            f"{checkpoint.where} has {listed(unexpected)}, and {type(model).__name__} has no weight of that name",
+            fix="give the checkpoint of this very class of model, and of no other",
+        )
+    tied: dict[int, list[str]] = {}
+    for name, tensor in tensors.items():
+        tied.setdefault(id(tensor), []).append(name)
+    read: dict[str, str] = {}
+    missing: list[str] = []
+    for names in tied.values():
+        there = [name for name in names if name in checkpoint.forms]
+        tensor = tensors[names[0]]
+        if not there:
+            missing += names[:1] if names[0] in parameters and tensor.is_meta else []
+            continue
+        if names[0] in parameters and not tensor.is_meta:
+            raise WeightsError(
+                f"the weight {names[0]!r} of {type(model).__name__} has a value, and {checkpoint.where} has one too",
+                fix="make the model on meta, with torch.device('meta'): ..., or load the checkpoint and leave weights"
+                " out",
+            )
+        for name in there:
+            checkpoint.check(name, tensor.dtype, tensor.shape)
+        checkpoint.check_equal(there)
+        read |= dict.fromkeys(names, there[0])
+    if missing:
+        raise checkpoint.missing(missing)
+    return read
 
 
 def _output_name(index: int, arguments: Arguments) -> str:

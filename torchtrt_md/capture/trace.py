@@ -171,6 +171,13 @@ def _check_result(model: nn.Module, leaves: Sequence[object]) -> None:
 
 def _check(graph: GraphModule) -> None:
     for node in graph.graph.nodes:
+        if node.op == "get_attr" and isinstance(held := getattr(graph, str(node.target)), Tensor) and held.is_meta:
+            raise CaptureError(
+                f"the model holds a tensor {list(held.shape)} on meta, which is no parameter and no buffer, and so has"
+                " no value",
+                fix="make it with its value: put parameters alone on meta, as accelerate's init_empty_weights() does",
+                at=next(filter(None, map(source_line, node.users)), ""),
+            )
         if not isinstance(node.target, torch._ops.OpOverload):
             continue
         if "scaled_dot_product" in str(node.target):

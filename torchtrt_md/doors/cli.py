@@ -61,6 +61,10 @@ def export(
         str, typer.Option(help="GPU to build for: sm80, sm86, sm89, sm120, portable, current")
     ] = "portable",
     verify: Annotated[bool, typer.Option(help="prove the program against the dense model first")] = True,
+    weights: Annotated[
+        Path | None,
+        typer.Option(metavar="FOLDER", help="the checkpoint of a model on meta: a folder of safetensors files"),
+    ] = None,
     weight_streaming: Annotated[
         bool, typer.Option("--weight-streaming", help="engines whose weights can stay in host memory")
     ] = False,
@@ -103,6 +107,7 @@ def export(
 
         call = (user.model, user.args, user.kwargs)
         how: dict[str, Any] = {"mesh": sizes, "parallel": parallel, "placement": placement, "check": verify}
+        how["weights"] = weights
         if out is None or dry_run:
             inside = format == "triton"
             proven = prove(*call, stages=Stages(progress), dump=dump, coordinates_inside=inside, **how)

@@ -11,6 +11,7 @@ from torch import nn
 from torchtrt_md.capture import capture
 from torchtrt_md.capture.model import own_mesh
 from torchtrt_md.capture.torch_private import root_mesh
+from torchtrt_md.checkpoint import Given
 from torchtrt_md.errors import LaunchError
 from torchtrt_md.launch import Launch
 from torchtrt_md.mesh import Mesh
@@ -24,7 +25,12 @@ from torchtrt_md.session import Session
 
 
 def compile(
-    model: nn.Module, args: Sequence[Any] = (), kwargs: Mapping[str, Any] | None = None, **options: Any
+    model: nn.Module,
+    args: Sequence[Any] = (),
+    kwargs: Mapping[str, Any] | None = None,
+    *,
+    weights: Given = None,
+    **options: Any,
 ) -> Runner:
     """Compile a model in a launched process group, ahead of time.  Collective: every rank calls it.
 
@@ -33,6 +39,9 @@ def compile(
             engines take weights as inputs they read the model's own.
         args: example positional arguments; tensors give the shapes and dtypes, all else is built in.
         kwargs: example keyword arguments.
+        weights: of a model whose parameters are on meta: the folder of its checkpoint in safetensors files, one file,
+            an index (``model.safetensors.index.json``), or tensors by name.  Each rank reads its own part of each
+            weight, one weight at a time.  It may be another path on another host.
         options: as :class:`torchtrt_md.options.Options` has them; where the model is dense
             ``mesh`` and ``parallel`` are needed.
 
@@ -41,6 +50,8 @@ def compile(
 
     Raises:
         OptionError: an unknown option, or a value that one cannot have.
+        CaptureError: the model has a weight on meta that nothing gives.
+        WeightsError: what ``weights`` gives is not the model's.
         MDError: of the stage that failed, the same on every rank.
     """
     chosen = Options.of(options)
@@ -48,13 +59,17 @@ def compile(
 
     def captured() -> ShardedProgram:
         mesh.check_launch(dist.get_world_size())  # a plan is read against the mesh, so a wrong one is said first
-        return capture(model, args, kwargs, mesh=mesh, parallel=chosen.parallels)
+        program = capture(model, args, kwargs, mesh=mesh, parallel=chosen.parallels, weights=weights)
+        program.weights.check_values(program.read())
+        return program
 
     def verify(program: ShardedProgram) -> None:
         from torchtrt_md.verification import verify
 
         if dist.get_rank() == 0:  # it runs the graphs of all ranks
-            verify(program, model, args, kwargs)
+            notes = verify(program, model, args, kwargs).notes
+            if chosen.report and notes:
+                print("\n".join(notes), flush=True)
 
     dense = own_mesh(model) is None
     return compile_program(

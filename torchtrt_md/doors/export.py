@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import Any, Literal
 
 import msgspec
+import torch
 from torch import nn
 
 from torchtrt_md.build.engine import BuiltEngine
@@ -19,6 +20,7 @@ from torchtrt_md.bundle.from_program import even, manifest_of
 from torchtrt_md.bundle.weights import save_weights
 from torchtrt_md.bundle.write import workspace, writing
 from torchtrt_md.capture import capture
+from torchtrt_md.checkpoint import Given
 from torchtrt_md.checks import check_export
 from torchtrt_md.choices import Choices
 from torchtrt_md.doors.triton import check_new, triton
@@ -76,6 +78,7 @@ def export(
     compute: Literal["tensorrt", "inductor"] = "tensorrt",
     choices: Choices | None = None,
     dense: nn.Module | None = None,
+    weights: Given = None,
     coordinates_inside: bool = False,
     format: Literal["bundle", "triton-python", "triton"] = "bundle",
     weight_streaming: bool = False,
@@ -98,6 +101,9 @@ def export(
         choices: what ``md.compile(..., tune=True)`` found: its ``runner.choices``.  It goes before ``placement``.
         dense: the dense model, where ``model`` is one that ``parallelize_module`` has sharded already: it has the
             weights of all ranks, and is what the program is compared with.
+        weights: of a model whose parameters are on meta: the folder of its checkpoint in safetensors files, one file,
+            an index (``model.safetensors.index.json``), or tensors by name.  They are read as they are needed, a
+            rank's part of each.  With ``strip_weights`` and no ``check`` none are needed.
         coordinates_inside: build each rank's place in the mesh into its engines, so that all ranks can be given the
             same inputs, at the price of engines of its own for each rank.  By default it is an input that the runner
             fills in.
@@ -124,6 +130,7 @@ def export(
         placement=placement,
         choices=choices,
         dense=dense,
+        weights=weights,
         coordinates_inside=coordinates_inside,
         format=format,
         weight_streaming=weight_streaming,
@@ -152,12 +159,14 @@ def export(
     stages = Stages(progress)
     with workspace(out) as folder:
         options = Options(mesh=mesh, parallel=parallel, placement=placement, compute=compute, target=target)
-        proven = _prove(model, args, kwargs, options, check, choices, dense, coordinates_inside, dump, stages)
+        later = set((dense or model).state_dict()) if strip_weights else set()
+        how = (check, choices, dense, weights, later, coordinates_inside, dump, stages)
+        proven = _prove(model, args, kwargs, options, *how)
         road, lowered, chosen = proven.road, proven.lowered, proven.choices
         if format == "triton":  # what can be told of before hours of building
             check_values(lowered.mesh, lowered.inputs, lowered.outputs)
         if strip_weights:
-            _check_given(lowered, dense or model)
+            _check_given(lowered, later)
         road.inside, road.progress = folder, stages.say
         road.streaming, road.strip = weight_streaming, strip_weights
         with stages("build") as say, writing(out):
@@ -165,7 +174,7 @@ def export(
             ranks, tests, files = _segments(built, folder)
             say(f"{_told(built)}, {target}")
         with stages("bundle") as say, writing(out):
-            given = _given(built, dense or model) if strip_weights else set()
+            given = _given(built, later)
             held = _weights(built, folder, files, given)
             described = manifest_of(lowered, ranks, chosen, target=target, weights=held, self_tests=tests, given=given)
             # Not in the folder itself, whose lock says that this process lives.
@@ -196,6 +205,7 @@ def prove(
     parallel: Parallel | Sequence[Parallel] = (),
     placement: Literal["auto", "engine", "split"] = "auto",
     check: bool = True,
+    weights: Given = None,
     coordinates_inside: bool = False,
     dump: Path | None = None,
     stages: Stages | None = None,
@@ -206,7 +216,8 @@ def prove(
         MDError: of the stage that failed.
     """
     options = Options(mesh=mesh, parallel=parallel, placement=placement)
-    return _prove(model, args, kwargs, options, check, None, None, coordinates_inside, dump, stages or Stages())
+    how = (check, None, None, weights, None, coordinates_inside, dump, stages or Stages())
+    return _prove(model, args, kwargs, options, *how)
 
 
 def _prove(
@@ -217,15 +228,22 @@ def _prove(
     check: bool,
     choices: Choices | None,
     dense: nn.Module | None,
+    weights: Given,
+    later: Collection[str] | None,
     coordinates_inside: bool,
     dump: Path | None,
     stages: Stages,
 ) -> Proven:
+    """As :func:`prove`.  ``later`` are the weights that are given at load; None where nothing will be built."""
     assert isinstance(options.mesh, Mesh)
     size = options.mesh.size
     with stages("capture") as say:
-        weights = None if dense is None else {**dict(dense.named_parameters()), **dict(dense.named_buffers())}
+        if dense is not None and weights is None:
+            weights = {**dict(dense.named_parameters()), **dict(dense.named_buffers())}
         captured = capture(model, args, kwargs, mesh=options.mesh, parallel=options.parallels, weights=weights)
+        if check or later is not None:  # before hours of building
+            needed = [w for w in captured.read() if check or w.name not in (later or ())]
+            captured.weights.check_values(needed)
         nodes = sum(node.op == "call_function" for node in captured.graphs[0].graph.nodes)
         say(f"{nodes} nodes, {_count(len(captured.distinct()), 'graph')} for {size} ranks")
     road = Road(captured, options, ranks=range(size))
@@ -282,17 +300,15 @@ def _segments(built: Built, folder: Path) -> tuple[list[list[Segment]], list[Seg
     return [named(parts) for parts in built.parts], named(built.self_tests), files
 
 
-def _check_given(program: ShardedProgram, model: nn.Module) -> None:
+def _check_given(program: ShardedProgram, saved: Collection[str]) -> None:
     """Refuse what the manifest would, of weights that are to be given at load."""
-    saved = set(model.state_dict())
     for source in program.sources.values():
         if isinstance(source, Weight) and source.name in saved:
             even(source)
 
 
-def _given(built: Built, model: nn.Module) -> set[str]:
-    """The weights that segments read and that the model's own checkpoint has."""
-    saved = set(model.state_dict())
+def _given(built: Built, saved: Collection[str]) -> set[str]:
+    """The weights that segments read and that the model's own checkpoint has, or of which it has all parts."""
     read = {w for parts in built.parts for part in parts for w in part.segment.weights}
     sources = [s for s in built.placed.program.sources.values() if isinstance(s, Weight) and s.name in read]
     return {s.name for s in sources if all(leaf.name in saved for leaf in s.parts or (s,))}
@@ -312,7 +328,12 @@ def _weights(built: Built, folder: Path, files: dict[str, Path], given: Collecti
         if names:
             file = folder / f"weights{members[0]}.safetensors"
             weights = ModelWeights(program, members[0])
-            save_weights({name: weights.local(name) for name in names}, file)
+            bindings = {b.weight: b for part in built.parts[members[0]] for b in part.segment.inputs}
+            forms = {
+                name: torch.empty(bindings[name].source_shape, dtype=bindings[name].dtype, device="meta")
+                for name in names
+            }
+            save_weights(forms, file, weights.local)
             files[file.name] = file
             for rank in members:
                 held[rank] = file.name

@@ -9,7 +9,7 @@ from typing import Literal, get_args
 import torch
 from torch import Tensor
 
-from torchtrt_md.bundle.given import Given, given_weights
+from torchtrt_md.bundle.given import given_weights
 from torchtrt_md.bundle.limits import MAX_GRAPH_BYTES
 from torchtrt_md.bundle.manifest import Manifest
 from torchtrt_md.bundle.read import (
@@ -21,6 +21,7 @@ from torchtrt_md.bundle.read import (
 )
 from torchtrt_md.bundle.structure import mesh_of
 from torchtrt_md.bundle.weights import rank_weights
+from torchtrt_md.checkpoint import Given
 from torchtrt_md.errors import LaunchError
 from torchtrt_md.graph.json import check_bindings, graph_from_json
 from torchtrt_md.launch import Launch

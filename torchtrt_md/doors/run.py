@@ -23,14 +23,14 @@ from torch import Tensor
 from torchtrt_md.bundle.read import manifest_digest, read_manifest
 from torchtrt_md.bundle.structure import mesh_of
 from torchtrt_md.doors.load import load
-from torchtrt_md.errors import InputError, LaunchError, MDError, OptionError, VerificationError
+from torchtrt_md.errors import BundleError, InputError, LaunchError, MDError, OptionError, VerificationError
 from torchtrt_md.program import Value, part
 from torchtrt_md.runtime.report import RankReport, Timing, rank_report, report, show_steps
 from torchtrt_md.runtime.runner import Runner
 from torchtrt_md.runtime.signature import Signature
 from torchtrt_md.runtime.timing import call_times
 from torchtrt_md.verification.compare import engine_ratio, rounding
-from torchtrt_md.verification.dense import Reference, dense_reference, precision_name
+from torchtrt_md.verification.dense import Reference, dense_reference, is_on_meta, precision_name
 from torchtrt_md.verification.simulate import Precision
 
 WARM_UP = 5
@@ -75,7 +75,8 @@ def run(
         bool, typer.Option("--timing", help="Time each engine, collective and op of a call, and engines by layer.")
     ] = False,
     weights: Annotated[
-        Path | None, typer.Option(metavar="PATH", help="Of a bundle without weights: a safetensors file, or a folder.")
+        Path | None,
+        typer.Option(metavar="PATH", help="Of a bundle or model without weights: safetensors, or a folder."),
     ] = None,
     weight_budget: Annotated[
         str, typer.Option(metavar="BYTES", help="Weights that stay on each GPU, or auto; without it, all do.")
@@ -129,13 +130,14 @@ def run_bundle(
         MDError: on every rank.  VerificationError: an output is too far from the dense model's.
     """
     device = join_launch(bundle, timeout)
+    stripped = bool(read_manifest(bundle).given)
     runner = load(
         bundle,
         device=device,
         timeout=timeout,
         check="first",
         cuda_graph=cuda_graph,
-        weights=weights,
+        weights=weights if stripped or verify is None else None,
         weight_budget=weight_budget,
         kernel_cache=kernel_cache,
     )
@@ -144,7 +146,7 @@ def run_bundle(
         compared = Comparison(None, {}, {}, {}, {})
         _check_finite(runner, runner(**inputs))
     else:
-        inputs, compared = _compare(runner, verify, seed, model_device)
+        inputs, compared = _compare(runner, verify, seed, model_device, weights, stripped)
     times = _time(runner, inputs, iterations) if iterations else None
     steps = runner.time_steps(inputs, STEP_CALLS) if timing else []
     mine = rank_report(runner, bundle, compared.errors, times, compared.places, steps)
@@ -265,8 +267,10 @@ def check_errors(ranks: Sequence[RankReport], compared: Comparison) -> None:
         )
 
 
-def _compare(runner: Runner, file: Path, seed: int, model_device: str) -> tuple[dict[str, Tensor], Comparison]:
-    """Run dense model and engines on the file's inputs; rank 0 alone holds the model."""
+def _compare(
+    runner: Runner, file: Path, seed: int, model_device: str, weights: Path | None, stripped: bool
+) -> tuple[dict[str, Tensor], Comparison]:
+    """Run dense model and engines on the file's inputs; rank 0 alone holds the model, or reads its ``weights``."""
     agreement, signature, device = runner.agreement, runner.signature, runner.device
     held: list[Callable[[], Reference]] = []
 
@@ -277,9 +281,13 @@ def _compare(runner: Runner, file: Path, seed: int, model_device: str) -> tuple[
         from torchtrt_md.doors.user_file import load_user_file
 
         model, args, kwargs = load_user_file(file, seed, model_device)
+        if weights is not None and not stripped and not is_on_meta(model):
+            raise BundleError(
+                f"weights are given, the bundle has its own, and so has the model of {file}", fix="leave --weights out"
+            )
         arguments = Arguments.of(model, args, kwargs)
         check_example(signature, dict(arguments.tensors))
-        held.append(lambda: dense_reference(model, args, kwargs, signature.flat, device))
+        held.append(lambda: dense_reference(model, args, kwargs, signature.flat, device, weights))
         return {name: arguments.tensors[name].detach().to(device) for name in signature.inputs}
 
     whole = agreement.together("loading the model", example)

@@ -38,6 +38,7 @@ from torchtrt_md.verification.dense import (
     samples,
     weights_of,
     widest,
+    with_given,
 )
 from torchtrt_md.verification.draw import draw
 from torchtrt_md.verification.simulate import Precision, interpret, simulate
@@ -97,6 +98,11 @@ def verify(
     program = lower(program)
     proof = _Proof.of(program, model, args, dict(kwargs or {}))
     trials, notes = _trials(proof)
+    if proof.weights.checkpoint is not None:
+        notes.append(
+            f"{proof.name} is on meta: the whole of it was compared, its weights read one at a time from"
+            f" {proof.weights.checkpoint.where}"
+        )
     if trials[0].limited:
         notes.append(f"compared in {precision_name(trials[0].precision)}: {trials[0].limited}")
     structures = [_structure(proof, trial) for trial in trials]
@@ -109,7 +115,7 @@ def verify(
         dense_error=dense_error,
         structure_error=worst_structure.error,
         per_rank=per_rank,
-        dtype=_dtype(proof.weights, proof.arguments.tensors),
+        dtype=_dtype(proof),
         seconds=time.perf_counter() - start,
         worst=max(flat, key=lambda found: found.error).place if flat else "",
         structure_worst=worst_structure.place,
@@ -204,7 +210,7 @@ def _trial(proof: _Proof, inputs: Mapping[str, Tensor], *, draws: bool = True) -
 def _reference(proof: _Proof, inputs: Mapping[str, Tensor]) -> tuple[Mapping[str, Tensor], list[Tensor]]:
     """The inputs, and what the dense model makes of them in its own dtype."""
     args, kwargs = proof.arguments.call_with(inputs)
-    own = [t for t in pytree.tree_leaves(run(proof.model, args, kwargs)) if isinstance(t, Tensor)]
+    own = [t for t in pytree.tree_leaves(run(proof.model, args, kwargs, proof.weights)) if isinstance(t, Tensor)]
     return inputs, [t.detach().clone() for t in own]
 
 
@@ -309,14 +315,15 @@ def _dense_weights(program: ShardedProgram, model: nn.Module) -> Weights:
     Raises:
         VerificationError: the model is sharded itself, or a weight of the program is another.
     """
-    dense, mesh = weights_of(model), program.mesh
-    tensors = dense.whole
+    own_weights, mesh = weights_of(model), program.mesh
+    tensors, dense = own_weights.whole, with_given(own_weights, program.weights)
     sharded = next((name for name, t in tensors.items() if isinstance(t, DTensor)), None)
     if sharded is not None:
         raise VerificationError(
             f"parameter {sharded!r} of the model to compare with is a DTensor",
             fix="pass the dense model, as it was before parallelize_module; md.export(..., dense=...)",
         )
+    read = {leaf.name for weight in program.read() for leaf in weight.parts or (weight,)}
     for source in program.sources.values():
         if not isinstance(source, Weight) or source.parts:  # the parts are among the sources themselves
             continue
@@ -325,6 +332,8 @@ def _dense_weights(program: ShardedProgram, model: nn.Module) -> Weights:
                 f"the program has a weight {source.name!r} and {type(model).__name__} has none of that name",
                 fix="verify with the model that was captured",
             )
+        if source.name in dense.given or source.name not in read:  # of the same checkpoint, or of no use
+            continue
         held = replace(source, shardings=()) if source.name in program.weights.whole else source
         rank = program.weights.rank  # the one whose part is held, where not the whole is
         own, expected = program.weights.local(held, mesh, rank), dense.local(held, mesh, rank)
@@ -356,10 +365,10 @@ def _check_result(program: ShardedProgram, dense: ShardedProgram, name: str) -> 
         )
 
 
-def _dtype(weights: Weights, inputs: Mapping[str, Tensor]) -> torch.dtype:
+def _dtype(proof: _Proof) -> torch.dtype:
     """The floating dtype that most of the model's weights are in; of the inputs, where it has none."""
     counts: dict[torch.dtype, int] = {}
-    for t in list(weights.whole.values()) or list(inputs.values()):
+    for t in [*proof.model.parameters(), *proof.model.buffers()] or list(proof.arguments.tensors.values()):
         if t.is_floating_point():
             counts[t.dtype] = counts.get(t.dtype, 0) + t.numel()
     return max(counts, key=lambda d: counts[d]) if counts else torch.float32

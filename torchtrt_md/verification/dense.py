@@ -6,6 +6,9 @@ itself cannot be run in fp64 to compare with: an eps or a mask value that its co
 stay narrow.  In the graph such numbers are those of the model's own dtype, as they are in the program.  That the graph
 is the model is shown apart: in the model's own dtype it gives what the model gives.
 
+A model on meta is compared as any other, in whole.  A weight of it is read when an op takes it, and let go of after it,
+in the model, in its graph and in the program: what is in memory is a weight or two, and what lies between ops.
+
 Where an op has no kernel in fp64, all is run in fp32; where not in that either, in the model's own dtype.  What
 rounding does to an output then has no finer reference: it is sampled by changing every weight and input by one
 rounding.
@@ -26,10 +29,12 @@ from torch.utils import _pytree as pytree
 
 from torchtrt_md.capture import capture
 from torchtrt_md.capture.marks import Marking, marking
+from torchtrt_md.checkpoint import Given
 from torchtrt_md.errors import MDError, VerificationError
 from torchtrt_md.mesh import Mesh
-from torchtrt_md.program import Output, ShardedProgram, Weights, dtype_name, outputs_of
+from torchtrt_md.program import Output, ShardedProgram, Weight, Weights, dtype_name, outputs_of
 from torchtrt_md.verification.compare import FP32_RATIO, coarsest, noise_of, ratio, relative_error
+from torchtrt_md.verification.private import ReadWhenUsed
 from torchtrt_md.verification.simulate import Precision, interpret
 
 T = TypeVar("T")
@@ -67,9 +72,9 @@ class Sample:
         return max(self.error, float(torch.finfo(self.coarse).eps) / 4)
 
 
-def captured(model: nn.Module, args: Sequence[Any], kwargs: Mapping[str, Any]) -> ShardedProgram:
+def captured(model: nn.Module, args: Sequence[Any], kwargs: Mapping[str, Any], given: Given = None) -> ShardedProgram:
     """The graph of the dense model."""
-    return capture(model, args, kwargs, mesh=Mesh(dense=1))
+    return capture(model, args, kwargs, mesh=Mesh(dense=1), weights=given)
 
 
 def weights_of(model: nn.Module) -> Weights:
@@ -78,14 +83,41 @@ def weights_of(model: nn.Module) -> Weights:
     return Weights({name: t.detach() for name, t in named})
 
 
-def run(model: nn.Module, args: Sequence[Any], kwargs: Mapping[str, Any]) -> Any:
+def is_on_meta(model: nn.Module) -> bool:
+    """Has it weights without memory?"""
+    return any(t.is_meta for t in (*model.parameters(), *model.buffers()))
+
+
+def with_given(weights: Weights, given: Weights) -> Weights:
+    """The weights of a dense model, those on meta being of the checkpoint that the others were given."""
+    read = {name: there for name, there in given.given.items() if name in weights.whole and weights.whole[name].is_meta}
+    whole = {name: t for name, t in weights.whole.items() if name not in read}
+    return Weights(whole, given=read, checkpoint=given.checkpoint if read else None)
+
+
+def run(model: nn.Module, args: Sequence[Any], kwargs: Mapping[str, Any], weights: Weights) -> Any:
     """What the model returns.
+
+    Args:
+        weights: its own.  Of a model on meta each is read, or moved to where the arguments are, when an op takes it.
 
     Raises:
         VerificationError: it cannot be called with these arguments.
+        CaptureError: a weight that an op takes has no value.
     """
+    tensors = {**dict(model.named_parameters()), **dict(model.named_buffers())}
+    device = next((t.device for t in pytree.tree_leaves((args, kwargs)) if isinstance(t, Tensor)), torch.device("cpu"))
+    one = Mesh(dense=1)
+
+    def read(name: str) -> ReadWhenUsed:
+        weight = Weight(name, tuple(tensors[name].shape), tensors[name].dtype)
+        return ReadWhenUsed(tensors[name], device, lambda: weights.local(weight, one, 0).to(device))
+
+    lazy: dict[str, Tensor] = {name: read(name) for name in tensors} if is_on_meta(model) else {}
     try:
         with torch.no_grad(), marking(Marking({})):  # one process has the whole, also where a launch has a mesh in use
+            if lazy:
+                return torch.func.functional_call(model, lazy, tuple(args), dict(kwargs))
             return model(*args, **kwargs)
     except MDError:
         raise
@@ -214,6 +246,7 @@ def dense_reference(
     kwargs: Mapping[str, Any],
     flat: Callable[[Any], dict[str, Tensor]],
     device: torch.device,
+    given: Given = None,
 ) -> Reference:
     """Run the dense model on one GPU: in its own dtype, then in the widest that there is.
 
@@ -221,15 +254,22 @@ def dense_reference(
 
     Args:
         flat: the output tensors, by name, of what the model returns.
+        given: the weights of a model on meta, which are moved one at a time too.
 
     Raises:
         VerificationError: the model does not run, or its outputs are no use as a reference.
+        CaptureError: it has weights on meta, and none are given.
+        WeightsError: what is given is not those of the model.
     """
     with torch.no_grad(), _no_tf32():
-        model.to(device)
+        on_meta = is_on_meta(model)
+        if not on_meta:
+            model.to(device)
         args, kwargs = pytree.tree_map(lambda x: x.to(device) if isinstance(x, Tensor) else x, (tuple(args), kwargs))
-        own = run(model, args, kwargs)
-        program, weights = captured(model, args, kwargs), weights_of(model)
+        program = captured(model, args, kwargs, given if on_meta else None)
+        program.weights.check_values(program.read())
+        weights = with_given(weights_of(model), program.weights)
+        own = run(model, args, kwargs, weights)
         inputs = _inputs(model, args, kwargs)
         found, wide, limited = widest(lambda p: interpret(program, inputs, weights=weights, precision=p))
         leaves = [found[leaf.index] if isinstance(leaf, Output) else leaf for leaf in program.out_leaves]

@@ -165,7 +165,7 @@ def _feed(
     def feed(placeholder: str) -> Tensor:
         source = program.sources[placeholder]
         if isinstance(source, Weight):
-            tensor = weights.local(source, program.mesh, rank)
+            tensor = weights.local(source, program.mesh, rank).to(device)  # what was read is on the CPU
         elif isinstance(source, Value):
             tensor = inputs[source.name]
         else:

@@ -1,0 +1,147 @@
+"""Models on meta through the doors: the ranks of a launch read their parts of a checkpoint, and so does an export."""
+
+from __future__ import annotations
+
+import json
+import re
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import models
+import pytest
+import torch
+from rank_processes import Ranks
+from safetensors.torch import save_file
+from torch import Tensor
+
+import torchtrt_md as md
+from torchtrt_md.verification.compare import relative_error
+
+ROOT = Path(__file__).resolve().parents[2]
+PARALLEL = md.TensorParallel("tp", plan={"up": "colwise", "down": "rowwise"})
+OPTIONS: dict[str, Any] = {"compute": "inductor", "report": False, "timeout": 120.0}
+
+
+def checkpoint(folder: Path, seed: int = 0) -> tuple[models.MLP, Tensor]:
+    """A model, what it is called with, and its checkpoint of two files and an index in a folder."""
+    torch.manual_seed(seed)
+    model = models.MLP().eval()
+    placed: dict[str, str] = {}
+    folder.mkdir(exist_ok=True)
+    for name in ("up", "down"):
+        held = {key: t for key, t in model.state_dict().items() if key.startswith(name)}
+        save_file(held, folder / f"{name}.safetensors")
+        placed |= dict.fromkeys(held, f"{name}.safetensors")
+    (folder / "model.safetensors.index.json").write_text(json.dumps({"metadata": {}, "weight_map": placed}))
+    return model, torch.randn(2, 8, 32)
+
+
+def on_meta() -> models.MLP:
+    with torch.device("meta"):
+        return models.MLP().eval()
+
+
+def compile_and_run(rank: int, folders: list[str | None], x: Tensor) -> Tensor:
+    model = on_meta()
+    with md.compile(model, (x,), mesh=md.Mesh(tp=2), parallel=PARALLEL, weights=folders[rank], **OPTIONS) as runner:
+        result: Tensor = runner(x)
+        assert all(p.is_meta for p in model.parameters()), "the model is as it was"
+        return result.clone()
+
+
+def load_and_run(rank: int, bundle: str, weights: str | None, x: Tensor) -> Tensor:
+    with md.load(bundle, timeout=60.0, weights=weights) as runner:
+        result: Tensor = runner(x)
+        return result.clone()
+
+
+def test_each_rank_compiles_with_its_part_of_the_checkpoint(ranks: Ranks, tmp_path: Path) -> None:
+    model, x = checkpoint(tmp_path / "a")
+    with torch.no_grad():
+        expected = model(x)
+    for outcome in ranks(compile_and_run, [str(tmp_path / "a")] * 2, x):
+        assert not outcome.error, outcome.message
+        assert relative_error(outcome.value, expected) < 1e-6
+
+
+def test_what_is_wrong_on_one_rank_is_refused_on_all(ranks: Ranks, tmp_path: Path) -> None:
+    good, other, damaged, more = (tmp_path / name for name in ("good", "other", "damaged", "more"))
+    for folder, seed in ((good, 0), (other, 1), (damaged, 0), (more, 0)):
+        _, x = checkpoint(folder, seed)
+    (damaged / "up.safetensors").write_bytes(b"no weights")
+    for index in more.glob("*.json"):
+        index.unlink()
+    save_file({"lora": torch.ones(2)}, more / "lora.safetensors")
+    for second, kind, message in (
+        (damaged, "WeightsError", "rank 1: .*up.safetensors is not a whole safetensors file"),
+        (more, "WeightsError", "rank 1: .* has 'lora', and MLP has no weight of that name"),
+        (None, "CaptureError", "rank 1: the weight 'up.weight' and 3 more of the model is on meta and has no value"),
+        # A rank's own part may be anything; of what both hold one must be the other's.
+        (other, "RankMismatchError", "the weight 'down.bias' is not the same on ranks that hold the same part of it"),
+    ):
+        outcomes = ranks(compile_and_run, [str(good), second and str(second)], x)
+        assert [outcome.error for outcome in outcomes] == [kind] * 2
+        for outcome in outcomes:
+            assert re.search(message, outcome.message), outcome.message
+
+
+def test_a_bundle_of_a_model_on_meta(ranks: Ranks, tmp_path: Path) -> None:
+    model, x = checkpoint(tmp_path / "a")
+    how: dict[str, Any] = {"mesh": md.Mesh(tp=2), "parallel": PARALLEL, "compute": "inductor"}
+    whole = md.export(on_meta(), (x,), weights=tmp_path / "a", out=tmp_path / "whole", **how)
+    real = md.export(model, (x,), out=tmp_path / "real", **how)
+    assert whole.manifest == real.manifest, "files are named by their hashes: the weights are the same"
+    assert whole.report is not None
+    assert "is on meta: the whole of it was compared" in whole.report.notes[-1]
+    bare = md.export(on_meta(), (x,), out=tmp_path / "bare", strip_weights=True, check=False, **how)
+    assert {value.name for value in bare.manifest.given} == set(model.state_dict())
+    with torch.no_grad():
+        expected = model(x)
+    for bundle, weights in (("whole", None), ("bare", str(tmp_path / "a"))):
+        for outcome in ranks(load_and_run, str(tmp_path / bundle), weights, x):
+            assert not outcome.error, outcome.message
+            assert relative_error(outcome.value, expected) < 1e-6
+
+
+def test_an_export_without_what_it_needs_writes_nothing(tmp_path: Path) -> None:
+    _, x = checkpoint(tmp_path / "a")
+    how: dict[str, Any] = {"mesh": md.Mesh(tp=2), "parallel": PARALLEL, "compute": "inductor", "out": tmp_path / "out"}
+    every: list[dict[str, Any]] = [{}, {"check": False}, {"strip_weights": True}]
+    for options in every:
+        with pytest.raises(
+            md.CaptureError, match=r"'up.weight' and 3 more of the model is on meta(?s:.*)pass weights="
+        ):
+            md.export(on_meta(), (x,), **how, **options)
+    with pytest.raises(md.OptionError, match="'weights' cannot be 3"):
+        md.export(on_meta(), (x,), weights=3, **how)  # type: ignore[arg-type]
+    assert not (tmp_path / "out").exists()
+
+
+def test_the_command_line_takes_the_folder(tmp_path: Path) -> None:
+    model = models.llama()[0]
+    model.save_pretrained(tmp_path / "llama", max_shard_size="200KB")  # type: ignore[operator]
+    file = tmp_path / "llama.py"
+    file.write_text(
+        "import sys\n"
+        f"sys.path.insert(0, {str(ROOT / 'tests')!r})\n"
+        "import torch\n"
+        "from accelerate import init_empty_weights\n"
+        "from transformers import LlamaConfig, LlamaForCausalLM\n"
+        "def model():\n"
+        "    with init_empty_weights():\n"
+        f"        made = LlamaForCausalLM(LlamaConfig.from_pretrained({str(tmp_path / 'llama')!r})).eval()\n"
+        "    return made, (torch.randint(0, 128, (1, 24)),), {'use_cache': False}\n"
+    )
+
+    def run(*options: str) -> subprocess.CompletedProcess[str]:
+        command = [sys.executable, "-m", "torchtrt_md", "export", str(file), "--mesh", "tp=2", "--dry-run", *options]
+        return subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=300, check=False)
+
+    done = run("--weights", str(tmp_path / "llama"))
+    assert done.returncode == 0, done.stdout + done.stderr
+    assert "LlamaForCausalLM is on meta: the whole of it was compared, its weights read one at a time" in done.stdout
+    done = run()
+    assert done.returncode == 1
+    assert "CaptureError: the weight 'model.embed_tokens.weight' and" in done.stderr
