@@ -1,4 +1,4 @@
-"""Real ranks for the tests: two gloo processes that stay up for the session and run what it is sent."""
+"""Real ranks for the tests: gloo processes, two unless told, that stay up for the session and run what it is sent."""
 
 from __future__ import annotations
 
@@ -26,12 +26,12 @@ class Outcome(NamedTuple):
 class Ranks:
     """``ranks(function, *args)`` runs ``function(rank, *args)`` on every rank and gives the outcomes in rank order."""
 
-    def __init__(self, store: Path) -> None:
+    def __init__(self, store: Path, size: int = WORLD) -> None:
         context = mp.get_context("spawn")
         self.processes, self.pipes = [], []
-        for rank in range(WORLD):
+        for rank in range(size):
             here, there = context.Pipe()
-            process = context.Process(target=_serve, args=(rank, str(store), there), daemon=True)
+            process = context.Process(target=_serve, args=(rank, size, str(store), there), daemon=True)
             process.start()
             self.processes.append(process)
             self.pipes.append(here)
@@ -52,8 +52,8 @@ class Ranks:
             process.kill()
 
 
-def _serve(rank: int, store: str, pipe: Connection) -> None:
-    dist.init_process_group("gloo", init_method=f"file://{store}", rank=rank, world_size=WORLD)
+def _serve(rank: int, size: int, store: str, pipe: Connection) -> None:
+    dist.init_process_group("gloo", init_method=f"file://{store}", rank=rank, world_size=size)
     while True:
         try:
             function, args = pipe.recv()

@@ -13,12 +13,12 @@ import torch.distributed._functional_collectives as funcol
 from rank_processes import Ranks
 from torch import Tensor, nn
 from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
-from torch.distributed.tensor import DTensor
+from torch.distributed.tensor import DTensor, Shard
 from torch.distributed.tensor.parallel import ColwiseParallel, RowwiseParallel, parallelize_module
 from torch.fx import GraphModule
 
 from torchtrt_md.capture import dynamo_private, torch_private
-from torchtrt_md.capture.dynamo import capture_graph, graph_inputs
+from torchtrt_md.capture.dynamo import capture_graph, graph_inputs, groups_mesh
 from torchtrt_md.doors.dynamo import run_rank
 from torchtrt_md.lowering import lower
 from torchtrt_md.lowering.ops import COLLECTIVES
@@ -166,25 +166,28 @@ def refused(rank: int, case: str) -> str:
     torch.compiler.reset()
     device_mesh = init_device_mesh("cpu", (2, 1), mesh_dim_names=("tp", "cp"))
     x = torch.ones(4, 4)
-    placed = DTensor.from_local(x, device_mesh["tp"], run_check=False)
+    shape: dict[str, Any] = {"shape": torch.Size([7, 4]), "stride": (4, 1), "run_check": False}
+    uneven = DTensor.from_local(x[rank:], device_mesh["tp"], [Shard(0)], **shape)
+    whole: Any = nn.Module()
+    whole.register_buffer("state", torch.ones(4, 4))
     alone: Any = [dist.new_group([r]) for r in range(2)][rank]
     calls: dict[str, Callable[[Tensor], Any]] = {
         "input": lambda t: t + 1,
-        "output": lambda t: DTensor.from_local(t * 2, device_mesh["tp"], run_check=False),
+        "output": lambda t: DTensor.from_local(t[rank:] * 2, device_mesh["tp"], [Shard(0)], **shape),
         "group": lambda t: funcol.all_reduce(t, "sum", alone),
-        "write": lambda t: t.add_(1),
+        "write": lambda t: whole.state.add_(t),
         "value": lambda t: t * t.sum().item(),
     }
     compiled = torch.compile(calls[case], backend=lowered_backend([], Mesh(world=2) if case == "group" else None))
     with torch.no_grad(), torch._dynamo.config.patch(capture_scalar_outputs=True):
-        return message_of(lambda: compiled(placed if case == "input" else x))
+        return message_of(lambda: compiled(uneven if case == "input" else x))
 
 
 @pytest.mark.parametrize(
     ("case", "problem"),
     [
-        ("input", "CaptureError: the input 't' is a DTensor"),
-        ("output", "CaptureError: output 0 of the graph is a DTensor"),
+        ("input", "CaptureError: the input 't' is a DTensor of [7, 4], placed as (Shard(dim=0),)"),
+        ("output", "CaptureError: output 0 of the graph is a DTensor of [7, 4], placed as (Shard(dim=0),)"),
         (
             "group",
             "CollectiveError: _c10d_functional.all_reduce.default in node 'all_reduce' is over the ranks [{rank}]",
@@ -226,6 +229,28 @@ def test_each_shape_is_a_program_of_its_own(ranks: Ranks, dynamic: bool | None) 
 
 
 # --- one process ---
+
+
+@pytest.mark.parametrize(
+    ("size", "rank", "groups", "mesh"),
+    [
+        (4, 2, [(2, 3)], "Mesh(dim0=2, dim1=2)"),
+        (4, 2, [(0, 2)], "Mesh(dim0=2, dim1=2)"),
+        (4, 3, [(2, 3), (1, 3)], "Mesh(dim0=2, dim1=2)"),
+        (8, 5, [(4, 5), (1, 3, 5, 7)], "Mesh(dim0=4, dim1=2)"),
+        (8, 5, [(5, 7)], "Mesh(dim0=2, dim1=2, dim2=2)"),
+        (4, 2, [(0, 1, 2, 3)], "None"),
+        (4, 2, [], "None"),
+        (4, 2, [(2,)], "None"),
+        (4, 2, [(3, 2)], "None"),
+        (4, 2, [(1, 2)], "None"),
+        (4, 2, [(0, 1, 2)], "None"),
+        (8, 5, [(4, 5), (3, 4, 5)], "None"),
+        (6, 2, [(0, 1, 2), (2, 3)], "None"),
+    ],
+)
+def test_the_mesh_that_groups_make(size: int, rank: int, groups: list[tuple[int, ...]], mesh: str) -> None:
+    assert str(groups_mesh(groups, size, rank)) == mesh
 
 
 def recorded(function: Callable[..., Any], *calls: Sequence[Any]) -> list[tuple[ShardedProgram, Any]]:

@@ -45,7 +45,10 @@ class InPyTorch:
         name: str,
         budget: Budget | None,
     ) -> Compiled:
-        lowered = lower(together("capture", captured))
+        program = together("capture", captured)
+        if dist.is_initialized():
+            Agreement(30.0).same(str(program.mesh), "the mesh that their groups make")
+        lowered = lower(program)
         self.change(lowered)
         if options.check:
             together("comparison", partial(verify, lowered))

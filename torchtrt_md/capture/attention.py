@@ -2,10 +2,14 @@
 
 PyTorch would decompose attention while tracing, differently for each device, and the strategies need it whole.  Its
 grouped product has a shape rule for 16-bit floats only, and no kernel in fp64, in which programs are verified.
+
+DTensor knows how to shard PyTorch's attention ops, not ours.  So ours has a rule of its own.
 """
 
 from __future__ import annotations
 
+import functools
+import math
 from collections.abc import Callable
 from typing import Any, Self
 
@@ -27,6 +31,7 @@ class WholeAttention(TorchFunctionMode):
     """
 
     def __enter__(self) -> Self:
+        _register_sharding()
         self._original = F.scaled_dot_product_attention
         F.scaled_dot_product_attention = _attention  # type: ignore[assignment]
         super().__enter__()  # type: ignore[no-untyped-call]
@@ -48,6 +53,46 @@ class WholeAttention(TorchFunctionMode):
         if func is torch._grouped_mm:
             return _grouped_mm(*args, **(kwargs or {}))
         return func(*args, **(kwargs or {}))
+
+
+@functools.cache
+def _register_sharding() -> None:
+    """Tell DTensor which placements attention takes; once in a process, and only where attention is captured."""
+    from torch.distributed.tensor.experimental import register_sharding  # it loads more than importing this package may
+
+    register_sharding(torch.ops.torchtrt_md.attention.default)(_shardings)
+
+
+def _shardings(q: Any, k: Any, v: Any, mask: Any, *_: Any) -> list[tuple[list[Any], list[Any]]]:
+    """Along one axis of the mesh: all whole, all split by batch, or all split by heads.
+
+    DTensor keeps decisions by the shapes and placements of the operands alone, so they depend on nothing else: not on
+    ``is_causal``, as a split of the queries would.
+    """
+    from torch.distributed.tensor import Replicate, Shard
+
+    whole = Replicate()
+    found: list[tuple[list[Any], list[Any]]] = [([whole], [whole, whole, whole, _of_mask(mask), None, None, None])]
+    # Heads are grouped by their position, so each rank needs as many whole groups as any other.
+    ranks = math.prod(
+        q.mesh.size(axis)
+        for axis in range(q.mesh.ndim)
+        if any(Shard(1) == operand.placements[axis] for operand in (q, k, v))
+    )
+    for dim in (0, 1) if q.shape[1] == k.shape[1] or k.shape[1] % ranks == 0 else (0,):
+        split = Shard(dim)
+        found.append(([split], [split, split, split, _of_mask(mask, dim), None, None, None]))
+    return found
+
+
+def _of_mask(mask: Any, dim: int | None = None) -> Any:
+    """How a mask is placed whose scores are split on ``dim``; it has their trailing dims, some of one element."""
+    from torch.distributed.tensor import Replicate, Shard
+
+    if mask is None:
+        return None
+    own = -1 if dim is None else dim - (4 - len(mask.shape))
+    return Replicate() if own < 0 or mask.shape[own] == 1 else Shard(own)
 
 
 def _attention(

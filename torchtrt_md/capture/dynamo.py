@@ -6,13 +6,19 @@ own.
 
     placeholder of Dynamo's graph                      in the program
     parameter or registered buffer, DTensor or not     Weight, of which this process holds its own part
-    any other tensor                                   Value, named after the user's argument
+    any other tensor                                   Value, named after the user's argument; of a DTensor this
+                                                       process's part
     number that Dynamo made symbolic                   the value it has now, guarded: another value compiles anew
     DeviceMesh, process group                          itself; the traced graph has group names in its place
+
+An argument may be written to, as ``dist.all_reduce`` does: the program returns its new value, which the door copies.
+A weight may not: engines hold it.
 """
 
 from __future__ import annotations
 
+import itertools
+import math
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any, Literal
@@ -21,7 +27,8 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 from torch.distributed.device_mesh import DeviceMesh
-from torch.distributed.tensor import DTensor
+from torch.distributed.tensor import DTensor, Partial, Replicate, Shard
+from torch.distributed.tensor.placement_types import Placement
 from torch.fx import GraphModule, Interpreter, Node
 from torch.fx.traceback import preserve_node_meta
 from torch.utils import _pytree as pytree
@@ -29,14 +36,21 @@ from torch.utils import _pytree as pytree
 from torchtrt_md.capture import tensor_parallel
 from torchtrt_md.capture.arguments import Scalar
 from torchtrt_md.capture.attention import WholeAttention
-from torchtrt_md.capture.dynamo_private import arrived, group_ranks, is_weight, source_path
+from torchtrt_md.capture.dynamo_private import (
+    arrived,
+    graph_break,
+    group_ranks,
+    is_weight,
+    local_tensor,
+    source_path,
+)
 from torchtrt_md.capture.torch_private import FakeTensorMode, root_mesh
 from torchtrt_md.capture.trace import LocalWeight, as_placed, fake, recorded
 from torchtrt_md.errors import CaptureError, CollectiveError
 from torchtrt_md.graph.source import source_line
 from torchtrt_md.lowering.ops import COLLECTIVES, bound_args
 from torchtrt_md.mesh import Mesh
-from torchtrt_md.program import Output, ShardedProgram, Source, Value, Weight, Weights, placeholders
+from torchtrt_md.program import Output, ShardedProgram, Source, Value, Weight, Weights, outputs_of, placeholders
 
 # Parts of a source's path that say how a module keeps what it has, and not where.
 _STORAGE = ("self", "fn", "_modules", "_parameters", "_buffers")
@@ -63,7 +77,7 @@ def graph_inputs(gm: GraphModule, example_inputs: Sequence[Any]) -> list[GraphIn
     Symbolic numbers and sizes are taken at the value that they have now, which Dynamo guards from here on.
 
     Raises:
-        CaptureError: a DTensor among the user's own arguments, or a number that is the value of a tensor.
+        CaptureError: a DTensor of uneven parts, or a number that is the value of a tensor.
     """
     numbers = {node for node in gm.graph.nodes if specialized(node) is not None}
     inputs: list[GraphInput] = []
@@ -77,17 +91,47 @@ def graph_inputs(gm: GraphModule, example_inputs: Sequence[Any]) -> list[GraphIn
         elif is_weight(node):
             name, kind = ".".join(part for part in path if part not in _STORAGE) or f"weight{index}", "weight"
         else:
+            path = tuple(part for part in path if part not in _STORAGE) if "_parameters" in path else path
             name, kind = ".".join(path[path[:1] == ("kwargs",) :]) or f"arg{index}", "value"
             if isinstance(example, DTensor):
-                raise CaptureError(
-                    f"the input {name!r} is a DTensor",
-                    fix="pass its local tensor (to_local()) or the whole (full_tensor()), and let the model place it",
-                )
+                # What is on Dynamo's stack was left there by the code in front of the graph.
+                broken = "Dynamo ended a graph in front of this one" if name.startswith("___stack") else ""
+                _check_placed(f"the input {name!r}", example, broken)
         while name in names:
             name = f"{name}_"
         names.add(name)
         inputs.append(GraphInput(name, kind, example))  # type: ignore[arg-type]
     return inputs
+
+
+def _check_placed(what: str, tensor: DTensor, broken: str) -> None:
+    """Refuse a DTensor that goes in or out with parts that are not equal on all ranks in shape and kind.
+
+    Args:
+        broken: why Dynamo ended the graph that returns it; "" where it did not.
+    """
+    even = all(
+        type(p) in (Replicate, Partial) or (type(p) is Shard and tensor.shape[p.dim] % _ranks(tensor, p.dim) == 0)
+        for p in tensor.placements
+    )
+    if not even:
+        raise CaptureError(
+            f"{what} is a DTensor of {list(tensor.shape)}, placed as {tensor.placements}"
+            + (f"; it crosses a break of the graph: {broken}" if broken else ""),
+            fix="use Replicate(), Partial(), or Shard(dim) with a dim that divides by the ranks; or pass the whole:"
+            " full_tensor()"
+            + (
+                "; or mend what broke the graph (torch.compile(fullgraph=True) shows the line), so that it stays inside"
+                if broken
+                else ""
+            ),
+        )
+
+
+def _ranks(tensor: DTensor, dim: int) -> int:
+    """How many parts a dim is in."""
+    mesh = tensor.device_mesh
+    return math.prod(mesh.size(axis) for axis, p in enumerate(tensor.placements) if p == Shard(dim))
 
 
 def specialized(node: Node) -> int | float | bool | None:
@@ -111,8 +155,9 @@ def specialized(node: Node) -> int | float | bool | None:
                 at=source_line(node),
             ) from error
     if node.op == "placeholder" and isinstance(value, Tensor):
-        for size in (*value.shape, *value.stride()):
-            int(size)
+        for tensor in {id(t): t for t in (value, local_tensor(value))}.values():
+            for size in (*tensor.shape, *tensor.stride()):
+                int(size)
     return None
 
 
@@ -154,7 +199,57 @@ class Specialized(Interpreter):
         number = specialized(n)
         if number is None or n.op == "placeholder":
             result = super().run_node(n)
-        return result if number is None else number
+        return _as_expected(result, n) if number is None else number
+
+
+def _as_expected(result: Any, node: Node) -> Any:
+    """A DTensor placed as Dynamo has it.
+
+    Dynamo went on with the placements that PyTorch's own attention gives, and sizes of local tensors followed from
+    them.  Ours may give others.
+    """
+    expected = node.meta.get("example_value")
+    if not isinstance(result, DTensor) or not isinstance(expected, DTensor):
+        return result
+    placements = expected.placements
+    if node.op != "call_function" or result.placements == placements:
+        return result
+    if any(p.is_partial() for p in placements):
+        raise CaptureError(
+            f"node {node.name!r} gives a DTensor placed as {result.placements}, and in PyTorch as {placements}",
+            fix="redistribute what goes into it: tensor.redistribute(placements=...)",
+        )
+    return result.redistribute(placements=placements)
+
+
+@dataclass(frozen=True)
+class PlacedOutput(Output):
+    """An output that is this rank's part of a DTensor.
+
+    Attributes:
+        mesh, placements, shape, stride: of the DTensor.
+        local_stride: of the part.
+    """
+
+    mesh: DeviceMesh
+    placements: tuple[Placement, ...]
+    shape: torch.Size
+    stride: tuple[int, ...]
+    local_stride: tuple[int, ...]
+
+    def placed(self, local: Tensor) -> DTensor:
+        if local.stride() != self.local_stride:
+            local = local.new_empty_strided(local.shape, self.local_stride).copy_(local)
+        return DTensor.from_local(
+            local, self.mesh, self.placements, run_check=False, shape=self.shape, stride=self.stride
+        )
+
+
+@dataclass(frozen=True)
+class WrittenInput(Output):
+    """An output that is the new value of an input, of which the graph itself returns nothing."""
+
+    name: str
 
 
 def capture_graph(
@@ -163,15 +258,17 @@ def capture_graph(
     """This rank's program of a graph that Dynamo recorded.
 
     All entries of ``graphs`` are this rank's graph, and ``weights`` has this rank's parts only: the program is for the
-    process that captured it.  The outputs nest as the graph returns them, in one flat list.
+    process that captured it.  The outputs nest as the graph returns them, in one flat list; behind them are the new
+    values of inputs that the graph writes to (:class:`WrittenInput`).
 
     Args:
         gm: the graph, as a backend of ``torch.compile`` gets it.
         example_inputs: what comes with it.
-        mesh: the mesh of the launch; None takes that of the DTensors, else one axis over all ranks.
+        mesh: the mesh of the launch; None takes that of the DTensors, else the one that the groups make, else one axis
+            over all ranks.
 
     Raises:
-        CaptureError: the graph does what cannot be one flat graph, or takes or returns a DTensor.
+        CaptureError: the graph does what cannot be one flat graph, or takes or returns a DTensor of uneven parts.
         CollectiveError: a collective over ranks that are not an axis of the mesh.
         MeshError: a mesh that does not fit the launch.
         PlanError: a weight that is not evenly split over the mesh.
@@ -186,8 +283,10 @@ def capture_graph(
         for i in inputs
         if i.kind == "weight"
     ]
-    values = [Value(i.name, tuple(i.example.shape), i.example.dtype) for i in inputs if i.kind == "value"]
+    values = [Value(i.name, tuple(local_tensor(i.example).shape), i.example.dtype) for i in inputs if i.kind == "value"]
     graph, leaves = _trace(gm, inputs, weights)
+    if mesh is None and next(_device_meshes(inputs), None) is None:
+        launch = groups_mesh(_group_ranks(graph), launch.size, rank) or launch
     in_order: list[Source] = [*(w.weight for w in weights), *values]
     outputs = [node.meta["val"] for node in _returned(graph)]
     prefix = "output" if not any(v.name.startswith("output") for v in values) else "graph_output"
@@ -257,41 +356,56 @@ def _trace(
     tensors = [i for i in inputs if i.kind != "constant"]
     tensors.sort(key=lambda i: i.kind == "value")  # stable: weights, then values
     flat = [
-        fake(mode, named[i.name]) if i.kind == "weight" else mode.from_tensor(i.example.detach(), static_shapes=True)
+        fake(mode, named[i.name])
+        if i.kind == "weight"
+        else mode.from_tensor(local_tensor(i.example).detach(), static_shapes=True)
         for i in tensors
     ]
     run = Specialized(gm)
+    broken = graph_break(gm) or ""
+    # Before it is traced: DTensor's mask of a split vocabulary, in a sum that is not reduced yet, outlives no graph.
+    _check_leaves((node.meta.get("example_value") for node in outputs_of(gm)), broken)
     leaves: list[object] = []
 
     def call(*given: Tensor) -> tuple[Tensor, ...]:
         by_name = {i.name: t for i, t in zip(tensors, given, strict=True)}
-        args = [
-            i.example
-            if i.kind == "constant"
-            else as_placed(i.example, by_name[i.name])
-            if i.kind == "weight"
-            else by_name[i.name]
-            for i in inputs
-        ]
+        args = [i.example if i.kind == "constant" else as_placed(i.example, by_name[i.name]) for i in inputs]
         with WholeAttention(), torch.no_grad(), preserve_node_meta():
             result = run.run(*args)
+        _check_plain(result)
         found = [leaf for leaf in result if isinstance(leaf, Tensor)]
         indices = iter(range(len(found)))
-        leaves.extend(Output(next(indices)) if isinstance(leaf, Tensor) else leaf for leaf in result)
-        _check_leaves(result)
-        return tuple(found)
+        leaves.extend(_output(leaf, next(indices)) if isinstance(leaf, Tensor) else leaf for leaf in result)
+        return tuple(map(local_tensor, found))
 
-    graph = recorded(call, flat, "the graph", lambda _: source_line(run.node) if run.node is not None else "")
-    return graph, tuple(leaves)
+    graph = recorded(
+        call,
+        flat,
+        "the graph",
+        lambda _: source_line(run.node) if run.node is not None else "",
+        names=[i.name for i in tensors],
+        writable=[i.name for i in tensors if i.kind == "value"],
+    )
+    written = graph.meta["written"]
+    first = len(_returned(graph)) - len(written)
+    return graph, (*leaves, *(WrittenInput(first + i, name) for i, name in enumerate(written)))
 
 
-def _check_leaves(leaves: Iterable[object]) -> None:
+def _output(leaf: Tensor, index: int) -> Output:
+    if not isinstance(leaf, DTensor):
+        return Output(index)
+    strides = leaf.stride(), local_tensor(leaf).stride()
+    return PlacedOutput(index, leaf.device_mesh, leaf.placements, leaf.shape, *strides)
+
+
+def _check_leaves(leaves: Iterable[object], broken: str) -> None:
     for index, leaf in enumerate(leaves):
         if isinstance(leaf, DTensor):
-            raise CaptureError(
-                f"output {index} of the graph is a DTensor",
-                fix="return its local tensor (to_local()) or the whole (full_tensor()) from what is compiled",
-            )
+            _check_placed(f"output {index} of the graph", leaf, broken)
+
+
+def _check_plain(leaves: Iterable[object]) -> None:
+    for index, leaf in enumerate(leaves):
         if not isinstance(leaf, (Tensor, *Scalar)):
             raise CaptureError(
                 f"output {index} of the graph is a {type(leaf).__name__}, neither a tensor nor a plain value",
@@ -304,6 +418,39 @@ def _returned(graph: GraphModule) -> Sequence[Node]:
     returned = output.args[0]
     assert isinstance(returned, (tuple, list))
     return [node for node in returned if isinstance(node, Node)]
+
+
+def groups_mesh(groups: Iterable[tuple[int, ...]], size: int, rank: int) -> Mesh | None:
+    """The mesh of a launch of which each group is an axis; None where there is none, or no group that needs one.
+
+        groups of rank 2 of 4     mesh
+        (2, 3)                    dim0=2, dim1=2
+        (0, 2)                    dim0=2, dim1=2
+        (0, 1, 2, 3)              none is needed
+
+    Each rank finds it from its own groups, so the ranks must compare what they found.
+    """
+    found = set(groups) - {tuple(range(size))}
+    if not found:
+        return None
+    if any(len(ranks) == 1 for ranks in found):
+        return None
+    cuts = {1, size}  # the distances of neighbours along the axes
+    for ranks in found:
+        stride = ranks[1] - ranks[0]
+        cuts |= {stride, stride * len(ranks)}
+    ordered = sorted(cuts)
+    if ordered[0] < 1 or any(far % near for near, far in itertools.pairwise(ordered)):
+        return None
+    sizes = [far // near for near, far in itertools.pairwise(ordered)][::-1]
+    mesh = Mesh({f"dim{i}": n for i, n in enumerate(sizes)})
+    axes = {mesh.ranks(axis, rank) for axis in mesh.names}
+    return mesh if mesh.size == size and found <= axes else None
+
+
+def _group_ranks(graph: GraphModule) -> list[tuple[int, ...]]:
+    names = dict.fromkeys(filter(None, map(_group_name, graph.graph.nodes)))
+    return [tuple(group_ranks(name)) for name in names]
 
 
 def _groups(graph: GraphModule, mesh: Mesh, rank: int) -> dict[str, str]:
@@ -320,7 +467,7 @@ def _groups(graph: GraphModule, mesh: Mesh, rank: int) -> dict[str, str]:
                 f"{node.target} in node {node.name!r} is over the ranks {list(ranks)}, which are not an axis of {mesh}:"
                 f" from rank {rank} these are " + ", ".join(f"{axis} {list(of)}" for of, axis in axes.items()),
                 fix="communicate over groups of a DeviceMesh (device_mesh.get_group(axis)), and pass it as the option"
-                " 'mesh'",
+                " 'mesh'; every rank must be in one of the groups",
                 at=source_line(node),
             )
         groups[name] = axes[ranks]

@@ -16,8 +16,8 @@ from torch import Tensor, nn
 from torch._C._distributed_c10d import _resolve_process_group
 from torch._dynamo.eval_frame import OptimizedModule
 from torch._dynamo.exc import ShortenTraceback
-from torch._dynamo.source import is_from_unspecialized_param_buffer_source
-from torch._guards import tracing
+from torch._dynamo.source import FSDPNNModuleSource, is_from_unspecialized_param_buffer_source
+from torch._guards import ChainedSource, tracing
 from torch.distributed._functional_collectives import AsyncCollectiveTensor
 from torch.distributed.tensor import DTensor
 from torch.fx import GraphModule, Node
@@ -38,11 +38,22 @@ class Call(NamedTuple):
 
 
 def is_weight(placeholder: Node) -> bool:
-    """Is this input of a Dynamo graph a parameter or a registered buffer of a module?
+    """Is this input of a Dynamo graph a parameter or a registered buffer of a module, there from call to call?
 
-    Without it, weights could not be told from what the user passes, and engines would take them as inputs.
+    Without it, weights could not be told from what the user passes, and engines would take them as inputs.  Those of
+    FSDP come and go: it gathers them before each call of a module, and lets go of them behind it.
     """
-    return bool(is_from_unspecialized_param_buffer_source(placeholder.meta["grapharg"].source))
+    source = placeholder.meta["grapharg"].source
+    return bool(is_from_unspecialized_param_buffer_source(source)) and not _of_fsdp(source)
+
+
+def _of_fsdp(source: Any) -> bool:
+    """Is it an attribute of a module that FSDP manages, or of one in it?"""
+    while isinstance(source, ChainedSource):
+        source = source.base
+        if isinstance(source, FSDPNNModuleSource):
+            return True
+    return False
 
 
 def source_path(placeholder: Node) -> tuple[str, ...]:

@@ -7,13 +7,13 @@ whole, and marked where the plan splits and gathers it (:mod:`torchtrt_md.captur
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import dataclass
 
 import torch
 from torch import Tensor, nn
 from torch.distributed.tensor import DTensor
-from torch.fx import GraphModule
+from torch.fx import GraphModule, Node
 from torch.fx.experimental.proxy_tensor import make_fx
 from torch.utils import _pytree as pytree
 
@@ -89,6 +89,8 @@ def recorded(
     inputs: Sequence[Tensor],
     what: str,
     line: Callable[[BaseException], str] | None = None,
+    names: Sequence[str] = (),
+    writable: Collection[str] = (),
 ) -> GraphModule:
     """What ``call`` does with fake tensors, as a flat, functional graph.
 
@@ -97,6 +99,9 @@ def recorded(
         inputs: fake tensors.
         what: the name of what is traced, for messages.
         line: the user's source line of an error that ``call`` raised; by default that of its innermost frame.
+        names: of the inputs, for messages; none where they have none.
+        writable: names of inputs that may be written to.  The graph returns their new values behind what ``call``
+            returns, and its attribute ``meta["written"]`` has their names in this order.
 
     Raises:
         CaptureError: it does what cannot be one graph.
@@ -128,8 +133,38 @@ def recorded(
             " under tensor parallelism, a rank's shapes must fit it too",
             at=(line or error_line)(error),
         ) from error
-    _check(graph)
+    by_node = dict(zip(placeholders(graph), names, strict=False))
+    graph.meta["written"] = _return_written(graph, {n: name for n, name in by_node.items() if name in writable})
+    _check(graph, by_node)
     return graph
+
+
+def _return_written(graph: GraphModule, writable: Mapping[Node, str]) -> tuple[str, ...]:
+    """Let the graph return what it would copy to these placeholders; their names in order.
+
+    before    copy_(x, value); return y
+    after     return y, value
+    """
+    written: dict[Node, Node] = {}
+    (output,) = graph.graph.find_nodes(op="output")
+    for node in graph.graph.find_nodes(op="call_function", target=torch.ops.aten.copy_.default):
+        target, value = node.args[0], node.args[1]
+        if target in writable and _alike(target, value):
+            node.replace_all_uses_with(value)
+            graph.graph.erase_node(node)
+            written[target] = value
+    if written:
+        (returned,) = output.args
+        output.args = (type(returned)([*returned, *written.values()]),)
+        graph.recompile()
+    return tuple(writable[node] for node in written)
+
+
+def _alike(a: Node, b: object) -> bool:
+    if not isinstance(b, Node):
+        return False
+    ours, theirs = a.meta["val"], b.meta["val"]
+    return bool(ours.shape == theirs.shape and ours.dtype == theirs.dtype)
 
 
 def fake(mode: FakeTensorMode, w: LocalWeight) -> Tensor:
@@ -169,7 +204,7 @@ def _check_result(model: nn.Module, leaves: Sequence[object]) -> None:
         raise CaptureError(f"{type(model).__name__} returns no tensor", fix="return what the model computes")
 
 
-def _check(graph: GraphModule) -> None:
+def _check(graph: GraphModule, names: Mapping[Node, str]) -> None:
     for node in graph.graph.nodes:
         if node.op == "get_attr" and isinstance(held := getattr(graph, str(node.target)), Tensor) and held.is_meta:
             raise CaptureError(
@@ -195,8 +230,10 @@ def _check(graph: GraphModule) -> None:
         if mutates(node):
             # What functionalization leaves is a copy at the end, with no line; the line is that of the new value.
             lines = (source_line(n) for n in (node, *node.all_input_nodes))
+            written = names.get(node.args[0]) if node.args and isinstance(node.args[0], Node) else None
             raise CaptureError(
-                f"the model writes to an input or a buffer in its forward ({node.target})",
+                f"the model writes to an input or a buffer in its forward{f': {written!r}' if written else ''}"
+                f" ({node.target})",
                 fix="pass the buffer in and return the new value",
                 at=next(filter(None, lines), ""),
             )

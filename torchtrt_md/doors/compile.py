@@ -109,6 +109,8 @@ def compile_program(
     launch = Launch.join(options.timeout, cpu=options.compute == "inductor")
     launch.agreement.same(options.told(), "their options")
     program = launch.together("capturing the model", captured)
+    # A rank may have made it of its own groups, and the axes' communicators are made by all together.
+    launch.agreement.same(str(program.mesh), "the mesh that their groups make")
     if options.check:
         check_equal(program, launch.agreement)
     session = Session(launch, program, options, store_weights=store_weights)

@@ -31,6 +31,7 @@ from torchtrt_md.capture.arguments import Arguments
 from torchtrt_md.capture.dynamo import (
     GraphInput,
     Specialized,
+    WrittenInput,
     awaited_inputs,
     capture_graph,
     graph_inputs,
@@ -41,11 +42,12 @@ from torchtrt_md.capture.dynamo_private import (
     arrived,
     call_in_progress,
     graph_break,
+    local_tensor,
     outside_dynamo,
     passed_on,
 )
 from torchtrt_md.capture.torch_private import root_mesh
-from torchtrt_md.doors.flat_call import Compiled, FlatCall
+from torchtrt_md.doors.flat_call import Compiled, FlatCall, check_apart
 from torchtrt_md.errors import CaptureError, MDError, OptionError, PlanError, VerificationError
 from torchtrt_md.launch import communicator
 from torchtrt_md.lowering import split_outputs, uninitialized
@@ -92,6 +94,7 @@ class _Captured:
         weights: index among the graph's inputs -> names of the program's weights that it is.
         unused: the program's inputs that the graph has not, with what to pass for them.
         results: for each output of the graph the program's, or the constant that it is.
+        written: what the program returns for inputs that the graph writes to.
         verify: proves the lowered program.
     """
 
@@ -101,6 +104,7 @@ class _Captured:
     weights: Mapping[int, Sequence[str]]
     unused: Mapping[str, Tensor]
     results: tuple[Output | object, ...]
+    written: tuple[WrittenInput, ...]
     verify: Verify
 
 
@@ -164,7 +168,7 @@ def _budget(options: Mapping[str, Any] | None, chosen: Options) -> Budget | None
 def _compiled(
     gm: GraphModule, example_inputs: Sequence[Any], options: Options, build: Build, budget: Budget | None
 ) -> Callable[..., list[Any]]:
-    if not any(isinstance(node.meta.get("example_value"), Tensor) for node in outputs_of(gm)):
+    if not any(isinstance(node.meta.get("example_value"), Tensor) for node in outputs_of(gm)) and not _writes(gm):
         return lambda *flat: list(gm(*flat))  # numbers only
     autocast = Autocast()
     found: list[_Captured] = []
@@ -186,6 +190,12 @@ def _compiled(
             budget=budget,
         )
     return _callable(found[0], runner, autocast, gm)
+
+
+def _writes(gm: GraphModule) -> bool:
+    """Does it call a method that writes to a tensor?"""
+    methods = (str(node.target) for node in gm.graph.nodes if node.op == "call_method")
+    return any(name.endswith("_") and not name.endswith("__") for name in methods)
 
 
 class Autocast:
@@ -231,6 +241,7 @@ def _callable(captured: _Captured, runner: Compiled, autocast: Autocast, gm: Gra
         weights=captured.weights,
         unused=captured.unused,
         results=captured.results,
+        written=captured.written,
         waits=awaited_inputs(gm),
         outputs=[value.name for value in captured.program.outputs],
         runner=runner,
@@ -245,13 +256,21 @@ def _of_graph(gm: GraphModule, inputs: Sequence[GraphInput], options: Options, a
     program = capture_graph(gm, [i.example for i in inputs], mesh=options.mesh)
     feeds = {each.name: i for i, each in enumerate(inputs) if each.kind == "value"}
 
+    written = tuple(leaf for leaf in program.out_leaves if isinstance(leaf, WrittenInput))
+    check_apart([feeds[leaf.name] for leaf in written], inputs, [i.example for i in inputs])
+
     def verify(lowered: ShardedProgram) -> None:
+        # The graph writes to copies here: the call that is compiled has not been made yet.
+        copies = {leaf.name: inputs[feeds[leaf.name]].example.clone() for leaf in written}
+        own = [replace(i, example=copies[i.name]) if i.name in copies else i for i in inputs]
         with autocast.as_it_was():
-            expected = [t for t in _run_graph(gm, inputs) if isinstance(t, Tensor)]
+            expected = [local_tensor(t) for t in _run_graph(gm, own) if isinstance(t, Tensor)]
+        expected += [local_tensor(copies[leaf.name]) for leaf in written]
         _compare(lowered, expected, inputs, _groups_of(inputs, options.mesh))
 
     weights = {i: [each.name] for i, each in enumerate(inputs) if each.kind == "weight"}
-    return _Captured(inputs, program, feeds, weights, {}, program.out_leaves, verify)
+    results = program.out_leaves[: len(program.out_leaves) - len(written)]
+    return _Captured(inputs, program, feeds, weights, {}, results, written, verify)
 
 
 def _run_graph(gm: GraphModule, inputs: Sequence[GraphInput]) -> list[Any]:
@@ -282,7 +301,8 @@ def _compare(
         VerificationError: the outputs differ by more than rounding.
     """
     limit = _limit(program)
-    produced = run_rank(program, {i.name: i.example for i in inputs if i.kind == "value"}, device_mesh)
+    given = {i.name: arrived(local_tensor(i.example)) for i in inputs if i.kind == "value"}
+    produced = run_rank(program, given, device_mesh)
     for value, ours, theirs in zip(program.outputs, produced, expected, strict=True):
         if not _close(ours, theirs, limit):
             raise VerificationError(
@@ -344,6 +364,12 @@ def _of_model(gm: GraphModule, inputs: Sequence[GraphInput], options: Options, a
             f"{name} was called under autocast, where a program cannot be compared with the dense model",
             fix="cast the model itself, as in model.to(torch.bfloat16), or pass check=False",
         )
+    placed = next((i.name for i in inputs if i.kind == "value" and isinstance(i.example, DTensor)), None)
+    if placed is not None:
+        raise CaptureError(
+            f"the input {placed!r} is a DTensor, and the option 'parallel' says what is split",
+            fix="pass the whole tensor (full_tensor()), or shard the model itself and leave out the option",
+        )
     mesh = launch_mesh(inputs, options.mesh)
     program = capture(call.module, call.args, call.kwargs, mesh=mesh, parallel=options.parallels)
     arguments = {n: arrived(t) for n, t in Arguments.of(call.module, call.args, call.kwargs).tensors.items()}
@@ -355,7 +381,7 @@ def _of_model(gm: GraphModule, inputs: Sequence[GraphInput], options: Options, a
     )
     results = _results(gm, inputs, call, replace(program, outputs=of_rank), options.check)
     weights = _weights(call.module, inputs)
-    return _Captured(inputs, program, feeds, weights, unused, results, lambda lowered: _verify(lowered, call))
+    return _Captured(inputs, program, feeds, weights, unused, results, (), lambda lowered: _verify(lowered, call))
 
 
 def _weights(model: nn.Module, inputs: Sequence[GraphInput]) -> dict[int, list[str]]:

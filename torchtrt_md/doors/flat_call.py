@@ -15,8 +15,9 @@ from typing import Any, Protocol
 
 import torch
 from torch import Tensor
+from torch.distributed.tensor import DTensor
 
-from torchtrt_md.capture.dynamo import GraphInput
+from torchtrt_md.capture.dynamo import GraphInput, PlacedOutput, WrittenInput
 from torchtrt_md.capture.dynamo_private import arrived, local_tensor
 from torchtrt_md.errors import InputError
 from torchtrt_md.program import Output
@@ -85,6 +86,7 @@ class FlatCall:
         weights: index among the graph's -> names of the program's weights that it is.
         unused: the program's inputs that the graph has not, with what to pass for them.
         results: for each output of the graph the program's, or the constant that it is.
+        written: what the program returns for inputs that the graph writes to.
         waits: indices of inputs that the graph itself waits for: they may be in flight.
         outputs: names of the program's outputs.
         runner: runs the program.
@@ -99,6 +101,7 @@ class FlatCall:
         weights: Mapping[int, Sequence[str]],
         unused: Mapping[str, Tensor],
         results: Sequence[object],
+        written: Sequence[WrittenInput],
         waits: Sequence[int],
         outputs: Sequence[str],
         runner: Compiled,
@@ -108,7 +111,8 @@ class FlatCall:
         self._names, self._outputs, self._runner, self._around = weights, outputs, runner, around
         fed = set(feeds.values())
         self._waits = sorted(waits)
-        self._values = [(i, inputs[i].name, inputs[i].example.shape, inputs[i].example.dtype) for i in sorted(fed)]
+        self._values = [(i, inputs[i].name, *_like(inputs[i].example)) for i in sorted(fed)]
+        self._written = [(feeds[leaf.name], self._outputs[leaf.index]) for leaf in written]
         self._numbers = [(i, e.name, e.example) for i, e in enumerate(inputs) if isinstance(e.example, (int, float))]
         self._fixed = [i for i, e in enumerate(inputs) if i not in fed and e.kind != "constant"]
         first = WeightSet([inputs[i].example for i in self._fixed])
@@ -125,19 +129,29 @@ class FlatCall:
         """
         ready = [arrived(x) for x in flat]
         for index in self._waits:
-            torch.ops._c10d_functional.wait_tensor(ready[index])
+            torch.ops._c10d_functional.wait_tensor(local_tensor(ready[index]))
         known = self._known(ready) or self._add(ready)
         number = list(self._sets.values()).index(known)
 
         def bind() -> Mapping[str, Tensor]:
             self._check(ready)
+            check_apart([index for index, _ in self._written], self._inputs, ready)
             self._check_unchanged(known)
-            return {**self._unused, **{name: ready[index] for name, index in self._feeds.items()}}
+            fed = {name: arrived(local_tensor(ready[index])) for name, index in self._feeds.items()}
+            return {**self._unused, **fed}
 
         with self._around():
             about = f" with weights {number}" if number else ""
             out = self._runner.call(bind, weights=known.laid_out, about=about)
-        return [out[self._outputs[leaf.index]] if isinstance(leaf, Output) else leaf for leaf in self._results]
+        for index, output in self._written:
+            local_tensor(ready[index]).detach().copy_(out[output])
+        return [self._result(out, leaf) for leaf in self._results]
+
+    def _result(self, out: Mapping[str, Tensor], leaf: object) -> Any:
+        if not isinstance(leaf, Output):
+            return leaf
+        tensor = out[self._outputs[leaf.index]]
+        return leaf.placed(tensor) if isinstance(leaf, PlacedOutput) else tensor
 
     def _known(self, flat: Sequence[Any]) -> WeightSet | None:
         tensors = [flat[i] for i in self._fixed]
@@ -156,10 +170,14 @@ class FlatCall:
         return added
 
     def _check(self, flat: Sequence[Any]) -> None:
-        for index, name, shape, dtype in self._values:
+        for index, name, shape, dtype, placed in self._values:
             given = flat[index]
             if given.shape != shape or given.dtype != dtype:
                 raise _changed(name, f"{dtype} {list(shape)}", f"{given.dtype} {list(given.shape)}")
+            if placed is not None or isinstance(given, DTensor):
+                now = _like(given)[2]
+                if now != placed:
+                    raise _changed(name, f"placed as {placed}", f"placed as {now}")
         for index, name, number in self._numbers:
             if flat[index] != number:
                 raise _changed(name, number, flat[index])
@@ -172,6 +190,45 @@ class FlatCall:
                 " engines hold what it was",
                 fix="call torch.compiler.reset(), so that the next call compiles with the new values",
             )
+
+
+def _like(tensor: Tensor) -> tuple[torch.Size, torch.dtype, object]:
+    """The shape, the dtype, and for a DTensor where its parts are."""
+    placed = (tensor.placements, tensor.device_mesh) if isinstance(tensor, DTensor) else None
+    return tensor.shape, tensor.dtype, placed
+
+
+def check_apart(written: Sequence[int], inputs: Sequence[GraphInput], flat: Sequence[Any]) -> None:
+    """Refuse to write to an input that shares memory with another: the program reads each as it was passed.
+
+    Args:
+        written: indices of inputs.
+        flat: what is passed for ``inputs``.
+
+    Raises:
+        InputError: naming the two.
+    """
+    for index in written:
+        ours = _memory(flat[index])
+        for other, each in enumerate(flat):
+            if other == index or not isinstance(each, Tensor):
+                continue
+            theirs = _memory(each)
+            if ours[0] == theirs[0] and ours[1] < theirs[2] and theirs[1] < ours[2]:
+                raise InputError(
+                    f"the graph writes to the input {inputs[index].name!r}, which shares memory with the input"
+                    f" {inputs[other].name!r}",
+                    fix="pass a clone() of one of them",
+                )
+
+
+def _memory(tensor: Tensor) -> tuple[int, int, int]:
+    """The storage of a tensor and where in it the elements are, in bytes."""
+    local = local_tensor(tensor)
+    width = local.element_size()
+    last = sum((size - 1) * stride for size, stride in zip(local.shape, local.stride(), strict=True))
+    first = int(local.storage_offset()) * width
+    return local.untyped_storage().data_ptr(), first, first + (last + 1) * width * bool(local.numel())
 
 
 def _changed(name: str, was: object, now: object) -> InputError:
