@@ -266,10 +266,13 @@ def dense_reference(
         if not on_meta:
             model.to(device)
         args, kwargs = pytree.tree_map(lambda x: x.to(device) if isinstance(x, Tensor) else x, (tuple(args), kwargs))
+        weights = weights_of(model)
+        own = None if on_meta else run(model, args, kwargs, weights)  # before it is traced, whose errors say less
         program = captured(model, args, kwargs, given if on_meta else None)
         program.weights.check_values(program.read())
-        weights = with_given(weights_of(model), program.weights)
-        own = run(model, args, kwargs, weights)
+        if on_meta:
+            weights = with_given(weights, program.weights)
+            own = run(model, args, kwargs, weights)
         inputs = _inputs(model, args, kwargs)
         found, wide, limited = widest(lambda p: interpret(program, inputs, weights=weights, precision=p))
         leaves = [found[leaf.index] if isinstance(leaf, Output) else leaf for leaf in program.out_leaves]
