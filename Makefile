@@ -26,7 +26,7 @@ gpu-test: $(READY) $(TRITON)
 faults: $(READY)
 	$(BIN)/python tests/faults/report.py
 
-# Writes docs/models.md: which models of the installed transformers verify under their own tensor-parallel plans.
+# Writes docs/models.md: which models of the installed transformers and diffusers verify under their own plans.
 models: $(READY)
 	$(BIN)/python benchmarks/model_matrix.py -o docs/models.md
 

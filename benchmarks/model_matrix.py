@@ -1,12 +1,14 @@
-"""Every causal language model of transformers with a tensor-parallel plan, through capture, lower and verify.
+"""Every model of transformers and diffusers with a plan of its own, through capture, lower and verify.
 
     python benchmarks/model_matrix.py --ranks 2 --ranks 4 -o docs/models.md
     python benchmarks/model_matrix.py --ranks 2 --only LlamaForCausalLM
     python benchmarks/model_matrix.py --part 1/4 --results found.jsonl     # a quarter of the models; four make a page
 
-Models are those that the installed transformers maps configurations to, made from a small configuration
-(small_configs.py) with random weights.  Nothing about a model is listed here.  What does not verify is written down
-with the first line of the error, or with that of the library, where the model does not run by itself.
+Models of transformers are the causal language models with a tensor-parallel plan that it maps configurations to, made
+from a small configuration (small_configs.py).  Those of diffusers are all classes with a plan, called as their
+pipelines call them (small_diffusers.py), in each strategy of a split sequence and tensor-parallel, as far as they have
+plans.  Weights are random.  What does not verify is written down with the first line of the error, or with that of the
+library, where the model does not run by itself.
 """
 
 from __future__ import annotations
@@ -15,22 +17,25 @@ import argparse
 import json
 import multiprocessing
 import os
+import subprocess
 import sys
 import time
 import traceback
 import warnings
 from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor, as_completed
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
 ROOT = Path(__file__).resolve().parents[1]
 sys.path.insert(0, str(ROOT))
 
+from benchmarks import small_diffusers  # noqa: E402
 from benchmarks.small_configs import TOKENS, small  # noqa: E402
 
 LIMIT_S = 600.0
+SAID = "in the library: "  # what library_tp.py says begins so
 # Fields without which the library's own default does not run.
 _ROPE = {"rope_type": "default", "rope_theta": 10000.0}
 GIVEN: dict[str, dict[str, Any]] = {
@@ -51,10 +56,13 @@ class Outcome:
     """What became of one model at one number of ranks.
 
     Attributes:
+        model: its class, and what is different about the call.
         stage: the first that failed: "model", "capture", "lower" or "verify"; "" where all went well.
         line: of the error, or the largest relative error.
         graphs: how many the program has; one serves all ranks.
         seconds: that it took.
+        parallel: "tensor", or the strategy of a split sequence.
+        library: of a model of transformers that failed, what became of it in the library itself (library_tp.py).
     """
 
     model: str
@@ -63,6 +71,8 @@ class Outcome:
     line: str
     graphs: int = 0
     seconds: float = 0.0
+    parallel: str = "tensor"
+    library: str = ""
 
 
 def models() -> list[str]:
@@ -76,10 +86,24 @@ def models() -> list[str]:
     return [name for name, config in configs.items() if getattr(config, "base_model_tp_plan", None)]
 
 
+def tasks_of(names: Sequence[str], ranks: Sequence[int]) -> list[tuple[str, int, str]]:
+    """What is tried: each class in each call and with each plan that it has, on each number of ranks."""
+    tried = []
+    for name in names:
+        diffusers = name in small_diffusers.classes()
+        for call in small_diffusers.calls(name) if diffusers else [name]:
+            for parallel in small_diffusers.parallels(name) if diffusers else ["tensor"]:
+                tried += [(call, r, parallel) for r in ranks]
+    return tried
+
+
 def made(name: str) -> tuple[Any, tuple[Any, ...], dict[str, Any]]:
     """The model, small, and a call of it."""
     import torch
     import transformers
+
+    if not hasattr(transformers, name):
+        return small_diffusers.made(name)
 
     torch.manual_seed(0)
     config_class = getattr(transformers, name).config_class
@@ -93,7 +117,7 @@ def made(name: str) -> tuple[Any, tuple[Any, ...], dict[str, Any]]:
     return model, (tokens,), {"use_cache": False}
 
 
-def outcome(name: str, ranks: int) -> Outcome:
+def outcome(name: str, ranks: int, parallel: str = "tensor") -> Outcome:
     """Take one model through the stages."""
     import torch
 
@@ -107,10 +131,11 @@ def outcome(name: str, ranks: int) -> Outcome:
         with torch.no_grad():
             model(*args, **kwargs)
         stage = "capture"
-        program = md.capture(model, args, kwargs, mesh=md.Mesh(tp=ranks), parallel=md.TensorParallel("tp"))
+        along: Any = md.TensorParallel("n") if parallel == "tensor" else md.ContextParallel("n", parallel)
+        program = md.capture(model, args, kwargs, mesh=md.Mesh(n=ranks), parallel=along)
         graphs = len(program.distinct())
         stage = "lower"
-        lowered = md.lower(program)
+        lowered = md.lower(program, placement="split" if parallel == "ring" else "engine")
         stage = "verify"
         report = verify(lowered, model, args, kwargs)
         stage, line = "", f"{report.error:.1e}"
@@ -118,10 +143,10 @@ def outcome(name: str, ranks: int) -> Outcome:
         line = f"{type(error).__name__}: " + next(iter(str(error).strip().splitlines()), "")
         if os.environ.get("MATRIX_TRACE"):
             traceback.print_exc()
-    return Outcome(name, ranks, stage, line, graphs, time.perf_counter() - begin)
+    return Outcome(name, ranks, stage, line, graphs, time.perf_counter() - begin, parallel)
 
 
-def _in_child(name: str, ranks: int) -> Outcome:
+def _in_child(name: str, ranks: int, parallel: str) -> Outcome:
     """In a process of its own: what one model leaves behind, or breaks, is not the next one's."""
     mother, child = multiprocessing.get_context("fork").Pipe()
 
@@ -133,45 +158,102 @@ def _in_child(name: str, ranks: int) -> Outcome:
         torch.set_num_threads(1)
         warnings.simplefilter("ignore")
         logging.disable(logging.WARNING)
-        child.send(outcome(name, ranks))
+        child.send(outcome(name, ranks, parallel))
 
     process = multiprocessing.get_context("fork").Process(target=work)
     process.start()
     child.close()
     try:
-        found = mother.recv() if mother.poll(LIMIT_S) else Outcome(name, ranks, "time", f"not done in {LIMIT_S:g} s")
+        late = Outcome(name, ranks, "time", f"not done in {LIMIT_S:g} s", parallel=parallel)
+        found = mother.recv() if mother.poll(LIMIT_S) else late
     except EOFError:
-        found = Outcome(name, ranks, "model", "the process died")
+        found = Outcome(name, ranks, "model", "the process died", parallel=parallel)
     process.kill()
     process.join()
     return found
 
 
+def tried(name: str, ranks: int, parallel: str) -> Outcome:
+    """What became of one model, and in the library itself where it failed."""
+    found = _in_child(name, ranks, parallel)
+    failed = found.stage and found.stage != "model" and name in models()
+    return replace(found, library=_in_library(name, ranks)) if failed else found
+
+
+def _in_library(name: str, ranks: int) -> str:
+    """What the library itself computes of a model under its own plan, in a launch."""
+    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", f"--nproc_per_node={ranks}"]
+    try:
+        done = subprocess.run(
+            [*command, str(ROOT / "benchmarks" / "library_tp.py"), name],
+            capture_output=True,
+            text=True,
+            timeout=LIMIT_S,
+            env={**os.environ, "OMP_NUM_THREADS": "1"},
+        )
+    except subprocess.TimeoutExpired:
+        return f"not done in {LIMIT_S:g} s"
+    said = [line.removeprefix(SAID) for line in done.stdout.splitlines() if line.startswith(SAID)]
+    return "; ".join(said) or f"the launch ended with {done.returncode}"
+
+
 def page(outcomes: Sequence[Outcome], versions: str) -> str:
     """docs/models.md."""
-    ranks = sorted({o.ranks for o in outcomes})
-    by = {(o.model, o.ranks): o for o in outcomes}
-    names = sorted({o.model for o in outcomes}, key=str.lower)
+    import transformers
+
+    language = [o for o in outcomes if hasattr(transformers, o.model)]
+    generating = [o for o in outcomes if not hasattr(transformers, o.model)]
     lines = [
         "# Models",
         "",
-        "Made by `make models`; do not edit. Every class of transformers for causal language modelling whose",
-        "configuration has a `base_model_tp_plan`, made small with random weights, with its own plan: captured,",
-        f"lowered and verified in one process, with no GPU. {versions}.",
-        "",
-        *(f"- {r} ranks: {sum(not o.stage for o in outcomes if o.ranks == r)} of {len(names)}" for r in ranks),
-        "",
-        "| class | " + " | ".join(f"{r} ranks" for r in ranks) + " |",
-        "|---" * (len(ranks) + 1) + "|",
+        "Made by `make models`; do not edit. Models made small with random weights, parallel by their own plans:",
+        f"captured, lowered and verified in one process, with no GPU. {versions}.",
     ]
-    for name in names:
-        cells = [_cell(by[name, r]) if (name, r) in by else "" for r in ranks]
-        lines.append(f"| {name} | " + " | ".join(cells) + " |")
+    if language:
+        lines += [
+            "",
+            "## transformers",
+            "",
+            "Every class for causal language modelling whose configuration has a `base_model_tp_plan`. What fails here",
+            "was run in a launch by the library's own tensor parallelism, too, and compared with the dense model.",
+            *_table(language, ("class",)),
+        ]
+    if generating:
+        lines += [
+            "",
+            "## diffusers",
+            "",
+            "Every class with a `_cp_plan` or a `_tp_plan`, called as its pipeline calls it: prompts are masked where",
+            "it takes a mask, and have lengths that the ranks do not divide, as what is generated has. `tensor` is its",
+            "`_tp_plan`, the others are strategies of its `_cp_plan`.",
+            *_table(generating, ("class", "parallel")),
+        ]
     return "\n".join(lines) + "\n"
 
 
+def _table(outcomes: Sequence[Outcome], columns: Sequence[str]) -> list[str]:
+    ranks = sorted({o.ranks for o in outcomes})
+    by = {(o.model, o.parallel, o.ranks): o for o in outcomes}
+    rows = sorted({(o.model, o.parallel) for o in outcomes}, key=lambda row: (row[0].lower(), row[1]))
+    of = {r: [o for o in outcomes if o.ranks == r] for r in ranks}
+    lines = [
+        "",
+        *(f"- {r} ranks: {sum(not o.stage for o in of[r])} of {len(of[r])}" for r in ranks),
+        "",
+        "| " + " | ".join([*columns, *(f"{r} ranks" for r in ranks)]) + " |",
+        "|---" * (len(columns) + len(ranks)) + "|",
+    ]
+    for row in rows:
+        cells = [_cell(by[*row, r]) if (*row, r) in by else "" for r in ranks]
+        lines.append("| " + " | ".join([*row[: len(columns)], *cells]) + " |")
+    return lines
+
+
 def _cell(o: Outcome) -> str:
-    return "ok" if not o.stage else f"{o.stage}: {o.line}".replace("|", "\\|")
+    if not o.stage:
+        return "ok"
+    library = f" **In transformers itself:** {o.library}" if o.library else ""
+    return f"{o.stage}: {o.line}{library}".replace("|", "\\|")
 
 
 def main() -> None:
@@ -183,37 +265,37 @@ def main() -> None:
     parser.add_argument("--results", type=Path, help="a file of results: what is in it is not run again")
     parser.add_argument("-o", "--out", type=Path, help="the page to write")
     options = parser.parse_args()
+    import diffusers
     import torch
     import transformers
 
-    import torchtrt_md as md
-    import torchtrt_md.capture.model
-    import torchtrt_md.verification  # so that children need not import them
-
     first, count = map(int, options.part.split("/"))
-    chosen = [name for name in models() if not options.only or name in options.only][first - 1 :: count]
-    tasks = [(name, ranks) for name in chosen for ranks in options.ranks or [2, 4]]
+    names = [*models(), *small_diffusers.classes()]
+    chosen = [name for name in names if not options.only or name in options.only][first - 1 :: count]
+    tasks = tasks_of(chosen, options.ranks or [2, 4])
     outcomes = []
     if options.results and options.results.exists():
         outcomes = [Outcome(**json.loads(line)) for line in options.results.read_text().splitlines()]
-    done = {(o.model, o.ranks) for o in outcomes}
+    done = {(o.model, o.ranks, o.parallel) for o in outcomes}
     tasks = [task for task in tasks if task not in done]
     with ThreadPoolExecutor(options.jobs) as pool:
-        for done_one in as_completed([pool.submit(_in_child, *task) for task in tasks]):
+        for done_one in as_completed([pool.submit(tried, *task) for task in tasks]):
             found = done_one.result()
             outcomes.append(found)
             if options.results:
                 with options.results.open("a") as file:
                     file.write(json.dumps(asdict(found)) + "\n")
             print(
-                f"{found.model:40} {found.ranks} {found.graphs} graphs {found.seconds:5.1f} s  {_cell(found)}",
+                f"{found.model:40} {found.parallel:12} {found.ranks} {found.graphs} graphs {found.seconds:5.1f} s "
+                f" {_cell(found)}",
                 flush=True,
             )
     for ranks in sorted({o.ranks for o in outcomes}):
         of = [o for o in outcomes if o.ranks == ranks]
         print(f"{ranks} ranks: {sum(not o.stage for o in of)} of {len(of)} verify")
     if options.out:
-        versions = f"torch {torch.__version__}, transformers {transformers.__version__}, torchtrt_md {md.__version__}"
+        modules = (torch, transformers, diffusers)
+        versions = ", ".join(f"{module.__name__} {module.__version__}" for module in modules)
         options.out.write_text(page(outcomes, versions))
 
 

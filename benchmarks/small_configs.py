@@ -77,7 +77,8 @@ def small(default: Any, **given: Any) -> Any:
     deep = next((v for name, v in fields.items() if re.fullmatch(_LAYERS, name) and isinstance(v, int)), 0)
     layers = _layers(fields, deep)
     changes = {name: _small(name, value, fields, deep, layers) for name, value in fields.items()}
-    changed = {name: value for name, value in changes.items() if value is not fields[name]}
+    # A number of heads that is small already is given, too: by default it may follow from another field.
+    changed = {n: v for n, v in changes.items() if v is not fields[n] or (n in _SHARES and v is not None)}
     return type(default)(**{**changed, **given})
 
 

@@ -2,14 +2,16 @@
 
 from __future__ import annotations
 
+import re
 import sys
 from pathlib import Path
 
+import pytest
 from transformers import Gemma3TextConfig, JambaConfig, LlamaConfig
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
-from benchmarks import model_matrix
+from benchmarks import model_matrix, small_diffusers
 from benchmarks.small_configs import small
 
 
@@ -24,11 +26,41 @@ def test_small_configurations_keep_the_kind_of_attention_and_of_layers() -> None
     assert small(LlamaConfig(), vocab_size=77).vocab_size == 77
 
 
-def test_the_models_are_those_of_the_library_and_the_page_counts_them() -> None:
+def test_the_models_are_those_of_the_libraries_and_the_page_counts_them() -> None:
     assert {"LlamaForCausalLM", "Qwen3MoeForCausalLM", "MixtralForCausalLM"} <= set(model_matrix.models())
     found = [model_matrix.outcome("LlamaForCausalLM", 2), model_matrix.outcome("LongcatFlashForCausalLM", 2)]
     assert [o.stage for o in found] == ["", "capture"]
     assert "aten.nonzero.default" in found[1].line
-    page = model_matrix.page(found, "versions")
+    flux = model_matrix.outcome("FluxTransformer2DModel, guidance", 2, "allgather_kv")
+    page = model_matrix.page([*found, flux], "versions")
     assert "- 2 ranks: 1 of 2" in page
+    assert "- 2 ranks: 1 of 1" in page
     assert "| LlamaForCausalLM | ok |" in page
+    assert "| FluxTransformer2DModel, guidance | allgather_kv | ok |" in page
+
+
+def test_every_class_of_diffusers_with_a_plan_has_a_call() -> None:
+    """One that a later version adds has none, and says so in the table."""
+    classes = small_diffusers.classes()
+    assert {"FluxTransformer2DModel", "WanTransformer3DModel", "QwenImage21Transformer2DModel"} <= set(classes)
+    assert set(small_diffusers.CALLS) <= set(classes)
+    tasks = model_matrix.tasks_of(["WanTransformer3DModel", "FluxTransformer2DModel"], [2, 4])
+    assert ("WanTransformer3DModel, an image", 4, "ring") in tasks
+    assert ("FluxTransformer2DModel", 2, "tensor") in tasks
+    assert not any(call.startswith("Wan") and parallel == "tensor" for call, _, parallel in tasks)
+
+
+def test_a_class_without_a_call_is_told_of(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.delitem(small_diffusers.CALLS, "FluxTransformer2DModel")
+    assert small_diffusers.calls("FluxTransformer2DModel") == ["FluxTransformer2DModel"]
+    found = model_matrix.outcome("FluxTransformer2DModel", 2, "ring")
+    assert (found.stage, found.parallel) == ("model", "ring")
+    assert "lists no call of FluxTransformer2DModel" in found.line
+
+
+def test_what_fails_is_run_in_the_library(monkeypatch: pytest.MonkeyPatch) -> None:
+    failed = model_matrix.Outcome("LlamaForCausalLM", 2, "verify", "VerificationError: wrong")
+    monkeypatch.setattr(model_matrix, "_in_child", lambda *task: failed)
+    found = model_matrix.tried("LlamaForCausalLM", 2, "tensor")
+    assert re.fullmatch(r"differs by \d\.\de-0[6-8] of the largest logit", found.library)  # a plan that is right
+    assert f"wrong **In transformers itself:** {found.library} |" in model_matrix.page([found], "versions")
