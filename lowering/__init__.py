@@ -20,6 +20,7 @@ FX in, FX out: no TensorRT, no GPU, no process group.  The passes, in order:
     merge_products           products of one operand, needed at the same time -> one (split placement)
     merge_exchanged, cancel_exchanged   the same two, over what the strategies inserted
     leading_dim              collectives on other dims -> on dim 0, where TensorRT's act
+    joined_axes              what is split or gathered over several axes -> along one after the other
     rank_input               shard -> a row of the value, by a rank input
     validate                 nothing is left that would have to be guessed at
 
@@ -45,6 +46,7 @@ from torchtrt_md.lowering import (
     fold_mask,
     functional_collectives,
     gather_dim,
+    joined_axes,
     leading_dim,
     mask_fill,
     merge_identical,
@@ -61,6 +63,7 @@ from torchtrt_md.lowering import (
     zigzag,
 )
 from torchtrt_md.lowering.passes import Exchange, Pass, PassContext, run_passes
+from torchtrt_md.mesh import axes_of
 from torchtrt_md.parallel import Placement
 from torchtrt_md.program import (
     Coordinate,
@@ -96,6 +99,7 @@ PASSES: dict[str, Pass] = {
     "merge_exchanged": merge_identical.run,
     "cancel_exchanged": cancel_inverse.run,
     "leading_dim": leading_dim.run,
+    "joined_axes": joined_axes.run,
     "rank_input": rank_input.run,
     "validate": validate.run,
 }
@@ -211,8 +215,8 @@ def _outputs(program: ShardedProgram, graph: GraphModule) -> tuple[Value, ...]:
         shape = list(value_of(node).shape)
         shardings = []
         for axis, sharded in node.meta.get("sharding", {}).items():
-            shape[sharded.dim] *= program.mesh.axis_size(axis)
-            shardings.append(Sharding(sharded.dim, axis))
+            shape[sharded.dim] *= program.mesh.joined_size(axis)
+            shardings += [Sharding(sharded.dim, one) for one in axes_of(axis)]  # which apply in order
         values.append(msgspec.structs.replace(value, shape=tuple(shape), sharding=tuple(shardings)))
     return tuple(values)
 

@@ -10,6 +10,9 @@ result y of one rank count their bytes:
     ulysses         (q + k + v + y) (P - 1) / P      with as many heads as P divides
     allgather_kv    (k + v) (P - 1)
 
+Over several axes heads are exchanged along all but the first in any case, and the strategy is that of the first, over
+which the fewest bytes are to be sent: P is its ranks, and q, k, v and y are what the other exchanges leave.
+
 Of equal ones it is ulysses, where causal attention needs no mask.  A ring sends what allgather_kv does, and never
 has all keys and values at once.  It goes in the place of allgather_kv where attention runs in PyTorch (``split``), is
 not causal, so that no order has to change, and ``k + v`` is at least ``RING_BYTES``: then a step's attention is long
@@ -18,15 +21,16 @@ enough to hide what is sent meanwhile.  With a mask it does not: the kernels tha
 
 from __future__ import annotations
 
-import math
+from collections.abc import Sequence
 from typing import Any
 
 import torch
 from torch.fx import GraphModule, Node
 
-from torchtrt_md.lowering.layout import kv_repeats
+from torchtrt_md.lowering.layout import exchanged_heads
 from torchtrt_md.lowering.ops import bound_args
 from torchtrt_md.lowering.passes import PassContext
+from torchtrt_md.mesh import axes_of
 from torchtrt_md.program import dtype_name, value_of
 
 md = torch.ops.torchtrt_md
@@ -41,7 +45,8 @@ def run(graph: GraphModule, context: PassContext) -> int:
         chosen = context.exchanges.get(attention_key(node))
         strategy = chosen.strategy if chosen else args["strategy"]
         if strategy == "auto":
-            strategy = _fewest_bytes(node, args, context.placement)
+            sizes = [context.mesh.axis_size(axis) for axis in axes_of(args["axis"])]
+            strategy = _fewest_bytes(node, args, sizes, context.placement)
         if strategy != args["strategy"]:
             node.args = tuple({**args, "strategy": strategy}.values())
             node.kwargs = {}
@@ -65,14 +70,17 @@ def attention_key(node: Node) -> str:
     return key + (f" lengths={','.join(map(str, args['lengths']))}" if args["lengths"] else "")
 
 
-def _fewest_bytes(node: Node, args: dict[str, Any], placement: str) -> str:
-    size = args["size"]
-    q, k, v, y = (value_of(x).nbytes for x in (args["q"], args["k"], args["v"], node))
+def _fewest_bytes(node: Node, args: dict[str, Any], sizes: Sequence[int], placement: str) -> str:
+    first, *others = sizes
+    qy = value_of(args["q"]).nbytes + value_of(node).nbytes
+    kv = value_of(args["k"]).nbytes + value_of(args["v"]).nbytes
     heads, kv_heads = (value_of(args[name]).shape[1] for name in ("q", "k"))
-    repeats = kv_repeats(heads, kv_heads, size)
-    sent_kv_heads = size * math.ceil(repeats * kv_heads / size)
-    sent_heads = heads // (repeats * kv_heads) * sent_kv_heads
-    if (q + y) * sent_heads / heads + (k + v) * sent_kv_heads / kv_heads <= (k + v) * size:
+    for size in reversed(others):
+        sent_heads, sent_kv_heads = exchanged_heads(heads, kv_heads, size)
+        qy, kv = qy * sent_heads // heads, kv * sent_kv_heads // kv_heads
+        heads, kv_heads = sent_heads // size, sent_kv_heads // size
+    sent_heads, sent_kv_heads = exchanged_heads(heads, kv_heads, first)
+    if qy * sent_heads / heads + kv * sent_kv_heads / kv_heads <= kv * first:
         return "ulysses"
-    hidden = k + v >= RING_BYTES and not args["is_causal"] and args["mask"] is None
+    hidden = kv >= RING_BYTES and not args["is_causal"] and args["mask"] is None
     return "ring" if placement == "split" and hidden else "allgather_kv"

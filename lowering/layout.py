@@ -68,13 +68,30 @@ def seen_keys(before: Node, x: Node, lengths: Sequence[int] | None, size: int) -
     parts = list(zip(lengths[::2], lengths[1::2], strict=True))
     if len(parts) < 2:
         return emit(before, aten.slice.Tensor, x, 2, 0, parts[0][1]) if parts else x
+    seen = [
+        part if total == size * held else emit(before, aten.slice.Tensor, part, 2, 0, total)
+        for (held, total), part in zip(parts, _parts(before, x, lengths, size), strict=True)
+    ]
+    return emit(before, aten.cat.default, seen, 2)
+
+
+def by_part(before: Node, x: Node, lengths: Sequence[int] | None, size: int) -> Node:
+    """All ranks' keys or values [B, h, S, D], part after part: of each part those of all ranks.
+
+    Args: as :func:`seen_keys`.
+    """
+    return x if not lengths or len(lengths) == 2 else joined(before, _parts(before, x, lengths, size), 2)
+
+
+def _parts(before: Node, x: Node, lengths: Sequence[int], size: int) -> list[Node]:
+    """The parts that keys or values of all ranks, in their order, consist of."""
     batch, heads, tokens, width = value_of(x).shape
     by_rank = emit(before, aten.reshape.default, x, [batch, heads, size, tokens // size, width])
-    seen = []
-    for (held, total), part in zip(parts, slices(before, by_rank, 3, [held for held, _ in parts]), strict=True):
-        part = emit(before, aten.reshape.default, part, [batch, heads, size * held, width])
-        seen.append(part if total == size * held else emit(before, aten.slice.Tensor, part, 2, 0, total))
-    return emit(before, aten.cat.default, seen, 2)
+    held = lengths[::2]
+    return [
+        emit(before, aten.reshape.default, part, [batch, heads, size * n, width])
+        for n, part in zip(held, slices(before, by_rank, 3, held), strict=True)
+    ]
 
 
 def slices(before: Node, x: Node, dim: int, sizes: Sequence[int]) -> list[Node]:
@@ -100,3 +117,13 @@ def kv_repeats(heads: int, kv_heads: int, size: int) -> int:
         return times
     whole_groups = group * size * math.ceil(kv_heads / size)
     return 1 if whole_groups <= size * math.ceil(heads / size) else group
+
+
+def exchanged_heads(heads: int, kv_heads: int, size: int) -> tuple[int, int]:
+    """How many heads and key/value heads ``size`` ranks exchange: numbers that they divide, copies among them.
+
+    Query heads of one key/value head stay together, so that each rank has those of its key/value heads.
+    """
+    kv_heads *= kv_repeats(heads, kv_heads, size)
+    sent = size * math.ceil(kv_heads / size)
+    return heads // kv_heads * sent, sent

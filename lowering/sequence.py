@@ -77,7 +77,7 @@ def run(graph: GraphModule, context: PassContext) -> int:
         node.meta["sharding"] = [{} for _ in values] if isinstance(values, (tuple, list)) else {}
     count = 0
     for axis, strategy in context.strategies.items():
-        size = context.mesh.axis_size(axis)
+        size = context.mesh.joined_size(axis)
         # A single rank has the whole of everything.
         if size > 1 and any(is_sequence_mark(node) and bound_args(node)["axis"] == axis for node in graph.graph.nodes):
             # A causal ring gives each rank two chunks of the sequence.

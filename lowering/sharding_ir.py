@@ -29,11 +29,10 @@ def split_sequence(call: Call) -> Result:
     dim = call.dim("dim", value_of(x).ndim)
     extent = call.shape[dim]
     length = call.held(extent)
-    if length < 2 or length >= extent:
+    if extent < call.size or length >= extent:
         call.refuse(
-            f"leaves {min(length, 1)} of the {extent} entries of dim {dim} to each rank, and fewer than 2 per rank"
-            " cannot be told from broadcasting",
-            f"leave this value out of the plan, or use a sequence of at least {2 * call.size}",
+            f"has {extent} entries on dim {dim} for {call.size} ranks, and not every rank would get some of its own",
+            f"leave this value out of the plan, or use a sequence of at least {call.size * call.unit}",
         )
     return Sharded.of(dim, [Part(length, extent)], call.size)
 

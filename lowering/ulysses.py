@@ -18,6 +18,18 @@ fewer key/value heads than ranks, or of a number that P does not divide, each is
 A mask is there for all queries and keys; a rank takes that of its heads, if they have one each.  Keys behind the end of
 the sequence, where P does not divide it, are cut off once they are there.
 
+Of a sequence that is split over several axes, heads are exchanged along the last, and what is left is attention over
+the others, of the heads and the tokens that an exchange leaves.  That is repeated until one axis is left, which has the
+strategy that was asked for (with a ring: unified sequence parallelism, USP, https://arxiv.org/abs/2405.07719)::
+
+    before    y = context_attention(q, k, v, ..., "ring", "a+b", A B)      # q [B, H, S/(A B), D]
+    after     x = all_to_all(cat of q, k, v, 0, 0, "b", B)
+              y = context_attention(q', k', v', ..., "ring", "a", A)       # q' [B, H/B, S/A, D]
+              y = all_to_all(y, 0, 0, "b", B)
+
+A rank of "a" has the chunks of all of "b" then, which follow each other.  So a mask is in the order that this needs;
+keys that lie in several parts, with some behind their ends, are put part by part, as ``lengths`` counts them.
+
 In the split placement an :class:`~torchtrt_md.lowering.passes.Exchange` may ask for more exchanges that send the same
 bytes, so that a runtime which starts collectives in the order of the graph overlaps them with something:
 
@@ -37,9 +49,20 @@ from torchtrt_md.errors import ShardingError
 from torchtrt_md.graph.rewrite import emit, permute, substitute
 from torchtrt_md.graph.source import source_line
 from torchtrt_md.lowering.choose_strategy import attention_key
-from torchtrt_md.lowering.layout import joined, kv_repeats, seen_keys, slices, whole_sequence
+from torchtrt_md.lowering.layout import (
+    by_part,
+    copied,
+    exchanged_heads,
+    joined,
+    kv_repeats,
+    seen_keys,
+    slices,
+    whole_sequence,
+)
 from torchtrt_md.lowering.ops import bound_args
 from torchtrt_md.lowering.passes import Exchange, PassContext
+from torchtrt_md.mesh import Mesh, axes_of
+from torchtrt_md.mesh import joined as joined_name
 from torchtrt_md.program import value_of
 
 aten, md = torch.ops.aten, torch.ops.torchtrt_md
@@ -53,11 +76,19 @@ def run(graph: GraphModule, context: PassContext) -> int:
         ShardingError: a rank's heads do not divide by the groups that were asked for.
     """
     count = 0
-    for node in list(graph.graph.find_nodes(op="call_function", target=md.context_attention.default)):
-        if bound_args(node)["strategy"] == "ulysses":
-            substitute(node, _Expansion(node, _how(node, context)).attended())
-            count += 1
+    todo = _exchanged(graph)
+    while todo:  # of several axes, what is left over the others comes again
+        for node in todo:
+            substitute(node, _Expansion(node, _how(node, context), context.mesh).attended())
+        count += len(todo)
+        todo = _exchanged(graph)
     return count
+
+
+def _exchanged(graph: GraphModule) -> list[Node]:
+    """The attentions of which heads are exchanged along their axis, or along the last of several."""
+    nodes = graph.graph.find_nodes(op="call_function", target=md.context_attention.default)
+    return [n for n in nodes if bound_args(n)["strategy"] == "ulysses" or len(axes_of(bound_args(n)["axis"])) > 1]
 
 
 def _how(node: Node, context: PassContext) -> Exchange:
@@ -69,9 +100,10 @@ def _how(node: Node, context: PassContext) -> Exchange:
 class _Expansion:
     """What one attention becomes."""
 
-    def __init__(self, node: Node, how: Exchange) -> None:
+    def __init__(self, node: Node, how: Exchange, mesh: Mesh) -> None:
         self.node, self.how, self.args = node, how, bound_args(node)
-        self.axis, self.size = self.args["axis"], self.args["size"]
+        *self.others, self.axis = axes_of(self.args["axis"])
+        self.size = mesh.axis_size(self.axis) if self.others else self.args["size"]
         self.operands = _with_heads_for_all(node, {name: self.args[name] for name in ("q", "k", "v")}, self.size)
         _check_groups(node, self.operands, self.size, how.head_groups)
         # of each operand, those of a group that stay on a rank
@@ -79,17 +111,28 @@ class _Expansion:
 
     def attended(self) -> Node:
         groups, masks = self._exchange_there(), self._masks()
-        rest = (self.args["is_causal"], self.args["scale"], self.args["enable_gqa"])
-        returned = []
-        for group, mask in zip(groups, masks, strict=True):
-            k, v = (seen_keys(self.node, group[name], self.args["lengths"], self.size) for name in ("k", "v"))
-            local = emit(self.node, md.attention.default, group["q"], k, v, mask, *rest)
-            returned.append(self._exchange_back(local))
+        returned = [
+            self._exchange_back(self._attention(group, mask)) for group, mask in zip(groups, masks, strict=True)
+        ]
         by_rank = [permute(self.node, x, _BY_RANK) for x in returned]  # [B, P, heads/P, S/P, D]
         batch, wanted, tokens, width = value_of(self.node).shape
         heads = value_of(self.operands["q"]).shape[1]
         y = emit(self.node, aten.view.default, joined(self.node, by_rank, 2), [batch, heads, tokens, width])
-        return y if heads == wanted else emit(self.node, aten.slice.Tensor, y, 1, 0, wanted)
+        # What reads attention was traced on a contiguous result.
+        return y if heads == wanted else copied(self.node, emit(self.node, aten.slice.Tensor, y, 1, 0, wanted))
+
+    def _attention(self, operands: Mapping[str, Node], mask: Node | None) -> Node:
+        """Of the heads and tokens that this rank has now."""
+        q, lengths = operands["q"], self.args["lengths"]
+        rest = (self.args["is_causal"], self.args["scale"], self.args["enable_gqa"])
+        if not self.others:
+            k, v = (seen_keys(self.node, operands[name], lengths, self.size) for name in ("k", "v"))
+            return emit(self.node, md.attention.default, q, k, v, mask, *rest)
+        k, v = (by_part(self.node, operands[name], lengths, self.size) for name in ("k", "v"))
+        if lengths:
+            lengths = [n * self.size if i % 2 == 0 else n for i, n in enumerate(lengths)]  # held, total, held, ...
+        over = (self.args["strategy"], joined_name(self.others), self.args["size"] // self.size)
+        return emit(self.node, md.context_attention.default, q, k, v, *rest, *over, mask, lengths)
 
     def _masks(self) -> list[Node | None]:
         """The mask of each group of heads."""
@@ -183,10 +226,7 @@ def _with_heads_for_all(node: Node, operands: dict[str, Node], size: int) -> dic
     heads, kv_heads = (value_of(operands[name]).shape[1] for name in ("q", "k"))
     assert heads % kv_heads == 0, f"{node.name} has {heads} heads over {kv_heads}; capture makes them fit"
     times = kv_repeats(heads, kv_heads, size)
-    kv_heads *= times
-    # Query heads of one key/value head stay together, so that each rank has those of its key/value heads.
-    all_kv_heads = size * math.ceil(kv_heads / size)
-    all_heads = heads // kv_heads * all_kv_heads
+    all_heads, all_kv_heads = exchanged_heads(heads, kv_heads, size)
     found = {"q": _repeated_last(node, operands["q"], all_heads)}
     for name in ("k", "v"):
         found[name] = _repeated_last(node, _each_repeated(node, operands[name], times), all_kv_heads)

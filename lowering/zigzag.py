@@ -12,6 +12,9 @@ divide), a causal attention by another strategy, and an output that is left spli
 
 Collectives along the axis, other than gathers of a chunk, were refused by the analysis.  An attention that is not
 causal may have any strategy: the order of its keys does not matter, and that of its queries is that of its result.
+
+Over several axes the ring is along the first, and P its ranks: the ranks of the others hold the two chunks between
+them, in order.
 """
 
 from __future__ import annotations
@@ -25,6 +28,7 @@ from torchtrt_md.graph.source import source_line
 from torchtrt_md.lowering.ops import bound_args
 from torchtrt_md.lowering.passes import PassContext
 from torchtrt_md.lowering.sharding import Sharded
+from torchtrt_md.mesh import axes_of
 from torchtrt_md.program import outputs_of, value_of
 
 aten, md = torch.ops.aten, torch.ops.torchtrt_md
@@ -42,14 +46,15 @@ def run(graph: GraphModule, context: PassContext) -> int:
         return 0
     causal = [n for n in _nodes(graph, md.context_attention.default) if bound_args(n)["is_causal"]]
     rings = {args["axis"]: args["size"] for args in map(bound_args, causal) if args["strategy"] == "ring"}
+    first = {axis: context.mesh.axis_size(axes_of(axis)[0]) for axis in rings}
     count = 0
     for axis, size in rings.items():
         for node in causal:
             _check_attention(node, axis)
         for node in _nodes(graph, md.context_attention.default):
             _check_order_unseen(node, axis)
-        _check_order(graph, axis, size)
-        count += _reorder(graph, axis, size)
+        _check_order(graph, axis, size, first[axis])
+        count += _reorder(graph, axis, first[axis])
     return count
 
 
@@ -90,15 +95,15 @@ def _check_order_unseen(node: Node, axis: str) -> None:
         )
 
 
-def _check_order(graph: GraphModule, axis: str, size: int) -> None:
-    """All that is split over the axis can be cut into two halves, and no output is split."""
+def _check_order(graph: GraphModule, axis: str, size: int, ring: int) -> None:
+    """What a rank of the ring has, of all that is split, can be cut into two halves, and no output is split."""
     for node in graph.graph.nodes:
         for state in _held(node, axis):
-            odd = next((p.held for p in state.parts(size) if p.held % 2 and not p.is_whole), None)
+            odd = next((p.held for p in state.parts(size) if p.held * size // ring % 2 and not p.is_whole), None)
             if odd is not None:
                 raise ShardingError(
                     f"{node.name} has {odd} of {odd * size} positions on each rank of axis {axis!r}, and a causal ring"
-                    f" gives each rank two of {2 * size} equal chunks",
+                    f" gives each rank two of {2 * ring} equal chunks",
                     fix=f"pad the sequence to a multiple of {2 * size} positions, or {_OTHERWISE}",
                     at=source_line(node),
                 )

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import math
 import re
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING
 
 from torchtrt_md.errors import MeshError
@@ -23,7 +23,27 @@ _NAME = re.compile(r"[A-Za-z_][A-Za-z0-9_]*")
 _SIZE = re.compile(r"[0-9]{1,9}")
 
 
+JOINED = "+"  # between the axes over which one sequence is split; no axis has it in its name
 OF_A_CAPTURE = " of "  # between axis and mesh in the names of the fake meshes that captures make
+
+
+def joined(axes: str | Sequence[str]) -> str:
+    """One name for the axes over which one sequence is split: ``"ring+ulysses"``.
+
+    Rank (r, u) of R x U has chunk ``r * U + u``: the last axis varies fastest, as in a mesh.
+    """
+    return axes if isinstance(axes, str) else JOINED.join(axes)
+
+
+def axes_of(axis: str) -> tuple[str, ...]:
+    """The axes of the mesh that a name stands for: one, or those that were :func:`joined`."""
+    return tuple(axis.split(JOINED))
+
+
+def shown(axis: str) -> str:
+    """An axis, or several that were :func:`joined`, as the source of a program has them."""
+    quoted = [f'"{one}"' for one in axes_of(axis)]
+    return quoted[0] if len(quoted) == 1 else f"({', '.join(quoted)})"
 
 
 def axis_names(device_mesh: DeviceMesh) -> tuple[str, ...]:
@@ -107,6 +127,14 @@ class Mesh:
                 fix=f"name one of these, or make the mesh with an axis {axis!r} too",
             )
         return self.axes[axis]
+
+    def joined_size(self, axis: str) -> int:
+        """Number of ranks over which a sequence is split along one axis, or along several that are :func:`joined`.
+
+        Raises:
+            MeshError: as :meth:`axis_size`.
+        """
+        return math.prod(map(self.axis_size, axes_of(axis)))
 
     def coordinate(self, rank: int, axis: str) -> int:
         """Where ``rank`` stands along ``axis``: 0 .. axis_size - 1.

@@ -62,15 +62,20 @@ ContextPlan: TypeAlias = "Mapping[str, ModulePlan]"
 
 @dataclass(frozen=True)
 class ContextParallel:
-    """Split the sequence over one axis of the mesh.
+    """Split the sequence over one axis of the mesh, or over several.
+
+    Over several, as ``("ring", "ulysses")``, each rank has one of as many chunks as there are ranks along all of them.
+    Attention then exchanges heads for sequence along every axis but the first, and does what ``strategy`` says along
+    the first, over which less is sent: the one between hosts.  With ``"ring"`` that is unified sequence parallelism
+    (USP, https://arxiv.org/abs/2405.07719), which diffusers calls ``ring_degree`` and ``ulysses_degree``.
 
     Args:
-        axis: the mesh axis.
+        axis: the mesh axis, or a tuple of axes, the slowest first.
         strategy: what attention does about it.  ``"ulysses"`` exchanges heads for sequence (all-to-all;
             https://arxiv.org/abs/2309.14509), ``"allgather_kv"`` gathers
             keys and values, ``"ring"`` passes them from rank to rank while attending to those in hand
             (https://arxiv.org/abs/2310.01889), ``"auto"`` takes for each attention what sends the fewest bytes
-            among those that its shapes allow.
+            among those that its shapes allow; of several axes, over the first.
         plan: module name -> which arguments or results are split, or where the result is gathered, in the
             shape of diffusers' ``_cp_plan`` (whose own classes are accepted as well).  ``""`` is the model
             itself, ``*`` stands for any one part of a name.  ``None`` takes the model's own ``_cp_plan``; ``{}`` is
@@ -80,11 +85,13 @@ class ContextParallel:
         PlanError: an unknown strategy, or an argument of another type.
     """
 
-    axis: str
+    axis: str | tuple[str, ...]
     strategy: Strategy = "ulysses"
     plan: Mapping[str, Any] | None = None
 
     def __post_init__(self) -> None:
+        if isinstance(self.axis, list):  # as JSON and habit have it
+            object.__setattr__(self, "axis", tuple(self.axis))
         _check(self, self.axis, self.plan)
         if self.strategy not in STRATEGIES:
             raise PlanError(
@@ -143,7 +150,13 @@ def _is_int(value: object) -> bool:
 
 def _check(parallel: Parallel, axis: object, plan: object) -> None:
     kind = type(parallel).__name__
-    if not isinstance(axis, str):
+    if isinstance(parallel, ContextParallel) and isinstance(axis, tuple):
+        if len(axis) < 2 or not all(isinstance(name, str) for name in axis):
+            raise PlanError(
+                f"the axes of {kind} are {axis!r}",
+                fix=f'name several axes of the mesh, {kind}(("ring", "ulysses")), or one: {kind}("cp")',
+            )
+    elif not isinstance(axis, str):
         raise PlanError(f"the axis of {kind} is {axis!r}", fix=f'name an axis of the mesh: {kind}("cp")')
     if plan is not None and not isinstance(plan, Mapping):
         raise PlanError(

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from pathlib import Path
+from typing import Any
 
 import models
 import pytest
@@ -210,7 +211,7 @@ def test_a_network_with_other_collectives_is_refused() -> None:
         builder._check_collectives(net, rest)
 
 
-def test_two_axes_in_one_engine_are_refused(tmp_path: Path) -> None:
+def test_two_axes_are_the_engines_that_an_export_has(tmp_path: Path) -> None:
     class Both(nn.Module):
         def __init__(self) -> None:
             super().__init__()
@@ -220,17 +221,20 @@ def test_two_axes_in_one_engine_are_refused(tmp_path: Path) -> None:
             result: torch.Tensor = self.mlp(self.attention(x))
             return result
 
-    program = md.capture(
-        Both().eval(),
-        (torch.randn(2, 16, 32),),
-        mesh=md.Mesh(cp=2, tp=2),
-        parallel=[
-            md.ContextParallel("cp", plan={"": {"x": md.Split(1)}, "mlp": md.Gather(1)}),
-            md.TensorParallel("tp", plan={"mlp.up": ColwiseParallel(), "mlp.down": RowwiseParallel()}),
-        ],
-    )
-    with pytest.raises(BuildError, match="axes cp and tp, and an engine has one communicator"):
-        md.build(program, tmp_path)
+    model, inputs, mesh = Both().eval(), (torch.randn(2, 16, 32),), md.Mesh(cp=2, tp=2)
+    parallel: list[Any] = [
+        md.ContextParallel("cp", plan={"": {"x": md.Split(1)}, "mlp": md.Gather(1)}),
+        md.TensorParallel("tp", plan={"mlp.up": ColwiseParallel(), "mlp.down": RowwiseParallel()}),
+    ]
+    engines = md.build(md.capture(model, inputs, mesh=mesh, parallel=parallel), tmp_path)
+    exported = md.export(model, inputs, mesh=mesh, parallel=parallel, out=tmp_path / "bundle")
+    for rank, segments in enumerate(exported.manifest.ranks):
+        mine = [e.segment for e in engines if rank in e.ranks]
+        assert [s.axis for s in mine] == ["cp", "tp", "cp"]
+        assert [(s.runs, s.axis, s.collectives) for s in mine] == [(s.runs, s.axis, s.collectives) for s in segments]
+        assert [[b.source for b in s.outputs] for s in mine] == [[b.source for b in s.outputs] for s in segments]
+    assert not any(b.weight for e in engines for b in e.segment.inputs)
+    assert len({e.file for e in engines}) == len(engines)
 
 
 def test_every_collective_is_a_layer_that_builds() -> None:

@@ -11,7 +11,7 @@ import models
 import pytest
 from bundle import bundle_samples
 
-import torchtrt_md
+import torchtrt_md as md
 from torchtrt_md.bundle.manifest import encode
 from torchtrt_md.bundle.read import read_manifest
 from torchtrt_md.doors import cli, user_file
@@ -57,7 +57,7 @@ def mine(tmp_path: Path) -> Path:
 
 
 def test_version_and_help(run: Run, monkeypatch: pytest.MonkeyPatch) -> None:
-    assert run("--version") == (0, f"torchtrt-md {torchtrt_md.__version__}\n", "")
+    assert run("--version") == (0, f"torchtrt-md {md.__version__}\n", "")
     monkeypatch.setenv("COLUMNS", "200")
     code, said, _ = run("export", "--help")
     assert code == 0
@@ -160,7 +160,7 @@ def test_an_error_in_the_users_file_names_its_line(
         (("nothing.py", "--mesh", "cp=4"), "there is no model file 'nothing.py'"),
         (("examples/flux.py", "--mesh", "xx=4"), "does not say what is parallel along it"),
         (("examples/llama.py", "--mesh", "tp=4", "--strategy", "ulysses"), "no axis is context parallel"),
-        (("examples/flux.py", "--mesh", "cp=200"), "fewer than 2 per rank"),
+        (("examples/flux.py", "--mesh", "cp=200"), "not every rank would get some of its own"),
         (("examples/flux.py", "--mesh", "cp=4", "--target", "sm70"), "cannot build for target 'sm70'"),
     ],
 )
@@ -177,6 +177,30 @@ def test_errors_are_messages_and_not_tracebacks(
     assert "Traceback" not in said + wrong
     assert "typer" not in said + wrong, "the line of an error is the user's"
     assert not (tmp_path / "out.mdtrt").exists()
+
+
+@pytest.mark.parametrize(
+    ("mesh", "strategy", "expected"),
+    [
+        ("ring=2,ulysses=2", "", [md.ContextParallel(("ring", "ulysses"), "ring")]),
+        ("tp=2,ulysses=2,ring=2", "", [md.ContextParallel(("ring", "ulysses"), "ring"), md.TensorParallel("tp")]),
+        ("ring=2,ulysses=2", "auto", [md.ContextParallel(("ring", "ulysses"), "auto")]),
+        ("ring=2,dp=2", "", [md.ContextParallel("ring", "ring"), md.DataParallel("dp")]),
+        ("ulysses=4", "", [md.ContextParallel("ulysses", "ulysses")]),
+    ],
+)
+def test_axes_by_their_names(mesh: str, strategy: str, expected: list[object]) -> None:
+    assert cli._parallel(md.Mesh.parse(mesh), None, strategy) == expected
+
+
+def test_one_sequence_over_two_axes(run: Run, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(ROOT)
+    for name, size in models.SMALL_EXAMPLES.items():
+        monkeypatch.setenv(name, size)
+    code, said, wrong = run("export", "examples/flux.py", "--mesh", "ring=2,ulysses=2", "--dry-run")
+    assert code == 0, wrong
+    for told in ("permute_ten", "ring (2)", "ulysses (2)", "is it the same function"):
+        assert told in said
 
 
 def test_a_users_own_file_with_its_own_plan(run: Run, mine: Path, tmp_path: Path) -> None:
@@ -199,4 +223,4 @@ def test_the_first_line_is_there_before_pytorch_is_imported() -> None:
         [sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True, timeout=120, check=False
     )
     assert done.returncode == 3, done.stderr
-    assert done.stdout == f"torchtrt-md {torchtrt_md.__version__}: x.py on Mesh(cp=2) False\n"
+    assert done.stdout == f"torchtrt-md {md.__version__}: x.py on Mesh(cp=2) False\n"

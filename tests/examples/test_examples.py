@@ -46,6 +46,7 @@ def test_the_docstring_says_how_to_run_it(example: str) -> None:
         ("llama", {"tp": 4}, "all_reduce", 4),  # two for each of two layers
         ("vit", {"tp": 4}, "all_reduce", 4),
         ("wan", {"cp": 4}, "all_to_all", 4),
+        ("wan_guidance", {"cfg": 2, "cp": 2}, "all_to_all", 4),
         ("cosmos3", {"cp": 4}, "all_to_all", 4),
     ],
 )

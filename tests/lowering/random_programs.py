@@ -48,6 +48,7 @@ class Program:
         strategy: of a ContextParallel.
         placement: where attention runs.
         split_batch: whether the batch of x is split too, over a second axis.
+        several: whether the 4 ranks of a sequence are 2 along each of two axes.
     """
 
     lines: tuple[str, ...]
@@ -58,6 +59,7 @@ class Program:
     strategy: str
     placement: str
     split_batch: bool
+    several: bool
 
     @property
     def text(self) -> str:
@@ -75,21 +77,24 @@ class Program:
         return model
 
     def parallel(self) -> list[md.ContextParallel]:
-        split = [md.ContextParallel("cp", self.strategy, self.plan)]  # type: ignore[arg-type]
+        axis = ("out", "in") if self.several else "cp"
+        split = [md.ContextParallel(axis, self.strategy, self.plan)]  # type: ignore[arg-type]
         return [*split, md.ContextParallel("dp", plan={"": {"x": md.Split(0)}})] if self.split_batch else split
 
     def mesh(self) -> md.Mesh:
-        return md.Mesh(cp=self.size, dp=2) if self.split_batch else md.Mesh(cp=self.size)
+        over = {"out": 2, "in": 2} if self.several else {"cp": self.size}
+        return md.Mesh({**over, "dp": 2} if self.split_batch else over)
 
 
 def program(random: Random) -> Program:
     """A program whose lines all run on whole tensors."""
     size = random.choice([2, 2, 2, 3, 4])
     split_batch = random.random() < 0.1
-    batch, width = 4 if split_batch else random.choice([1, 1, 2]), random.choice([2, 4, 4, 6, 8])
-    length, other = (size * random.choice([2, 2, 3, 4]) for _ in "xy")
+    batch = random.choice([2, 4]) if split_batch else random.choice([1, 1, 2])
+    width = random.choice([2, 4, 4, 6, 8])
+    length, other = (size * random.choice([1, 2, 2, 3, 4]) for _ in "xy")
     if random.random() < 0.4:  # lengths that the ranks need not divide
-        length, other = (random.randint(size + 1, 4 * size) for _ in "xy")
+        length, other = (random.randint(size, 4 * size) for _ in "xy")
     inputs = {"x": _values((batch, length, width)), "y": _values((batch, random.choice([length, other]), width))}
     plan: dict[str, object] = {"": {"x": md.Split(1)}}
     if random.random() < 0.6:
@@ -106,7 +111,9 @@ def program(random: Random) -> Program:
     returned = lines.last[-random.choice([1, 1, 2]) :]
     strategy = random.choice(["ulysses", "allgather_kv", "auto", "ring"])
     placement = "split" if strategy == "ring" else random.choice(["engine", "split"])
-    return Program(_needed(lines.text, returned), tuple(returned), inputs, plan, size, strategy, placement, split_batch)
+    several = size == 4 and random.random() < 0.5
+    text = _needed(lines.text, returned)
+    return Program(text, tuple(returned), inputs, plan, size, strategy, placement, split_batch, several)
 
 
 def _needed(lines: list[str], returned: list[str]) -> tuple[str, ...]:

@@ -100,7 +100,7 @@ def test_what_the_analysis_accepts_does_the_same_in_this_order(name: str, monkey
     states = [state for node in graph.graph.nodes for state in zigzag._held(node, "cp")]
     if any(part.held % 2 and not part.is_whole for state in states for part in state.parts(sf.SIZE)):
         with pytest.raises(ShardingError, match="positions on each rank of axis"):
-            zigzag._check_order(graph, "cp", sf.SIZE)
+            zigzag._check_order(graph, "cp", sf.SIZE, sf.SIZE)
         return
     zigzag._reorder(graph, "cp", sf.SIZE)
     results = sf.run_ranks(graph, [t for t, _ in inputs])

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from dataclasses import replace
 from typing import Any
 
 import models
@@ -157,25 +156,6 @@ def test_engine_placement_is_one_engine() -> None:
     placed = place(md.lower(program), "engine")
     assert placed.is_one_engine
     assert_computes_the_same(placed)
-
-
-def test_a_second_axis_communicates_between_engines() -> None:
-    model, args, kwargs = models.llama(torch.float32)
-    program = md.capture(
-        model, args, kwargs, mesh=md.Mesh(dp=2, tp=2), parallel=[md.TensorParallel("tp"), md.DataParallel("dp")]
-    )
-    lowered = md.lower(program)
-    graph = lowered.graphs[0]
-    first = next(n for n in graph.graph.nodes if is_collective(n))
-    first.args = tuple("dp" if a == "tp" else a for a in first.args)  # as a program over two axes has it
-    lowered = replace(lowered, graphs=(graph,) * 4)
-    placed = place(lowered, "engine")
-    kinds = [part.runs for part in placed.parts[0]]
-    assert "eager" in kinds
-    for part in placed.parts[0]:
-        axes = {c.axis for c in schedule(graph_of(part))}
-        assert len(axes) <= 1
-    assert "communicator" in placed.kept[0].reason
 
 
 def test_what_cannot_be_converted_stays_in_pytorch_and_is_told() -> None:

@@ -1,4 +1,4 @@
-"""Build: a lowered ``ShardedProgram`` -> one engine file for each different rank.
+"""Build: a lowered ``ShardedProgram`` -> the engine files of each different rank.
 
 Engines are built on a machine with or without a GPU, by TensorRT-RTX or TensorRT, whichever is installed.
 """
@@ -26,9 +26,13 @@ def build(
 ) -> list[BuiltEngine]:
     """Build the engines of ``ranks`` (all, unless given) into ``folder``.
 
+    A program that communicates along one axis is one engine; one over several axes is cut as :func:`torchtrt_md.export`
+    cuts it, into as few engines as can be that communicate along one axis each.  They come in the order in which a rank
+    runs them, and their segments say what passes between them.
+
     Args:
         program: captured or lowered.
-        folder: where the engine files go, one for each different rank.
+        folder: where the engine files go.
         target: the GPU to build for: ``sm80``, ``sm86``, ``sm89``, ``sm120``, ``portable`` or ``current``.
         ranks: the ranks whose engines are wanted.
         progress: called with a line for each engine begun.

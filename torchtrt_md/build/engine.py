@@ -1,4 +1,4 @@
-"""``BuiltEngine``: the engine of a whole program, weights and all, for the ranks that are equal."""
+"""``BuiltEngine``: an engine with its weights inside, for the ranks that are equal."""
 
 from __future__ import annotations
 
@@ -15,8 +15,8 @@ class BuiltEngine:
     Attributes:
         ranks: who runs it.
         file: the engine.
-        segment: its bindings, named as the program's inputs and outputs are, the axis of its communicator, and its
-            collectives in order.
+        segment: its bindings, named as the program's inputs and outputs are where it is the whole program, the axis of
+            its communicator, and its collectives in order.
         target: what it was built for.
         layers: of its network.
         seconds: that building it took.

@@ -1,4 +1,4 @@
-"""Build whole programs: one engine for each class of equal ranks, weights and all."""
+"""Build whole programs, weights and all: for each class of equal ranks one engine, or one for each cut."""
 
 from __future__ import annotations
 
@@ -14,7 +14,6 @@ from torchtrt_md.build.decompose import bind_weights, decompose
 from torchtrt_md.build.engine import BuiltEngine
 from torchtrt_md.build.flavour import boundary_dtypes, flavour
 from torchtrt_md.errors import BuildError
-from torchtrt_md.lowering.schedule import schedule
 from torchtrt_md.place import PlacedProgram, place
 from torchtrt_md.program import ShardedProgram, Weight, placeholders
 from torchtrt_md.segment import Binding, Part, Segment
@@ -25,9 +24,8 @@ _LONGEST_NAME = 1024  # bytes; TensorRT's own limit is 4096
 def build_program(
     program: ShardedProgram, folder: Path, target: str, ranks: Collection[int], progress: Callable[[str], None]
 ) -> list[BuiltEngine]:
-    """Build a lowered program, all of which must be one engine; see :func:`torchtrt_md.build`."""
+    """Build a lowered program, all of which must be engines; see :func:`torchtrt_md.build`."""
     flavour().check_target(target)
-    _check_axes(program)
     _check_dtypes(program)
     return build_whole(place(program, "engine", ranks=ranks), folder, target, ranks, progress)
 
@@ -41,10 +39,10 @@ def build_whole(
     *,
     streaming: bool = False,
 ) -> list[BuiltEngine]:
-    """Build the one part of each rank with its weights inside.  One class's weights are in memory at a time.
+    """Build the parts of each rank with their weights inside.  One part's, of one class, are in memory at a time.
 
     Args:
-        placed: of which each rank's graph is one part, an engine.
+        placed: of which all parts are engines: one, or those that a program over several axes is cut into.
         folder: for the engine files.
         ranks: whose engines are wanted.
         streaming: let their weights be streamed from host memory when they run.
@@ -58,29 +56,36 @@ def build_whole(
         classes = [c for c in program.equal_ranks(members) if set(ranks).intersection(c)]
         if not classes:
             continue
-        (part,) = parts
-        assert part.graph is not None
-        decomposed = decompose(part.graph)
-        ops = sum(n.op == "call_function" for n in decomposed.graph.nodes)
-        weights = {
-            node.name: binding.source.name
-            for node, binding in zip(placeholders(part.graph), part.segment.inputs, strict=True)
-            if binding.weight is not None
-        }
         sources = {s.name: s for s in program.sources.values() if isinstance(s, Weight)}
-        segment = without_weights(part)
-        for equal in classes:
-            what = f"rank{'s' if len(equal) > 1 else ''} {', '.join(map(str, equal))}"
-            progress(f"{what}: {ops} ops")
-            held = {node: program.weights.local(sources[w], program.mesh, equal[0]) for node, w in weights.items()}
-            file = folder / f"rank{equal[0]}.engine"
-            layers, seconds = build_engine(
-                bind_weights(decomposed, held), segment, file, target, what=what, streaming=streaming
-            )
-            engines.append(BuiltEngine(equal, file, segment, target, layers, seconds))
-            del held
-            _release_memory()
+        for number, part in enumerate(parts):
+            assert part.graph is not None
+            decomposed = decompose(part.graph)
+            ops = sum(n.op == "call_function" for n in decomposed.graph.nodes)
+            weights = {
+                node.name: binding.source.name
+                for node, binding in zip(placeholders(part.graph), part.segment.inputs, strict=True)
+                if binding.weight is not None
+            }
+            segment = without_weights(part) if len(parts) == 1 else _one_of_several(part)
+            for equal in classes:
+                what = f"rank{'s' if len(equal) > 1 else ''} {', '.join(map(str, equal))}"
+                what += f", engine {number + 1} of {len(parts)}" if len(parts) > 1 else ""
+                progress(f"{what}: {ops} ops")
+                held = {node: program.weights.local(sources[w], program.mesh, equal[0]) for node, w in weights.items()}
+                file = folder / (f"rank{equal[0]}.{number}.engine" if len(parts) > 1 else f"rank{equal[0]}.engine")
+                layers, seconds = build_engine(
+                    bind_weights(decomposed, held), segment, file, target, what=what, streaming=streaming
+                )
+                engines.append(BuiltEngine(equal, file, segment, target, layers, seconds))
+                del held
+                _release_memory()
     return engines
+
+
+def _one_of_several(part: Part) -> Segment:
+    """The segment of an engine that holds its weights, its bindings named by position: what passes between engines may
+    have the name of an input."""
+    return msgspec.structs.replace(part.segment, inputs=tuple(b for b in part.segment.inputs if b.weight is None))
 
 
 def without_weights(part: Part) -> Segment:
@@ -110,16 +115,6 @@ def _release_memory() -> None:
     libc = ctypes.CDLL(None)
     if hasattr(libc, "malloc_trim"):
         libc.malloc_trim(0)
-
-
-def _check_axes(program: ShardedProgram) -> None:
-    for graph, _ in program.distinct():
-        axes = dict.fromkeys(c.axis for c in schedule(graph))
-        if len(axes) > 1:
-            raise BuildError(
-                f"the program communicates over axes {' and '.join(axes)}, and an engine has one communicator",
-                fix="use md.export or md.compile, which run the other axis's collectives between engines",
-            )
 
 
 def _check_dtypes(program: ShardedProgram) -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import replace
 
 import torch
 from torch.distributed.device_mesh import DeviceMesh
@@ -11,8 +12,8 @@ from torch.fx import Node
 from torchtrt_md.capture.trace import Trace
 from torchtrt_md.errors import MeshError, PlanError
 from torchtrt_md.lowering.ops import bound_args
-from torchtrt_md.mesh import Mesh, axis_names
-from torchtrt_md.parallel import DataParallel, Parallel
+from torchtrt_md.mesh import Mesh, axes_of, axis_names, joined
+from torchtrt_md.parallel import ContextParallel, DataParallel, Parallel
 from torchtrt_md.program import Weight
 
 
@@ -24,10 +25,23 @@ def check_axes(parallels: Sequence[Parallel], mesh: Mesh) -> None:
     """
     seen: set[str] = set()
     for p in parallels:
-        mesh.axis_size(p.axis)
-        if p.axis in seen:
-            raise PlanError(f"axis {p.axis!r} is given twice", fix="give each kind of parallelism its own axis")
-        seen.add(p.axis)
+        for axis in (p.axis,) if isinstance(p.axis, str) else p.axis:
+            mesh.axis_size(axis)
+            if axis in seen:
+                raise PlanError(f"axis {axis!r} is given twice", fix="give each kind of parallelism its own axis")
+            seen.add(axis)
+
+
+def with_one_name(p: Parallel, mesh: Mesh) -> Parallel:
+    """The same with one name for all of its axes; of several, those of one rank are left out.
+
+    Heads are exchanged along all axes but the first, so they are where the first is one of those.
+    """
+    if isinstance(p.axis, str):
+        return p
+    assert isinstance(p, ContextParallel)
+    axes = [axis for axis in p.axis if mesh.axis_size(axis) > 1] or [*p.axis[:1]]
+    return replace(p, axis=joined(axes), strategy=p.strategy if axes[0] == p.axis[0] else "ulysses")
 
 
 def check_axes_used(
@@ -53,7 +67,7 @@ def check_axes_used(
     if not idle:
         return
     axis = idle[0]
-    given = next((type(p).__name__ for p in parallels if p.axis == axis), "")
+    given = next((type(p).__name__ for p in parallels if axis in axes_of(joined(p.axis))), "")
     why = f"{given}({axis!r}) splits nothing of the model" if given else "nothing is parallel along it"
     raise MeshError(
         f"all {mesh.axis_size(axis)} ranks along axis {axis!r} of {mesh} would do the same work: {why}",
@@ -71,7 +85,7 @@ def _axes(node: Node, mesh: Mesh, groups: Mapping[str, str]) -> Iterator[str]:
         return
     names = {argument.name for argument in node.target._schema.arguments}
     if node.target.namespace == "torchtrt_md" and "axis" in names:
-        yield bound_args(node)["axis"]
+        yield from axes_of(bound_args(node)["axis"])
     elif "group_name" in names:  # of a collective that the model calls itself; lowering says where it cannot be
         group = bound_args(node)["group_name"]
         name = groups.get(getattr(group, "group_name", group))

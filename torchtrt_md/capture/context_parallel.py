@@ -21,6 +21,7 @@ from torch import Tensor, nn
 from torchtrt_md.capture.marks import mark_gathered, mark_split
 from torchtrt_md.errors import PlanError, PlanWarning
 from torchtrt_md.graph.source import running_line
+from torchtrt_md.mesh import joined, shown
 from torchtrt_md.parallel import ContextParallel, Gather, Split
 
 # What a plan says of one argument: a split, nothing, or a nest of these in the form of the argument.
@@ -89,7 +90,7 @@ class AppliedPlan:
                 f"the plan splits nothing of {self.model}"
                 + "".join(f"; {entry.name}: {entry.why}" for entry in missed if entry.splits),
                 fix="split the arguments that hold the sequence: {'': {'name': md.Split(dim)}}; or call"
-                f" md.split(x, dim, {self.axis!r}) in the model",
+                f" md.split(x, dim, {shown(self.axis)}) in the model",
             )
         for entry in missed if not self.own else ():
             what = "splits" if entry.splits else "gathers"
@@ -99,19 +100,19 @@ class AppliedPlan:
 
 
 def apply(model: nn.Module, parallel: ContextParallel, size: int) -> AppliedPlan:
-    """Hook the model by the plan; ``size`` is the number of ranks along the axis.
+    """Hook the model by the plan; ``size`` is the number of ranks along the axis, or along all of several.
 
     Raises:
         PlanError: there is no plan, or it does not fit the model.
     """
-    own = parallel.plan is None
+    own, axis = parallel.plan is None, joined(parallel.axis)
     plan = getattr(model, "_cp_plan", None) if own else parallel.plan
     if plan is None:
         raise PlanError(
             f"{type(model).__name__} has no context-parallel plan of its own (_cp_plan)",
-            fix=f"pass one: {_example(model, parallel.axis)}; a model that calls md.split itself needs plan={{}} only",
+            fix=f"pass one: {_example(model, axis)}; a model that calls md.split itself needs plan={{}} only",
         )
-    hooks = _Hooks(parallel.axis, size)
+    hooks = _Hooks(axis, size)
     for name, entry in plan.items():
         modules = modules_named(model, name)
         if not modules and own:  # it serves other configurations too, as of more layers
@@ -123,7 +124,7 @@ def apply(model: nn.Module, parallel: ContextParallel, size: int) -> AppliedPlan
         else:
             gathers = list(entry) if isinstance(entry, (list, tuple)) else [entry]
             hooks.add_gathers(modules, name, [_gather(g) for g in gathers])
-    return AppliedPlan(type(model).__name__, parallel.axis, tuple(hooks.entries), own)
+    return AppliedPlan(type(model).__name__, axis, tuple(hooks.entries), own)
 
 
 def _example(model: nn.Module, axis: str) -> str:
@@ -132,7 +133,7 @@ def _example(model: nn.Module, axis: str) -> str:
     last = next((name for name, _ in reversed(list(model.named_children()))), "")
     gather = f'"{last}": md.Gather(1)' if last else ""
     splits = f'"": {{"{argument}": md.Split(1)}}'
-    return f'ContextParallel("{axis}", plan={{{", ".join(filter(None, (splits, gather)))}}})'
+    return f"ContextParallel({shown(axis)}, plan={{{', '.join(filter(None, (splits, gather)))}}})"
 
 
 def modules_named(model: nn.Module, pattern: str) -> list[tuple[str, nn.Module]]:

@@ -8,6 +8,7 @@ one process has the whole, and both return it as it is.
 
 from __future__ import annotations
 
+import math
 import warnings
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
@@ -20,7 +21,7 @@ from torch.distributed.device_mesh import DeviceMesh
 from torchtrt_md.errors import MeshError, PlanError, PlanWarning
 from torchtrt_md.graph.source import running_line
 from torchtrt_md.lowering import ops
-from torchtrt_md.mesh import axis_names
+from torchtrt_md.mesh import axes_of, axis_names, joined
 
 
 @dataclass(frozen=True)
@@ -92,7 +93,7 @@ def use_mesh(device_mesh: DeviceMesh) -> Iterator[None]:
         _launch = outer
 
 
-def split(x: Tensor, dim: int, axis: str) -> Tensor:
+def split(x: Tensor, dim: int, axis: str | tuple[str, ...]) -> Tensor:
     """From here on each rank along ``axis`` has its part of ``x``: the r-th of equal chunks of ``dim``.
 
     A model that is captured may have any length there; lowering divides it.
@@ -102,7 +103,8 @@ def split(x: Tensor, dim: int, axis: str) -> Tensor:
     Args:
         x: equal on all ranks of the axis, of any shape and dtype.
         dim: counted from the end where negative.
-        axis: of the mesh.  While a model is captured: of a ``ContextParallel``, which may have ``plan={}``.
+        axis: of the mesh, or a tuple of axes.  While a model is captured: of a ``ContextParallel``, which may have
+            ``plan={}``.
 
     Returns:
         While a model is captured, ``x`` whole, since its code is traced on whole shapes.  In a launch this rank's
@@ -112,18 +114,18 @@ def split(x: Tensor, dim: int, axis: str) -> Tensor:
         PlanError: an argument of another type, or a dim that ``x`` lacks; in a launch, one that does not divide.
         MeshError: the mesh of :func:`use_mesh` has no such axis.
     """
-    dim = _checked("split", x, dim, axis)
+    dim, axis = _checked("split", x, dim, axis), joined(axis)
     if _capture is not None:
         return _marked(_capture, x, dim, axis, splits=True)
     return x if _launch is None else _split_now(x, dim, axis)
 
 
-def gather(x: Tensor, dim: int, axis: str) -> Tensor:
+def gather(x: Tensor, dim: int, axis: str | tuple[str, ...]) -> Tensor:
     """From here on every rank along ``axis`` has all of ``x``: the parts of the ranks, one after the other on ``dim``.
 
     The inverse of :func:`split`, with the same arguments and errors.
     """
-    dim = _checked("gather", x, dim, axis)
+    dim, axis = _checked("gather", x, dim, axis), joined(axis)
     if _capture is not None:
         return _marked(_capture, x, dim, axis, splits=False)
     return x if _launch is None else _gather_now(x, dim, axis)
@@ -151,7 +153,8 @@ def _marked(capture: Marking, x: Tensor, dim: int, axis: str, splits: bool) -> T
 # These communicate, so torch.compile is to leave them as they are.
 @torch.compiler.disable  # type: ignore[untyped-decorator]
 def _split_now(x: Tensor, dim: int, axis: str) -> Tensor:
-    size = _size(axis)
+    sizes = {one: _size(one) for one in axes_of(axis)}
+    size = math.prod(sizes.values())
     if x.shape[dim] % size:
         raise PlanError(
             f"md.split of {x.shape[dim]} entries of dim {dim} over the {size} ranks of axis {axis!r} leaves"
@@ -159,14 +162,16 @@ def _split_now(x: Tensor, dim: int, axis: str) -> Tensor:
             fix="pad it to a multiple; a model that is compiled needs no such padding",
             at=running_line(),
         )
-    part: Tensor = ops.shard(x, dim, axis, size)
-    return part
+    for one, ranks in sizes.items():
+        x = ops.shard(x, dim, one, ranks)
+    return x
 
 
 @torch.compiler.disable  # type: ignore[untyped-decorator]
 def _gather_now(x: Tensor, dim: int, axis: str) -> Tensor:
-    whole: Tensor = ops.all_gather(x, dim, axis, _size(axis))
-    return whole
+    for one in reversed(axes_of(axis)):
+        x = ops.all_gather(x, dim, one, _size(one))
+    return x
 
 
 def _size(axis: str) -> int:
@@ -185,7 +190,7 @@ def _checked(name: str, x: object, dim: object, axis: object) -> int:
     """The dim, counted from the left."""
     if not isinstance(x, Tensor):
         raise PlanError(f"md.{name} was given a {type(x).__name__}", fix="give it a tensor", at=running_line())
-    if not isinstance(axis, str):
+    if not isinstance(axis, str) and not (isinstance(axis, tuple) and axis and all(isinstance(a, str) for a in axis)):
         raise PlanError(f"md.{name} was given the axis {axis!r}", fix="name an axis of the mesh", at=running_line())
     if not isinstance(dim, int) or isinstance(dim, bool) or not -x.dim() <= dim < x.dim():
         raise PlanError(

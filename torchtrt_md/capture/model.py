@@ -22,14 +22,14 @@ from torch.distributed.tensor import DTensor
 
 from torchtrt_md.capture import context_parallel, tensor_parallel
 from torchtrt_md.capture.arguments import Arguments
-from torchtrt_md.capture.axes import check_axes, check_axes_used
+from torchtrt_md.capture.axes import check_axes, check_axes_used, with_one_name
 from torchtrt_md.capture.kept_state import KeptState
 from torchtrt_md.capture.marks import Marking, marking
 from torchtrt_md.capture.torch_private import as_written, coordinates, fake_mesh
 from torchtrt_md.capture.trace import LocalWeight, Trace, same_graph, trace
 from torchtrt_md.checkpoint import Checkpoint, Given, listed
 from torchtrt_md.errors import CaptureError, MeshError, PlanError, WeightsError
-from torchtrt_md.mesh import Mesh, axis_names
+from torchtrt_md.mesh import Mesh, axis_names, joined
 from torchtrt_md.parallel import ContextParallel, Parallel, TensorParallel
 from torchtrt_md.program import ShardedProgram, Value, Weight, Weights
 
@@ -56,6 +56,7 @@ def _captured(
     weights: Given,
 ) -> ShardedProgram:
     check_axes(parallels, mesh)
+    parallels = [with_one_name(p, mesh) for p in parallels]
     arguments = Arguments.of(model, args, kwargs)
     held = _weights(model, weights, parallels)  # before the tracing, which may take minutes
     own = own_mesh(model)
@@ -69,10 +70,11 @@ def _captured(
             if isinstance(p, TensorParallel):
                 tensor_parallel.apply(shadow, p, mesh, device_mesh, parts)
             elif isinstance(p, ContextParallel):
-                plans.append(context_parallel.apply(shadow, p, mesh.axis_size(p.axis)))
+                plans.append(context_parallel.apply(shadow, p, mesh.joined_size(joined(p.axis))))
         local = _local_weights(shadow, mesh, arguments.device, parts)
         kept = KeptState(shadow)
-        marks = Marking({p.axis: mesh.axis_size(p.axis) for p in parallels if isinstance(p, ContextParallel)})
+        split_over = [joined(p.axis) for p in parallels if isinstance(p, ContextParallel)]
+        marks = Marking({axis: mesh.joined_size(axis) for axis in split_over})
         traces = []
         for rank in range(mesh.size if device_mesh is not None else 1):
             here = {axis: mesh.coordinate(rank, axis) for axis in mesh.names}
@@ -279,7 +281,7 @@ def _program(
         constants=arguments.constants,
         positional=arguments.positional,
         opaque=arguments.opaque,
-        strategies={p.axis: p.strategy for p in parallels if isinstance(p, ContextParallel)},
+        strategies={joined(p.axis): p.strategy for p in parallels if isinstance(p, ContextParallel)},
         groups=groups,
         out_spec=first.out_spec,
         out_leaves=first.out_leaves,

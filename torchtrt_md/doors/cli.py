@@ -5,7 +5,7 @@ from __future__ import annotations
 import dataclasses
 import sys
 from collections import Counter
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
@@ -18,7 +18,7 @@ import torchtrt_md
 from torchtrt_md.checks import FORMATS, PLACEMENTS, check_choice
 from torchtrt_md.errors import LaunchError, MDError, PlanError
 from torchtrt_md.mesh import Mesh
-from torchtrt_md.parallel import ContextParallel, Parallel, TensorParallel
+from torchtrt_md.parallel import ContextParallel, DataParallel, Parallel, Strategy, TensorParallel
 
 if TYPE_CHECKING:
     from torchtrt_md.bundle.manifest import Manifest
@@ -29,7 +29,9 @@ if TYPE_CHECKING:
 app = typer.Typer(add_completion=False, no_args_is_help=True, pretty_exceptions_enable=False)
 console = Console(highlight=False, soft_wrap=True)
 # What an axis of this name is for, where the model file does not say.
-_BY_NAME = {"cp": ContextParallel, "tp": TensorParallel}
+_BY_NAME: dict[str, Callable[[str], Parallel]] = {"cp": ContextParallel, "tp": TensorParallel, "dp": DataParallel}
+# Over these together one sequence is split, by the strategy of the first that is there where none is asked for.
+_ONE_SEQUENCE: dict[str, Strategy] = {"ring": "ring", "ulysses": "ulysses"}
 
 
 def _print_version(asked: bool) -> None:
@@ -50,7 +52,9 @@ def _commands(
 @app.command()
 def export(
     file: Annotated[Path, typer.Argument(help="Python file whose model() returns (model, args, kwargs)")],
-    mesh: Annotated[str, typer.Option(help="axes and their sizes: cp=4 (context) or tp=4 (tensor parallel)")],
+    mesh: Annotated[
+        str, typer.Option(help="axes and sizes: cp=4 (context), tp=4 (tensor parallel), ring=2,ulysses=2 (USP)")
+    ],
     out: Annotated[Path | None, typer.Option("--out", "-o", help="the bundle, a folder")] = None,
     format: Annotated[
         str, typer.Option(help="bundle, or a model for Triton, made of one: triton-python or triton")
@@ -254,12 +258,18 @@ def _write_report(exported: Exported, path: Path) -> None:
 def _parallel(mesh: Mesh, own: list[Parallel] | None, strategy: str) -> list[Parallel]:
     if own is None:
         own = []
+        joint = tuple(axis for axis in _ONE_SEQUENCE if axis in mesh.names)
+        if joint:
+            own.append(ContextParallel(joint if len(joint) > 1 else joint[0], _ONE_SEQUENCE[joint[0]]))
         for axis in mesh.names:
+            if axis in joint:
+                continue
             if axis not in _BY_NAME:
                 raise PlanError(
                     f"axis {axis!r} of --mesh does not say what is parallel along it",
-                    fix="name axes cp (context parallel) or tp (tensor parallel), or give the model file a list"
-                    f" `parallel`, such as [md.ContextParallel({axis!r}, plan=...)]",
+                    fix="name axes cp (context parallel), ring and ulysses (the same over two axes), tp (tensor"
+                    " parallel) or dp (data of its own), or give the model file a list `parallel`, such as"
+                    f" [md.ContextParallel({axis!r}, plan=...)]",
                 )
             own.append(_BY_NAME[axis](axis))
     if not strategy:

@@ -2,7 +2,8 @@
 
 The parts of a placement:
 
-    engine    one engine, attention and collectives in it; what an engine cannot hold runs in PyTorch between engines
+    engine    one engine, attention and collectives in it; as few as can be that communicate along one axis each, where
+              there are several; what an engine cannot hold runs in PyTorch between engines
     split     engines, and between them attention and its collectives in PyTorch, where a rank's part of an input is
               a view of it
 """
@@ -19,7 +20,7 @@ from torch.fx import GraphModule, Node
 
 from torchtrt_md.errors import BuildError
 from torchtrt_md.graph.source import source_line
-from torchtrt_md.lowering.ops import bound_args, is_collective
+from torchtrt_md.lowering.ops import is_collective
 from torchtrt_md.parallel import Placement
 from torchtrt_md.place.partition import ATTENTION, is_own_row, partition
 from torchtrt_md.place.parts import Kept, PlacedProgram
@@ -88,16 +89,11 @@ def _running_as(part: Part, runs: Mapping[str, Runs]) -> Part:
 
 def _stays(graph: GraphModule, placement: Placement, keep: Mapping[str, str]) -> dict[str, str]:
     """Node -> why it stays in PyTorch, of what the placement itself would not put there."""
-    stays = {}
-    axes: dict[str, None] = {}
-    for node in graph.graph.nodes:
-        if node.op == "call_function" and node.name in keep and not _is_placed(node, placement):
-            stays[node.name] = keep[node.name]
-        elif placement == "engine" and is_collective(node):
-            axes.setdefault(bound_args(node)["axis"])
-            if bound_args(node)["axis"] != next(iter(axes)):
-                stays[node.name] = f"an engine has one communicator, and that is axis {next(iter(axes))!r}'s"
-    return stays
+    return {
+        node.name: keep[node.name]
+        for node in graph.graph.nodes
+        if node.op == "call_function" and node.name in keep and not _is_placed(node, placement)
+    }
 
 
 def _is_placed(node: Node, placement: Placement) -> bool:

@@ -5,7 +5,8 @@ collectives and attention where the placement is ``split``, and what cannot be c
 order, part after part:
 
     for each eager op, in the graph's order:
-        a compute part of all that the op needs and that was not computed yet
+        a compute part of all that the op needs and that was not computed yet; of several axes, the fewest that
+            communicate along one axis each (:mod:`torchtrt_md.place.fewest`)
         the op itself, together with the eager ops next to it
 
 Compute is put off until something needs it, and the eager ops stay in their order: it is the same on all ranks.  So a
@@ -29,9 +30,10 @@ from torch.fx import Graph, GraphModule, Node
 
 from torchtrt_md.graph.functional import copied
 from torchtrt_md.graph.rewrite import emit, permute
-from torchtrt_md.lowering.ops import is_collective
+from torchtrt_md.lowering.ops import bound_args, is_collective
 from torchtrt_md.lowering.rank_input import PREFIX
 from torchtrt_md.lowering.schedule import schedule
+from torchtrt_md.place.fewest import fewest_engines
 from torchtrt_md.program import ShardedProgram, outputs_of, placeholders, value_of
 from torchtrt_md.segment import Binding, Part, Runs, Segment, Wire
 
@@ -89,13 +91,23 @@ def _pass_attention_as_written(graph: GraphModule, is_eager: Callable[[Node], bo
 
 
 def is_own_row(node: Node) -> bool:
-    """Does this node pick this rank's part of an input, by the coordinate?  Lowering writes ``shard`` so."""
+    """Does this node pick this rank's part of an input, by the coordinate?  Lowering writes ``shard`` so.
+
+    Over several axes it picks along one after the other.
+    """
     if node.target is not aten.index_select.default:
         return False
     x, _, index = node.args
     assert isinstance(x, Node)
     assert isinstance(index, Node)
-    return base_of(x).op == "placeholder" and str(index.target).startswith(PREFIX)
+    base = base_of(x)
+    return str(index.target).startswith(PREFIX) and (base.op == "placeholder" or is_own_row(base))
+
+
+def axis_of(node: Node) -> str | None:
+    """The axis along which a node of a lowered graph communicates; None where it does not."""
+    communicates = is_collective(node) or node.target is md.context_attention.default  # a ring in the engine
+    return bound_args(node)["axis"] if communicates else None
 
 
 def is_view(node: Node) -> bool:
@@ -148,6 +160,12 @@ class _Cut:
     def _compute(self, nodes: Sequence[Node]) -> None:
         if not nodes:
             return
+        along = [(node, axis) for node in nodes if (axis := axis_of(node)) is not None]
+        if len({axis for _, axis in along}) > 1:  # an engine has one communicator
+            engines = fewest_engines(along, nodes, lambda node: list(map(base_of, node.all_input_nodes)))
+            for collectives in engines[:-1]:
+                self._group(self.compute, self._needs(collectives))
+            nodes = [node for node in nodes if node not in self.done]
         waiting = self._behind_pending(nodes)
         free = [n for n in nodes if n not in waiting]
         if waiting and any(n.target in _PRODUCTS for n in free):
