@@ -131,7 +131,8 @@ def outcome(name: str, ranks: int, parallel: str = "tensor") -> Outcome:
         with torch.no_grad():
             model(*args, **kwargs)
         stage = "capture"
-        along: Any = md.TensorParallel("n") if parallel == "tensor" else md.ContextParallel("n", parallel)
+        context: Any = parallel
+        along = md.TensorParallel("n") if parallel == "tensor" else md.ContextParallel("n", context)
         program = md.capture(model, args, kwargs, mesh=md.Mesh(n=ranks), parallel=along)
         graphs = len(program.distinct())
         stage = "lower"

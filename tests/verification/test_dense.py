@@ -7,7 +7,9 @@ from collections.abc import Callable
 import pytest
 import torch
 from torch import Tensor, nn
+from torch._subclasses.fake_tensor import FakeTensor
 
+import torchtrt_md as md
 from torchtrt_md.errors import VerificationError
 from torchtrt_md.verification.compare import relative_error, rounding
 from torchtrt_md.verification.dense import captured, check_finite, dense_reference, longest_sum
@@ -180,3 +182,28 @@ def test_what_is_drawn() -> None:
     assert len(set(new[0, :, 1].tolist())) == 8
     positions = torch.tensor([4, 4, 4, 4, 4, 4, 4, 4])
     assert draw(dense, {**given, **tell, "at": positions}) == {}, "what is added to is no index alone"
+
+
+class Otherwise(Model):
+    """It adds something where it is not traced, as a forward may that asks whether it is compiled."""
+
+    def __init__(self, dtype: torch.dtype, more: float) -> None:
+        super().__init__(dtype)
+        self.more = more
+
+    def forward(self, x: Tensor, *, scale: float) -> Tensor:
+        y = super().forward(x, scale=scale)
+        return y if isinstance(x, FakeTensor) else y + self.more
+
+
+@pytest.mark.parametrize("more", [1.0, 0.1])
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float32])
+def test_a_model_that_is_not_what_is_captured_of_it(dtype: torch.dtype, more: float) -> None:
+    """Its own result is no measure of how far off it may be."""
+    model, x = Otherwise(dtype, more), torch.randn(8, 64, dtype=dtype)
+    with pytest.raises(VerificationError, match="Otherwise computes something else than what is captured of it"):
+        dense_reference(model, (x,), {"scale": 2}, first, CPU)
+    plan = md.TensorParallel("tp", {"linear": "colwise_gather_output"})
+    program = md.lower(md.capture(model, (x,), {"scale": 2}, mesh=md.Mesh(tp=2), parallel=plan))
+    with pytest.raises(VerificationError, match="Otherwise computes something else than what is captured of it"):
+        md.verify(program, model, (x,), {"scale": 2})

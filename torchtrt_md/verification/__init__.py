@@ -32,6 +32,7 @@ from torchtrt_md.verification.compare import rounding, structure, structure_tole
 from torchtrt_md.verification.dense import (
     Sample,
     captured,
+    check_captured,
     check_finite,
     precision_name,
     run,
@@ -267,15 +268,7 @@ def _rounding(proof: _Proof, trial: _Trial) -> tuple[list[list[_Found]], float]:
         VerificationError: it is not; or the captured graph of the dense model is not what the model computes.
     """
     graph = interpret(proof.dense, trial.inputs, weights=proof.weights)
-    for index, (value, own, reference, sample) in enumerate(
-        zip(graph, trial.own, trial.reference, trial.samples, strict=True)
-    ):
-        difference = rounding(value, reference, sample.value, sample.coarse, sample.noise)
-        if not torch.equal(value, own) and not difference.error <= sample.ratio:
-            raise VerificationError(
-                f"{proof.name} computes something else than what is captured of it: output {index}, {difference.place}",
-                fix="report it, with the model",
-            )
+    check_captured(proof.name, graph, trial.own, trial.reference, trial.samples)
     program = simulate(proof.program, trial.inputs, weights=proof.weights)
     found: list[list[_Found]] = [[] for _ in program]
     for rank, output, value, reference, sample in _parts(proof, trial, program):

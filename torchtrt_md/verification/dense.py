@@ -33,7 +33,7 @@ from torchtrt_md.checkpoint import Given
 from torchtrt_md.errors import MDError, VerificationError
 from torchtrt_md.mesh import Mesh
 from torchtrt_md.program import Output, ShardedProgram, Weight, Weights, dtype_name, outputs_of
-from torchtrt_md.verification.compare import FP32_RATIO, coarsest, noise_of, ratio, relative_error
+from torchtrt_md.verification.compare import FP32_RATIO, coarsest, noise_of, ratio, relative_error, rounding
 from torchtrt_md.verification.private import ReadWhenUsed
 from torchtrt_md.verification.simulate import Precision, interpret
 
@@ -184,6 +184,39 @@ def samples(
     return found
 
 
+def check_captured(
+    name: str, graph: Sequence[Tensor], own: Sequence[Tensor], reference: Sequence[Tensor], made: Sequence[Sample]
+) -> None:
+    """Refuse a model that computes something else than what is captured of it: one that asks whether it is traced.
+
+    Each is measured by the rounding of the other: what the model gives is part of its own sample, which would excuse
+    any difference.
+
+    Args:
+        graph: the outputs of what is captured, in the model's own dtype.
+        own: what the model returns.
+        reference: the outputs of what is captured, computed in the widest dtype that there is.
+        made: of :func:`samples`.
+
+    Raises:
+        VerificationError: naming the output.
+    """
+    for index, (value, given, exact, sample) in enumerate(zip(graph, own, reference, made, strict=True)):
+        if torch.equal(value, given):
+            continue
+        differences = (
+            rounding(value, exact, sample.value, sample.coarse, sample.noise),
+            rounding(given, exact, value, sample.coarse),
+        )
+        for difference in differences:
+            if not difference.error <= sample.ratio:
+                raise VerificationError(
+                    f"{name} computes something else than what is captured of it: output {index}, {difference.place}",
+                    fix="let forward do the same while it is traced: does it ask torch.compiler.is_compiling()?  Else report"
+                    " it, with the model",
+                )
+
+
 def longest_sum(program: ShardedProgram) -> int:
     """The number of terms of the longest sum that the program computes, at most: by shapes."""
     return max((_terms(node) for graph in program.graphs for node in graph.graph.nodes), default=1)
@@ -280,6 +313,7 @@ def dense_reference(
         check_finite(outputs)
         own_leaves = [t for t in pytree.tree_leaves(own) if isinstance(t, Tensor)]
         made = samples(program, inputs, weights, own_leaves, found, wide)
+        check_captured(type(model).__name__, interpret(program, inputs, weights=weights), own_leaves, found, made)
         by_tensor = {id(t): s for t, s in zip(found, made, strict=True)}
         by_name = {name: by_tensor[id(t)] for name, t in outputs.items()}
         return Reference(outputs, by_name, wide, limited, longest_sum(program))
