@@ -212,8 +212,8 @@ def check_captured(
             if not difference.error <= sample.ratio:
                 raise VerificationError(
                     f"{name} computes something else than what is captured of it: output {index}, {difference.place}",
-                    fix="let forward do the same while it is traced: does it ask torch.compiler.is_compiling()?  Else report"
-                    " it, with the model",
+                    fix="let forward do the same while it is traced: does it ask torch.compiler.is_compiling()?  Else"
+                    " report it, with the model",
                 )
 
 
