@@ -49,7 +49,6 @@ BUNDLES = [
     Bundle("flux", "ulysses", "engine"),
     Bundle("flux", "ulysses"),
     Bundle("flux", "allgather_kv", "engine"),
-    Bundle("flux", "ulysses", "engine", streaming=True),
     Bundle("llama", "tp", "engine", strip=True),
     Bundle("llama", "tp", "engine"),
     Bundle("decoder", "ring"),

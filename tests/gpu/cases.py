@@ -27,7 +27,7 @@ from gpu.case import Case, Found, Rank
 from gpu.checks import CALLS, graphs, many_calls, ring_self_test, self_tests, vote_cost, weights_once
 from gpu.doors import CPU_DOORS, DOORS, one_by_one, ranks_differ, through, two_models
 from gpu.networks import make
-from gpu.offers import engine_layers, kept_kernels, step_times, streamed_weights
+from gpu.offers import step_times
 from torchtrt_md.launch.watchdog import EXIT_CODE
 
 __all__ = ["cases", "export", "make"]
@@ -61,13 +61,6 @@ def cases(device: str, ranks: int) -> list[Case]:
     found += [Case(f"bundle: {b.name}", functools.partial(from_bundle, b), "bundles") for b in bundles]
     found.append(Case("bundle: the times of its steps", functools.partial(step_times, bundles[0]), "bundles"))
     if gpu:
-        split = next(b for b in bundles if b.placement == "split" and b.compute == "tensorrt")
-        found += [
-            Case("bundle: the times of its steps, split", functools.partial(step_times, split), "bundles"),
-            Case("bundle: weights that are streamed", streamed_weights, "bundles"),
-            Case("bundle: kernels that are kept", kept_kernels, "bundles"),
-            Case("bundle: layers of an engine", engine_layers, "bundles"),
-        ]
         found.append(Case("bundle: python -m torchtrt_md.run", by_module, "bundles", 120))
         found.append(Case("rank 1: a skipped call", functools.partial(skipped_call, bundles[0]), "bundles"))
     found += [

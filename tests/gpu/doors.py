@@ -96,7 +96,7 @@ def sharded(model: nn.Module, how: str, at: Rank) -> nn.Module:
 
 
 DOORS = [
-    Door("md.compile", "flux", "ulysses", check=True),
+    Door("md.compile", "flux", "ulysses"),
     Door("md.compile", "flux", "ulysses", "engine"),
     Door("md.compile", "flux", "ulysses", transport="copy"),
     Door("md.compile", "flux", "ulysses", compute="inductor"),

@@ -1,7 +1,11 @@
-"""What TensorRT offers, seen on GPUs: the times of steps, layers, weights that are streamed, kernels that are kept."""
+"""What TensorRT offers, seen on GPUs: the times of steps, layers, weights that are streamed, kernels that are kept.
+
+python tests/gpu/suite.py --cases gpu.offers --ranks 2 --out FOLDER
+"""
 
 from __future__ import annotations
 
+import functools
 import time
 from pathlib import Path
 from typing import Any
@@ -9,13 +13,34 @@ from typing import Any
 import torch
 
 import torchtrt_md as md
-from gpu.bundles import Bundle, bundle_of, loaded
-from gpu.case import TIMEOUT, Found, Rank, first_tensor
+from gpu.bundles import Bundle, bundle_of, export_all, from_bundle, loaded
+from gpu.case import TIMEOUT, Case, Found, Rank, first_tensor
+from gpu.networks import make
 from torchtrt_md.bundle.read import read_manifest
 from torchtrt_md.errors import LaunchError
 
+__all__ = ["cases", "export", "make"]
+
+WHOLE, SPLIT, KEPT = Bundle("flux", "ulysses", "engine"), Bundle("flux", "ulysses"), Bundle("decoder", "ring")
 STREAMED = Bundle("flux", "ulysses", "engine", streaming=True)
 ITERATIONS = 5
+
+
+def cases(device: str, ranks: int) -> list[Case]:
+    """All of them, for GPUs."""
+    assert device == "cuda", "TensorRT runs on GPUs alone"
+    return [
+        Case("the times of steps", functools.partial(step_times, SPLIT), "offers"),
+        Case(f"bundle: {STREAMED.name}", functools.partial(from_bundle, STREAMED), "offers"),
+        Case("weights that are streamed", streamed_weights, "offers"),
+        Case("kernels that are kept", kept_kernels, "offers"),
+        Case("layers of an engine", engine_layers, "offers"),
+    ]
+
+
+def export(device: str, ranks: int, folder: Path) -> None:
+    """Export their bundles."""
+    export_all([(bundle, bundle.name, ranks) for bundle in (SPLIT, STREAMED, WHOLE, KEPT)], folder)
 
 
 @torch.no_grad()
@@ -68,7 +93,7 @@ def streamed_weights(at: Rank) -> Found:
             told.append(f"{budget}: {taken[budget] / 2**20:.0f} MiB, first call {seconds:.2f} s")
     found.expect(taken[0] < taken[None], f"with nothing kept on the GPU it takes {taken[0]} bytes, else {taken[None]}")
     found.compare(results, *at.reference(STREAMED.model))
-    whole = bundle_of(at, Bundle("flux", "ulysses", "engine").name)  # was not built for it
+    whole = bundle_of(at, WHOLE.name)  # was not built for it
     found.must_refuse(
         LaunchError, lambda: md.load(whole, timeout=TIMEOUT, weight_budget=0), "no weights that could be streamed"
     )
@@ -79,7 +104,7 @@ def streamed_weights(at: Rank) -> Found:
 @torch.no_grad()
 def kept_kernels(at: Rank) -> Found:
     """Kernels are kept in a file, a damaged one is not used, and the bits stay; times are told, not judged."""
-    bundle, folder = Bundle("decoder", "ring"), at.work / "kernels"
+    bundle, folder = KEPT, at.work / "kernels"
     found, told, results = Found(), [], []
 
     def files() -> list[Path]:
@@ -110,7 +135,7 @@ def engine_layers(at: Rank) -> Found:
     """TensorRT tells the layers of an engine."""
     from torchtrt_md.runtime.inspect import layers_of
 
-    folder = bundle_of(at, Bundle("flux", "ulysses", "engine").name)
+    folder = bundle_of(at, WHOLE.name)
     manifest = read_manifest(folder)
     lines = layers_of(folder / manifest.ranks[at.rank][0].file, manifest.target)
     found = Found(message=f"{len(lines)} layers, the first: {lines[0][:100] if lines else ''}")
