@@ -5,7 +5,7 @@ from __future__ import annotations
 from typing import Any
 
 import torch
-from diffusers import FluxTransformer2DModel, WanTransformer3DModel
+from diffusers import FluxTransformer2DModel, LTXVideoTransformer3DModel, WanTransformer3DModel
 from diffusers.utils import logging
 from torch import Tensor, nn
 from transformers import LlamaConfig, LlamaForCausalLM, Qwen3Config, Qwen3ForCausalLM
@@ -160,3 +160,33 @@ def attention(
 ) -> Call:
     torch.manual_seed(0)
     return SelfAttention(heads, kv_heads, causal).to(dtype).eval(), (torch.randn(2, tokens, 32, dtype=dtype),), {}
+
+
+def ltx() -> Call:
+    """With a masked prompt, and lengths that do not divide by the ranks."""
+    torch.manual_seed(0)
+    model = LTXVideoTransformer3DModel(
+        in_channels=8,
+        out_channels=8,
+        num_attention_heads=4,
+        attention_head_dim=8,
+        cross_attention_dim=32,
+        num_layers=2,
+        caption_channels=16,
+    )
+    kept = torch.ones(1, 7)
+    kept[:, 4:] = 0  # padding of the prompt
+    return (
+        model.eval(),
+        (),
+        {
+            "hidden_states": torch.randn(1, 2 * 3 * 3, 8),
+            "encoder_hidden_states": torch.randn(1, 7, 16),
+            "timestep": torch.tensor([500]),
+            "encoder_attention_mask": kept,
+            "num_frames": 2,
+            "height": 3,
+            "width": 3,
+            "return_dict": False,
+        },
+    )

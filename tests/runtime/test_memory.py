@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
+from typing import Any
 
 import models
 import pytest
@@ -394,7 +395,9 @@ def steps_of(parts: Sequence[Part], coordinates: dict[str, int]) -> list[Step]:
 def call_of(name: str) -> tuple[models.Call, md.ContextParallel | md.TensorParallel]:
     if name == "llama":
         return models.llama(), md.TensorParallel("cp")
-    return models.flux(), md.ContextParallel("cp", "ulysses" if name == "exchange" else name)  # type: ignore[arg-type]
+    call = models.ltx() if name.startswith("masked ") else models.flux()
+    strategy: Any = "ulysses" if name == "exchange" else name.removeprefix("masked ")
+    return call, md.ContextParallel("cp", strategy)
 
 
 def check_real_program(rank: int, name: str) -> list[tuple[int, int, int, int]]:
@@ -423,7 +426,10 @@ def check_real_program(rank: int, name: str) -> list[tuple[int, int, int, int]]:
     return found
 
 
-@pytest.mark.parametrize("name", ["ulysses", "exchange", "allgather_kv", "ring", "llama"])
+@pytest.mark.parametrize(
+    "name",
+    ["ulysses", "exchange", "allgather_kv", "ring", "llama", "masked ulysses", "masked allgather_kv", "masked ring"],
+)
 def test_no_plan_of_a_real_program_has_a_race(name: str, ranks: Ranks) -> None:
     done, _ = ranks(check_real_program, name)
     assert not done.error, done.message

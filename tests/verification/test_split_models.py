@@ -6,8 +6,8 @@ from typing import Any
 
 import pytest
 import torch
-from diffusers import Cosmos3OmniTransformer, LTXVideoTransformer3DModel, QwenImageTransformer2DModel
-from models import Call, flux
+from diffusers import Cosmos3OmniTransformer, QwenImageTransformer2DModel
+from models import Call, flux, ltx
 
 import torchtrt_md as md
 
@@ -99,35 +99,6 @@ def test_cosmos3_by_both_pathways_and_by_its_seams() -> None:
     model, args, kwargs = cosmos3()
     model.__class__ = Seamed
     verified((model, args, kwargs), 2, "allgather_kv", {})
-
-
-def ltx() -> Call:
-    torch.manual_seed(0)
-    model = LTXVideoTransformer3DModel(
-        in_channels=8,
-        out_channels=8,
-        num_attention_heads=4,
-        attention_head_dim=8,
-        cross_attention_dim=32,
-        num_layers=2,
-        caption_channels=16,
-    )
-    kept = torch.ones(1, 7)
-    kept[:, 4:] = 0  # padding of the prompt
-    return (
-        model.eval(),
-        (),
-        {
-            "hidden_states": torch.randn(1, 2 * 3 * 3, 8),
-            "encoder_hidden_states": torch.randn(1, 7, 16),
-            "timestep": torch.tensor([500]),
-            "encoder_attention_mask": kept,
-            "num_frames": 2,
-            "height": 3,
-            "width": 3,
-            "return_dict": False,
-        },
-    )
 
 
 def qwen_image() -> Call:
