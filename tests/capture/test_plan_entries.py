@@ -82,7 +82,7 @@ WHOLE = {"": {"x": md.Split(1)}, "proj": md.Gather(1)}
             "for each",
         ),
         ({"": {"x": [md.Split(1, output=True)]}}, "does not say how to split a list", "one md.Split"),
-        ({}, "the plan splits nothing of Model", "md.split(x, dim, 'cp')"),
+        ({}, "the plan splits nothing of Model", 'md.split(x, dim, "cp")'),
     ],
 )
 def test_entries_that_cannot_apply(plan: dict[str, Any], problem: str, fix: str) -> None:

@@ -133,7 +133,7 @@ def test_another_model_on_one_rank_is_the_same_error_on_all(ranks: Ranks) -> Non
 
 
 def compile_with_a_wrong_argument(rank: int) -> None:
-    model, args, _ = models.attention(tokens=16 if rank == 0 else 2)  # of which two ranks would have one each
+    model, args, _ = models.attention(tokens=16 if rank == 0 else 1)  # fewer than ranks
     parallel = md.ContextParallel("cp", "ulysses", PLAN)
     md.compile(model, args, mesh=md.Mesh(cp=2), parallel=parallel, check=False, **OPTIONS)
 
