@@ -207,17 +207,14 @@ class _Analysis:
         at = None if mask_state is None else mask_state.dim + 4 - value_of(mask).ndim
         if at in (0, 1):
             call.refuse(f"has a mask ({mask.name}) that is split by batches or heads, unlike its queries", _SPLIT_ALIKE)
+        if q and call.args["is_causal"] and not _is_in_one_row(q, k):
+            call, mask, at = self._with_order(call), call.node.args[3], None
         if q and k and v:
             self._over_sequence(call, q, k, v)
             return 1
         if q and (k or v):
             call.refuse("has queries, keys and values that are split differently", _SPLIT_ALIKE)
         # Whole queries over split keys, or the other way round: everything but split queries is gathered.
-        if q and call.args["is_causal"]:
-            call.refuse(
-                "is causal with split queries and whole keys: each rank would count its queries from 0",
-                "split the keys like the queries, or pass is_causal=False where every query may see every key",
-            )
         whole = [call.args["k"], call.args["v"]]
         if not q or at == 3:
             whole.append(mask)
@@ -230,6 +227,26 @@ class _Analysis:
             call.node.replace_input_with(operand, self.part(call.node, operand, wanted))
         return len(before)
 
+    def _with_order(self, call: Call) -> Call:
+        """The same attention with the mask that ``is_causal`` stands for: query i sees the keys up to i."""
+        node, args = call.node, call.args
+        queries, keys = (value_of(args[name]).shape[_SEQ] for name in ("q", "k"))
+        key = ("order", queries, keys)
+        if key not in self.made:
+            device = value_of(args["q"]).device
+            rows, columns = (self._made_whole(node, aten.arange.default, n, device=device) for n in (queries, keys))
+            rows = self._made_whole(node, aten.unsqueeze.default, rows, 1)
+            self.made[key] = self._made_whole(node, aten.ge.Tensor, rows, columns)
+        node.args = (args["q"], args["k"], args["v"], self.made[key], False, args["scale"], args["enable_gqa"])
+        node.kwargs = {}
+        return Call(node, self.axis, self.size, self.states, self.unit)
+
+    def _made_whole(self, before: Node, target: torch._ops.OpOverload, *args: Any, **kwargs: Any) -> Node:
+        node = emit(before, target, *args, **kwargs)
+        node.meta["sharding"] = {}
+        self.states[node] = None
+        return node
+
     def _over_sequence(self, call: Call, q: Sharded, k: Sharded, v: Sharded) -> None:
         """Attention of which each rank has a part of queries, keys and values."""
         if k != v:
@@ -237,8 +254,6 @@ class _Analysis:
         for state, what in ((q, "queries"), (k, "keys")):
             if not state.is_plain:
                 call.refuse(f"has {what} of which a view merged the sequence with other dims", _FIX_LAYOUT)
-        if call.args["is_causal"]:
-            _check_causal(call, q, k)
         before, split_q, split_k = call.node, self._all_split(call, q), self._all_split(call, k)
         operands = [
             self._split_everywhere(before, call.args[name], state, split)
@@ -361,18 +376,9 @@ def _hidden(mask: torch.Tensor) -> bool | float:
     return False if mask.dtype is torch.bool else -math.inf
 
 
-def _check_causal(call: Call, q: Sharded, k: Sharded) -> None:
-    if len(q.pieces) > 1 or len(k.pieces) > 1:
-        call.refuse(
-            "is causal over concatenated parts: each rank holds a chunk of every part, so its positions are not in"
-            " one row",
-            "concatenate the parts before they are split, so that the plan splits the whole sequence",
-        )
-    if (q.pieces, q.totals) != (k.pieces, k.totals):
-        call.refuse(
-            f"is causal with {q.length} queries and {k.length} keys per rank, so a query's position is not its key's",
-            "use as many queries as keys, or is_causal=False",
-        )
+def _is_in_one_row(q: Sharded, k: State) -> bool:
+    """Has each rank the queries of one chunk of the sequence, and the keys of the same?"""
+    return k is not None and len(q.pieces) == 1 and (q.pieces, q.totals) == (k.pieces, k.totals)
 
 
 def _record(node: Node, axis: str, result: Result) -> None:

@@ -193,35 +193,21 @@ def test_whole_queries_with_a_mask_for_the_whole_keys(mask: Tensor) -> None:
 
 
 @pytest.mark.parametrize(
-    ("dims", "causal", "message"),
+    ("dims", "message"),
     [
-        ((2, None, None), True, "causal with split queries and whole keys"),
-        ((2, 2, None), False, "queries, keys and values that are split differently"),
-        ((2, None, 2), False, "queries, keys and values that are split differently"),
-        ((1, 2, 2), False, "queries, keys and values that are split differently"),
-        ((None, 3, None), False, "reads across the sharded dim"),
-        ((3, 3, 3), False, "reads across the sharded dim"),
+        ((2, 2, None), "queries, keys and values that are split differently"),
+        ((2, None, 2), "queries, keys and values that are split differently"),
+        ((1, 2, 2), "queries, keys and values that are split differently"),
+        ((None, 3, None), "reads across the sharded dim"),
+        ((3, 3, 3), "reads across the sharded dim"),
     ],
 )
-def test_operands_that_do_not_fit(dims: tuple[int | None, ...], causal: bool, message: str) -> None:
+def test_operands_that_do_not_fit(dims: tuple[int | None, ...], message: str) -> None:
     def forward(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
         q, k, v = parts(*dims)(q, k, v)
-        return attend(q, k, v, causal=causal)
+        return attend(q, k, v)
 
     refused(forward, Q, Q, Q, message=message)
-
-
-def test_causal_needs_positions_in_one_row() -> None:
-    def joint(q: Tensor, x: Tensor) -> Tensor:
-        both = torch.cat([shard(q, 2), shard(x, 2)], 2)
-        return attend(both, both, both, causal=True)
-
-    refused(joint, Q, SHORT, message="is causal over concatenated parts")
-
-    def uneven(q: Tensor, k: Tensor) -> Tensor:
-        return attend(shard(q, 2), shard(k, 2), shard(k, 2), causal=True)
-
-    refused(uneven, SHORT, K, message="is causal with 2 queries and 4 keys per rank")
 
 
 def test_whole_queries_have_keys_in_the_order_of_the_whole() -> None:

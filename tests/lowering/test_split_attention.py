@@ -162,6 +162,21 @@ def causal(attend: Any, x: Tensor) -> tuple[Tensor, ...]:
     return (gather(attend(x + attend(x, is_causal=True).mean(-1, keepdim=True), is_causal=True)),)
 
 
+def causal_out_of_step(attend: Any, x: Tensor, other: Tensor) -> tuple[Tensor, ...]:
+    """Causal attention where a rank's queries are not at the positions of its keys."""
+    part, others = split(x), split(other)
+    both = attend(torch.cat([part, others], 1), is_causal=True)
+    return (
+        gather(both[:, : x.shape[1]]),
+        gather(both[:, x.shape[1] :]),
+        gather(attend(part, others, is_causal=True)),
+        gather(attend(part, other, is_causal=True)),
+        gather(attend(part, x, is_causal=True)),
+        attend(x, others, is_causal=True),
+        gather(attend(torch.cat([other, part], 1), is_causal=True)[:, other.shape[1] :]),
+    )
+
+
 def twice(function: Any, attend: Any, x: Tensor) -> tuple[Tensor, ...]:
     """The same, and an attention that is not causal."""
     return *function(attend, x), *not_causal(attend, x)
@@ -211,6 +226,12 @@ def test_any_length(function: Callable[..., tuple[Tensor, ...]], strategy: str) 
     """37 positions on 4 ranks: of 10 each; 5, where the last rank has none that there is."""
     for size, length in ((4, 37), (4, 5), (2, 13)):
         check(Attended(function), (values(1, length, WIDTH),), size, strategy)
+
+
+@pytest.mark.parametrize("strategy", STRATEGIES)
+@pytest.mark.parametrize(("size", "length", "keys"), [(2, 8, 16), (4, 16, 8), (4, 13, 22), (2, 9, 5)])
+def test_causal_attention_of_other_positions_than_its_keys(size: int, length: int, keys: int, strategy: str) -> None:
+    check(Attended(causal_out_of_step), (values(2, length, WIDTH), values(2, keys, WIDTH)), size, strategy)
 
 
 @pytest.mark.parametrize(

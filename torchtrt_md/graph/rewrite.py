@@ -16,8 +16,8 @@ def emit(before: Node, target: torch._ops.OpOverload, *args: Any, **kwargs: Any)
     graph = before.graph
     with graph.inserting_before(before):
         node = graph.call_function(target, args, kwargs)
-    operands = [a for a in node.all_input_nodes if "val" in a.meta]
-    mode = value_of(operands[0]).fake_mode  # type: ignore[attr-defined]
+    known = [a for a in (*node.all_input_nodes, before) if "val" in a.meta]
+    mode = value_of(known[0]).fake_mode  # type: ignore[attr-defined]
     with mode:
         fake_args, fake_kwargs = map_arg((args, kwargs), lambda n: n.meta["val"])
         node.meta["val"] = target(*fake_args, **fake_kwargs)
