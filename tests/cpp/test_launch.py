@@ -115,6 +115,27 @@ def test_torchrun(programs: Path) -> None:
     assert_all_came(ended.stdout, "torchrun")
 
 
+def test_torchrun_with_two_nodes(programs: Path) -> None:
+    """Both on this machine: ranks are those of the launch, and GPUs those of the node."""
+    command = [sys.executable, "-m", "torch.distributed.run", "--no-python", "--nproc_per_node=2", "--nnodes=2"]
+    command += ["--master_addr=127.0.0.1", f"--master_port={free_port()}"]
+    nodes = [
+        subprocess.Popen(
+            [*command, f"--node_rank={node}", str(programs / "mdtrt_launch_test"), "60"],
+            env=CLEAN, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True,
+        )
+        for node in range(2)
+    ]  # fmt: skip
+    output = ""
+    for process in nodes:
+        told, errors = process.communicate(timeout=SECONDS)
+        assert process.returncode == 0, errors
+        output += told
+    found = re.findall(r"rank (\d) of 4, local rank (\d), by torchrun: (\d+), (\d+) bytes", output)
+    assert sorted((rank, local) for rank, local, _, _ in found) == [("0", "0"), ("1", "1"), ("2", "0"), ("3", "1")]
+    assert {total for _, _, total, _ in found} == {str(sum(range(4)) * 10)}
+
+
 @pytest.mark.parametrize(("mpiexec", "name"), [("mpiexec.openmpi", "Open MPI"), ("mpiexec.mpich", "MPICH")])
 def test_mpiexec(programs: Path, mpiexec: str, name: str) -> None:
     found = shutil.which(mpiexec)
