@@ -28,7 +28,7 @@ from torchtrt_md.lowering.schedule import schedule
 from torchtrt_md.options import Options
 from torchtrt_md.place import PlacedProgram, place
 from torchtrt_md.place.choose import choose_placement
-from torchtrt_md.program import ShardedProgram
+from torchtrt_md.program import ShardedProgram, Weight
 from torchtrt_md.segment import Part, Runs, Segment
 from torchtrt_md.selftest import self_tests
 
@@ -155,7 +155,12 @@ class Road:
 
         lowered = self._stage("lowering", step)
         listed = "\n".join(map(str, schedule(lowered.graphs[self.agreement.rank])))
-        self.agreement.same(hashlib.sha256(listed.encode()).hexdigest()[:12], "the hash of their programs' collectives")
+        self.agreement.same(_digest(listed), "the hash of their programs' collectives")
+        if self.options.parallels:  # one dense model, of which each rank has a part: other models may meet all the same
+            held = {source for source in lowered.sources.values() if isinstance(source, Weight)}
+            forms = sorted(f"{w.name} {w.dtype} {w.shape}" for w in held)
+            forms += [f"{v.name} {v.dtype} {v.shape}" for v in (*lowered.inputs, *lowered.outputs)]
+            self.agreement.same(_digest("\n".join(forms)), "the hash of their models' weights, inputs and outputs")
         return lowered
 
     def verify(self, lowered: ShardedProgram, check: Verify) -> None:
@@ -175,8 +180,7 @@ class Road:
         start = time.perf_counter()
         built = self._turns("building", lambda: self._built(lowered, choices))
         mine = [str(c) for part in built.parts[self.agreement.rank] for c in part.segment.collectives]
-        listed = hashlib.sha256("\n".join(mine).encode()).hexdigest()[:12]
-        self.agreement.same(listed, "the hash of their parts' collectives")  # a cut may change their order
+        self.agreement.same(_digest("\n".join(mine)), "the hash of their parts' collectives")  # a cut may change their order
         built = replace(built, self_tests=self._self_tests(part.segment for parts in built.parts for part in parts))
         log.info("rank %d: building took %.2f s", self.agreement.rank, time.perf_counter() - start)
         return built
@@ -276,6 +280,10 @@ class Road:
             for rank in members:
                 parts[rank] = built
         return Built(placed, choices, tuple(parts), (), cache.hits - hits, cache.misses - misses)
+
+
+def _digest(text: str) -> str:
+    return hashlib.sha256(text.encode()).hexdigest()[:12]
 
 
 def summary_of(name: str, built: Built, rank: int) -> str:

@@ -146,6 +146,21 @@ def test_what_fails_on_one_rank_fails_on_all(ranks: Ranks) -> None:
     assert "rank 0" not in first.message
 
 
+def compile_models_that_send_alike(rank: int) -> None:
+    heads = 4 if rank == 0 else 3  # of which two ranks get four, one of them a copy: their exchanges are equal
+    model, args, _ = models.attention(heads=heads, kv_heads=heads)
+    parallel = md.ContextParallel("cp", "ulysses", PLAN)
+    md.compile(model, args, mesh=md.Mesh(cp=2), parallel=parallel, check=False, **OPTIONS)
+
+
+def test_models_of_other_sizes_that_would_meet_all_the_same(ranks: Ranks) -> None:
+    """Also without a comparison of their values."""
+    first, second = ranks(compile_models_that_send_alike)
+    assert first == second
+    assert first.error == "RankMismatchError"
+    assert "the hash of their models' weights, inputs and outputs" in first.message
+
+
 def compile_without_a_mesh(rank: int) -> None:
     model, args, _ = models.mlp()
     md.compile(model, args, **OPTIONS)
