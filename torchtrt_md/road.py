@@ -180,7 +180,8 @@ class Road:
         start = time.perf_counter()
         built = self._turns("building", lambda: self._built(lowered, choices))
         mine = [str(c) for part in built.parts[self.agreement.rank] for c in part.segment.collectives]
-        self.agreement.same(_digest("\n".join(mine)), "the hash of their parts' collectives")  # a cut may change their order
+        # A cut may change their order.
+        self.agreement.same(_digest("\n".join(mine)), "the hash of their parts' collectives")
         built = replace(built, self_tests=self._self_tests(part.segment for parts in built.parts for part in parts))
         log.info("rank %d: building took %.2f s", self.agreement.rank, time.perf_counter() - start)
         return built
