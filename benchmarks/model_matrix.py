@@ -7,7 +7,8 @@
 Models of transformers are the causal language models with a tensor-parallel plan that it maps configurations to, made
 from a small configuration (small_configs.py).  Those of diffusers are all classes with a plan, called as their
 pipelines call them (small_diffusers.py), in each strategy of a split sequence and tensor-parallel, as far as they have
-plans.  Weights are random.  What does not verify is written down with the first line of the error, or with that of the
+plans; its transformers without a plan for a split sequence, by plans given by hand (small_diffusers_plans.py).
+Weights are random.  What does not verify is written down with the first line of the error, or with that of the
 library, where the model does not run by itself.
 """
 
@@ -19,6 +20,7 @@ import multiprocessing
 import os
 import subprocess
 import sys
+import textwrap
 import time
 import traceback
 import warnings
@@ -31,7 +33,7 @@ from typing import Any
 ROOT = Path(__file__).resolve().parents[1]
 sys.path.insert(0, str(ROOT))
 
-from benchmarks import small_diffusers  # noqa: E402
+from benchmarks import small_diffusers, small_diffusers_plans  # noqa: E402
 from benchmarks.small_configs import TOKENS, small  # noqa: E402
 
 LIMIT_S = 600.0
@@ -89,12 +91,22 @@ def models() -> list[str]:
 def tasks_of(names: Sequence[str], ranks: Sequence[int]) -> list[tuple[str, int, str]]:
     """What is tried: each class in each call and with each plan that it has, on each number of ranks."""
     tried = []
-    for name in names:
+    for name in dict.fromkeys(names):
+        if name in small_diffusers_plans.classes():
+            calls, strategies = small_diffusers_plans.calls(name), small_diffusers_plans.STRATEGIES
+            tried += [(call, r, strategy) for call in calls for strategy in strategies for r in ranks]
+            if name not in small_diffusers.classes():
+                continue
         diffusers = name in small_diffusers.classes()
         for call in small_diffusers.calls(name) if diffusers else [name]:
             for parallel in small_diffusers.parallels(name) if diffusers else ["tensor"]:
                 tried += [(call, r, parallel) for r in ranks]
     return tried
+
+
+def _planned(call: str, parallel: str) -> bool:
+    """Whether a class has its plan from small_diffusers_plans.py."""
+    return parallel != "tensor" and call.partition(", ")[0] in small_diffusers_plans.classes()
 
 
 def made(name: str) -> tuple[Any, tuple[Any, ...], dict[str, Any]]:
@@ -127,12 +139,13 @@ def outcome(name: str, ranks: int, parallel: str = "tensor") -> Outcome:
     begin = time.perf_counter()
     stage, graphs = "model", 0
     try:
-        model, args, kwargs = made(name)
+        model, args, kwargs = small_diffusers_plans.made(name) if _planned(name, parallel) else made(name)
         with torch.no_grad():
             model(*args, **kwargs)
         stage = "capture"
         context: Any = parallel
-        along = md.TensorParallel("n") if parallel == "tensor" else md.ContextParallel("n", context)
+        by_hand = small_diffusers_plans.listed(name)[1] if _planned(name, parallel) else None
+        along = md.TensorParallel("n") if parallel == "tensor" else md.ContextParallel("n", context, plan=by_hand)
         program = md.capture(model, args, kwargs, mesh=md.Mesh(n=ranks), parallel=along)
         graphs = len(program.distinct())
         stage = "lower"
@@ -203,12 +216,13 @@ def page(outcomes: Sequence[Outcome], versions: str) -> str:
     import transformers
 
     language = [o for o in outcomes if hasattr(transformers, o.model)]
-    generating = [o for o in outcomes if not hasattr(transformers, o.model)]
+    generating = [o for o in outcomes if not hasattr(transformers, o.model) and not _planned(o.model, o.parallel)]
+    planned = [o for o in outcomes if _planned(o.model, o.parallel)]
     lines = [
         "# Models",
         "",
-        "Made by `make models`; do not edit. Models made small with random weights, parallel by their own plans:",
-        f"captured, lowered and verified in one process, with no GPU. {versions}.",
+        "Made by `make models`; do not edit. Models made small with random weights, parallel by their own plans, or by",
+        f"plans given by hand: captured, lowered and verified in one process, with no GPU. {versions}.",
     ]
     if language:
         lines += [
@@ -229,7 +243,51 @@ def page(outcomes: Sequence[Outcome], versions: str) -> str:
             "`_tp_plan`, the others are strategies of its `_cp_plan`.",
             *_table(generating, ("class", "parallel")),
         ]
+    if planned:
+        known = small_diffusers_plans.classes()
+        without = [name for name in known if not small_diffusers_plans.calls(name)]
+        lines += [
+            "",
+            "## Without a plan of their own",
+            "",
+            f"diffusers has {len(known)} transformers without a `_cp_plan`. Those that were tried have a plan of a few",
+            "lines given by hand, in `benchmarks/small_diffusers_plans.py`, and are called as above.",
+            *_wrapped("Not tried, since no call of them is written: " + ", ".join(without) + "."),
+            "",
+            *(_of_classes(planned, r) for r in sorted({o.ranks for o in planned})),
+            *_wide_table(planned),
+        ]
     return "\n".join(lines) + "\n"
+
+
+def _wrapped(text: str) -> list[str]:
+    return textwrap.wrap(text, 118, break_long_words=False, break_on_hyphens=False)
+
+
+def _of_classes(outcomes: Sequence[Outcome], ranks: int) -> str:
+    """How many classes verify in every call that was tried, and in every strategy that was."""
+    failed: dict[str, set[str]] = {}
+    for o in outcomes:
+        if o.ranks == ranks:
+            failed.setdefault(o.parallel, set())
+            failed[o.parallel] |= {o.model.partition(", ")[0]} if o.stage else set()
+    tried = {p: {o.model.partition(", ")[0] for o in outcomes if (o.ranks, o.parallel) == (ranks, p)} for p in failed}
+    counts = [f"{p} {len(tried[p] - failed[p])} of {len(tried[p])}" for p in sorted(failed)]
+    return f"- {ranks} ranks, classes that verify in every call: {', '.join(counts)}"
+
+
+def _wide_table(outcomes: Sequence[Outcome]) -> list[str]:
+    """A row for each call, a column for each strategy at each number of ranks, and the first error."""
+    columns = sorted({(o.ranks, o.parallel) for o in outcomes})
+    by = {(o.model, o.ranks, o.parallel): o for o in outcomes}
+    names = [f"{parallel}, {ranks} ranks" for ranks, parallel in columns]
+    lines = ["", "| " + " | ".join(["class", *names, "what failed first"]) + " |", "|---" * (len(columns) + 2) + "|"]
+    for model in sorted({o.model for o in outcomes}, key=str.lower):
+        row = [by.get((model, *column)) for column in columns]
+        cells = [(o.stage or "ok") if o else "not tried" for o in row]
+        first = next((_cell(o) for o in row if o and o.stage), "")
+        lines.append("| " + " | ".join([model, *cells, first]) + " |")
+    return lines
 
 
 def _table(outcomes: Sequence[Outcome], columns: Sequence[str]) -> list[str]:
@@ -271,7 +329,7 @@ def main() -> None:
     import transformers
 
     first, count = map(int, options.part.split("/"))
-    names = [*models(), *small_diffusers.classes()]
+    names = list(dict.fromkeys([*models(), *small_diffusers.classes(), *small_diffusers_plans.classes()]))
     chosen = [name for name in names if not options.only or name in options.only][first - 1 :: count]
     tasks = tasks_of(chosen, options.ranks or [2, 4])
     outcomes = []

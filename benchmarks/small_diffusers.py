@@ -75,7 +75,11 @@ def made(call: str) -> tuple[Any, tuple[Any, ...], dict[str, Any]]:
     c = classes()[name]
     if name not in CALLS:
         raise LookupError(f"benchmarks/small_diffusers.py lists no call of {name}")
-    listed = CALLS[name][what]
+    return make(c, CALLS[name][what])
+
+
+def make(c: type[Any], listed: Call) -> tuple[Any, tuple[Any, ...], dict[str, Any]]:
+    """A model of a class, small, and one call of it."""
     fields = inspect.signature(c.__init__).parameters
     small = {n: _small(n, p.default) for n, p in fields.items() if n != "self"}
     torch.manual_seed(0)

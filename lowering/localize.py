@@ -211,9 +211,10 @@ def _select(call: Call) -> None:
 
 
 def _slice_scatter(call: Call) -> None:
-    state = call.state(call.args["self"])
-    if state is not None and call.dim("dim", len(call.shape)) == state.dim:  # the rule let pass all of it only
-        _set(call, start=0, end=state.extent)
+    state = call.states[call.node]
+    if isinstance(state, Sharded) and call.dim("dim", len(call.shape)) == state.dim:
+        start, stop = (local_position(state, at, call.size) for at in bounds(call, state))
+        _set(call, start=start, end=stop)
 
 
 def _group_norm(call: Call) -> None:

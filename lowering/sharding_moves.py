@@ -30,6 +30,8 @@ _BORDER = (
     " concatenated after the split"
 )
 
+_ACROSS = "writes across the shard"
+
 
 def view(call: Call) -> Result:
     x = call.args["self"]
@@ -206,20 +208,38 @@ def gather(call: Call) -> Result:
 def slice_scatter(call: Call) -> Result:
     x, src, ndim = call.args["self"], call.args["src"], len(call.shape)
     dim = call.dim("dim", ndim)
-    if _bounds_cover(call, dim):
-        return combine(call, (x, range(ndim)), (src, range(ndim)))
-    return combine(call, (x, keeping(ndim, [dim])), (src, keeping(ndim, [dim])), across="writes across the shard")
+    into, given = call.state(x), call.state(src)
+    if all(state is None or state.dim != dim for state in (into, given)):
+        return combine(call, (x, keeping(ndim, [dim])), (src, keeping(ndim, [dim])))
+    if into is None:
+        into = call.to_split[x] = _around(call, given, dim)
+    if into.dim != dim:
+        call.refuse(_ACROSS, _BORDER)
+    start, stop = bounds(call, into)
+    part = cut(into, start, stop, call.size)
+    if part is None:
+        call.refuse(_ACROSS, _BORDER)
+    part = unless_whole(part, call.size)
+    if given is None and part is not None:
+        call.to_split[src] = part
+    elif given != part:
+        call.refuse(_ACROSS, _BORDER)
+    return into
 
 
-def _bounds_cover(call: Call, dim: int) -> bool:
-    state = call.state(call.args["self"])
-    return state is not None and state.dim == dim and bounds(call, state) == (0, state.whole(call.size))
+def _around(call: Call, given: State, dim: int) -> Sharded:
+    """How a replicated value is to be split into which a part of a sequence is written: what is around it is whole."""
+    assert given is not None
+    extent = call.shape[dim]
+    start, stop, step = slice(call.args["start"], call.args["end"], call.args["step"]).indices(extent)
+    if step != 1 or not given.is_plain:
+        call.refuse(_ACROSS, _BORDER)
+    parts = [Part(start, start), *given.parts(call.size), Part(extent - stop, extent - stop)]
+    return Sharded.of(dim, (part for part in parts if part.total), call.size)
 
 
 def select_scatter(call: Call) -> Result:
     ndim = len(call.shape)
     dim = call.dim("dim", ndim)
     src = [d for d in range(ndim) if d != dim]
-    return combine(
-        call, (call.args["self"], keeping(ndim, [dim])), (call.args["src"], src), across="writes across the shard"
-    )
+    return combine(call, (call.args["self"], keeping(ndim, [dim])), (call.args["src"], src), across=_ACROSS)

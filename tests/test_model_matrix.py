@@ -11,7 +11,7 @@ from transformers import Gemma3TextConfig, JambaConfig, LlamaConfig
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
-from benchmarks import model_matrix, small_diffusers
+from benchmarks import model_matrix, small_diffusers, small_diffusers_plans
 from benchmarks.small_configs import small
 
 
@@ -48,6 +48,35 @@ def test_every_class_of_diffusers_with_a_plan_has_a_call() -> None:
     assert ("WanTransformer3DModel, an image", 4, "ring") in tasks
     assert ("FluxTransformer2DModel", 2, "tensor") in tasks
     assert not any(call.startswith("Wan") and parallel == "tensor" for call, _, parallel in tasks)
+
+
+def test_classes_without_a_plan_are_those_of_the_library_and_have_plans_by_hand() -> None:
+    classes = small_diffusers_plans.classes()
+    assert {"SD3Transformer2DModel", "CogVideoXTransformer3DModel", "PixArtTransformer2DModel"} <= set(classes)
+    assert not any(getattr(c, "_cp_plan", None) for c in classes.values())
+    assert set(small_diffusers_plans.PLANS) == set(small_diffusers_plans.CALLS) <= set(classes)
+    assert all(len(plan) <= 5 for plan in small_diffusers_plans.PLANS.values())
+    tasks = model_matrix.tasks_of(["SD3Transformer2DModel", "QwenImage21Transformer2DModel"], [2, 4])
+    assert ("SD3Transformer2DModel, dual attention", 4, "ring") in tasks
+    both = {"tensor", *small_diffusers_plans.STRATEGIES}
+    assert {parallel for call, _, parallel in tasks if call.startswith("Qwen")} == both
+    assert len(tasks) == len(set(tasks))
+
+
+def test_plans_by_hand_verify_and_stand_in_a_table_of_their_own() -> None:
+    tried = [
+        ("CogVideoXTransformer3DModel", 2, "ulysses"),  # writes turned positions into a part of the joint sequence
+        ("SanaTransformer2DModel", 4, "allgather_kv"),  # linear attention and convolutions
+        ("TransformerTemporalModel", 2, "ring"),
+        ("MochiTransformer3DModel", 2, "ring"),
+    ]
+    found = [model_matrix.outcome(*task) for task in tried]
+    assert [o.stage for o in found] == ["", "", "", "capture"]
+    page = model_matrix.page(found, "versions")
+    assert "## Without a plan of their own" in page
+    assert "- 2 ranks, classes that verify in every call: ring 1 of 2, ulysses 1 of 1" in page
+    assert "| SanaTransformer2DModel | not tried | not tried | ok |  |" in page
+    assert "PriorTransformer" not in page.partition("Not tried")[2].partition(".")[0]
 
 
 def test_a_class_without_a_call_is_told_of(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -98,6 +98,23 @@ ACCEPTED: dict[str, Case] = {
     "gather": (lambda x: (x.gather(2, x.argsort(-1)), x.take_along_dim(x.argmax(0, keepdim=True), 0)), [X]),
     "gather expanded": (lambda x, n: x.gather(2, n[:, :, None].expand(-1, -1, 3)), [X, TOKENS]),
     "scatter": (lambda x, y: (x.slice_scatter(y[:, :, :2], 2, 1, 3), x.select_scatter(y[..., 0], -1, 2)), [X, Y]),
+    "scatter of a part": (lambda t, x: torch.cat([t, x], 1).slice_scatter(x * 2, 1, t.shape[1]), [TEXT, X]),
+    "scatter beside whole": (
+        lambda x: (
+            (j := torch.cat([x.new_ones(2, 3, 6).cumsum(1), x], 1))
+            .slice_scatter(x * 2, 1, 3)
+            .slice_scatter(j[:, 1:3] * 3, 1, 1, 3)
+        ),
+        [X],
+    ),
+    "scatter into whole": (
+        lambda x: x.new_ones(2, x.shape[1] + 4, 6).cumsum(1).slice_scatter(x * 2, 1, 3, 3 + x.shape[1])[:, 1:],
+        [X],
+    ),
+    "scatter into zeros": (
+        lambda x: x.new_zeros(2, x.shape[1] + 3, 6).slice_scatter(x.new_ones(2, 3, 6), 1, 0, 3).slice_scatter(x, 1, 3),
+        [X],
+    ),
     "scatter all": (lambda x, y: (x.slice_scatter(y, 1), x.select_scatter(y[0], 0, 1)), [X, Y]),
     "sums": (lambda x: (x.sum(-1), x.mean((0, 2), True), x.std(-1), x.var(0), x.prod(2), x.logsumexp(-1)), [X]),
     "extremes": (lambda x: (*x.max(-1), *x.min(0, True), x.amax((0, 2)), x.argmin(-1), *x.median(2), *x.topk(2)), [X]),
@@ -253,6 +270,8 @@ REFUSED: dict[str, tuple[Callable[..., Any], list[tuple[Tensor, int | None]], st
     "index select": (lambda x, i: x.index_select(1, i), [X, INDEX], MIXES),
     "gather": (lambda x: x.gather(1, x.argsort(-1)[:, :, :3]), [X], MIXES),
     "slice scatter": (lambda x: x.slice_scatter(x.new_zeros(2, 2, 6), 1, 0, 2), [X], "writes across the shard"),
+    "slice scatter of a shard": (lambda x: torch.cat([x, x], 1).slice_scatter(x, 1, 4, 12), [X], "writes across"),
+    "slice scatter in steps": (lambda x: x.new_ones(2, 16, 6).slice_scatter(x, 1, 0, 16, 2), [X], "writes across"),
     "select scatter": (lambda x: x.select_scatter(x.new_zeros(2, 6), 1, 0), [X], "writes across the shard"),
     "index put": (lambda x, i: x.index_put((i,), x.new_zeros(())), [X, INDEX], UNKNOWN),
     "bincount": (lambda n: torch.bincount(n.flatten(), minlength=8), [TOKENS], UNKNOWN),
