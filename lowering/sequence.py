@@ -202,13 +202,13 @@ class _Analysis:
             )
         if any(state is not None and state.dim != _SEQ for state in (q, k, v)):
             call.refuse("has queries, keys and values that are split differently", _SPLIT_ALIKE)
+        if q and call.args["is_causal"] and not _is_in_one_row(q, k):
+            call = self._with_order(call)
         mask = call.args["mask"]
         mask_state = call.state(mask)
         at = None if mask_state is None else mask_state.dim + 4 - value_of(mask).ndim
         if at in (0, 1):
             call.refuse(f"has a mask ({mask.name}) that is split by batches or heads, unlike its queries", _SPLIT_ALIKE)
-        if q and call.args["is_causal"] and not _is_in_one_row(q, k):
-            call, mask, at = self._with_order(call), call.node.args[3], None
         if q and k and v:
             self._over_sequence(call, q, k, v)
             return 1
