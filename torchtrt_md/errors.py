@@ -101,3 +101,8 @@ class LaunchError(MDError):
 
 class CommunicatorError(LaunchError):
     """An engine refused its communicator.  It is never run without one."""
+
+
+def first_line(error: BaseException) -> str:
+    """Of a message; the class, where there is none."""
+    return next(iter(str(error).strip().splitlines()), type(error).__name__)

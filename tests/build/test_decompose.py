@@ -11,8 +11,8 @@ import torch
 from torch.fx import Interpreter
 
 import torchtrt_md as md
-from torchtrt_md.build.decompose import bind_weights, decompose, first_line
-from torchtrt_md.errors import BuildError
+from torchtrt_md.build.decompose import bind_weights, decompose
+from torchtrt_md.errors import BuildError, first_line
 from torchtrt_md.program import Coordinate, ShardedProgram, Value, Weight, placeholders
 
 
@@ -106,4 +106,4 @@ def test_an_op_that_fails_names_the_users_line_and_not_torchs_advice() -> None:
 
 def test_first_line() -> None:
     assert first_line(ValueError("\n  what is wrong\n\nWhile executing %x\nUse tlparse")) == "what is wrong"
-    assert first_line(ValueError()) == ""
+    assert first_line(ValueError()) == "ValueError"

@@ -16,10 +16,10 @@ import torch
 from torch.fx import GraphModule, Node
 
 from torchtrt_md.build import converters, layers, probes
-from torchtrt_md.build.decompose import first_line, origin
+from torchtrt_md.build.decompose import origin
 from torchtrt_md.build.flavour import Flavour, flavour, trt_dtype
 from torchtrt_md.build.torch_trt import load, without_gpu
-from torchtrt_md.errors import BuildError, ConversionError
+from torchtrt_md.errors import BuildError, ConversionError, first_line
 from torchtrt_md.graph.source import source_line
 from torchtrt_md.segment import Collective, Segment
 from torchtrt_md.selftest import RING

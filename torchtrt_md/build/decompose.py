@@ -12,7 +12,7 @@ from torch.fx.experimental.proxy_tensor import make_fx
 
 from torchtrt_md.build.torch_trt import load, without_gpu
 from torchtrt_md.capture.torch_private import FakeTensorMode
-from torchtrt_md.errors import BuildError, MDError
+from torchtrt_md.errors import BuildError, MDError, first_line
 from torchtrt_md.graph.functional import copied, functional
 from torchtrt_md.graph.source import source_line
 from torchtrt_md.program import placeholders, value_of
@@ -46,11 +46,6 @@ def _eye(n: int, m: int | None = None, *, dtype: torch.dtype | None = None, **op
     device = options.get("device")
     rows, columns = torch.arange(n, device=device), torch.arange(n if m is None else m, device=device)
     return (rows[:, None] == columns).to(dtype or torch.get_default_dtype())
-
-
-def first_line(error: Exception) -> str:
-    """What an exception says, without the graph and the advice that PyTorch appends to it."""
-    return next((line.strip() for line in str(error).splitlines() if line.strip()), "")
 
 
 def decompose(graph: GraphModule) -> GraphModule:

@@ -30,7 +30,7 @@ import torch.distributed as dist
 from torch.distributed.distributed_c10d import PrefixStore, Store
 
 from torchtrt_md import errors
-from torchtrt_md.errors import LaunchError, MDError, RankMismatchError
+from torchtrt_md.errors import LaunchError, MDError, RankMismatchError, first_line
 from torchtrt_md.launch import host, private
 from torchtrt_md.launch.watchdog import EXIT_CODE
 
@@ -437,11 +437,6 @@ def _agreed(error: MDError) -> MDError:
     """The error, marked as one that every rank raises."""
     error.agreed = True
     return error
-
-
-def first_line(error: BaseException) -> str:
-    """Of a message; the class, where there is none."""
-    return next(iter(str(error).strip().splitlines()), type(error).__name__)
 
 
 def combined(failures: Mapping[int, Failure], size: int, gone: str = "") -> MDError:

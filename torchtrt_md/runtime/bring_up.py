@@ -27,9 +27,10 @@ from torchtrt_md.runtime.executor import Executor
 from torchtrt_md.runtime.kernels import KernelCache, kernel_file
 from torchtrt_md.runtime.offers import NOTHING, Offers, stream_weights
 from torchtrt_md.runtime.push import Shared
-from torchtrt_md.runtime.steps import Key, Step, call_step, eager_steps, engine_step
+from torchtrt_md.runtime.steps import Key, Step, Values, call_step, eager_steps, engine_step, source_key, to_device
 from torchtrt_md.runtime.weights import Stored, WeightOf, laid_out
 from torchtrt_md.segment import Part, Segment, Wire
+from torchtrt_md.verification.compiled import check_compiled, draw
 
 
 def bring_up(
@@ -228,14 +229,21 @@ def assemble(
         fixed[Wire("coordinate", axis)] = torch.tensor([at], dtype=torch.int32, device=device)
     steps: list[Step] = []
     compiled: dict[str, Callable[..., Sequence[Tensor]]] = {}
+    checked: set[str] = set()
     for index, part in enumerate(parts):
+        name, examples = named(part.segment, index), partial(_examples, part.segment, fixed, device)
         if index in engines:
             steps.append(engine_step(part.segment, engines[index]))
+            if part.graph is not None and part.segment.axis is None and part.digest not in checked:
+                _check_engine(name, part.segment, part.graph, steps[-1], examples, device)
+                checked.add(part.digest)
             continue
-        assert part.graph is not None, f"{named(part.segment, index)} has nothing that runs it"
+        assert part.graph is not None, f"{name} has nothing that runs it"
         if part.runs == "inductor":
             if part.digest not in compiled:
-                compiled[part.digest] = _compiled(part.segment, part.graph, fixed, device)
+                from torchtrt_md.runtime.inductor import compile_graph
+
+                compiled[part.digest] = compile_graph(name, part.graph, examples, device)
             steps.append(call_step(part.segment, compiled[part.digest]))
         else:
             steps += eager_steps(
@@ -244,13 +252,40 @@ def assemble(
     return steps, fixed
 
 
-def _compiled(
-    segment: Segment, graph: GraphModule, fixed: Mapping[Key, Tensor], device: torch.device
-) -> Callable[..., Sequence[Tensor]]:
-    from torchtrt_md.runtime.inductor import compile_graph
-
-    examples = [
-        fixed[b.source] if b.source in fixed else torch.empty(b.shape, dtype=b.dtype, device=device)
-        for b in segment.inputs
+def _examples(segment: Segment, fixed: Mapping[Key, Tensor], device: torch.device, number: int) -> list[Tensor]:
+    """Operands for a segment: weights as they are, all else drawn, otherwise for another number."""
+    keys = [source_key(binding) for binding in segment.inputs]
+    return [
+        fixed[key] if key in fixed else draw(b.shape, b.dtype, device, 1000 * number + place)
+        for place, (key, b) in enumerate(zip(keys, segment.inputs, strict=True))
     ]
-    return compile_graph(graph, examples, device)
+
+
+def _check_engine(
+    name: str,
+    segment: Segment,
+    graph: GraphModule,
+    step: Step,
+    examples: Callable[[int], list[Tensor]],
+    device: torch.device,
+) -> None:
+    """Compare an engine without collectives with the graph that it was built of.
+
+    Raises:
+        VerificationError: it computes something else.
+    """
+    graph = copied(graph)
+    to_device(graph, device)
+
+    stream: torch.cuda.Stream = torch.cuda.Stream(device)  # type: ignore[no-untyped-call]
+
+    def run(*operands: Tensor) -> list[Tensor]:
+        values: Values = dict(zip(map(source_key, segment.inputs), operands, strict=True))
+        values |= {s.name: torch.empty(s.shape, dtype=s.dtype, device=device) for s in step.slots}
+        stream.wait_stream(torch.cuda.current_stream(device))
+        with torch.cuda.stream(stream):  # not the default one, on which TensorRT adds synchronizations
+            step.run(values)
+        stream.synchronize()
+        return [values[slot.name] for slot in step.slots]
+
+    check_compiled(name, graph, run, examples, by="TensorRT")

@@ -12,9 +12,8 @@ from torch import Tensor, nn
 
 from torchtrt_md.bundle.manifest import Manifest
 from torchtrt_md.choices import Choices
-from torchtrt_md.errors import LaunchError, MDError
+from torchtrt_md.errors import LaunchError, MDError, first_line
 from torchtrt_md.launch import Launch
-from torchtrt_md.launch.agree import first_line
 from torchtrt_md.launch.watchdog import waits_for
 from torchtrt_md.runtime.executor import Executor
 from torchtrt_md.runtime.graphs import Budget, Graphs

@@ -168,7 +168,7 @@ def samples(
     if draws:
         drawn = interpret(program, inputs, weights=weights, precision=Precision(None, jitter=_JITTER))
     for index, (node, value, reference) in enumerate(zip(outputs_of(program.graphs[0]), own, outputs, strict=True)):
-        coarse = coarsest(_computed_in(node))
+        coarse = coarsest(computed_in(node))
         error = _own_error(value, reference)
         finer = 1.0 if wide is None else torch.finfo(wide).eps / torch.finfo(coarse).eps
         if finer >= 1.0:
@@ -335,7 +335,7 @@ def _own_error(value: Tensor, reference: Tensor) -> float:
     return relative_error(torch.where(value.isfinite(), value, reference.to(value.dtype)), reference)
 
 
-def _computed_in(node: Node) -> list[torch.dtype]:
+def computed_in(node: Node) -> list[torch.dtype]:
     """The dtypes of all that an output is computed from; weights and inputs, which are as they are, left out."""
     seen, todo = {node}, [node]
     dtypes = []

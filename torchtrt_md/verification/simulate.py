@@ -23,7 +23,7 @@ from torchtrt_md.errors import RankMismatchError, VerificationError
 from torchtrt_md.graph.source import source_line
 from torchtrt_md.lowering.ops import bound_args, is_collective, seen_by
 from torchtrt_md.mesh import Mesh
-from torchtrt_md.program import Coordinate, ShardedProgram, Value, Weight, Weights, dtype_name
+from torchtrt_md.program import Coordinate, ShardedProgram, Value, Weight, Weights, dtype_name, placeholders
 
 md = torch.ops.torchtrt_md
 
@@ -151,9 +151,26 @@ def interpret(
         VerificationError: an op cannot be run.
     """
     (graph,) = program.graphs
-    ranks = {0: _run(graph, _feed(program, inputs, weights, 0, precision), precision)}
+    return _alone(_run(graph, _feed(program, inputs, weights, 0, precision), precision))
+
+
+def compute(graph: GraphModule, operands: Sequence[Tensor], precision: Precision = EXACT) -> tuple[Tensor, ...]:
+    """The outputs of a graph without collectives.
+
+    Args:
+        graph: of a part; see :class:`torchtrt_md.segment.Part`.
+        operands: for its placeholders, in order.
+
+    Raises:
+        VerificationError: an op cannot be run.
+    """
+    given = {node.name: operand for node, operand in zip(placeholders(graph), operands, strict=True)}
+    return _alone(_run(graph, lambda name: precision.given(given[name], name), precision))
+
+
+def _alone(rank: Rank) -> tuple[Tensor, ...]:
     done: dict[int, tuple[Tensor, ...]] = {}
-    _advance(0, ranks, None, {}, done)
+    _advance(0, {0: rank}, None, {}, done)
     return done[0]
 
 
