@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import subprocess
 import sys
+import unittest.mock
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -144,6 +145,25 @@ def test_what_fails_on_one_rank_fails_on_all(ranks: Ranks) -> None:
     assert first.error
     assert "rank 1: " in first.message
     assert "rank 0" not in first.message
+
+
+def compile_with_a_faulty_compiler(rank: int) -> None:
+    real = torch._inductor.compile
+
+    def faulty(module: Any, given: Any, **options: Any) -> Any:
+        compiled = real(module, given, **options)
+        return lambda *tensors: [result.flip(-1) for result in compiled(*tensors)]
+
+    (model, args, kwargs), options = case_of("ulysses")
+    with unittest.mock.patch.object(torch._inductor, "compile", faulty if rank == 1 else real):
+        md.compile(model, args, kwargs, **OPTIONS, **options)
+
+
+def test_a_part_that_a_rank_compiled_wrongly_is_refused_on_all(ranks: Ranks) -> None:
+    for outcome in ranks(compile_with_a_faulty_compiler):
+        assert outcome.error == "VerificationError"
+        assert "rank 1: segment" in outcome.message
+        assert "as Inductor compiled it, computes something else than its graph" in outcome.message
 
 
 def compile_models_that_send_alike(rank: int) -> None:

@@ -82,7 +82,8 @@ class Case:
         run: on each rank; what it raises is a failure.
         launch: cases of one name share a launch.
         seconds: more is a hang.
-        ends: ranks whose processes must end in this case, with their exit codes; so it is its launch's last.
+        ends: ranks whose processes must end in this case, with their exit codes, None for any but 0; so it is its
+            launch's last.
         says: words that must be in the output of the first of them, or of what another rank was to be refused.
     """
 
@@ -90,7 +91,7 @@ class Case:
     run: Callable[[Rank], Found]
     launch: str = "doors"
     seconds: float = 90.0
-    ends: Mapping[int, int] = field(default_factory=dict)
+    ends: Mapping[int, int | None] = field(default_factory=dict)
     says: tuple[str, ...] = ()
 
 
@@ -134,8 +135,10 @@ class Rank:
             model, args, kwargs = self.model(name)
             with torch.no_grad():
                 own = first_tensor(model(*args, **kwargs))
-                wide = model.to(torch.float64)
+                cpu = torch.device("cpu")  # some ops have no fp64 on GPUs
+                wide, args, kwargs = model.to(cpu, torch.float64), placed(args, cpu), placed(kwargs, cpu)
                 whole = first_tensor(wide(*placed(args, dtype=torch.float64), **placed(kwargs, dtype=torch.float64)))
+                whole = whole.to(self.device)
             self._references[name] = whole, relative_error(own, whole)
         return self._references[name]
 

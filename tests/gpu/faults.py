@@ -41,7 +41,6 @@ PLACES = {
     "in a step": (Executor, "run", 3),
     "in a replayed graph": (Captured, "replay", 3),
 }
-# A process of Python that Ctrl-C ends without being caught ends itself by that signal.
 SIGNALS = {signal.SIGKILL: "killed", signal.SIGTERM: "SIGTERM", signal.SIGINT: "Ctrl-C"}
 _FULL, _LITTLE = 2**21, 2**26  # bytes that are left on a GPU that somebody holds
 _HOLD = """
@@ -62,21 +61,18 @@ def cases(device: str, ranks: int) -> list[Case]:
     calls, loads = numbers()
     found = [Case(f"{calls} calls and {loads} loads", functools.partial(endures, bundle), "faults", 600)]
     if gpu:
-        for by in ("this process", "another process"):
-            full = functools.partial(held, bundle, by, _FULL)
-            found.append(Case(f"rank 1: its GPU's memory is held by {by}", full, "faults"))
-        # NCCL has no memory on rank 1, and rank 0 waits for it in setCommunicator, which holds Python's lock
-        little, name = (
-            functools.partial(held, bundle, "this process", _LITTLE),
-            "rank 1: little memory is left for NCCL",
-        )
-        found.append(Case(name, little, "little memory", ends={0: 1}, says=("in bind",)))
+        for by, left in (("this process", _FULL), ("another process", _FULL), ("this process", _LITTLE)):
+            about = f"is held by {by}" if left == _FULL else "has too little left for NCCL"
+            run = functools.partial(held, bundle, by, left)
+            found.append(Case(f"rank 1: its GPU's memory {about}", run, "faults"))
     for place in PLACES if gpu else ("in a step",):
         for number, name in SIGNALS.items() if gpu else [(signal.SIGKILL, "killed")]:
             run = functools.partial(struck, bundle, place, number)
-            ends, says = {1: -int(number)}, ("rank 1",)
+            # A process that Ctrl-C ends has a clean-up, in which it may stay until its peers have ended.
+            code = None if gpu and number == signal.SIGINT else -int(number)
+            ends, says = {1: code}, ("rank 1",)
             if gpu and place != "while binding":
-                ends, says = {0: EXIT_CODE, **ends}, ("rank 1 has ended",)
+                ends, says = {0: EXIT_CODE, 1: code}, ("rank 0 waited",) if code is None else ("rank 1 has ended",)
             launch = f"{name} {place}" if gpu else "faults"
             found.append(Case(f"rank 1: {name} {place}", run, launch, ends=ends, says=says))
     return found
@@ -117,8 +113,6 @@ def held(bundle: Bundle, by: str, left: int, at: Rank) -> Found:
     with (_held_here(left) if by == "this process" else _held_by_another(at, left)) if at.rank == 1 else _nothing():
         found.must_refuse(MDError, lambda: md.load(bundle_of(at, bundle.name), timeout=SHORT), "rank 1")
     at.clean_up()
-    if left != _FULL:  # the other rank has ended
-        return found
     with loaded(at, bundle) as (runner, (_, args, kwargs)):
         found.compare([first_tensor(runner(*args, **kwargs)), expected], *at.reference(bundle.model))
     return found

@@ -301,12 +301,13 @@ class Suite:
         result, output = self.results[case.name], "".join([processes[first].tail(), *(end["refused"] for end in ends)])
         problems = [f"the output of rank {first} does not say {word!r}" for word in case.says if word not in output]
         for rank, code in reversed(list(case.ends.items())):
-            if processes[rank].code != code:
-                problems.insert(0, f"rank {rank} ended with {processes[rank].code}, and not {code}")
+            ended = processes[rank].code
+            if not ended if code is None else ended != code:
+                problems.insert(0, f"rank {rank} ended with {ended}, and not {'an error' if code is None else code}")
         if problems:
             result.state, result.message = FAILED, "\n".join([*problems, result.message])
         elif result.state == PASSED:
-            result.message = result.message or ", ".join(f"rank {r} ended with {code}" for r, code in case.ends.items())
+            result.message = result.message or ", ".join(f"rank {r} ended with {processes[r].code}" for r in case.ends)
 
     def _set(self, cases: Sequence[Case], state: str, message: str) -> None:
         for case in cases:

@@ -18,6 +18,8 @@ from torchtrt_md.mesh import Mesh
 _new_capsule = ctypes.PYFUNCTYPE(ctypes.py_object, ctypes.c_void_p, ctypes.c_char_p, ctypes.c_void_p)(
     ("PyCapsule_New", ctypes.pythonapi)
 )
+# TODO measured
+_NEEDED_BYTES = 128 << 20
 _NAME = b"ncclComm_t"  # a capsule keeps the pointer to its name, so the name must live as long as the module
 
 
@@ -62,6 +64,24 @@ def device_mesh(mesh: Mesh, device_type: str) -> DeviceMesh:
     if held is None or held[0] is not launch:
         held = _meshes[mesh, device_type] = (launch, mesh.to_device_mesh(device_type))
     return held[1]
+
+
+def check_memory(device: torch.device) -> None:
+    """Refuse to bind where NCCL will find no memory: a rank that fails there leaves the others in their handshake.
+
+    Raises:
+        CommunicatorError: this GPU is full.
+    """
+    free, _ = torch.cuda.mem_get_info(device)
+    if free < _NEEDED_BYTES:
+        torch.cuda.empty_cache()  # what PyTorch holds and does not use
+        free, _ = torch.cuda.mem_get_info(device)
+    if free < _NEEDED_BYTES:
+        raise CommunicatorError(
+            f"{device} has {free >> 20} MiB of free memory, and an engine's communicator takes up to"
+            f" {_NEEDED_BYTES >> 20}",
+            fix="free GPU memory: nvidia-smi shows what else holds it; or use fewer or smaller inputs on a rank",
+        )
 
 
 def bind(context: Any, group: dist.ProcessGroup, device: torch.device, *, engine: str, axis: str) -> object:

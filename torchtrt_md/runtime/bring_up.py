@@ -73,7 +73,7 @@ def bring_up(
         "making the engines' contexts", lambda: _make_engines(parts, loaded, launch.device, kernels)
     )
     _return_freed_memory()
-    launch.meet("binding the communicators", lambda: bind_engines(engines, groups, launch.device))
+    meet_to_bind(launch, "the communicators", engines, groups)
     steps, fixed = launch.together(
         "assembling the program",
         lambda: assemble(
@@ -169,6 +169,23 @@ def _return_freed_memory() -> None:
         ctypes.CDLL("libc.so.6").malloc_trim(0)
 
 
+def meet_to_bind(
+    launch: Launch, what: str, engines: Mapping[int, Engine], groups: Mapping[str, dist.ProcessGroup]
+) -> None:
+    """Bind on all ranks together, once every GPU has memory for it.  Collective.
+
+    Raises:
+        CommunicatorError: on every rank that is left.
+    """
+
+    def check() -> None:
+        if any(engine.segment.axis is not None for engine in engines.values()):
+            communicator.check_memory(launch.device)
+
+    launch.together(f"the memory for {what}", check)
+    launch.meet(f"binding {what}", lambda: bind_engines(engines, groups, launch.device))
+
+
 def bind_engines(engines: Mapping[int, Engine], groups: Mapping[str, dist.ProcessGroup], device: torch.device) -> None:
     """Give every engine that communicates its communicator.
 
@@ -199,7 +216,7 @@ def check_communication(
     device = launch.device
     loaded = launch.together("loading the self-tests", lambda: _load_engines(tests, device, target))
     engines = launch.together("making the self-tests' contexts", lambda: _make_engines(tests, loaded, device))
-    launch.meet("binding the self-tests' communicators", lambda: bind_engines(engines, groups, device))
+    meet_to_bind(launch, "the self-tests' communicators", engines, groups)
     for test, engine in zip(tests, engines.values(), strict=True):
         assert test.segment.axis is not None
         run_self_test(engine, groups[test.segment.axis], launch)
