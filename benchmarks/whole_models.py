@@ -1,0 +1,417 @@
+"""Time whole models at full size: ours beside what their users have without us, in one run on the same GPUs.
+
+    torchrun --nproc_per_node=P benchmarks/whole_models.py --model flux --out FILE.json
+
+writes FILE.json and FILE.md.  ``--only`` names candidates, with wildcards; ``--size small --device cpu`` is a trial of
+the script where there is no GPU.  A candidate that fails is recorded and the others go on; the exit code is then 1.
+
+Weights are random and made on each GPU, equal on all.  What is timed: calls on inputs that lie on the GPU, the slowest
+rank of each round, candidates taking turns.  What is further from float32 than the dense model's own rounding allows is
+not timed.  The first call includes capture, compilation and building, with empty caches where the caches are.
+"""
+
+from __future__ import annotations
+
+import copy
+import faulthandler
+import json
+import os
+import sys
+import time
+from collections.abc import Callable, Mapping
+from dataclasses import asdict, dataclass, field, replace
+from functools import partial
+from pathlib import Path
+from typing import Annotated, Any
+
+import torch
+import typer
+from torch import Tensor, nn
+from torch.utils import _pytree as pytree
+
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
+
+import torchtrt_md as md
+from benchmarks import measure
+from benchmarks.block_speed import Launch, chosen, join, machine, print_once, release
+from benchmarks.peers import captured
+from torchtrt_md.verification.compare import limit, relative_error
+
+_ROUNDS = 20
+_GIB = 2**30
+Call = Callable[[], Tensor]
+
+
+@dataclass(frozen=True)
+class Workload:
+    """A model, its arguments, and how it is parallel.
+
+    Attributes:
+        make: the dense model, on the default device, in the default dtype.
+        kwargs: its arguments.
+        parallel: an axis and a strategy; ``tp`` for the model's own tensor parallel plan.
+        about: the size, for people.
+    """
+
+    make: Callable[[], nn.Module]
+    kwargs: Callable[[], dict[str, Any]]
+    parallel: str
+    about: str
+
+
+def flux(small: bool) -> Workload:
+    from diffusers import FluxTransformer2DModel
+
+    cut = {"num_layers": 1, "num_single_layers": 2, "num_attention_heads": 4} if small else {}
+    text, side = (32, 8) if small else (512, 64)
+
+    def kwargs() -> dict[str, Any]:
+        rows, columns = torch.meshgrid(torch.arange(side), torch.arange(side), indexing="ij")
+        return {
+            "hidden_states": torch.randn(1, side * side, 64),
+            "encoder_hidden_states": torch.randn(1, text, 4096),
+            "pooled_projections": torch.randn(1, 768),
+            "timestep": torch.tensor([0.5]),
+            "guidance": torch.tensor([3.5]),
+            "img_ids": torch.stack([torch.zeros_like(rows), rows, columns], -1).reshape(-1, 3).to(torch.bfloat16),
+            "txt_ids": torch.zeros(text, 3),
+            "return_dict": False,
+        }
+
+    about = f"{3 if small else 57} blocks, {side * side} + {text} tokens"
+    return Workload(lambda: FluxTransformer2DModel(guidance_embeds=True, **cut), kwargs, "ulysses", f"FLUX.1, {about}")
+
+
+def wan(small: bool) -> Workload:
+    from diffusers import WanTransformer3DModel
+
+    size = {"num_attention_heads": 4, "ffn_dim": 512, "num_layers": 2} if small else {"num_layers": 4}
+    shape = (1, 16, 3, 8, 8) if small else (1, 16, 21, 90, 160)
+
+    def kwargs() -> dict[str, Any]:
+        return {
+            "hidden_states": torch.randn(shape),
+            "timestep": torch.tensor([500]),
+            "encoder_hidden_states": torch.randn(1, 512, 4096),
+            "return_dict": False,
+        }
+
+    about = f"{size['num_layers']} blocks, latents {list(shape)}"
+    return Workload(lambda: WanTransformer3DModel(**size), kwargs, "ulysses", f"Wan2.1 at the width of 14B, {about}")
+
+
+def llama(small: bool) -> Workload:
+    from transformers import LlamaConfig, LlamaForCausalLM
+
+    size = {"hidden_size": 64, "intermediate_size": 128, "num_hidden_layers": 2, "num_attention_heads": 4}
+    large = {"hidden_size": 4096, "intermediate_size": 14336, "num_hidden_layers": 16, "num_attention_heads": 32}
+    config: dict[str, Any] = {**(size if small else large), "num_key_value_heads": 4 if small else 8}
+    tokens = 32 if small else 2048
+
+    def make() -> nn.Module:
+        return LlamaForCausalLM(LlamaConfig(vocab_size=512 if small else 128256, **config))
+
+    def kwargs() -> dict[str, Any]:
+        return {"input_ids": torch.randint(0, 512, (1, tokens)), "use_cache": False, "return_dict": False}
+
+    about = f"{config['num_hidden_layers']} layers, {tokens} tokens"
+    return Workload(make, kwargs, "tp", f"Llama at the width of 8B, {about}")
+
+
+WORKLOADS = {"flux": flux, "wan": wan, "llama": llama}
+
+
+@dataclass
+class Candidate:
+    """One way to run the model, and what was measured of it.
+
+    Attributes:
+        peer: it is not ours.
+        ranks: how many GPUs one call takes; 1 for the dense model, which each rank runs by itself.
+        error: why it is not timed.
+        relative_error: against float32, the worst rank's.
+        first_call_s: from the model to the first result.
+        extra_gib: of the GPU, with what the first calls left, beside the dense model and what others hold.
+        ms: median, p10 and p90 of a call.
+    """
+
+    peer: bool
+    ranks: int
+    call: Call | None = None
+    error: str = ""
+    relative_error: float | None = None
+    first_call_s: float | None = None
+    extra_gib: float | None = None
+    summary: str = ""
+    ms: dict[str, Any] = field(default_factory=dict)
+
+
+class Bench:
+    """All candidates of one workload."""
+
+    def __init__(self, launch: Launch, name: str, *, small: bool, wanted: list[str]) -> None:
+        self.launch, self.small, self.wanted = launch, small, wanted
+        self.workload = WORKLOADS[name](small)
+        torch.manual_seed(0)
+        before = torch.get_default_dtype()
+        torch.set_default_dtype(torch.bfloat16)
+        try:
+            with launch.device:
+                self.model = self.workload.make().eval().requires_grad_(False)
+                self.kwargs = self.workload.kwargs()
+        finally:
+            torch.set_default_dtype(before)
+        self.model.to(torch.bfloat16)
+        self.reference = self._reference()
+        self.dense_error = relative_error(first_tensor(self.model(**self.kwargs)), self.reference)
+        self.allowed = limit(torch.bfloat16, self.dense_error)
+        self.candidates: dict[str, Candidate] = {}
+
+    def _reference(self) -> Tensor:
+        wide = copy.deepcopy(self.model).float()
+        kwargs = pytree.tree_map(lambda x: x.float() if _floating(x) else x, self.kwargs)
+        result = first_tensor(wide(**kwargs)).clone()
+        del wide
+        release()
+        return result
+
+    def twin(self) -> nn.Module:
+        """The model again, of the same tensors."""
+        held = {id(t): t for t in (*self.model.parameters(), *self.model.buffers())}
+        return copy.deepcopy(self.model, held)
+
+    def add(self, name: str, make: Callable[[], Call], *, peer: bool = True, ranks: int = 0) -> Call | None:
+        """Make a candidate, if it is wanted, and see whether it is right."""
+        if not chosen(name, self.wanted):
+            return None
+        found = self.candidates[name] = Candidate(peer, ranks or self.launch.ranks)
+        print_once(self.launch, name)
+        release()
+        torch._dynamo.reset()
+        held, start = self._used(), time.perf_counter()
+
+        def first() -> tuple[Call, float]:
+            call = make()
+            error = relative_error(first_tensor(call()), self.reference)
+            return call, error
+
+        made, found.error = self.launch.attempt(first)
+        if made is None:
+            return None
+        found.first_call_s = max(self.launch.gather(time.perf_counter() - start))
+        found.relative_error = max(self.launch.gather(made[1]))
+        release()
+        found.extra_gib = max(self.launch.gather(self._used() - held)) / _GIB
+        if found.relative_error <= self.allowed:
+            found.call = made[0]
+        else:
+            found.error = f"wrong: {found.relative_error:.2e} off, where {self.allowed:.2e} is rounding"
+        return found.call
+
+    def _used(self) -> int:
+        if not self.launch.clock.cuda:
+            return 0
+        free, whole = torch.cuda.mem_get_info(self.launch.device)
+        return whole - free
+
+    def with_graph(self, name: str, make: Callable[[], Call], **about: Any) -> None:
+        """A candidate, and the same in a CUDA graph made by hand."""
+        wants_graph = self.launch.clock.cuda and chosen(f"{name}, graph", self.wanted)
+        call = self.add(name, make, **about) or (make() if wants_graph and name not in self.candidates else None)
+        if call is not None and wants_graph:
+            self.add(f"{name}, graph", lambda: captured(call), **about)
+
+    def add_dense(self) -> None:
+        """The model on one GPU."""
+        self.with_graph("dense, eager", lambda: self.call_of(self.twin()), ranks=1)
+        self.with_graph("dense, compiled", lambda: self.call_of(self.compiled(self.twin())), ranks=1)
+
+    def add_peers(self, backends: list[str]) -> None:
+        """What the model's own library has for several GPUs."""
+        if self.launch.ranks == 1:
+            return
+        if self.workload.parallel == "tp":
+            self.with_graph("DTensor, eager", lambda: self.call_of(self.tensor_parallel()))
+            self.with_graph("DTensor, compiled", lambda: self.call_of(self.compiled(self.tensor_parallel())))
+            return
+        for strategy in ("ulysses", "ring"):
+            for backend in backends:
+                of = partial(self.context_parallel, strategy, backend)
+                name = f"diffusers {strategy}, {backend.strip('_')}"
+                self.with_graph(f"{name}, eager", lambda of=of: self.call_of(of()))  # type: ignore[misc]
+                self.with_graph(f"{name}, compiled", lambda of=of: self.call_of(self.compiled(of())))  # type: ignore[misc]
+
+    def add_ours(self) -> None:
+        graph = {"cuda_graph": self.launch.clock.cuda}
+        ways: dict[str, dict[str, Any]] = {
+            "ours, Inductor": {"placement": "split", "compute": "inductor"},
+            "ours, TensorRT": {"placement": "split"},
+            "ours, TensorRT, one engine": {"placement": "engine"},
+            "ours, tuned": {"tune": True},
+            "ours, tuned, TensorRT alone": {"tune": "tensorrt"},
+        }
+        for name, way in ways.items():
+            self.add(name, partial(self.compile_ours, name, {**way, **graph}), peer=False)
+
+    def compile_ours(self, name: str, options: Mapping[str, Any]) -> Call:
+        tp = self.workload.parallel == "tp"
+        mesh = md.Mesh({"tp" if tp else "cp": self.launch.ranks})
+        parallel = (
+            md.TensorParallel("tp") if tp else md.ContextParallel("cp", "auto" if "tune" in options else "ulysses")
+        )
+        # Engines store weights in a layout of their own, as which other candidates would read them.
+        model = self.twin() if options.get("compute") == "inductor" else copy.deepcopy(self.model)
+        runner = md.compile(
+            model,
+            (),
+            self.kwargs,
+            mesh=mesh,
+            parallel=parallel,
+            check=self.small,  # in fp64 on a CPU: hours at full size
+            timeout=240.0,
+            report=False,
+            votes="first",  # peers do not vote on the inputs of every call either
+            static_outputs=options["cuda_graph"],  # nor do their graphs copy their results
+            **options,
+        )
+        self.candidates[name].summary = runner.summary
+        for _ in range(2):
+            runner(**self.kwargs)
+        return lambda: first_tensor(runner(**self.kwargs))
+
+    def context_parallel(self, strategy: str, backend: str) -> nn.Module:
+        from diffusers import ContextParallelConfig
+
+        model: Any = self.twin()
+        model.set_attention_backend(backend)
+        model.enable_parallelism(config=ContextParallelConfig(**{f"{strategy}_degree": self.launch.ranks}))
+        return model
+
+    def tensor_parallel(self) -> nn.Module:
+        from torch.distributed.device_mesh import init_device_mesh
+        from torch.distributed.tensor.parallel import ColwiseParallel, RowwiseParallel, parallelize_module
+
+        styles = {"q_proj": 0, "k_proj": 0, "v_proj": 0, "o_proj": 1, "gate_proj": 0, "up_proj": 0, "down_proj": 1}
+        plan = {
+            f"model.layers.*.{'mlp' if name in ('gate_proj', 'up_proj', 'down_proj') else 'self_attn'}.{name}": (
+                RowwiseParallel() if row else ColwiseParallel()
+            )
+            for name, row in styles.items()
+        }
+        mesh = init_device_mesh(self.launch.device.type, (self.launch.ranks,))
+        return parallelize_module(copy.deepcopy(self.model), mesh, plan)
+
+    def compiled(self, model: Any) -> nn.Module:
+        """As the library's documentation says: repeated blocks alone, or the whole."""
+        if hasattr(model, "compile_repeated_blocks"):
+            model.compile_repeated_blocks(fullgraph=True)
+        else:
+            model.compile()
+        return model  # type: ignore[no-any-return]
+
+    def call_of(self, model: nn.Module) -> Call:
+        for _ in range(2):
+            model(**self.kwargs)
+        return lambda: first_tensor(model(**self.kwargs))
+
+    def measure(self, rounds: int) -> dict[str, Any]:
+        calls = {name: c.call for name, c in self.candidates.items() if c.call is not None}
+        times = measure.interleaved(self.launch.clock, calls, rounds, dict.fromkeys(calls, 1)) if calls else {}
+        for name, ms in times.items():
+            self.candidates[name].ms = ms
+        return {
+            "about": self.workload.about,
+            "ranks": self.launch.ranks,
+            "dense_error": self.dense_error,
+            "candidates": {name: asdict(replace(c, call=None)) for name, c in self.candidates.items()},
+        }
+
+
+def first_tensor(result: Any) -> Tensor:
+    return next(leaf for leaf in pytree.tree_leaves(result) if isinstance(leaf, Tensor))
+
+
+def _floating(x: Any) -> bool:
+    return isinstance(x, Tensor) and x.is_floating_point()
+
+
+@torch.no_grad()
+def main(
+    out: Annotated[Path, typer.Option(help="the report, FILE.json")],
+    model: Annotated[list[str], typer.Option(help="flux, wan or llama; may be repeated")],
+    only: Annotated[list[str] | None, typer.Option(help="names of candidates, with wildcards; may be repeated")] = None,
+    backend: Annotated[list[str] | None, typer.Option(help="attention backends of diffusers' peers")] = None,
+    rounds: Annotated[int, typer.Option(min=_ROUNDS)] = _ROUNDS,
+    size: Annotated[str, typer.Option(help="full, or small for a trial")] = "full",
+    deadline: Annotated[int, typer.Option(help="seconds after which the run is ended, with what was written")] = 580,
+    commit: Annotated[str, typer.Option(help="that is timed")] = "",
+    device: Annotated[str, typer.Option(help="cuda, or cpu for a trial of the script")] = "cuda",
+) -> None:
+    faulthandler.dump_traceback_later(deadline, exit=True)
+    launch = join(device)
+    torch._dynamo.config.recompile_limit = 64
+    report: dict[str, Any] = {"command": " ".join(sys.orig_argv), "commit": commit, "machine": machine(launch)}
+    report["models"] = {}
+    for name in model:
+        bench = Bench(launch, name, small=size == "small", wanted=only or ["*"])
+        bench.add_dense()
+        bench.add_peers(backend or ["native", "_native_cudnn"])
+        bench.add_ours()
+        report["models"][name] = bench.measure(rounds)
+        del bench
+        release()
+        if launch.rank == 0:
+            out.parent.mkdir(parents=True, exist_ok=True)
+            out.write_text(json.dumps(report, indent=1) + "\n")
+            out.with_suffix(".md").write_text(table(report))
+    print_once(launch, table(report))
+    launch.gather(None)
+    failed = any(c["error"] for m in report["models"].values() for c in m["candidates"].values())
+    sys.stdout.flush()
+    sys.stderr.flush()
+    os._exit(int(failed))  # destructors of graphs and communicators wait on peers that may have ended
+
+
+def table(report: Mapping[str, Any]) -> str:
+    """The report as Markdown."""
+    its = report["machine"]
+    flavours = ", ".join(f"{name} {v}" for name, v in its["tensorrt"].items() if v)
+    lines = [
+        f"{its['ranks']} x {its['gpus'][0]}, torch {its['torch']}, NCCL {its['nccl']}, {flavours}."
+        f" Commit {report['commit'] or 'unknown'}.",
+        "",
+        f"Made by `{report['command']}`.",
+    ]
+    for found in report["models"].values():
+        candidates = found["candidates"]
+        peers = {n: c["ms"]["median"] for n, c in candidates.items() if c["peer"] and c["ms"]}
+        best = min(peers, key=lambda n: peers[n]) if peers else ""
+        lines += [
+            "",
+            f"**{found['about']}**, bfloat16, {found['ranks']} ranks. The dense model's own error is"
+            f" {found['dense_error']:.2e} against float32."
+            + (f" The best peer is {best!r}." if best else "")
+            + " Extra GiB are of one GPU, beside the dense model.",
+            "",
+            "| candidate | GPUs | ms, median | 10-90 % | over the best peer | error | first call, s | extra GiB |",
+            "|---|---:|---:|---|---:|---:|---:|---:|",
+        ]
+        lines += [_row(name, c, peers.get(best)) for name, c in candidates.items()]
+        told = [f"{name}:\n\n```\n{c['summary']}\n```" for name, c in candidates.items() if c["summary"]]
+        lines += ["", *told]
+    return "\n".join(lines) + "\n"
+
+
+def _row(name: str, c: Mapping[str, Any], best: float | None) -> str:
+    if not c["ms"]:
+        return f"| {name} | {c['ranks']} | {(c['error'] or 'not timed').splitlines()[0][:160]} | | | | | |"
+    ms = c["ms"]
+    ratio = f"{ms['median'] / best:.3f}" if best else ""
+    return (
+        f"| {name} | {c['ranks']} | {ms['median']:.1f} | {ms['p10']:.1f}-{ms['p90']:.1f} | {ratio}"
+        f" | {c['relative_error']:.2e} | {c['first_call_s']:.1f} | {c['extra_gib']:.1f} |"
+    )
+
+
+if __name__ == "__main__":
+    typer.run(main)
