@@ -100,13 +100,22 @@ class Suite:
     """
 
     def __init__(
-        self, module: str, *, device: str, ranks: int, out: Path, work: Path, deadline: float, only: str, commit: str
+        self,
+        module: str,
+        *,
+        device: str,
+        ranks: int,
+        out: Path,
+        work: Path,
+        deadline: float,
+        only: Sequence[str],
+        commit: str,
     ) -> None:
         self.module, self.device, self.ranks, self.out, self.work = module, device, ranks, out, work
         self.start = time.time()
         self.until = self.start + deadline
         found: list[Case] = importlib.import_module(module).cases(device, ranks)
-        self.cases = {case.name: case for case in found if only in case.name}
+        self.cases = {case.name: case for case in found if any(part in case.name for part in only)}
         self.results = {name: Result(name) for name in self.cases}
         gpus = _lines(["nvidia-smi", "--query-gpu=name", "--format=csv,noheader"]) if device == "cuda" else []
         commit = commit or next(iter(_lines(["git", "-C", str(ROOT), "rev-parse", "HEAD"])), "")
@@ -348,7 +357,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser.add_argument("--device", choices=("cuda", "cpu"), default="cuda", help="cpu: a few cases, without a GPU")
     parser.add_argument("--deadline", type=float, help="seconds; by default 360 for 2 ranks, 480 for more")
     parser.add_argument("--commit", default="", help="for the report, where git cannot tell")
-    parser.add_argument("--only", default="", help="the cases with this in their names")
+    parser.add_argument("--only", action="append", help="the cases with this in their names; may be repeated")
     parser.add_argument("--cases", default="gpu.cases", help="the module of the cases")
     given = parser.parse_args(argv)
     signal.signal(signal.SIGTERM, lambda *_: sys.exit(1))  # so that no process is left behind
@@ -360,7 +369,7 @@ def main(argv: Sequence[str] | None = None) -> int:
             out=given.out,
             work=Path(work),
             deadline=given.deadline or (360.0 if given.ranks <= 2 else 480.0),
-            only=given.only,
+            only=given.only or [""],
             commit=given.commit,
         )
         report = suite.run()

@@ -10,7 +10,9 @@ private        the private names of PyTorch that these need
 from __future__ import annotations
 
 import faulthandler
+import logging
 import socket
+import time
 from collections.abc import Callable
 from typing import TypeVar, cast
 
@@ -24,6 +26,7 @@ from torchtrt_md.launch.watchdog import Watchdog
 from torchtrt_md.mesh import Mesh
 
 T = TypeVar("T")
+log = logging.getLogger(__name__)
 _LOCKED_SECONDS = 8.0  # more than the watchdog takes to end the process by itself
 
 
@@ -80,7 +83,10 @@ class Launch:
 
     def together(self, about: str, step: Callable[[], T]) -> T:
         """See :meth:`~torchtrt_md.launch.agree.Agreement.together`."""
-        return self.agreement.together(about, step)
+        start = time.perf_counter()
+        result = self.agreement.together(about, step)
+        log.info("rank %d: %s took %.2f s", self.rank, about, time.perf_counter() - start)
+        return result
 
     def meet(self, about: str, step: Callable[[], T]) -> T:
         """Do a step that itself waits for the other ranks, as where NCCL makes a communicator, and vote on it.
