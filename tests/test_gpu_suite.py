@@ -85,7 +85,7 @@ def suite(folder: Path, monkeypatch: pytest.MonkeyPatch, deadline: float) -> Sui
     monkeypatch.setenv("PYTHONPATH", str(Path(__file__).parent))  # so that ranks find this file
     (folder / "work").mkdir()
     return Suite(
-        __name__, device="cpu", ranks=2, out=folder, work=folder / "work", deadline=deadline, only="", commit="abc"
+        __name__, device="cpu", ranks=2, out=folder, work=folder / "work", deadline=deadline, only=(), commit="abc"
     )
 
 

@@ -115,7 +115,7 @@ class Suite:
         self.start = time.time()
         self.until = self.start + deadline
         found: list[Case] = importlib.import_module(module).cases(device, ranks)
-        self.cases = {case.name: case for case in found if any(part in case.name for part in only)}
+        self.cases = {case.name: case for case in found if not only or any(part in case.name for part in only)}
         self.results = {name: Result(name) for name in self.cases}
         gpus = _lines(["nvidia-smi", "--query-gpu=name", "--format=csv,noheader"]) if device == "cuda" else []
         commit = commit or next(iter(_lines(["git", "-C", str(ROOT), "rev-parse", "HEAD"])), "")
@@ -369,7 +369,7 @@ def main(argv: Sequence[str] | None = None) -> int:
             out=given.out,
             work=Path(work),
             deadline=given.deadline or (360.0 if given.ranks <= 2 else 480.0),
-            only=given.only or [""],
+            only=given.only or (),
             commit=given.commit,
         )
         report = suite.run()
