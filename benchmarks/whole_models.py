@@ -197,7 +197,6 @@ class Bench:
         found = self.candidates[name] = Candidate(peer, ranks or self.launch.ranks)
         print_once(self.launch, name)
         release()
-        torch._dynamo.reset()
         held, start = self._used(), time.perf_counter()
 
         def first() -> tuple[Call, float]:

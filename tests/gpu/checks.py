@@ -124,8 +124,31 @@ def graphs(at: Rank) -> Found:
                 found.expect(all(right(made, size) for size in (*sizes, sizes[-1])), "a call without a graph is wrong")
             told = [str(w.message) for w in caught]
             found.expect(len(told) == 1 and words in told[0], f"one warning of {words!r}, but {told}")
+        found.expect(_outlives_another(at), "a graph writes where one that was let go of had cuBLAS's workspace")
     torch.cuda.synchronize()
     return found
+
+
+def _outlives_another(at: Rank) -> bool:
+    """Whether a graph of products leaves others' memory alone when another of its stream has been destroyed."""
+    from torchtrt_md.runtime.graphs import Budget, Graphs
+    from torchtrt_md.segment import Wire
+
+    x, y = Wire("input", "x"), Wire("output", "y")
+    weight = torch.randn(8192, 64, device=at.device, dtype=torch.bfloat16)  # a long sum, which cuBLAS splits
+
+    def product(inputs: Any) -> Any:
+        return {y: inputs[x] @ weight}
+
+    inputs: Any = {x: torch.randn(64, 8192, device=at.device, dtype=torch.bfloat16)}
+    first, second = (Graphs(product, Budget(1), at.device) for _ in range(2))
+    results = [made(inputs)[y].clone() for made in (first, second)]
+    torch.cuda.synchronize()
+    first.release()
+    gc.collect()
+    others = [torch.full((2**18,), 7, dtype=torch.uint8, device=at.device) for _ in range(400)]
+    fine = all(torch.equal(second(inputs)[y], results[1]) for _ in range(3))
+    return fine and all(bool((other == 7).all()) for other in others)
 
 
 def _self_test(at: Rank, op: str, dtype: torch.dtype, target: str) -> None:

@@ -22,3 +22,7 @@ def test_inductor_can_be_called_inside_dynamos_backend() -> None:
         assert torch._guards.TracingContext.try_get() is not None
         with private.outside_of_compilation():
             assert torch._guards.TracingContext.try_get() is None, "it would take the model's fake tensors for its own"
+
+
+def test_cublas_workspaces_can_be_cleared() -> None:
+    assert hasattr(torch._C, "_cuda_clearCublasWorkspaces"), "CUDA graphs of one stream would share a workspace"

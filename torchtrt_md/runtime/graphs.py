@@ -9,6 +9,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from torchtrt_md.runtime import private
 from torchtrt_md.runtime.steps import Key
 
 Values = Mapping[Key, Tensor]
@@ -99,7 +100,8 @@ class Graphs:
         stream = torch.cuda.current_stream(self._device)
         try:
             # The watchdogs, ours and PyTorch's, ask events from threads of their own, which must not count.
-            with torch.cuda.graph(graph, stream=stream, capture_error_mode="thread_local"):
+            capturing = torch.cuda.graph(graph, stream=stream, capture_error_mode="thread_local")
+            with private.own_cublas_workspaces(), capturing:
                 outputs = self._run(held)
         except Exception as error:  # CUDA, NCCL, TensorRT and PyTorch each raise their own
             reason = next(iter(str(error).strip().splitlines()), "")

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from contextlib import AbstractContextManager
+from collections.abc import Iterator
+from contextlib import AbstractContextManager, contextmanager
 from typing import Any
 
 import torch
@@ -16,6 +17,21 @@ def outside_of_compilation() -> AbstractContextManager[Any]:
     whole model; Inductor would take them for those of the part that it is given.
     """
     return torch._guards.tracing(None)
+
+
+@contextmanager
+def own_cublas_workspaces() -> Iterator[None]:
+    """Let a CUDA graph that is captured in here have cuBLAS's workspace in its own memory.
+
+    PyTorch keeps one for each stream, whose address graphs hold.  Where several graphs are captured on a stream, it is
+    freed with the first that is destroyed (PyTorch 2.11; pytorch/pytorch#193402), and the others write into memory
+    that may be another tensor's.  Without this, results after a recompilation or a closed runner may be wrong.
+    """
+    torch._C._cuda_clearCublasWorkspaces()
+    try:
+        yield
+    finally:
+        torch._C._cuda_clearCublasWorkspaces()
 
 
 def symmetric_memory(size: int, group: dist.ProcessGroup, device: torch.device) -> tuple[torch.Tensor, Any]:
