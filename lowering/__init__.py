@@ -29,7 +29,6 @@ FX in, FX out: no TensorRT, no GPU, no process group.  The passes, in order:
 
 from __future__ import annotations
 
-import copy
 from collections.abc import Mapping
 from pathlib import Path
 
@@ -38,6 +37,7 @@ import torch
 from torch.fx import GraphModule, Node
 
 from torchtrt_md.checks import check_lower
+from torchtrt_md.graph.functional import copied
 from torchtrt_md.lowering import (
     allgather_kv,
     cancel_inverse,
@@ -134,7 +134,7 @@ def lower(
     lowered: dict[int, GraphModule] = {}
     counts: dict[str, int] = {}
     for graph, ranks in program.distinct():
-        new = copy.deepcopy(graph)
+        new = copied(graph)
         for node in placeholders(new):
             node.meta[merge_products.SOURCE] = program.sources[node.name]
         folder = dump / f"rank{ranks[0]}" if dump and len(program.distinct()) > 1 else dump
@@ -191,7 +191,7 @@ def attention_keys(program: ShardedProgram) -> tuple[str, ...]:
 
 
 def _attention_order(program: ShardedProgram, graph: GraphModule) -> tuple[str, ...]:
-    new = copy.deepcopy(graph)
+    new = copied(graph)
     run_passes(PASSES, new, PassContext(program.mesh, program.strategies, program.groups), last="sequence")
     nodes = new.graph.find_nodes(op="call_function", target=torch.ops.torchtrt_md.context_attention.default)
     return tuple(choose_strategy.attention_key(node) for node in nodes)
@@ -203,7 +203,7 @@ def split_outputs(program: ShardedProgram) -> tuple[Value, ...]:
     Raises:
         as :func:`lower`.
     """
-    graph = copy.deepcopy(program.graphs[0])
+    graph = copied(program.graphs[0])
     run_passes(PASSES, graph, PassContext(program.mesh, program.strategies, program.groups), last="sequence")
     return _outputs(program, graph)
 

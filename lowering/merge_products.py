@@ -47,12 +47,11 @@ def run(graph: GraphModule, context: PassContext) -> int:
             assert isinstance(x, Node)
             key = (_origin(x), node.target, value_of(weight).dtype, value_of(weight).shape[1], needed[node])
             groups.setdefault(key, []).append(node)
-    count = 0
-    for products in groups.values():
-        if len(products) > 1:
-            _join(products)
-            count += len(products)
-    return count
+    joined = [products for products in groups.values() if len(products) > 1]
+    slices = {part for products in joined for part in _join(products)}
+    if slices:
+        _record_layouts(graph.graph, slices)
+    return sum(map(len, joined))
 
 
 def _weight(node: Node) -> Node | None:
@@ -97,21 +96,22 @@ def _first_barriers(graph: GraphModule) -> dict[Node, frozenset[Node]]:
     return found
 
 
-def _join(products: Sequence[Node]) -> None:
+def _join(products: Sequence[Node]) -> list[Node]:
+    """Put one product in the place of these; the slices of it that they were."""
     first = products[0]  # in the graph's order, so what the others multiply is there already
     weights = [weight for weight in map(_weight, products) if weight is not None]
     operands = [_joined([p.args[0] for p in products])] if first.target is aten.addmm.default else []  # type: ignore[misc]
     joined = emit(first, aten.t.default, _joined(weights))
     whole = emit(first, first.target, *operands, first.args[-2], joined)  # type: ignore[arg-type]
-    start, slices = 0, set()
+    start, slices = 0, []
     for product, weight in zip(products, weights, strict=True):
         end = start + value_of(weight).shape[0]
         part = emit(product, aten.slice.Tensor, whole, 1, start, end)
         product.replace_all_uses_with(part)
         product.graph.erase_node(product)
-        slices.add(part)
+        slices.append(part)
         start = end
-    _record_layouts(first.graph, slices)
+    return slices
 
 
 def _record_layouts(graph: torch.fx.Graph, slices: set[Node]) -> None:

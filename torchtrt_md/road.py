@@ -178,7 +178,9 @@ class Road:
             BuildError: TensorRT cannot build a part, or ``fullgraph`` and an op that no engine can hold.
         """
         start = time.perf_counter()
-        built = self._turns("building", lambda: self._built(lowered, choices))
+        # Ranks share the cache of engines; without any, none has to wait for another.
+        builds = choices.compute == "engine" or "engine" in choices.runs.values()
+        built = (self._turns if builds else self.agreement.together)("building", lambda: self._built(lowered, choices))
         mine = [str(c) for part in built.parts[self.agreement.rank] for c in part.segment.collectives]
         # A cut may change their order.
         self.agreement.same(_digest("\n".join(mine)), "the hash of their parts' collectives")

@@ -24,8 +24,8 @@ def functional(graph: GraphModule, inputs: Sequence[Tensor]) -> GraphModule:
     graph.graph.eliminate_dead_code()  # DTensor's shape propagation leaves some on its first run
     for node in graph.graph.nodes:
         _out_of_place(node)
-    graph.recompile()
     if not any(mutates(node) for node in graph.graph.nodes):
+        graph.recompile()
         return graph
 
     def run(*flat: Tensor) -> Any:
@@ -35,7 +35,9 @@ def functional(graph: GraphModule, inputs: Sequence[Tensor]) -> GraphModule:
         new = make_fx(
             torch.func.functionalize(run, remove="mutations"), tracing_mode="fake", _allow_non_fake_inputs=True
         )(*inputs)
-    return _without_renames(new)
+    new = _without_renames(new)
+    new.recompile()
+    return new
 
 
 def copied(graph: GraphModule) -> GraphModule:
@@ -85,7 +87,6 @@ def _without_renames(graph: GraphModule) -> GraphModule:
         if node.target in _RENAMES or (node.target in _VIEWS and _shape(node) == _shape(node.args[0])):
             node.replace_all_uses_with(node.args[0])
             graph.graph.erase_node(node)
-    graph.recompile()
     return graph
 
 
