@@ -15,7 +15,7 @@ from torchtrt_md.launch import Launch
 from torchtrt_md.options import Options
 from torchtrt_md.program import Output, ShardedProgram
 from torchtrt_md.road import Built, Road, summary_of
-from torchtrt_md.runtime.bring_up import bring_up
+from torchtrt_md.runtime.bring_up import Known, bring_up
 from torchtrt_md.runtime.executor import Executor
 from torchtrt_md.runtime.graphs import Budget
 from torchtrt_md.runtime.runner import Runner
@@ -31,6 +31,7 @@ class Session:
     ) -> None:
         self.launch, self.program, self.options = launch, program, options
         self.store_weights = store_weights and options.transpose_weights
+        self.known = Known()
         self.road = Road(program, options, ranks=[launch.rank], agreement=launch.agreement, turns=launch.in_turns)
 
     def default(self) -> Choices:
@@ -64,6 +65,7 @@ class Session:
             transport=built.choices.transport,
             overlap=self.options.overlap,
             stored=weights.store if store else None,
+            known=self.known,
         )
 
     def runner(self, built: Built, budget: Budget | None, name: str) -> Runner:

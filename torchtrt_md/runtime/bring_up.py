@@ -8,6 +8,7 @@ from __future__ import annotations
 import ctypes
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import suppress
+from dataclasses import dataclass, field
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -33,6 +34,19 @@ from torchtrt_md.segment import Part, Segment, Wire
 from torchtrt_md.verification.compiled import check_compiled, draw
 
 
+@dataclass
+class Known:
+    """What is done once for all programs of one model that are brought up one after another, as where it is tuned.
+
+    Attributes:
+        compiled: what Inductor made of graphs, by their digests.
+        checked: the digests of graphs whose engines were compared with them.
+    """
+
+    compiled: dict[str, Callable[..., Sequence[Tensor]]] = field(default_factory=dict)
+    checked: set[str] = field(default_factory=set)
+
+
 def bring_up(
     launch: Launch,
     mesh: Mesh,
@@ -46,6 +60,7 @@ def bring_up(
     overlap: bool = True,
     stored: Stored | None = None,
     offers: Offers = NOTHING,
+    known: Known | None = None,
 ) -> Executor:
     """What runs this rank's parts.  Collective.
 
@@ -59,6 +74,7 @@ def bring_up(
         transport: what does the exchanges between segments: ``nccl``, or the GPUs' ``copy`` engines.
         overlap: run collectives of PyTorch on a stream of their own.
         offers: what is asked of TensorRT.
+        known: of programs that were brought up before.
 
     Raises:
         MDError: on every rank, naming the ranks that failed.
@@ -84,6 +100,7 @@ def bring_up(
             groups=groups,
             device=launch.device,
             weights=laid_out([part.segment for part in parts], weight_of, launch.device, stored),
+            known=known or Known(),
         ),
     )
     share = (lambda axis, size: Shared(size, groups[axis], launch.device)) if transport == "copy" else None
@@ -232,6 +249,7 @@ def assemble(
     groups: Mapping[str, dist.ProcessGroup],
     device: torch.device,
     weights: Mapping[Key, Tensor],
+    known: Known,
 ) -> tuple[list[Step], dict[Key, Tensor]]:
     """The steps of these parts, and what is the same in every call: weights and coordinates.
 
@@ -245,23 +263,21 @@ def assemble(
     for axis, at in coordinates.items():
         fixed[Wire("coordinate", axis)] = torch.tensor([at], dtype=torch.int32, device=device)
     steps: list[Step] = []
-    compiled: dict[str, Callable[..., Sequence[Tensor]]] = {}
-    checked: set[str] = set()
     for index, part in enumerate(parts):
         name, examples = named(part.segment, index), partial(_examples, part.segment, fixed, device)
         if index in engines:
             steps.append(engine_step(part.segment, engines[index]))
-            if part.graph is not None and part.segment.axis is None and part.digest not in checked:
+            if part.graph is not None and part.segment.axis is None and part.digest not in known.checked:
                 _check_engine(name, part.segment, part.graph, steps[-1], examples, device)
-                checked.add(part.digest)
+                known.checked.add(part.digest)
             continue
         assert part.graph is not None, f"{name} has nothing that runs it"
         if part.runs == "inductor":
-            if part.digest not in compiled:
+            if part.digest not in known.compiled:
                 from torchtrt_md.runtime.inductor import compile_graph
 
-                compiled[part.digest] = compile_graph(name, part.graph, examples, device)
-            steps.append(call_step(part.segment, compiled[part.digest]))
+                known.compiled[part.digest] = compile_graph(name, part.graph, examples, device)
+            steps.append(call_step(part.segment, known.compiled[part.digest]))
         else:
             steps += eager_steps(
                 part.segment, copied(part.graph), groups=groups, coordinates=coordinates, device=device, index=index
