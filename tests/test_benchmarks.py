@@ -224,3 +224,31 @@ def test_the_script_writes_what_it_measured(report: Path) -> None:
     assert (eager["over_best_peer"], eager["efficiency"]) == (1.0, None)
     assert set(result["alone_ms"]) == {"attention", "exchange there", "exchange back"}
     assert "| torch eager | " in report.with_suffix(".md").read_text()
+
+
+def test_whole_models_are_timed_beside_peers(tmp_path: Path) -> None:
+    out = tmp_path / "llama.json"
+    done = subprocess.run(
+        [
+            *(sys.executable, "-m", "torch.distributed.run", "--standalone", f"--nproc_per_node={WORLD}"),
+            *(ROOT / "benchmarks" / "whole_models.py", "--device", "cpu", "--size", "small", "--model", "llama"),
+            *("--out", out, "--only", "dense, eager", "--only", "DTensor, eager", "--only", "ours, TensorRT"),
+            *("--deadline", "120", "--commit", "abc"),
+        ],
+        env={**os.environ, "OMP_NUM_THREADS": "1"},
+        capture_output=True,
+        text=True,
+        check=False,
+        timeout=150,
+    )
+    assert done.returncode == 1, "there are no GPUs for TensorRT"
+    found = json.loads(out.read_text())["models"]["llama"]["candidates"]
+    assert list(found) == ["dense, eager", "DTensor, eager", "ours, TensorRT"], done.stderr[-3000:]
+    assert "has no CUDA GPU" in found["ours, TensorRT"]["error"]
+    for name in ("dense, eager", "DTensor, eager"):
+        assert found[name]["ms"]["rounds"] >= 20, found[name]["error"]
+        assert 0 < found[name]["relative_error"] < 0.02
+    table = out.with_suffix(".md").read_text()
+    assert "Commit abc." in table
+    assert "| dense, eager | 1 | " in table
+    assert "| ours, TensorRT | 2 | rank 0: LaunchError: " in table
