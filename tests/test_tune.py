@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import unittest.mock
 from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
@@ -91,6 +92,22 @@ def test_equal_blocks_are_timed_once_whatever_the_depth(ranks: Ranks, tmp_path: 
         assert not outcome.error, outcome.message
         timed.append(outcome.value[1][: len(candidates("auto"))])
     assert timed[0] == timed[1], "a block of a deeper model has more steps"
+
+
+def tuned_and_counted(rank: int, cache: str) -> tuple[int, int]:
+    session, _, _ = session_of(3, cache)
+    with unittest.mock.patch("torchtrt_md.road.lower", wraps=md.lower) as lower:
+        session.road.lower(tune(session, EAGER, Ticking(exchanges_of)))
+    ways = [(c.kwargs["placement"], tuple(c.kwargs["exchanges"].items())) for c in lower.call_args_list]
+    return len(ways), len(set(ways))
+
+
+def test_each_way_is_lowered_once(ranks: Ranks, tmp_path: Path) -> None:
+    """A model of 57 blocks takes seconds each time."""
+    for outcome in ranks(tuned_and_counted, str(tmp_path)):
+        assert not outcome.error, outcome.message
+        count, different = outcome.value
+        assert count == different <= len(candidates("auto")) + 1
 
 
 def tuned_twice(rank: int, cache: str) -> tuple[list[int], bool]:

@@ -35,6 +35,8 @@ from torchtrt_md.selftest import self_tests
 if TYPE_CHECKING:
     from torchtrt_md.build.cache import EngineCache
     from torchtrt_md.build.engine import BuiltEngine
+    from torchtrt_md.lowering.passes import Exchange
+    from torchtrt_md.parallel import Placement
 
 T = TypeVar("T")
 Verify = Callable[[ShardedProgram], object]
@@ -103,6 +105,7 @@ class Road:
         self.streaming = self.strip = False
         self.progress: Callable[[str], None] = lambda message: None
         self._cache: EngineCache | None = None
+        self._lowered: dict[tuple[Placement, frozenset[tuple[str, Exchange]]], ShardedProgram] = {}
         self._turns = turns or self.agreement.together
 
     @property
@@ -146,9 +149,15 @@ class Road:
     def lower(self, choices: Choices, dump: Path | None = None) -> ShardedProgram:
         """The program in the collective IR; in a launch, the same collectives on all ranks.
 
+        For choices that are lowered alike it is the same program: ``tune`` makes many.
+
         Raises:
             MDError: of the pass that refused; RankMismatchError where ranks would wait in different collectives.
         """
+
+        key = (choices.placement, frozenset(choices.exchanges.items()))
+        if key in self._lowered and dump is None:
+            return self._lowered[key]
 
         def step() -> ShardedProgram:
             return lower(self.program, placement=choices.placement, exchanges=choices.exchanges, dump=dump)
@@ -161,6 +170,7 @@ class Road:
             forms = sorted(f"{w.name} {w.dtype} {w.shape}" for w in held)
             forms += [f"{v.name} {v.dtype} {v.shape}" for v in (*lowered.inputs, *lowered.outputs)]
             self.agreement.same(_digest("\n".join(forms)), "the hash of their models' weights, inputs and outputs")
+        self._lowered[key] = lowered
         return lowered
 
     def verify(self, lowered: ShardedProgram, check: Verify) -> None:

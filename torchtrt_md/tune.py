@@ -208,8 +208,6 @@ class _Tuner:
                 steps["Inductor, attention in PyTorch"] = replace(split, compute="inductor", runs={})
             if default.compute == "engine":
                 steps["TensorRT, attention in PyTorch"] = replace(split, compute="engine", runs={})
-        if self.session.options.placement != "split" and default.compute == "engine":
-            steps["TensorRT, one engine"] = replace(default, placement="engine", exchanges={}, runs={}, decisions=())
         steps = {name: choices for name, choices in steps.items() if choices not in _before(steps, name)}  # each once
         times, left_out = self._steps(steps)
         if not times:
