@@ -14,6 +14,7 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch.overrides import TorchFunctionMode
 
 HEADS, HEAD_DIM, LAYERS = 4, 16, 2
 WIDTH = HEADS * HEAD_DIM
@@ -39,10 +40,14 @@ _FIELDS: tuple[tuple[str, Any], ...] = (
 
 @dataclass(frozen=True)
 class Call:
-    """One way in which a pipeline calls a class: fields that differ from the defaults, and the inputs."""
+    """One way in which a pipeline calls a class: fields that differ from the defaults, and the inputs.
+
+    ``held``: the inputs whose values are the same in all calls.  A module around the model has them.
+    """
 
     inputs: Callable[[Any], dict[str, Any]]  # of the configuration
     given: dict[str, Any] = field(default_factory=dict)
+    held: tuple[str, ...] = ()
 
 
 def classes() -> dict[str, type[Any]]:
@@ -83,10 +88,20 @@ def make(c: type[Any], listed: Call) -> tuple[Any, tuple[Any, ...], dict[str, An
     fields = inspect.signature(c.__init__).parameters
     small = {n: _small(n, p.default) for n, p in fields.items() if n != "self"}
     torch.manual_seed(0)
-    model = c(**{**small, **listed.given}).eval()
+    with _Zeroed():
+        model = c(**{**small, **listed.given}).eval()
     for parameter in model.parameters():  # what is ones or zeros when it is made would hide faults
         parameter.data.add_(0.02 * torch.randn_like(parameter))
     return model, (), {**listed.inputs(model.config), "return_dict": False}
+
+
+class _Zeroed(TorchFunctionMode):
+    """What a class makes and leaves as it was in memory is zeros, in every process."""
+
+    def __torch_function__(
+        self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
+    ) -> Any:
+        return (torch.zeros if func is torch.empty else func)(*args, **(kwargs or {}))
 
 
 def _small(name: str, default: Any) -> Any:

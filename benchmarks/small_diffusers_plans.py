@@ -7,6 +7,7 @@ positions, masks and text need no entries: what is not named follows what is spl
 
 from __future__ import annotations
 
+from dataclasses import replace
 from typing import Any
 
 import torch
@@ -50,12 +51,28 @@ def calls(name: str) -> list[str]:
 def listed(call: str) -> tuple[Call, dict[str, Any]]:
     """A call, and the plan of its class."""
     name, _, what = call.partition(", ")
-    return CALLS[name][what], PLANS[name]
+    found, plan = CALLS[name][what], PLANS[name]
+    return found, {f"model.{path}".rstrip("."): entry for path, entry in plan.items()} if found.held else plan
 
 
 def made(call: str) -> tuple[Any, tuple[Any, ...], dict[str, Any]]:
     """The model, small, and a call of it."""
-    return small_diffusers.make(classes()[call.partition(", ")[0]], listed(call)[0])
+    found, _ = listed(call)
+    model, args, kwargs = small_diffusers.make(classes()[call.partition(", ")[0]], found)
+    if not found.held:
+        return model, args, kwargs
+    return Holding(model, {name: kwargs.pop(name) for name in found.held}).eval(), args, kwargs
+
+
+class Holding(torch.nn.Module):
+    """A model some of whose arguments have the same values in all calls, such as the mask of prompts of one length."""
+
+    def __init__(self, model: torch.nn.Module, held: dict[str, Tensor]) -> None:
+        super().__init__()
+        self.model, self.held = model, held
+
+    def forward(self, *args: Any, **kwargs: Any) -> Any:
+        return self.model(*args, **kwargs, **self.held)
 
 
 def _picture(config: Any, channels: int = 0) -> Tensor:
@@ -985,6 +1002,24 @@ CALLS: dict[str, dict[str, Call]] = {
     },
 }
 
+# What these classes compute of the values of a mask, or of positions, decides sizes.
+for _name, _what, _held in (
+    ("BriaFibo2Transformer2DModel", "", ("encoder_attention_mask",)),
+    ("HunyuanImageTransformer2DModel", "glyphs", ("encoder_attention_mask", "encoder_attention_mask_2")),
+    (
+        "HunyuanVideo15Transformer3DModel",
+        "",
+        ("encoder_attention_mask", "encoder_attention_mask_2", "image_embeds"),
+    ),
+    ("HunyuanVideoFramepackTransformer3DModel", "", ("encoder_attention_mask",)),
+    ("Lumina2Transformer2DModel", "", ("encoder_attention_mask",)),
+    ("MochiTransformer3DModel", "", ("encoder_attention_mask",)),
+    ("OmniGenTransformer2DModel", "", ("input_ids", "attention_mask", "position_ids")),
+    ("QwenImage21Transformer2DModel", "", ("img_mask",)),
+):
+    _variant = ", ".join(filter(None, (_what, "what decides sizes is held")))
+    CALLS[_name] = {**CALLS[_name], _variant: replace(CALLS[_name][_what], held=_held)}
+
 _BLOCKS = {"transformer_blocks.0": {"hidden_states": SPLIT}, "proj_out": GATHER}
 _WAN = {"blocks.0": {"hidden_states": SPLIT}, "proj_out": GATHER}
 _FLUX = {"": {"hidden_states": SPLIT, "img_ids": md.Split(0)}, "proj_out": GATHER}
@@ -1023,7 +1058,11 @@ PLANS: dict[str, dict[str, Any]] = {
     "HunyuanDiT2DModel": {"blocks.0": {"hidden_states": SPLIT}, "proj_out": GATHER},
     "HunyuanImageTransformer2DModel": _BLOCKS,
     "HunyuanVideo15Transformer3DModel": _BLOCKS,
-    "HunyuanVideoFramepackTransformer3DModel": _BLOCKS,
+    # What it generates stands behind its history, and is cut out of both.
+    "HunyuanVideoFramepackTransformer3DModel": {
+        "transformer_blocks.0": {"hidden_states": SPLIT},
+        f"single_transformer_blocks.{LAST}": [GATHER, None],
+    },
     "HunyuanVideoTransformer3DModel": _BLOCKS,
     "Ideogram4Transformer2DModel": {"layers.0": {"hidden_states": SPLIT}, "final_layer": GATHER},
     "JoyImageEditPlusTransformer3DModel": {"double_blocks.0": {"hidden_states": SPLIT}, "proj_out": GATHER},
@@ -1042,7 +1081,8 @@ PLANS: dict[str, dict[str, Any]] = {
     "MiniMaxMusic3Transformer1DModel": _UNET,
     "MochiTransformer3DModel": _BLOCKS,
     "MotifVideoTransformer3DModel": {"x_embedder": {0: md.Split(1, output=True)}, "proj_out": GATHER},
-    "NucleusMoEImageTransformer2DModel": _BLOCKS,
+    # Its experts choose among all tokens: what they read is gathered.
+    "NucleusMoEImageTransformer2DModel": {**_BLOCKS, "transformer_blocks.*.pre_mlp_norm": GATHER},
     "OmniGenTransformer2DModel": {"layers.0": {"hidden_states": SPLIT}, "norm": GATHER},
     "OvisImageTransformer2DModel": _FLUX,
     "PRXTransformer2DModel": {"blocks.0": {"hidden_states": SPLIT}, "final_layer": GATHER},

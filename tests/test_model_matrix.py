@@ -39,6 +39,11 @@ def test_the_models_are_those_of_the_libraries_and_the_page_counts_them() -> Non
     assert "| FluxTransformer2DModel, guidance | allgather_kv | ok |" in page
 
 
+def test_a_model_whose_rows_alternate_in_the_checkpoint() -> None:
+    found = model_matrix.outcome("Inkling2ForCausalLM", 4)
+    assert (found.stage, found.graphs) == ("", 1)
+
+
 def test_every_class_of_diffusers_with_a_plan_has_a_call() -> None:
     """One that a later version adds has none, and says so in the table."""
     classes = small_diffusers.classes()
@@ -69,9 +74,10 @@ def test_plans_by_hand_verify_and_stand_in_a_table_of_their_own() -> None:
         ("SanaTransformer2DModel", 4, "allgather_kv"),  # linear attention and convolutions
         ("TransformerTemporalModel", 2, "ring"),
         ("MochiTransformer3DModel", 2, "ring"),
+        ("OmniGenTransformer2DModel, what decides sizes is held", 4, "allgather_kv"),
     ]
     found = [model_matrix.outcome(*task) for task in tried]
-    assert [o.stage for o in found] == ["", "", "", "capture"]
+    assert [o.stage for o in found] == ["", "", "", "capture", ""]
     page = model_matrix.page(found, "versions")
     assert "## Without a plan of their own" in page
     assert "- 2 ranks, classes that verify in every call: ring 1 of 2, ulysses 1 of 1" in page

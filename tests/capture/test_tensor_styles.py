@@ -12,10 +12,12 @@ import torch
 import torch.nn.functional as F
 from diffusers.hooks.tensor_parallel import PackedColwiseParallel, PackedRowwiseParallel
 from torch import Tensor, nn
+from transformers import MixtralConfig, MixtralForCausalLM
 
 import torchtrt_md as md
 from torchtrt_md.capture import model as capture_model
 from torchtrt_md.capture.trace import trace
+from torchtrt_md.capture.transformers_private import Reading
 from torchtrt_md.errors import CaptureError, PlanError, PlanWarning
 from torchtrt_md.program import Coordinate, ShardedProgram, Sharding, UnevenSharding, Weight
 
@@ -246,6 +248,34 @@ def test_a_loop_over_the_experts_that_were_chosen_is_refused_with_the_way_out() 
         programmed(MoE("loop").eval(), (torch.randn(7, 16),), 2, plan)
     assert "set_experts_implementation('grouped_mm')" in error.value.fix
     assert "torch.where(chosen == expert)" in error.value.at
+
+
+@pytest.mark.parametrize("size", SIZES)
+def test_weights_that_transformers_reads_from_several_tensors(size: int) -> None:
+    """A rank has its part of each, whatever the plan calls it; a weight that is read as it is, is cut in one piece."""
+    torch.manual_seed(0)
+    mixtral = MixtralForCausalLM(
+        MixtralConfig(
+            vocab_size=32,
+            hidden_size=16,
+            intermediate_size=12,
+            num_hidden_layers=1,
+            num_attention_heads=4,
+            num_key_value_heads=4,
+            num_local_experts=4,
+        )
+    ).eval()
+    experts = "model.layers.0.mlp.experts"
+    plan = {f"{experts}.gate_up_proj": "colwise", f"{experts}.down_proj": "rowwise", experts: "moe_tp_experts"}
+    tokens, kwargs = torch.arange(7)[None], {"use_cache": False}
+    program = md.capture(mixtral, (tokens,), kwargs, mesh=md.Mesh(tp=size), parallel=md.TensorParallel("tp", plan=plan))
+    assert sharding_of(program, f"{experts}.gate_up_proj") == (UnevenSharding(1, "tp", (1, 1)),)
+    assert sharding_of(program, f"{experts}.down_proj") == (Sharding(2, "tp"),)
+    assert md.verify(program, mixtral, (tokens,), kwargs).error <= 1e-5
+    reading = Reading(mixtral)
+    assert reading.parts(f"{experts}.gate_up_proj", 1) == 2
+    assert reading.parts(f"{experts}.gate_up_proj", 2) == reading.parts(f"{experts}.down_proj", 2) == 1
+    assert Reading(MoE()).parts("experts.gate_up", 1) == 1
 
 
 @pytest.mark.parametrize("style", ["all_reduce", "gather", "moe_tp_experts"])

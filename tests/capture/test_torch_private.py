@@ -8,7 +8,15 @@ from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
 from torch.distributed.tensor import DTensor, Replicate, Shard
 from torch.fx.experimental.proxy_tensor import PythonKeyTracer, make_fx
 
-from torchtrt_md.capture.torch_private import FakeTensorMode, coordinates, fake_ranks, is_fake, told_stacks
+from torchtrt_md.capture.torch_private import (
+    FakeTensor,
+    FakeTensorMode,
+    coordinates,
+    fake_ranks,
+    is_fake,
+    told_stacks,
+    untraced,
+)
 
 
 def test_fake_ranks_without_which_tensor_parallel_capture_needs_a_launch() -> None:
@@ -52,3 +60,17 @@ def test_told_stacks_without_which_errors_cite_functions_named_forward_only() ->
     (add,) = graph.graph.find_nodes(op="call_function", target=torch.ops.aten.add.Tensor)
     assert "in other" in (add.stack_trace or "")
     assert PythonKeyTracer._filter_traceback_frames is before
+
+
+def test_untraced_without_which_nothing_is_known_while_a_model_is_traced() -> None:
+    found = []
+
+    def call(x: torch.Tensor) -> torch.Tensor:
+        assert isinstance(torch.empty(2), FakeTensor)
+        with untraced():
+            found.append(torch.ones(2).cumsum(0))
+        return x + 1
+
+    graph = make_fx(call, tracing_mode="fake")(torch.ones(2))
+    assert found[0].tolist() == [1, 2]
+    assert not graph.graph.find_nodes(op="call_function", target=torch.ops.aten.cumsum.default)

@@ -13,6 +13,8 @@ from torchtrt_md.graph import functional as module
 from torchtrt_md.graph.functional import mutates
 from torchtrt_md.verification.simulate import interpret
 
+HELD = torch.arange(16).view(4, 4) % 3 == 0
+
 
 class Model(nn.Module):
     def __init__(self, body: Callable[[Tensor], Tensor]) -> None:
@@ -34,6 +36,12 @@ def _seen_by_a_view(x: Tensor) -> Tensor:
     row = y[0]
     y.mul_(3)
     return row + y
+
+
+def _of_constants(x: Tensor) -> Tensor:
+    hidden = HELD & HELD.T
+    hidden[:, 0] = True
+    return x.masked_fill(hidden, 0)
 
 
 def _through_a_view(x: Tensor) -> Tensor:
@@ -62,7 +70,17 @@ def _copied(x: Tensor) -> Tensor:
     return torch.empty_like(x).copy_(x * 2)
 
 
-BODIES = [_used_twice, _seen_by_a_view, _through_a_view, _chain, _dtype_kept, _promoted, _transposed, _copied]
+BODIES = [
+    _used_twice,
+    _seen_by_a_view,
+    _of_constants,
+    _through_a_view,
+    _chain,
+    _dtype_kept,
+    _promoted,
+    _transposed,
+    _copied,
+]
 
 
 @pytest.mark.parametrize("body", BODIES)

@@ -26,7 +26,8 @@ from torch.distributed.tensor.parallel import (
     parallelize_module,
 )
 
-from torchtrt_md.capture.tensor_styles import STYLES, Axis, Colwise, Cut, Style, style_of
+from torchtrt_md.capture.tensor_styles import STYLES, Axis, Colwise, Cut, Rowwise, Style, style_of
+from torchtrt_md.capture.transformers_private import Reading
 from torchtrt_md.errors import PlanError, PlanWarning
 from torchtrt_md.mesh import Mesh, axis_names
 from torchtrt_md.parallel import TensorParallel
@@ -108,6 +109,7 @@ def apply(
                 )
     if parallel.plan is not None:
         _tell_missing(shadow, missing, len(missing) == len(plan))
+    reading = Reading(shadow)
     # In the order of the model, as an outer module's hooks look at what is in it.
     for path, pattern in taken.items():
         style = _style(path, plan[pattern], modules.get(path))
@@ -120,7 +122,16 @@ def apply(
             _apply_to_module(modules, path, style, axis, parts, taken)
         else:
             owner, _, name = path.rpartition(".")
-            _cut(modules[owner], path, name, style, axis, parts)
+            _cut(modules[owner], path, name, _as_read(style, modules[owner], path, reading), axis, parts)
+
+
+def _as_read(style: Style, module: nn.Module, path: str, reading: Reading) -> Style:
+    """The style of a parameter by itself; where it is read from several tensors, a rank holds its part of each."""
+    name = path.rpartition(".")[2]
+    cut = style.cut(module, name, tuple(module.get_parameter(name).shape))
+    if cut is None or not isinstance(style, (Colwise, Rowwise)) or len(style.blocks) > 1:
+        return style
+    return replace(style, blocks=(1,) * reading.parts(path, cut.dim))
 
 
 def _plan(model: nn.Module, parallel: TensorParallel) -> Mapping[str, Any]:

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import traceback
 from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager
 from typing import Any
 
 import torch.distributed as dist
@@ -15,11 +15,13 @@ import torch.distributed.distributed_c10d as c10d
 from torch import nn
 from torch._C._distributed_c10d import _unregister_process_group
 from torch._subclasses.fake_tensor import DataDependentOutputException, DynamicOutputShapeException
+from torch._subclasses.fake_tensor import FakeTensor as FakeTensor
 from torch._subclasses.fake_tensor import FakeTensorMode as FakeTensorMode
 from torch._subclasses.fake_tensor import is_fake as is_fake
 from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
 from torch.fx.experimental.proxy_tensor import PythonKeyTracer
 from torch.testing._internal.distributed.fake_pg import FakeStore
+from torch.utils._python_dispatch import _disable_current_modes
 
 from torchtrt_md.graph.source import told_frames
 from torchtrt_md.mesh import OF_A_CAPTURE, Mesh, axis_names
@@ -160,6 +162,14 @@ def told_stacks() -> Iterator[None]:
         yield
     finally:
         delattr(PythonKeyTracer, _FRAMES)
+
+
+def untraced() -> AbstractContextManager[object]:
+    """What is computed here has values, and does not enter the graph that is traced.
+
+    Without it, what depends on shapes alone would have no value while a model is traced.
+    """
+    return _disable_current_modes()
 
 
 def root_mesh(device_mesh: DeviceMesh) -> DeviceMesh:

@@ -19,6 +19,7 @@ from torch.utils import _pytree as pytree
 
 from torchtrt_md.capture.arguments import Arguments, Scalar
 from torchtrt_md.capture.attention import WholeAttention
+from torchtrt_md.capture.known_values import KnownValues
 from torchtrt_md.capture.quiet import quiet
 from torchtrt_md.capture.torch_private import DEPENDS_ON_VALUES, FakeTensorMode, told_stacks
 from torchtrt_md.capture.written_collectives import refuse_written
@@ -63,7 +64,7 @@ def trace(shadow: nn.Module, arguments: Arguments, weights: Sequence[LocalWeight
     def call(*flat: Tensor) -> tuple[Tensor, ...]:
         named = {w.weight.name: as_placed(w.tensor, t) for w, t in zip(weights, flat, strict=False)}
         args, kwargs = arguments.call_with(dict(zip(arguments.tensors, flat[len(weights) :], strict=True)))
-        with WholeAttention(), torch.no_grad():
+        with WholeAttention(), KnownValues(), torch.no_grad():
             result = torch.func.functional_call(shadow, named, args, kwargs)
         flat_result, spec = pytree.tree_flatten(result)
         _check_result(shadow, flat_result)
@@ -120,9 +121,10 @@ def recorded(
     except DEPENDS_ON_VALUES as error:
         raise CaptureError(
             f"{what} calls {error.func}, whose result's size, or what is done next, depends on the values of tensors",
-            fix="make the model's forward depend on shapes only; where it is a loop over the experts that were chosen,"
-            " use a form without one: in transformers, model.set_experts_implementation('grouped_mm'), or 'batched_mm'"
-            " for a few tokens",
+            fix="make the model's forward depend on shapes only; where the values are the same in all calls, as those"
+            " of a mask may be, let a module hold them as a plain tensor, no buffer, so that they are known; where it"
+            " is a loop over the experts that were chosen, use a form without one: in transformers,"
+            " model.set_experts_implementation('grouped_mm'), or 'batched_mm' for a few tokens",
             at=(line or error_line)(error),
         ) from error
     except Exception as error:  # whatever the model's code raised, the user's line is what helps

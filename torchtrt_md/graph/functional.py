@@ -29,7 +29,7 @@ def functional(graph: GraphModule, inputs: Sequence[Tensor]) -> GraphModule:
         return graph
 
     def run(*flat: Tensor) -> Any:
-        return Interpreter(graph).run(*flat)
+        return _Lifting(graph).run(*flat)
 
     with torch.fx.traceback.preserve_node_meta():
         new = make_fx(
@@ -38,6 +38,16 @@ def functional(graph: GraphModule, inputs: Sequence[Tensor]) -> GraphModule:
     new = _without_renames(new)
     new.recompile()
     return new
+
+
+class _Lifting(Interpreter):
+    """Constants are values of the graph like all others: functionalization does not know of them by itself."""
+
+    def run_node(self, n: Node) -> Any:
+        value = super().run_node(n)
+        if n.op == "get_attr" and any(user.target is not aten.lift_fresh_copy.default for user in n.users):
+            return aten.lift_fresh.default(value)
+        return value
 
 
 def copied(graph: GraphModule) -> GraphModule:
