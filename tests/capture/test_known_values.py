@@ -7,8 +7,11 @@ from collections.abc import Callable
 import pytest
 import torch
 from torch import Tensor, nn
+from torch.distributed.device_mesh import init_device_mesh
+from torch.distributed.tensor import DTensor, Replicate
 
 import torchtrt_md as md
+from torchtrt_md.capture.torch_private import fake_ranks
 from torchtrt_md.errors import CaptureError
 
 
@@ -115,3 +118,17 @@ def uninitialized(x: Tensor) -> Tensor:
 def test_what_does_not_is_not(function: Callable[[Tensor], Tensor]) -> None:
     with pytest.raises(CaptureError, match="depends on the values of tensors"):
         compared(function)
+
+
+def test_what_is_written_through_a_dtensor_is_not_known() -> None:
+    with fake_ranks(2):
+        mesh = init_device_mesh("cpu", (2,))
+
+        def forward(x: Tensor) -> Tensor:
+            mask = torch.zeros(6, dtype=torch.int64)
+            DTensor.from_local(mask, mesh, [Replicate()], run_check=False).add_(1)
+            return x[: int(mask.sum())]
+
+        model, x = Calls(forward).eval(), torch.randn(6, 6)
+        with pytest.raises(CaptureError, match="depends on the values of tensors"):
+            md.capture(model, (x,), mesh=md.Mesh(dp=2), parallel=md.DataParallel("dp"))

@@ -47,6 +47,8 @@ class KnownValues(TorchDispatchMode):
 
     def forget(self, tensor: Tensor) -> None:
         """What is written to this tensor is not known; nor is what shares its memory."""
+        if not isinstance(tensor, FakeTensor) and type(tensor) is not Tensor:
+            self._known.clear()  # a DTensor's part may share memory with anything
         value = self._known.get(tensor)
         if value is not None and value.numel():
             self._lost[value.untyped_storage().data_ptr()] = value
@@ -55,6 +57,8 @@ class KnownValues(TorchDispatchMode):
         self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
     ) -> Any:
         kwargs = kwargs or {}
+        if func is not aten.index.Tensor and not func._schema.is_mutable and any(map(self._is_unknown, args)):
+            return func(*args, **kwargs)  # as most are
         if func is aten.index.Tensor:
             args = (args[0], self._without_masks(args[1]))
         leaves, spec = pytree.tree_flatten((args, kwargs))
@@ -93,6 +97,9 @@ class KnownValues(TorchDispatchMode):
                 positions = value.nonzero().unbind(1)
             found.extend(self._constant(position, index.device) for position in positions)
         return found
+
+    def _is_unknown(self, leaf: object) -> bool:
+        return isinstance(leaf, FakeTensor) and leaf not in self._known
 
     def _operand(self, leaf: object) -> Tensor | None:
         if not isinstance(leaf, Tensor):
