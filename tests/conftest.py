@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 import os
 import sys
 from collections.abc import Iterator
@@ -16,7 +17,12 @@ sys.path.insert(0, str(Path(__file__).parent))  # `import models` from any folde
 # CPU; it has no pool of processes, of which every rank would start its own; and processes do not fight for cores.
 os.environ |= {"TORCHINDUCTOR_VEC_ISA_OK": "0", "TORCHINDUCTOR_COMPILE_THREADS": "1", "OMP_NUM_THREADS": "1"}
 
-from rank_processes import Ranks
+from command_line import Run
+from rank_processes import COLLECT, Ranks
+
+
+def pytest_configure() -> None:
+    gc.set_threshold(*COLLECT)
 
 
 @pytest.fixture(scope="session")
@@ -25,3 +31,9 @@ def ranks(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Ranks]:
     started = Ranks(tmp_path_factory.mktemp("ranks") / "store")
     yield started
     started.close()
+
+
+@pytest.fixture
+def run(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> Run:
+    """The command line."""
+    return Run(monkeypatch, capsys)

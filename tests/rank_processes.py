@@ -1,18 +1,43 @@
-"""Real ranks for the tests: gloo processes, two unless told, that stay up for the session and run what it is sent."""
+"""Real ranks for the tests: gloo processes, two unless told, that stay up for the session and run what it is sent.
+
+Processes are forked by a server that has imported what they need, so that one starts in no time.
+"""
 
 from __future__ import annotations
 
+import functools
+import gc
+import multiprocessing
 import traceback
 from collections.abc import Callable
 from multiprocessing.connection import Connection
+from multiprocessing.context import ForkServerContext
 from pathlib import Path
 from typing import Any, NamedTuple
 
 import torch.distributed as dist
-import torch.multiprocessing as mp
+import torch.multiprocessing  # noqa: F401 - so that tensors can be sent
 
 WORLD = 2
 SECONDS = 500.0  # models are traced and compiled there, on machines that others may share
+# Of the garbage collector: most of a million objects stay, and it looks at each of them.
+COLLECT = (20_000, 20, 50)
+_PRELOAD = ["torch._dynamo", "torch.export", "torch.distributed.tensor", "torch.fx.experimental.proxy_tensor"]
+_PRELOAD += ["torch._inductor.compile_fx", "safetensors", "transformers.models.llama.modeling_llama"]
+_PRELOAD += ["transformers.models.qwen3.modeling_qwen3", "diffusers.models.transformers.transformer_flux"]
+_PRELOAD += [f"torchtrt_md.{name}" for name in ("doors.compile", "doors.dynamo", "doors.export", "doors.load")]
+_PRELOAD += ["torchtrt_md.runtime.selftest"]
+
+
+@functools.cache
+def warm() -> ForkServerContext:
+    """The server that forks, once it has imported all."""
+    context = multiprocessing.get_context("forkserver")
+    context.set_forkserver_preload(_PRELOAD)
+    first = context.Process(target=int)
+    first.start()
+    first.join()
+    return context
 
 
 class Outcome(NamedTuple):
@@ -27,7 +52,7 @@ class Ranks:
     """``ranks(function, *args)`` runs ``function(rank, *args)`` on every rank and gives the outcomes in rank order."""
 
     def __init__(self, store: Path, size: int = WORLD) -> None:
-        context = mp.get_context("spawn")
+        context = warm()
         self.processes, self.pipes = [], []
         for rank in range(size):
             here, there = context.Pipe()
@@ -53,6 +78,7 @@ class Ranks:
 
 
 def _serve(rank: int, size: int, store: str, pipe: Connection) -> None:
+    gc.set_threshold(*COLLECT)
     dist.init_process_group("gloo", init_method=f"file://{store}", rank=rank, world_size=size)
     while True:
         try:

@@ -43,7 +43,7 @@ def test_import_loads_nothing_heavy() -> None:
 def test_import_takes_less_than_a_fifth_of_a_second() -> None:
     """Of the CPU's time, which is the same beside other tests."""
     code = "import time, torch; t = time.process_time(); import torchtrt_md; print(time.process_time() - t)"
-    assert min(float(_python(code)) for _ in range(3)) < 0.2
+    assert any(float(_python(code)) < 0.2 for _ in range(3))
 
 
 def test_all_public_names_are_there() -> None:
@@ -71,9 +71,17 @@ def test_only_public_names_are_listed() -> None:
     _python(code)
 
 
-@pytest.mark.parametrize("name", ["Runner", "load", "compile"])
-def test_a_name_is_the_same_however_it_is_imported(name: str) -> None:
-    _python(f"import torchtrt_md as md; from torchtrt_md import {name}; assert {name} is md.{name}")
+def test_a_name_is_the_same_however_it_is_imported() -> None:
+    """Each in a process that has imported PyTorch and nothing of the package yet."""
+    code = (
+        "import os, torch\n"
+        "for name in ('Runner', 'load', 'compile'):\n"
+        "    if not (child := os.fork()):\n"
+        "        exec(f'import torchtrt_md as md; from torchtrt_md import {name}; assert {name} is md.{name}')\n"
+        "        os._exit(0)\n"
+        "    assert os.waitpid(child, 0)[1] == 0, name\n"
+    )
+    _python(code)
 
 
 @pytest.mark.parametrize("how", ["wheel", "folder", "editable"])

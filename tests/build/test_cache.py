@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import errno
-import multiprocessing
 import os
 import time
 from collections.abc import Callable
@@ -15,6 +14,7 @@ from typing import Any
 import graphs
 import pytest
 import torch
+from rank_processes import warm
 from torch import Tensor, nn
 from torch.fx import Graph, GraphModule, Node
 
@@ -251,7 +251,7 @@ def store_often(folder: Path, number: int, barrier: Barrier) -> None:
 
 
 def test_two_processes_store_the_same_key(tmp_path: Path) -> None:
-    context = multiprocessing.get_context("spawn")
+    context = warm()
     barrier = context.Barrier(2)
     processes = [context.Process(target=store_often, args=(tmp_path, number, barrier)) for number in range(2)]
     for process in processes:

@@ -11,6 +11,7 @@ import torch
 from torch import Tensor, nn
 
 import torchtrt_md as md
+from torchtrt_md.capture import kept_state
 from torchtrt_md.capture.torch_private import is_fake
 
 TABLES: dict[int, Tensor] = {}
@@ -251,6 +252,15 @@ def test_a_cache_is_looked_into_again_once_there_is_something_new_in_it() -> Non
     kept(6)
     md.capture(nn.Linear(8, 8), (torch.ones(1, 8),), mesh=md.Mesh(d=1))
     assert kept.cache_info().currsize == 0
+
+
+@pytest.mark.parametrize("kind", KINDS)  # one of which has an assertion, which pytest has rewritten
+def test_no_model_leads_into_pytest(kind: type[Base], request: pytest.FixtureRequest) -> None:
+    walk = kept_state._Walk()
+    walk.data(kind())
+    walk.code()
+    assert id(request.config) not in walk._seen
+    assert id(request.session) not in walk._seen
 
 
 def test_a_failed_trace_leaves_no_fake_tensor_either() -> None:

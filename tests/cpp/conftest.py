@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import fcntl
 import os
 import shutil
 import subprocess
@@ -37,7 +38,10 @@ def programs() -> Path:
         pytest.skip(problem)
     make = shutil.which("make")
     assert make is not None
-    built = subprocess.run([make, "-s", "cpp-tests"], cwd=ROOT, capture_output=True, text=True)
+    (ROOT / "build").mkdir(exist_ok=True)
+    with (ROOT / "build/cpp-tests.lock").open("w") as lock:
+        fcntl.flock(lock, fcntl.LOCK_EX)  # each test process has a session, and one folder is for all
+        built = subprocess.run([make, "-s", "cpp-tests"], cwd=ROOT, capture_output=True, text=True)
     assert built.returncode == 0, built.stdout[-3000:] + built.stderr[-3000:]
     return ROOT / "build/cpp-tests"
 

@@ -10,6 +10,7 @@ from pathlib import Path
 import models
 import pytest
 from bundle import bundle_samples
+from command_line import Run
 
 import torchtrt_md as md
 from torchtrt_md.bundle.manifest import encode
@@ -25,27 +26,6 @@ parallel = [md.ContextParallel("sp", plan={{"": {{"x": md.Split(1)}}, "out": md.
 def model():
     return models.attention()
 """
-
-
-@pytest.fixture
-def run(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> Run:
-    return Run(monkeypatch, capsys)
-
-
-class Run:
-    """``run(*arguments)`` gives the exit code, and what was printed to stdout and to stderr."""
-
-    def __init__(self, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
-        self.monkeypatch, self.capsys = monkeypatch, capsys
-
-    def __call__(self, *arguments: object) -> tuple[int, str, str]:
-        self.monkeypatch.setattr(sys, "argv", ["torchtrt-md", *map(str, arguments)])
-        try:
-            cli.main()
-            code = 0
-        except SystemExit as end:
-            code = int(end.code or 0)
-        return (code, *self.capsys.readouterr())
 
 
 @pytest.fixture

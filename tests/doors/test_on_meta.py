@@ -4,14 +4,13 @@ from __future__ import annotations
 
 import json
 import re
-import subprocess
-import sys
 from pathlib import Path
 from typing import Any
 
 import models
 import pytest
 import torch
+from command_line import Run
 from rank_processes import Ranks
 from safetensors.torch import save_file
 from torch import Tensor
@@ -119,7 +118,7 @@ def test_an_export_without_what_it_needs_writes_nothing(tmp_path: Path) -> None:
     assert not (tmp_path / "out").exists()
 
 
-def test_the_command_line_takes_the_folder(tmp_path: Path) -> None:
+def test_the_command_line_takes_the_folder(run: Run, tmp_path: Path) -> None:
     model = models.llama()[0]
     model.save_pretrained(tmp_path / "llama", max_shard_size="200KB")  # type: ignore[operator]
     file = tmp_path / "llama.py"
@@ -135,13 +134,10 @@ def test_the_command_line_takes_the_folder(tmp_path: Path) -> None:
         "    return made, (torch.randint(0, 128, (1, 24)),), {'use_cache': False}\n"
     )
 
-    def run(*options: str) -> subprocess.CompletedProcess[str]:
-        command = [sys.executable, "-m", "torchtrt_md", "export", str(file), "--mesh", "tp=2", "--dry-run", *options]
-        return subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=300, check=False)
-
-    done = run("--weights", str(tmp_path / "llama"))
-    assert done.returncode == 0, done.stdout + done.stderr
-    assert "LlamaForCausalLM is on meta: the whole of it was compared, its weights read one at a time" in done.stdout
-    done = run()
-    assert done.returncode == 1
-    assert "CaptureError: the weight 'model.embed_tokens.weight' and" in done.stderr
+    command = ("export", file, "--mesh", "tp=2", "--dry-run")
+    code, said, wrong = run(*command, "--weights", tmp_path / "llama")
+    assert code == 0, said + wrong
+    assert "LlamaForCausalLM is on meta: the whole of it was compared, its weights read one at a time" in said
+    code, _, wrong = run(*command)
+    assert code == 1
+    assert "CaptureError: the weight 'model.embed_tokens.weight' and" in wrong

@@ -17,10 +17,10 @@ from unittest import mock
 
 import msgspec
 from bundle import bundle_samples
+from rank_processes import warm
 
 from faults import injections
 from faults.cases import Outcome
-from faults.processes import warm
 from torchtrt_md import errors
 from torchtrt_md.bundle import check_files, read_manifest, write_bundle
 from torchtrt_md.bundle.manifest import MANIFEST, Manifest

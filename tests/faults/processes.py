@@ -1,14 +1,12 @@
 """Launches of real processes over gloo, for faults that end some of them.
 
-Processes are forked by a server that has imported PyTorch, so that a launch takes a second and not ten.  As under
-torchrun, the store is in a process of its own, unless rank 0 is to hold it.
+Processes are forked, so that a launch takes a second and not ten.  As under torchrun, the store is in a process of its
+own, unless rank 0 is to hold it.
 """
 
 from __future__ import annotations
 
-import functools
 import json
-import multiprocessing
 import os
 import signal
 import socket
@@ -20,12 +18,12 @@ from collections.abc import Callable, Sequence
 from contextlib import suppress
 from dataclasses import dataclass, field
 from datetime import timedelta
-from multiprocessing.context import ForkServerContext
 from multiprocessing.process import BaseProcess
 from pathlib import Path
 from typing import Any
 
 import torch.distributed as dist
+from rank_processes import warm
 from torch.distributed import TCPStore  # type: ignore[attr-defined]
 
 from torchtrt_md.errors import MDError
@@ -33,8 +31,6 @@ from torchtrt_md.errors import MDError
 TIMEOUT = 10.0  # seconds of silence after which a rank is given up, in every launch here
 SLACK = 30.0  # for the machine: starts, compiles and ends of processes that share its cores with others
 MARK = "TORCHTRT_MD_FAULT_LAUNCH"
-_PRELOAD = ["torch._dynamo", "torch.export", "torch.distributed.tensor", "torch.fx.experimental.proxy_tensor"]
-_PRELOAD += ["safetensors", *(f"torchtrt_md.{name}" for name in ("doors.load", "doors.export", "runtime.selftest"))]
 Told = dict[str, Any]
 
 
@@ -147,17 +143,6 @@ class Launch:
         """Processes of the launch that still run, whoever started them."""
         sessions = [line["session"] for rank in range(self.size) for line in self.told(rank) if "session" in line]
         return running(self.mark, sessions)
-
-
-@functools.cache
-def warm() -> ForkServerContext:
-    """The server that forks, once it has imported all."""
-    context = multiprocessing.get_context("forkserver")
-    context.set_forkserver_preload(_PRELOAD)
-    first = context.Process(target=int)
-    first.start()
-    first.join()
-    return context
 
 
 def running(mark: str, sessions: Sequence[int] = ()) -> list[int]:

@@ -1,6 +1,5 @@
 """Votes between two real processes."""
 
-import multiprocessing
 import os
 import pickle
 import time
@@ -10,7 +9,7 @@ from typing import Any
 
 import pytest
 import torch.distributed as dist
-from rank_processes import Ranks
+from rank_processes import Ranks, warm
 
 from torchtrt_md.errors import BundleError, InputError, LaunchError
 from torchtrt_md.launch.agree import Agreement, Failure, combined, grouped
@@ -166,7 +165,7 @@ def end_while_others_wait(rank: int, size: int, store: str, ended: Any) -> None:
 
 
 def test_a_rank_whose_process_ended_is_noticed_at_once(tmp_path: Path) -> None:
-    context = multiprocessing.get_context("spawn")
+    context = warm()
     ended = context.Queue()
     processes = [
         context.Process(target=end_while_others_wait, args=(rank, 2, str(tmp_path / "store"), ended))

@@ -2,7 +2,6 @@
 
 import contextlib
 import ctypes
-import multiprocessing
 import os
 import threading
 import time
@@ -11,6 +10,7 @@ from typing import Any
 
 import pytest
 import torch.distributed as dist
+from rank_processes import warm
 
 from torchtrt_md.errors import CommunicatorError, LaunchError
 from torchtrt_md.launch import Launch
@@ -41,7 +41,7 @@ def meet(rank: int, size: int, store: str, locked: bool, told: Any, output: str)
 
 def met(folder: Path, size: int, *, locked: bool) -> tuple[list[tuple[int, str]], str, float]:
     """Exit code and output of each rank; the message of the one that is left, and when it came."""
-    context = multiprocessing.get_context("spawn")
+    context = warm()
     told = context.Queue()
     processes = [
         context.Process(target=meet, args=(r, size, str(folder / "store"), locked, told, str(folder / f"{r}")))
@@ -85,7 +85,7 @@ def both_come(rank: int, size: int, store: str, told: Any) -> None:
 
 
 def test_an_earlier_failure_ends_no_wait(tmp_path: Path) -> None:
-    context = multiprocessing.get_context("spawn")
+    context = warm()
     told = context.Queue()
     processes = [context.Process(target=both_come, args=(r, 2, str(tmp_path / "store"), told)) for r in range(2)]
     for process in processes:

@@ -12,8 +12,9 @@ import torch
 import torch.distributed as dist
 import torch.distributed._functional_collectives as funcol
 import torch.nn.functional as F
+from rank_processes import warm
 from torch import Tensor
-from torch.multiprocessing.spawn import spawn
+from torch.multiprocessing.spawn import start_processes
 
 from torchtrt_md.capture.torch_private import FakeTensorMode
 from torchtrt_md.errors import CollectiveError, MeshError
@@ -220,7 +221,8 @@ def rank_process(rank: int, folder: str) -> None:
 @pytest.fixture(scope="module")
 def eager(tmp_path_factory: pytest.TempPathFactory) -> list[dict[str, Any]]:
     folder = tmp_path_factory.mktemp("gloo")
-    spawn(rank_process, (str(folder),), nprocs=2)  # type: ignore[no-untyped-call]
+    warm()
+    start_processes(rank_process, (str(folder),), nprocs=2, start_method="forkserver")  # type: ignore[no-untyped-call]
     return [torch.load(folder / f"rank{rank}.pt") for rank in range(2)]
 
 

@@ -2,14 +2,13 @@
 
 from __future__ import annotations
 
-import subprocess
-import sys
 from pathlib import Path
 
 import models
 import msgspec
 import pytest
 import torch
+from command_line import Run
 
 import torchtrt_md as md
 from serve.test_config import TENSORRT, parsed
@@ -75,12 +74,7 @@ def test_engines_of_tensorrt_rtx_are_refused_before_anything_is_built(tmp_path: 
     assert list(tmp_path.iterdir()) == []
 
 
-def _cli(*arguments: str) -> subprocess.CompletedProcess[str]:
-    command = [sys.executable, "-m", "torchtrt_md", *arguments]
-    return subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=300, check=False)
-
-
-def test_the_commands(tmp_path: Path) -> None:
+def test_the_commands(run: Run, tmp_path: Path) -> None:
     file, out = tmp_path / "mine.py", tmp_path / "models/mine"
     file.write_text(
         f"import sys; sys.path.insert(0, {str(ROOT / 'tests')!r})\n"
@@ -88,12 +82,12 @@ def test_the_commands(tmp_path: Path) -> None:
         'parallel = [md.TensorParallel("tp", plan={"up": "colwise", "down": "rowwise"})]\n'
     )
     report = tmp_path / "report.json"
-    done = _cli(
-        *("export", str(file), "--mesh", "tp=2", "--format", "triton-python", "-o", str(out)),
-        *("--no-verify", "--report", str(report)),
+    code, said, wrong = run(
+        *("export", file, "--mesh", "tp=2", "--format", "triton-python", "-o", out),
+        *("--no-verify", "--report", report),
     )
-    assert done.returncode == 0, done.stdout + done.stderr
-    assert f"tritonserver --model-repository={out.parent}" in done.stdout
+    assert code == 0, said + wrong
+    assert f"tritonserver --model-repository={out.parent}" in said
     ranks = read_manifest(out / "1/bundle").ranks
     assert len(ranks) == 2
     assert parsed((out / "config.pbtxt").read_text()).backend == "python"
@@ -101,10 +95,10 @@ def test_the_commands(tmp_path: Path) -> None:
     assert sorted(msgspec.json.decode(report.read_bytes())["engine_bytes"]) == sizes
     assert sorted(path.name for path in tmp_path.iterdir()) == ["mine.py", "models", "report.json"]
 
-    done = _cli("triton", str(out / "1/bundle"), "-o", str(out.parent / "again"), "--python", "/opt/python")
-    assert done.returncode == 0, done.stdout + done.stderr
+    code, said, wrong = run("triton", out / "1/bundle", "-o", out.parent / "again", "--python", "/opt/python")
+    assert code == 0, said + wrong
     assert "PYTHON = '/opt/python'" in (out.parent / "again/1/model.py").read_text()
-    done = _cli("triton", str(out / "1/bundle"), "-o", str(out.parent / "third"), "--format", "triton")
-    assert done.returncode == 1
-    assert "the engines are of TensorRT-RTX" in done.stderr
+    code, _, wrong = run("triton", out / "1/bundle", "-o", out.parent / "third", "--format", "triton")
+    assert code == 1
+    assert "the engines are of TensorRT-RTX" in wrong
     assert not (out.parent / "third").exists()

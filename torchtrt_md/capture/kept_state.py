@@ -22,8 +22,9 @@ from torchtrt_md.capture.torch_private import is_fake
 
 _ABSENT = object()
 _ATOMS = (type(None), bool, int, float, complex, str, bytes, Tensor, torch.dtype, torch.device, torch.Size, ModuleType)
-# Code that keeps no tensor of a model: it is not looked into.
-_FOREIGN = frozenset({*sys.stdlib_module_names, "torch", "torchtrt_md", "numpy", "sympy", "triton"})
+# Code that keeps no tensor of a model: it is not looked into.  A file whose assertions pytest rewrites can name all of
+# pytest, and through it every test of the session.
+_FOREIGN = frozenset({*sys.stdlib_module_names, "torch", "torchtrt_md", "numpy", "sympy", "triton", "_pytest"})
 # Classes of the standard library that a program keeps its data in.
 _KEEPERS = frozenset({"collections", "weakref", "types", "_thread", "_weakrefset"})
 # What PyTorch itself keeps on every module, of which a forward writes to the first only.
