@@ -13,8 +13,10 @@ from torch.fx import GraphModule
 from torch.fx.experimental.proxy_tensor import make_fx
 
 from torchtrt_md.errors import VerificationError
+from torchtrt_md.program import placeholders
 from torchtrt_md.runtime.inductor import compile_graph
-from torchtrt_md.verification.compiled import check_compiled, draw
+from torchtrt_md.verification.compiled import check_compiled
+from torchtrt_md.verification.operands import draw, limit
 
 CPU = torch.device("cpu")
 WIDTH = 64
@@ -71,7 +73,7 @@ def test_what_is_wrong_in_a_later_call_only_is_found() -> None:
         (result,) = norm_and_product(x, weight)
         return [result if calls % 3 else result.flip(0)]
 
-    with pytest.raises(VerificationError, match="of call 2"):
+    with pytest.raises(VerificationError, match="in call 2"):
         check(late)
 
 
@@ -132,6 +134,182 @@ def test_what_inductor_compiles_is_compared(monkeypatch: pytest.MonkeyPatch) -> 
     monkeypatch.setattr(torch._inductor, "compile", wrong)
     with pytest.raises(VerificationError, match="part 3"):
         compile_graph("part 3", graph, operands, CPU)
+
+
+def scattered(x: Tensor, at: Tensor, y: Tensor, rows: Tensor) -> tuple[Tensor]:
+    """As tokens of several kinds are put to their places in one sequence."""
+    return (torch.index_copy(torch.index_copy(x.new_zeros(1, 40, WIDTH), 1, at, x * 2), 1, rows, y + 1),)
+
+
+def drawn_for(graph: GraphModule) -> Callable[[int], list[Tensor]]:
+    nodes = placeholders(graph)
+    of = [(node.meta["val"], limit(node)) for node in nodes]
+    return lambda number: [draw(v.shape, v.dtype, CPU, 10 * number + i, below) for i, (v, below) in enumerate(of)]
+
+
+def test_what_is_written_by_index_is_written_once() -> None:
+    """Two values for one place: either may stay, so that a right kernel would be refused."""
+    made = (torch.ones(1, 7, WIDTH), torch.zeros(7).long(), torch.ones(1, 30, WIDTH), torch.zeros(30).long())
+    graph = make_fx(scattered, tracing_mode="fake")(*made)
+    operands = drawn_for(graph)
+    assert [len(set(operands(0)[place].tolist())) for place in (1, 3)] == [7, 30]
+    compile_graph("part 4", graph, operands, CPU)
+
+
+def put(x: Tensor, at: Tensor) -> tuple[Tensor]:
+    return (torch.index_put(x, [at // 2], x * 2),)
+
+
+def sampled(x: Tensor) -> tuple[Tensor]:
+    return (x + torch.randn_like(x),)
+
+
+def looked_up(x: Tensor, table: Tensor) -> tuple[Tensor]:
+    return (table[(x * 10).long()],)
+
+
+@pytest.mark.parametrize(
+    ("function", "made", "reason"),
+    [
+        (put, (torch.ones(8), torch.arange(8)), "may write to a place twice"),
+        (sampled, (torch.ones(8),), "draws at random"),
+        (looked_up, (torch.ones(8), torch.ones(32)), "places that follow from floating numbers"),
+    ],
+)
+def test_a_graph_that_does_not_say_what_comes_of_drawn_operands_is_not_compared(
+    function: Callable[..., object], made: tuple[Tensor, ...], reason: str, caplog: pytest.LogCaptureFixture
+) -> None:
+    graph = make_fx(function, tracing_mode="fake")(*made)
+
+    def never(*operands: Tensor) -> list[Tensor]:
+        raise AssertionError
+
+    with caplog.at_level(logging.WARNING, logger="torchtrt_md"):
+        check_compiled("part 3", graph, never, drawn_for(graph), by="Inductor")
+    assert reason in caplog.text
+
+
+def test_what_indices_are_drawn_below() -> None:
+    def use(ids: Tensor, table: Tensor, at: Tensor, mask: Tensor, other: Tensor) -> tuple[Tensor, ...]:
+        rows = nn.functional.embedding(ids, table)
+        return rows, rows[0].index_select(0, at), (1 - mask.float()) * -1e4, table[other + 1]
+
+    made = (
+        torch.zeros(2, 9).long(),
+        torch.ones(50, 4),
+        torch.zeros(3).long(),
+        torch.ones(5).long(),
+        torch.ones(2).long(),
+    )
+    graph = make_fx(use, tracing_mode="fake")(*made)
+    assert [limit(node) for node in placeholders(graph)] == [50, 2, 9, 2, 1]
+    ids, _, at, mask, other = drawn_for(graph)(0)
+    assert len(set(ids.flatten().tolist())) == 18
+    assert len(set(at.tolist())) == 3
+    assert set(mask.tolist()) <= {0, 1}
+    assert other.tolist() == [0, 0]
+
+
+@pytest.mark.parametrize("dtype", [torch.float8_e4m3fn, torch.float8_e5m2, torch.float16, torch.int64, torch.float64])
+def test_results_of_any_dtype(dtype: torch.dtype) -> None:
+    """Among them those that are NaN, overflow or are single numbers."""
+
+    def several(x: Tensor, weight: Tensor) -> tuple[Tensor, ...]:
+        y = x @ weight
+        return (y * 4).to(dtype), y.sum(), (x - 2).log(), y * 1e37 * 1e37, y[:0], y > 0
+
+    def other(x: Tensor, weight: Tensor) -> list[Tensor]:
+        y = (x.double() @ weight.double()).float()
+        return [(y * 4).to(dtype), y.sum(), (x.double() - 2).log().float(), y * 1e37 * 1e37, y[:0], y > 0]
+
+    operands = examples(torch.float32, (32, WIDTH), (WIDTH, WIDTH))
+    graph = graph_of(several, operands(0))
+    check_compiled("part 3", graph, other, operands, by="Inductor")
+    for index in (0, 1, 5):
+
+        def wrong(x: Tensor, weight: Tensor, index: int = index) -> list[Tensor]:
+            results = other(x, weight)
+            results[index] = (
+                results[index] * 1.1 if index == 1 else results[index].float().roll(1, 0).to(results[index].dtype)
+            )
+            return results
+
+        with pytest.raises(VerificationError, match=f"result {index}"):
+            check_compiled("part 3", graph, wrong, operands, by="Inductor")
+
+
+def chosen(x: Tensor, weight: Tensor) -> tuple[Tensor]:
+    return ((x @ weight).topk(4).indices,)
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32])
+@pytest.mark.parametrize(("others", "right"), [(2, True), (64, False)])
+def test_a_few_near_ties_fall_either_way(dtype: torch.dtype, others: int, right: bool) -> None:
+    """In every draw some: in float32 there are none."""
+
+    def choose(x: Tensor, weight: Tensor) -> list[Tensor]:
+        (ids,) = chosen(x, weight)
+        ids.view(-1)[:others] += 1
+        return [ids]
+
+    operands = examples(dtype, (32, WIDTH), (WIDTH, WIDTH))
+    graph = graph_of(chosen, operands(0))
+    if right and dtype == torch.bfloat16:
+        check_compiled("part 3", graph, choose, operands, by="Inductor")
+        return
+    with pytest.raises(VerificationError, match="result 0"):
+        check_compiled("part 3", graph, choose, operands, by="Inductor")
+
+
+@pytest.mark.parametrize("large", [1e9, 3e38])
+def test_elements_of_another_scale_hide_nothing(large: float) -> None:
+    """As a row of a mask: all that is not hidden is wrong."""
+
+    def masked(x: Tensor, weight: Tensor) -> tuple[Tensor]:
+        return ((x @ weight).masked_fill(torch.arange(WIDTH) > 30, -large),)
+
+    def wrong(x: Tensor, weight: Tensor) -> list[Tensor]:
+        return [masked(x.flip(0), weight)[0]]
+
+    operands = examples(torch.float32, (32, WIDTH), (WIDTH, WIDTH))
+    graph = graph_of(masked, operands(0))
+    check_compiled("part 3", graph, masked, operands, by="Inductor")
+    with pytest.raises(VerificationError):
+        check_compiled("part 3", graph, wrong, operands, by="Inductor")
+
+
+def test_what_is_wrong_in_some_calls_is_no_chance_of_rounding() -> None:
+    """Of a race that shows in every other call, some draw of operands would see nothing."""
+    calls = 0
+
+    def sometimes(x: Tensor, weight: Tensor) -> list[Tensor]:
+        nonlocal calls
+        calls += 1
+        (result,) = norm_and_product(x, weight)
+        return [result if calls > 2 else result.flip(0)]
+
+    with pytest.raises(VerificationError):
+        check(sometimes)
+    assert calls == 3
+
+
+def test_the_order_of_equal_elements_is_said(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A kernel of Inductor's own sorts equal elements into another order than PyTorch's."""
+    seen: list[GraphModule] = []
+
+    def given(module: GraphModule, *rest: Any, **options: Any) -> Callable[..., Sequence[Tensor]]:
+        seen.append(module)
+        return lambda *tensors: list(module(*tensors))
+
+    def ordered(x: Tensor) -> tuple[Tensor, ...]:
+        return torch.sort((x > 0).long(), -1, True)[1], torch.sort(x)[0]
+
+    monkeypatch.setattr(torch._inductor, "compile", given)
+    operands = examples(torch.float32, (4, WIDTH))
+    graph = graph_of(ordered, operands(0))
+    compile_graph("part 3", graph, operands, CPU)
+    assert not seen[0].graph.find_nodes(op="call_function", target=torch.ops.aten.sort.default)
+    assert len(seen[0].graph.find_nodes(op="call_function", target=torch.ops.aten.sort.stable)) == 2
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.complex64, torch.bool, torch.int64])

@@ -23,6 +23,7 @@ from torchtrt_md.graph.functional import copied
 from torchtrt_md.launch import Launch, communicator
 from torchtrt_md.launch.watchdog import named
 from torchtrt_md.mesh import Mesh
+from torchtrt_md.program import placeholders
 from torchtrt_md.runtime.engine import Engine, deserialize, runtime_cache, scratch_bytes, trt_runtime
 from torchtrt_md.runtime.executor import Executor
 from torchtrt_md.runtime.kernels import KernelCache, kernel_file
@@ -31,7 +32,8 @@ from torchtrt_md.runtime.push import Shared
 from torchtrt_md.runtime.steps import Key, Step, Values, call_step, eager_steps, engine_step, source_key, to_device
 from torchtrt_md.runtime.weights import Stored, WeightOf, laid_out
 from torchtrt_md.segment import Part, Segment, Wire
-from torchtrt_md.verification.compiled import check_compiled, draw
+from torchtrt_md.verification.compiled import check_compiled
+from torchtrt_md.verification.operands import draw, limit
 
 
 @dataclass
@@ -264,7 +266,7 @@ def assemble(
         fixed[Wire("coordinate", axis)] = torch.tensor([at], dtype=torch.int32, device=device)
     steps: list[Step] = []
     for index, part in enumerate(parts):
-        name, examples = named(part.segment, index), partial(_examples, part.segment, fixed, device)
+        name, examples = named(part.segment, index), partial(_examples, part, fixed, device)
         if index in engines:
             steps.append(engine_step(part.segment, engines[index]))
             if part.graph is not None and part.segment.axis is None and part.digest not in known.checked:
@@ -285,13 +287,14 @@ def assemble(
     return steps, fixed
 
 
-def _examples(segment: Segment, fixed: Mapping[Key, Tensor], device: torch.device, number: int) -> list[Tensor]:
-    """Operands for a segment: weights as they are, all else drawn, otherwise for another number."""
-    keys = [source_key(binding) for binding in segment.inputs]
-    return [
-        fixed[key] if key in fixed else draw(b.shape, b.dtype, device, 1000 * number + place)
-        for place, (key, b) in enumerate(zip(keys, segment.inputs, strict=True))
-    ]
+def _examples(part: Part, fixed: Mapping[Key, Tensor], device: torch.device, number: int) -> list[Tensor]:
+    """Operands for a part with a graph: weights as they are, all else drawn, otherwise for another number."""
+    assert part.graph is not None
+    found = []
+    for place, (node, b) in enumerate(zip(placeholders(part.graph), part.segment.inputs, strict=True)):
+        held = fixed.get(source_key(b))
+        found.append(draw(b.shape, b.dtype, device, 1000 * number + place, limit(node)) if held is None else held)
+    return found
 
 
 def _check_engine(

@@ -9,6 +9,7 @@ from torch import Tensor
 from torch.fx import GraphModule
 
 from torchtrt_md.graph.functional import copied
+from torchtrt_md.lowering.ops import bound_args
 from torchtrt_md.runtime import private
 from torchtrt_md.runtime.epilogue import fuse_gelu
 from torchtrt_md.runtime.steps import to_device
@@ -34,6 +35,7 @@ def compile_graph(
         VerificationError: what was compiled computes something else.
     """
     module = copied(graph)
+    _sort_stably(module)
     to_device(module, device)
     own = copied(module)
     if device.type == "cuda":
@@ -47,3 +49,11 @@ def compile_graph(
 
     check_compiled(name, own, call, examples, by="Inductor")
     return call
+
+
+def _sort_stably(graph: GraphModule) -> None:
+    """Say the order of equal elements, as of tokens of one expert: kernels leave them in different ones."""
+    for node in graph.graph.find_nodes(op="call_function", target=torch.ops.aten.sort.default):
+        args = bound_args(node)
+        node.target, node.args = torch.ops.aten.sort.stable, (args.pop("self"),)
+        node.kwargs = {"stable": True, **args}
