@@ -18,7 +18,7 @@ from torchtrt_md.mesh import Mesh
 _new_capsule = ctypes.PYFUNCTYPE(ctypes.py_object, ctypes.c_void_p, ctypes.c_char_p, ctypes.c_void_p)(
     ("PyCapsule_New", ctypes.pythonapi)
 )
-# 196 MiB were taken by each of the engines of benchmarks/results/2026-11-22-memory-of-binding-h200-x2.md.
+# Binding took 196 MiB each time, of one engine and of two: benchmarks/results/2026-11-22-memory-of-binding-h200-x2.md
 _NEEDED_BYTES = 256 << 20
 _NAME = b"ncclComm_t"  # a capsule keeps the pointer to its name, so the name must live as long as the module
 
