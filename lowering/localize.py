@@ -14,6 +14,7 @@ that the analysis said, the graph is refused.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Mapping
 from itertools import accumulate, pairwise
 from typing import Any, TypeAlias
@@ -78,9 +79,9 @@ def _place_marks(graph: GraphModule, axis: str, size: int, states: dict[Node, Re
             if behind:  # the copies of the last entry go
                 longer = [n + behind if d == dim else n for d, n in enumerate(value_of(node).shape)]
                 new.meta, states[new] = {**node.meta, "val": value_of(node).new_empty(longer)}, None
-                new = _added(node, aten.slice.Tensor, new, dim, 0, state.inner * part.total)
+                new = _cut(node, new, dim, state.inner * part.total, states)
         elif _is_uniform(x, dim):  # all parts are equal, and the first is cheaper to take than one's own
-            new = _added(node, aten.slice.Tensor, x, dim, 0, state.extent)
+            new = _cut(node, x, dim, state.extent, states)
         else:
             new = _added(
                 node, md.shard.default, _repeated_last(x, node, dim, state.inner, behind, states), dim, axis, size
@@ -89,10 +90,19 @@ def _place_marks(graph: GraphModule, axis: str, size: int, states: dict[Node, Re
         substitute(node, new)
 
 
-def _added(before: Node, target: torch._ops.OpOverload, *args: Any) -> Node:
+def _cut(mark: Node, x: Node, dim: int, extent: int, states: dict[Node, Result]) -> Node:
+    """The first entries of a dim, in one piece as the mark's own result is: views of that may not be views of a cut."""
+    cut = _added(mark, aten.slice.Tensor, x, dim, 0, extent)
+    if math.prod(value_of(mark).shape[:dim]) == 1:
+        return cut
+    cut.meta, states[cut] = dict(mark.meta), states[mark]
+    return _added(mark, aten.clone.default, cut, memory_format=torch.contiguous_format)
+
+
+def _added(before: Node, target: torch._ops.OpOverload, *args: Any, **kwargs: Any) -> Node:
     """The op, without a shape: those of a rank are computed later."""
     with before.graph.inserting_before(before):
-        return before.graph.call_function(target, args)
+        return before.graph.call_function(target, args, kwargs)
 
 
 def _repeated_last(x: Node, before: Node, dim: int, inner: int, behind: int, states: dict[Node, Result]) -> Node:

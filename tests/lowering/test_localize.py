@@ -162,3 +162,30 @@ def test_parts_of_a_table_for_concatenated_parts() -> None:
     sf.analyze(graph)
     claims = sf.check_claims(graph, [text, X, table], both(text, X, table))
     assert claims == [Sharded(1, (2,)), Sharded(1, (4,))]
+
+
+class LinearBehindAGather(nn.Module):
+    """Of a batch, a linear layer views tokens and batch as one dim."""
+
+    def __init__(self, uniform: bool) -> None:
+        super().__init__()
+        self.uniform, self.split, self.gather = uniform, nn.Identity(), nn.Identity()
+        self.inner, self.linear = nn.Linear(6, 6), nn.Linear(6, 4)
+
+    def forward(self, x: Tensor) -> Tensor:
+        given = x.new_ones(x.shape) if self.uniform else x
+        result: Tensor = self.linear(self.gather(torch.relu(self.inner(self.split(given)))))
+        return result
+
+
+@pytest.mark.parametrize("uniform", [False, True])
+@pytest.mark.parametrize("placement", ["engine", "split"])
+@pytest.mark.parametrize("batch", [1, 2])
+def test_a_batch_of_sequences_that_the_ranks_do_not_divide(batch: int, placement: Any, uniform: bool) -> None:
+    torch.manual_seed(0)
+    model, x = LinearBehindAGather(uniform).eval(), torch.randn(batch, 11, 6)
+    plan = {"split": {0: torchtrt_md.Split(1, output=True)}, "gather": torchtrt_md.Gather(1)}
+    program = torchtrt_md.capture(
+        model, (x,), mesh=torchtrt_md.Mesh(cp=3), parallel=torchtrt_md.ContextParallel("cp", "ulysses", plan)
+    )
+    assert torchtrt_md.verify(lower(program, placement=placement), model, (x,)).structure_error <= 1e-12
