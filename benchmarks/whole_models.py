@@ -227,10 +227,9 @@ class Bench:
 
     def with_graph(self, name: str, make: Callable[[], Call], **about: Any) -> None:
         """A candidate, and the same in a CUDA graph made by hand."""
-        wants_graph = self.launch.clock.cuda and chosen(f"{name}, graph", self.wanted)
-        call = self.add(name, make, **about) or (make() if wants_graph and name not in self.candidates else None)
-        if call is not None and wants_graph:
-            self.add(f"{name}, graph", lambda: captured(call), **about)
+        call = self.add(name, make, **about)
+        if self.launch.clock.cuda and (call is not None or name not in self.candidates):
+            self.add(f"{name}, graph", lambda: captured(call or make()), **about)
 
     def add_dense(self) -> None:
         """The model on one GPU."""

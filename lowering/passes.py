@@ -85,7 +85,8 @@ def run_passes(
                 (dump / f"{number:02}_{name}.after.txt").write_text(readable(graph))
         if name == last:
             break
-    graph.recompile()  # passes read nodes and not code, which takes a second to generate for a model of 57 blocks
+    if any(counts.values()):
+        graph.recompile()  # once: passes read nodes, and code takes longer to generate than most of them
     return counts
 
 

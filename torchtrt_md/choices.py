@@ -47,3 +47,8 @@ class Choices:
     transport: str = "nccl"
     decisions: tuple[Decision, ...] = ()
     tuned_on: str = ""
+
+    @property
+    def with_engines(self) -> bool:
+        """Does any part become an engine?"""
+        return self.compute == "engine" or "engine" in self.runs.values()

@@ -154,7 +154,6 @@ class Road:
         Raises:
             MDError: of the pass that refused; RankMismatchError where ranks would wait in different collectives.
         """
-
         key = (choices.placement, frozenset(choices.exchanges.items()))
         if key in self._lowered and dump is None:
             return self._lowered[key]
@@ -189,8 +188,8 @@ class Road:
         """
         start = time.perf_counter()
         # Ranks share the cache of engines; without any, none has to wait for another.
-        builds = choices.compute == "engine" or "engine" in choices.runs.values()
-        built = (self._turns if builds else self.agreement.together)("building", lambda: self._built(lowered, choices))
+        turns = self._turns if choices.with_engines else self.agreement.together
+        built = turns("building", lambda: self._built(lowered, choices))
         mine = [str(c) for part in built.parts[self.agreement.rank] for c in part.segment.collectives]
         # A cut may change their order.
         self.agreement.same(_digest("\n".join(mine)), "the hash of their parts' collectives")
@@ -217,7 +216,7 @@ class Road:
         return result
 
     def _built(self, lowered: ShardedProgram, choices: Choices) -> Built:
-        if choices.compute != "engine" and "engine" not in choices.runs.values():
+        if not choices.with_engines:
             placed = self._placed(lowered, choices, {}, None)
             return Built(placed, choices, placed.parts)
         from torchtrt_md.build.flavour import boundary_dtypes, flavour

@@ -40,18 +40,19 @@ class KnownValues(TorchDispatchMode):
         # The memory of known values into which something unknown was written; kept, so that no other has its address.
         self._lost: dict[int, Tensor] = {}
 
-    def of(self, tensor: Tensor) -> Tensor | None:
+    def _of(self, tensor: Tensor) -> Tensor | None:
         """The value of a tensor that is traced, on the CPU and not to be written to; None where it is not known."""
         value: Tensor | None = self._known.get(tensor)
         return None if value is None or value.untyped_storage().data_ptr() in self._lost else value
 
-    def forget(self, tensor: Tensor) -> None:
-        """What is written to this tensor is not known; nor is what shares its memory."""
-        if not isinstance(tensor, FakeTensor) and type(tensor) is not Tensor:
-            self._known.clear()  # a DTensor's part may share memory with anything
-        value = self._known.get(tensor)
-        if value is not None and value.numel():
-            self._lost[value.untyped_storage().data_ptr()] = value
+    def _forget_written(self, func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+        """What an op writes to its operands is not known; nor is what shares their memory."""
+        for tensor in _written_by(func, args, kwargs):
+            if not isinstance(tensor, FakeTensor) and type(tensor) is not Tensor:
+                self._known.clear()  # a DTensor's part may share memory with anything
+            value = self._known.get(tensor)
+            if value is not None and value.numel():
+                self._lost[value.untyped_storage().data_ptr()] = value
 
     def __torch_dispatch__(
         self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
@@ -66,8 +67,7 @@ class KnownValues(TorchDispatchMode):
         computes = all(v is not None for v, leaf in zip(values, leaves, strict=True) if isinstance(leaf, Tensor))
         given = [v if isinstance(leaf, Tensor) else _on_cpu(leaf) for v, leaf in zip(values, leaves, strict=True)]
         if not computes or not _is_computable(func, leaves):
-            for written in written_by(func, args, kwargs):
-                self.forget(written)
+            self._forget_written(func, args, kwargs)
             return func(*args, **kwargs)
         known_args, known_kwargs = pytree.tree_unflatten(given, spec)
         if _asks(func):
@@ -76,11 +76,10 @@ class KnownValues(TorchDispatchMode):
             device = next(leaf.device for leaf in leaves if isinstance(leaf, Tensor))
             return pytree.tree_map_only(Tensor, lambda t: self._constant(t, device), answer)
         result = func(*args, **kwargs)
-        made = tensors_of(result)
+        made = _tensors_of(result)
         found = _computed(func, known_args, known_kwargs) if sum(map(Tensor.numel, made)) <= _MOST_ELEMENTS else None
         if found is None:
-            for written in written_by(func, args, kwargs):
-                self.forget(written)
+            self._forget_written(func, args, kwargs)
         for tensor, value in zip(made, found or (), strict=found is not None):
             self._known[tensor] = value
         return result
@@ -105,13 +104,13 @@ class KnownValues(TorchDispatchMode):
         if not isinstance(leaf, Tensor):
             return None
         if isinstance(leaf, FakeTensor):
-            return self.of(leaf)
+            return self._of(leaf)
         if type(leaf) is not Tensor or leaf.is_meta or leaf.numel() > _MOST_ELEMENTS:
             return None
         if leaf not in self._known:  # one that the model's code holds; its own is not written to
             with untraced():
                 self._known[leaf] = leaf.detach().cpu().clone()
-        return self.of(leaf)
+        return self._of(leaf)
 
     def _constant(self, value: Tensor, device: torch.device) -> Tensor:
         """A tensor in the graph that has this value."""
@@ -136,7 +135,7 @@ def _computed(func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> list[
     """The results; None where the CPU has no kernel for it."""
     try:
         with untraced():
-            return tensors_of(func(*args, **kwargs))
+            return _tensors_of(func(*args, **kwargs))
     except (RuntimeError, TypeError, IndexError):  # NotImplementedError is a RuntimeError
         return None
 
@@ -150,14 +149,14 @@ def _on_cpu(leaf: object) -> object:
     return torch.device("cpu") if isinstance(leaf, torch.device) else leaf
 
 
-def tensors_of(result: object) -> list[Tensor]:
+def _tensors_of(result: object) -> list[Tensor]:
     return [t for t in pytree.tree_leaves(result) if isinstance(t, Tensor)]
 
 
-def written_by(func: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]) -> Iterator[Tensor]:
+def _written_by(func: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]) -> Iterator[Tensor]:
     """The operands that an op writes to."""
     schema = func._schema  # type: ignore[attr-defined]
     for index, argument in enumerate(schema.arguments):
         if argument.alias_info is not None and argument.alias_info.is_write:
             operand = args[index] if index < len(args) else kwargs.get(argument.name)
-            yield from tensors_of(operand)
+            yield from _tensors_of(operand)

@@ -127,7 +127,7 @@ def structure(value: Tensor, reference: Tensor, sample: Tensor, finer: float) ->
         finer: epsilon of the dtype of ``value`` over that of the sample.
     """
     tolerance = structure_tolerance(value.dtype)
-    if value.shape == reference.shape and not _inexact(reference):
+    if value.shape == reference.shape and not is_inexact(reference):
         return _counted(value, reference, None)  # computed in fp64, there is no near tie to excuse
     return _compared(value, reference, sample, relative=1.0, factor=_NOISE_FACTOR * finer / tolerance, slack=_EACH)
 
@@ -171,7 +171,7 @@ def relative_error(value: Tensor, reference: Tensor) -> float:
     One slice counts for half, and one element for an eighth, as that is how far chance takes them.  Infinite where
     the shapes differ, or where one is finite and the other is not.
     """
-    if value.shape == reference.shape and not _inexact(reference):
+    if value.shape == reference.shape and not is_inexact(reference):
         return float((value != reference).double().mean()) if value.numel() else 0.0
     least = _least(coarsest([value.dtype, reference.dtype]))
     return _compared(value, reference, None, relative=0.0, factor=1.0, slack=_WITHOUT_SAMPLE, least=least).error
@@ -222,7 +222,7 @@ def _compared(
         return Difference(math.inf, f"of shape {list(value.shape)}, and should be of {list(reference.shape)}")
     if not value.numel():
         return SAME
-    if not _inexact(reference):
+    if not is_inexact(reference):
         return _counted(value, reference, sample)
     if reference.is_complex():
         value, reference = _pairs(value), _pairs(reference)
@@ -562,7 +562,7 @@ def _pairs(tensor: Tensor) -> Tensor:
     return torch.view_as_real(tensor.to(torch.complex128).resolve_conj())
 
 
-def _inexact(tensor: Tensor) -> bool:
+def is_inexact(tensor: Tensor) -> bool:
     return tensor.is_floating_point() or tensor.is_complex()
 
 

@@ -22,7 +22,7 @@ from torch.fx import GraphModule
 
 from torchtrt_md.errors import VerificationError, first_line
 from torchtrt_md.program import outputs_of
-from torchtrt_md.verification.compare import FP32_TOLERANCE, coarsest, relative_error
+from torchtrt_md.verification.compare import FP32_TOLERANCE, coarsest, is_inexact, relative_error
 from torchtrt_md.verification.dense import computed_in, widest
 from torchtrt_md.verification.operands import unsaid
 from torchtrt_md.verification.simulate import compute
@@ -32,8 +32,7 @@ Function = Callable[..., Sequence[Tensor]]
 Compiler = Literal["Inductor", "TensorRT"]
 _OTHER = {"Inductor": "tensorrt", "TensorRT": "inductor"}
 _CALLS = 3
-# A router may send a token elsewhere when an intermediate result is rounded otherwise: of small models with experts,
-# in one draw of seven (of 24 tokens, in bfloat16).
+# A router may send a token elsewhere when an intermediate result is rounded otherwise, but not in every draw.
 _DRAWS = 8
 _ROUNDINGS = 8.0  # of the coarsest dtype that is computed in: further than this, what rounding costs is measured
 _COARSEST = torch.finfo(torch.bfloat16).eps  # eight roundings of float8 would be anything
@@ -97,14 +96,14 @@ def _wrong(graph: GraphModule, function: Function, operands: list[Tensor]) -> tu
             return ""
         if result.shape == plain.shape and bool(plain.isnan().any()):
             result = torch.where(plain.isnan(), plain, result)
-        if _is_inexact(plain) and plain.numel() >= _MANY and relative_error(result, plain) <= near:
+        if is_inexact(plain) and plain.numel() >= _MANY and relative_error(result, plain) <= near:
             return ""
         if not exact:
             exact, wide, _ = widest(lambda precision: compute(graph, operands, precision))
         reference = _readable(exact[index])
         error, dense = relative_error(result, reference), relative_error(plain, reference)
-        most = max(_RATIO * (dense if wide else near if _is_inexact(plain) else 0.0), FP32_TOLERANCE)
-        if not _is_inexact(plain) and near > FP32_TOLERANCE:  # near ties of 16-bit numbers fall either way
+        most = max(_RATIO * (dense if wide else near if is_inexact(plain) else 0.0), FP32_TOLERANCE)
+        if not is_inexact(plain) and near > FP32_TOLERANCE:  # near ties of 16-bit numbers fall either way
             most += min(4 * math.sqrt(dense * plain.numel() + 1) / max(plain.numel(), 1), _TIES)
         if error <= most:
             return ""
@@ -125,10 +124,6 @@ def _wrong(graph: GraphModule, function: Function, operands: list[Tensor]) -> tu
 def _readable(tensor: Tensor) -> Tensor:
     """Of a dtype that has arithmetic, which float8 has not."""
     return tensor.float() if tensor.is_floating_point() and tensor.dtype.itemsize == 1 else tensor
-
-
-def _is_inexact(tensor: Tensor) -> bool:
-    return tensor.is_floating_point() or tensor.is_complex()
 
 
 def _is_near(result: Tensor, plain: Tensor, near: float) -> bool:

@@ -16,6 +16,7 @@ from torch.fx import GraphModule, Node
 from torch.utils import _pytree as pytree
 
 from torchtrt_md.lowering.ops import bound_args
+from torchtrt_md.verification.compare import is_inexact
 
 aten = torch.ops.aten
 _NUMBERS = 2  # zeros and ones, as of a mask, where nothing is indexed
@@ -119,12 +120,8 @@ def _writes(node: Node) -> bool:
 
 def _is_whole(node: Node) -> bool:
     value = node.meta.get("val")
-    return isinstance(value, Tensor) and value.dtype != torch.bool and not _is_inexact(value)
-
-
-def _is_inexact(value: Tensor) -> bool:
-    return value.is_floating_point() or value.is_complex()
+    return isinstance(value, Tensor) and value.dtype != torch.bool and not is_inexact(value)
 
 
 def _is_floating(node: Node) -> bool:
-    return any(isinstance(v, Tensor) and _is_inexact(v) for v in pytree.tree_leaves(node.meta.get("val")))
+    return any(isinstance(v, Tensor) and is_inexact(v) for v in pytree.tree_leaves(node.meta.get("val")))
