@@ -255,6 +255,8 @@ class Bench:
         graph = {"cuda_graph": self.launch.clock.cuda}
         ways: dict[str, dict[str, Any]] = {
             "ours, Inductor": {"placement": "split", "compute": "inductor"},
+            "ours, Inductor, NCCL": {"placement": "split", "compute": "inductor", "transport": "nccl"},
+            "ours, Inductor, stores": {"placement": "split", "compute": "inductor", "transport": "store"},
             "ours, TensorRT": {"placement": "split"},
             "ours, TensorRT, one engine": {"placement": "engine"},
             "ours, tuned": {"tune": True},
@@ -379,9 +381,10 @@ def main(
         logging.getLogger("torchtrt_md").setLevel(logging.INFO)
     for name in model:
         bench = Bench(launch, name, small=size == "small", wanted=only or ["*"], keep=partial(keep, name))
+        # Ours first: it may join weights, which moves them, and the graphs of peers hold their addresses.
+        bench.add_ours()
         bench.add_dense()
         bench.add_peers(backend or ["native", "_native_cudnn"])
-        bench.add_ours()
         keep(name, bench.measure(rounds))
         del bench
         release()

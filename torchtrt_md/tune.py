@@ -49,7 +49,7 @@ WARM_UP, REPEATS, FEWEST = 3, 20, 5
 SECONDS = 0.3  # for each candidate, where the fewest repeats leave it
 _STEP = "a whole step"
 _TENSORRT, _INDUCTOR = "TensorRT", "Inductor"
-_TRANSPORTS = {"nccl": "NCCL", "copy": "copy engines"}
+_TRANSPORTS = {"nccl": "NCCL", "store": "stores", "copy": "copy engines"}
 
 
 class Clock(Protocol):
@@ -57,7 +57,7 @@ class Clock(Protocol):
 
     @property
     def transports(self) -> Sequence[str]:
-        """What exchanges are tried by: ``nccl``, ``copy``."""
+        """What exchanges are tried by: ``nccl``, ``store``, ``copy``."""
 
     def now(self) -> float:
         """Seconds, monotonic."""

@@ -20,6 +20,7 @@ from torchtrt_md.lowering import attention_keys
 from torchtrt_md.lowering.passes import Exchange
 from torchtrt_md.place import place
 from torchtrt_md.runtime.memory import MemoryPlan, plan_memory
+from torchtrt_md.runtime.push import Push
 from torchtrt_md.runtime.steps import Key, Slot, Step, Values, eager_steps
 from torchtrt_md.segment import Part, Wire
 
@@ -38,9 +39,12 @@ def no_copies(x: Tensor, results: Sequence[Tensor]) -> list[tuple[Tensor, Tensor
     return []
 
 
-def collective(name: str, read: str, size: int = 64, in_place: bool = False, axis: str = "cp") -> Step:
+def collective(
+    name: str, read: str, size: int = 64, in_place: bool = False, axis: str = "cp", sums: int | None = 0
+) -> Step:
+    """Without NCCL, what arrives is the result, or it is the sum of some; None is left to NCCL."""
     slot = Slot(name, (size,), torch.uint8)
-    push = None if in_place else no_copies
+    push = None if sums is None else Push(no_copies, sums)
     return Step(name, (read,), nothing, slots=(slot,), communicates=True, in_place=in_place, push=push, axis=axis)
 
 
@@ -152,7 +156,8 @@ class Checker:
         shared = self.plan.shared_of
         assert not shared.keys() & (self.plan.block_of.keys() | self.keep)
         for axis, total in self.plan.shared.items():
-            pushed = sorted(((self.makers[v], v) for v in shared if shared[v][0] == axis), key=lambda made: made[0])
+            lands = {step.landing.name: i for i, step in enumerate(self.steps) if step.landing is not None}
+            pushed = sorted(((lands[v], v) for v in shared if shared[v][0] == axis), key=lambda made: made[0])
             for number, (index, value) in enumerate(pushed):
                 begin, end = self._extent(value)
                 assert end <= total
@@ -160,12 +165,12 @@ class Checker:
                 for maker, earlier in pushed:
                     start, stop = self._extent(earlier)
                     if begin < stop and start < end and (maker < index or number == 0):
-                        late = self.accesses[earlier] - {maker} - barrier
+                        late = self.accesses.get(earlier, set()) - {maker} - barrier  # a sum is read by its maker
                         assert not late, f"others write {value} where {earlier} lies, which is still read"
                         assert maker in barrier, f"{value} and {earlier} are written at once"
 
     def _extent(self, value: Key) -> tuple[int, int]:
-        (slot,) = self.steps[self.makers[value]].slots
+        (slot,) = (s.landing for s in self.steps if s.landing is not None and s.landing.name == value)
         offset = self.plan.shared_of[value][1]
         return offset, offset + math.prod(slot.shape) * slot.dtype.itemsize
 
@@ -279,14 +284,14 @@ class TestByHand:
         assert found.block_of == {}  # "a" is what an output looks at
 
     def test_an_all_reduce_takes_its_operands_place_where_nothing_else_reads_it(self) -> None:
-        steps = [engine("a", "input:x"), collective("c", "a", in_place=True), op("d", "c")]
+        steps = [engine("a", "input:x"), collective("c", "a", in_place=True, sums=None), op("d", "c")]
         found = planned(steps, ["d"])
         assert found.block_of["c"] == found.block_of["a"]
-        shared = [engine("a", "input:x"), collective("c", "a", in_place=True), op("d", "c", "a")]
+        shared = [engine("a", "input:x"), collective("c", "a", in_place=True, sums=None), op("d", "c", "a")]
         found = planned(shared, ["d"])
         assert found.block_of["c"] != found.block_of["a"]
 
-    def test_copy_engines_write_where_nobody_reads_any_more(self) -> None:
+    def test_others_write_where_nobody_reads_any_more(self) -> None:
         steps: list[Step] = [op("v0", "input:x")]
         for i in range(4):
             steps += [collective(f"c{i}", f"v{i}", size=512), op(f"v{i + 1}", f"c{i}")]
@@ -349,10 +354,11 @@ def programs(draw: st.DrawFn) -> tuple[list[Step], list[str]]:
                 steps.append(engine(name, *reads, slots=names, size=size))
             case "collective":
                 names = [name]
-                steps.append(collective(name, reads[0], size, axis=draw(st.sampled_from(["cp", "tp"]))))
+                axis, sums = draw(st.sampled_from(["cp", "tp"])), draw(st.sampled_from([None, 0, 0, 2]))
+                steps.append(collective(name, reads[0], size, axis=axis, sums=sums))
             case "all_reduce":
                 names, size = [name], sizes[reads[0]]
-                steps.append(collective(name, reads[0], size, in_place=True))
+                steps.append(collective(name, reads[0], size, in_place=True, sums=draw(st.sampled_from([None, 2]))))
             case "op":
                 names = [name]
                 steps.append(op(name, *reads))
@@ -401,7 +407,7 @@ def call_of(name: str) -> tuple[models.Call, md.ContextParallel | md.TensorParal
 
 
 def check_real_program(rank: int, name: str) -> list[tuple[int, int, int, int]]:
-    """With NCCL and with copy engines: collectives, joins, bytes of all slots, and of the memory kept for them."""
+    """With NCCL and without: collectives, joins, bytes of all slots, and of the memory kept for them."""
     if rank:  # the same on all ranks
         return []
     (model, args, kwargs), parallel = call_of(name)

@@ -1,4 +1,4 @@
-"""Exchanges by copy engines: what is copied where, and when memory that others write may be used again."""
+"""Collectives without NCCL: what is copied where, and when memory that others write may be used again."""
 
 from __future__ import annotations
 
@@ -10,16 +10,17 @@ from torch import Tensor
 from torch.fx import Graph, Node
 
 from torchtrt_md.runtime.memory import MemoryPlan, plan_memory
-from torchtrt_md.runtime.push import copies_of
+from torchtrt_md.runtime.push import Push, push_of
 from torchtrt_md.runtime.steps import Slot, Step
 
 md = torch.ops.torchtrt_md
 RANKS = 4
 
 
-def node_of(op: str, *args: Any) -> Node:
+def node_of(op: str, *args: Any, like: Tensor | None = None) -> Node:
     graph = Graph()
     x = graph.placeholder("x")
+    x.meta["val"] = torch.empty(8, 3) if like is None else like
     return graph.call_function(getattr(md, op).default, (x, *args))
 
 
@@ -27,9 +28,10 @@ def run_all(op: str, args: tuple[Any, ...], operands: list[Tensor], shape: list[
     """All ranks' results, each rank having copied its part."""
     results = [torch.full(shape, float("nan")) for _ in range(RANKS)]
     for me, operand in enumerate(operands):
-        copies = copies_of(node_of(op, *args), me)
-        assert copies is not None
-        for to, source in copies(operand, results):
+        push = push_of(node_of(op, *args), me)
+        assert push is not None
+        for to, source in push.copies(operand, results):
+            assert to.nbytes == source.nbytes
             to.copy_(source)
     return results
 
@@ -54,23 +56,52 @@ def test_permute_tensor(shift: int) -> None:
         assert torch.equal(result, operands[(rank - shift) % RANKS])
 
 
-def test_what_computes_is_left_to_nccl() -> None:
-    assert copies_of(node_of("all_reduce", "sum", "cp", RANKS), 0) is None
-    assert copies_of(node_of("reduce_scatter", "sum", 0, "cp", RANKS), 0) is None
+@pytest.mark.parametrize("op", ["sum", "avg"])
+@pytest.mark.parametrize("name", ["all_reduce", "reduce_scatter"])
+def test_parts_of_a_sum_land_beside_each_other(name: str, op: str) -> None:
+    operands = [torch.randn(8, 3) for _ in range(RANKS)]
+    whole = name == "all_reduce"
+    args = (op, "cp", RANKS) if whole else (op, 0, "cp", RANKS)
+    push = push_of(node_of(name, *args), 0)
+    assert push is not None
+    landed = run_all(name, args, operands, [RANKS, 8 if whole else 2, 3])
+    for rank, parts in enumerate(landed):
+        assert push.sums == len(parts) == RANKS
+        total = torch.stack(operands).sum(0)
+        total = total if whole else total.chunk(RANKS)[rank]
+        torch.testing.assert_close(parts.sum(0) * push.scale, total / (RANKS if op == "avg" else 1))
+
+
+def test_what_else_computes_is_left_to_nccl() -> None:
+    for op in ("max", "min", "product"):
+        assert push_of(node_of("all_reduce", op, "cp", RANKS), 0) is None
+        assert push_of(node_of("reduce_scatter", op, 0, "cp", RANKS), 0) is None
+    for dtype in (torch.float64, torch.int64, torch.bool, torch.complex64):
+        like = torch.empty(8, 3, dtype=dtype)
+        assert push_of(node_of("all_reduce", "sum", "cp", RANKS, like=like), 0) is None
+        assert push_of(node_of("reduce_scatter", "sum", 0, "cp", RANKS, like=like), 0) is None
+
+
+def test_of_many_ranks_only_little_goes_from_everyone_to_everyone() -> None:
+    large = torch.empty(1 << 20, dtype=torch.bfloat16)
+    assert push_of(node_of("all_reduce", "sum", "cp", 4, like=large), 0) is None
+    assert push_of(node_of("all_reduce", "sum", "cp", 4, like=large[: 1 << 19]), 0) is not None
+    assert push_of(node_of("all_reduce", "sum", "cp", 2, like=large), 0) is not None
+    assert push_of(node_of("reduce_scatter", "sum", 0, "cp", 4, like=large), 0) is not None
 
 
 def compute(name: str, *reads: str) -> Step:
     return Step(name, reads, lambda values: None, slots=(Slot(name, (64,), torch.float32),))
 
 
-def exchange(name: str, read: str) -> Step:
+def exchange(name: str, read: str, sums: int = 0) -> Step:
     return Step(
         name,
         (read,),
         lambda values: None,
         slots=(Slot(name, (64,), torch.float32),),
         communicates=True,
-        push=lambda x, results: [],
+        push=Push(lambda x, results: [], sums),
         axis="cp",
     )
 
@@ -134,3 +165,19 @@ def test_a_single_exchange_is_left_to_nccl() -> None:
 def test_results_that_are_returned_are_left_to_nccl() -> None:
     steps = [*layers(2), exchange("last", "x1")]
     assert "last" not in plan_memory(steps, ["last"], push=True).shared_of
+
+
+def test_what_is_summed_is_read_behind_its_own_barrier() -> None:
+    """So the exchange right behind it writes elsewhere, and the one behind that where it was."""
+    steps: list[Step] = [compute("a", "input:x")]
+    for i in range(4):
+        steps += [exchange(f"c{i}", "a", sums=2)]
+    made = plan_memory([*steps, compute("b", *(f"c{i}" for i in range(4)))], ["b"], push=True)
+    at = [made.shared_of["landed", f"c{i}"][1] for i in range(4)]
+    assert at == [0, 512, 1024, 512]
+
+
+def test_a_sum_that_is_returned_lands_in_shared_memory_all_the_same() -> None:
+    steps = [compute("a", "input:x"), exchange("b", "a", sums=2), exchange("c", "a", sums=2)]
+    made = plan_memory(steps, ["b", "c"], push=True)
+    assert set(made.shared_of) == {("landed", "b"), ("landed", "c")}

@@ -73,7 +73,7 @@ def bring_up(
         outputs: what a call returns: of the program, or what a part writes.
         self_tests: of all engines of the program, the same on all ranks.
         target: what the engines were built for.
-        transport: what does the exchanges between segments: ``nccl``, or the GPUs' ``copy`` engines.
+        transport: what does the exchanges between segments; see :class:`~torchtrt_md.options.Options`.
         overlap: run collectives of PyTorch on a stream of their own.
         offers: what is asked of TensorRT.
         known: of programs that were brought up before.
@@ -81,8 +81,8 @@ def bring_up(
     Raises:
         MDError: on every rank, naming the ranks that failed.
     """
-    if transport == "copy":
-        _check_one_host(mesh, launch)
+    if transport != "nccl":
+        _check_one_host(mesh, launch, transport)
     groups = launch.connect(mesh)
     check_communication(launch, mesh, groups, self_tests, target)
     loaded = launch.together("loading the engines", lambda: _load_engines(parts, launch.device, target, offers))
@@ -105,14 +105,19 @@ def bring_up(
             known=known or Known(),
         ),
     )
-    share = (lambda axis, size: Shared(size, groups[axis], launch.device)) if transport == "copy" else None
-    make = partial(Executor, steps, fixed=fixed, outputs=outputs, device=launch.device, overlap=overlap, share=share)
+
+    def share(axis: str, size: int) -> Shared:
+        return Shared(size, groups[axis], launch.device, kernel=transport == "store")
+
+    make = partial(Executor, steps, fixed=fixed, outputs=outputs, device=launch.device, overlap=overlap)
     save = kernels.save if kernels is not None else None
-    return launch.meet("the memory of the program", lambda: make(after_first=save))
+    return launch.meet(
+        "the memory of the program", lambda: make(share=None if transport == "nccl" else share, after_first=save)
+    )
 
 
-def _check_one_host(mesh: Mesh, launch: Launch) -> None:
-    """Refuse copies between hosts: the GPUs of one cannot write the memory of another's.
+def _check_one_host(mesh: Mesh, launch: Launch, transport: str) -> None:
+    """Refuse writes between hosts: the GPUs of one cannot write the memory of another's.
 
     Raises:
         LaunchError: on every rank, naming the ranks of an axis that are on several hosts.
@@ -121,8 +126,8 @@ def _check_one_host(mesh: Mesh, launch: Launch) -> None:
         for ranks in mesh.groups(axis):
             if len({launch.hosts[rank] for rank in ranks}) > 1:
                 raise LaunchError(
-                    f"transport='copy' is for GPUs of one host, and ranks {', '.join(map(str, ranks))} of axis {axis!r}"
-                    " are on several",
+                    f"transport={transport!r} is for GPUs of one host, and ranks {', '.join(map(str, ranks))} of axis"
+                    f" {axis!r} are on several",
                     fix="use transport='nccl', or give each host whole groups of the axis",
                 )
 

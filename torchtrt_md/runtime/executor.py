@@ -27,7 +27,7 @@ class Executor:
         outputs: what a call returns, by the names that steps write.
         device: where it runs.  On the CPU everything is done at once, in order.
         overlap: run collectives on a stream of their own.
-        share: makes memory of this size that the ranks of this axis share, for exchanges by copy engines; collective.
+        share: makes memory of this size that the ranks of this axis share, for collectives without NCCL; collective.
             None: NCCL does them.
         after_first: called once, when the first call is enqueued.
     """
@@ -58,19 +58,20 @@ class Executor:
                     block = memory[self.plan.block_of[slot.name]]
                     self._fixed[slot.name] = block[: slot.bytes].view(slot.dtype).view(slot.shape)
         self._shared = {axis: share(axis, size) for axis, size in sorted(self.plan.shared.items())} if share else {}
-        self._results: dict[Key, list[Tensor]] = {}
+        self._landings: dict[Key, list[Tensor]] = {}
         for step in self.steps:
-            for slot in step.slots:
-                if slot.name in self.plan.shared_of:
-                    axis, offset = self.plan.shared_of[slot.name]
-                    self._results[slot.name] = self._shared[axis].results(offset, slot.shape, slot.dtype)
-                    self._fixed[slot.name] = self._results[slot.name][self._shared[axis].me]
+            landing = step.landing
+            if landing is not None and landing.name in self.plan.shared_of:
+                axis, offset = self.plan.shared_of[landing.name]
+                everyones = self._shared[axis].results(offset, landing.shape, landing.dtype)
+                self._landings[landing.name] = everyones
+                self._fixed[landing.name] = everyones[self._shared[axis].me]
 
     def close(self) -> None:
         """Let go of the engines and of all memory."""
         self.steps.clear()
         self._fixed.clear()
-        self._results.clear()
+        self._landings.clear()
         self._shared.clear()
 
     @property
@@ -139,12 +140,16 @@ class Executor:
             step.run(values)
 
     def _communicate(self, step: Step, values: Values) -> None:
-        name = step.slots[0].name
-        if name not in self._results:
+        landing = step.landing
+        if landing is None or landing.name not in self._landings:
             step.run(values)
             return
         assert step.push is not None
-        self._shared[step.axis].copy(step.push(values[step.reads[0]].contiguous(), self._results[name]))
+        operand = values[step.reads[0]].contiguous()
+        shared = self._shared[step.axis]
+        shared.copy(step.push.copies(operand, self._landings[landing.name]))
+        if step.push.sums:
+            shared.add_up(values[landing.name], values[step.slots[0].name], step.push.scale)
 
     def _provide(self, step: Step, values: Values) -> None:
         """Memory for what the step writes and the call returns; all else has its own already."""

@@ -14,7 +14,7 @@ from __future__ import annotations
 from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass, field
 
-from torchtrt_md.runtime.steps import Key, Step
+from torchtrt_md.runtime.steps import Key, Slot, Step
 from torchtrt_md.runtime.tensors import ALIGNMENT
 
 
@@ -38,8 +38,8 @@ class MemoryPlan:
     """The moments of all steps, and for each slot the block of memory that it lies in.
 
     ``blocks`` are sizes in bytes.  ``marks`` are the steps of the main stream that a collective waits for.
-    ``shared_of`` has the results of exchanges by copy engines, each with its axis and its offset in the memory that the
-    ranks of the axis share, of which ``shared`` has the bytes.
+    ``shared_of`` has what collectives without NCCL write (:attr:`Step.landing`), each with its axis and its offset in
+    the memory that the ranks of the axis share, of which ``shared`` has the bytes.
     """
 
     moments: list[Moment]
@@ -56,7 +56,7 @@ def plan_memory(steps: Sequence[Step], keep: Sequence[Key], *, push: bool = Fals
     Args:
         steps: in the order in which they are enqueued.
         keep: the values that the call returns; they get memory of their own in each call.
-        push: let the copy engines do the exchanges, where what they need holds.
+        push: do collectives without NCCL, where what they need holds.
     """
     bases = _bases(steps)
     moments = [Moment() for _ in steps]
@@ -186,39 +186,41 @@ def _wait_for_pytorchs_memory(steps: Sequence[Step], moments: Sequence[Moment], 
 def _shared(
     steps: Sequence[Step], moments: Sequence[Moment], free_at: Mapping[Key, int]
 ) -> tuple[dict[Key, tuple[str, int]], dict[str, int]]:
-    """For each exchange that copy engines can do, where in the memory that its axis shares its result lies.
+    """For each collective that ranks can do without NCCL, where in the memory that its axis shares they write.
 
-    Other ranks may write a result once they are behind the barrier of the exchange before it on that axis, which this
+    Other ranks may write there once they are behind the barrier of the exchange before it on that axis, which this
     rank enters when its main stream has reached that exchange's ``after``.  So memory may be used again if its last
-    reader is no later than that.  For the first exchange of a call the one before is the last of the previous call: its
-    memory is its own, and must have been read before that one began.  Where it is not, as where there is one exchange
-    only, NCCL does those of the axis.
+    reader is no later than that.  Where a sum reads it the reader is the exchange itself, behind its own barrier; so it
+    is the barrier of the next one that tells.  For the first exchange of a call the one before is the last of the
+    previous call: its memory is its own, and must have been read before that one began.  Where it is not, as where
+    there is one exchange only, NCCL does those of the axis.
     """
     found: dict[Key, tuple[str, int]] = {}
     total: dict[str, int] = {}
-    by_axis: dict[str, list[int]] = {}
+    by_axis: dict[str, list[tuple[int, Slot, int]]] = {}  # (step, where it lands, free from this step on)
     for index, step in enumerate(steps):
-        if step.push is not None and step.slots[0].name in free_at:
-            by_axis.setdefault(step.axis, []).append(index)
+        landing = step.landing
+        if landing is not None and step.push is not None and (step.push.sums or landing.name in free_at):
+            free = -1 if step.push.sums else free_at[landing.name]
+            by_axis.setdefault(step.axis, []).append((index, landing, free))
     for axis, exchanges in by_axis.items():
-        names = [steps[index].slots[0] for index in exchanges]
-        if free_at[names[0].name] > moments[exchanges[-1]].after:
+        if len(exchanges) < 2 or exchanges[0][2] > moments[exchanges[-1][0]].after:
             continue
-        available: list[tuple[int, int, int]] = []  # (bytes, offset, the step from which on it is free)
+        available: list[tuple[int, int, int, int]] = []  # (bytes, offset, free from this step, and this exchange on)
         end = 0
-        for number, slot in enumerate(names):
+        for number, (_, slot, free) in enumerate(exchanges):
             size = -(-slot.bytes // ALIGNMENT) * ALIGNMENT
-            before = moments[exchanges[number - 1]].after if number else -1
-            fitting = [entry for entry in available if entry[0] >= size and entry[2] <= before]
+            before = moments[exchanges[number - 1][0]].after if number else -1
+            fitting = [e for e in available if e[0] >= size and e[2] <= before and e[3] <= number]
             if fitting:
                 chosen = min(fitting)
                 available.remove(chosen)
             else:
-                chosen = (size, end, 0)
+                chosen = (size, end, 0, 0)
                 end += size
             found[slot.name] = (axis, chosen[1])
             if number:
-                available.append((chosen[0], chosen[1], free_at[slot.name]))
+                available.append((*chosen[:2], free, number + 2))
         total[axis] = end
     return found, total
 

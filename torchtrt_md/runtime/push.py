@@ -1,16 +1,15 @@
-"""Exchanges by the GPUs' copy engines: each rank writes its parts into the results of the others.
+"""Collectives without NCCL: each rank writes its parts into the memory of the others, by a kernel or by copy engines.
 
-NCCL's kernels take multiprocessors from the product or the attention that they overlap with; a persistent kernel that
-finds one of its multiprocessors taken may run for twice as long.  A copy engine takes none.
-
-A result lies in memory that the ranks of the axis can write.  They may do so once all of them are behind the exchange
-before it, whose barrier says so, and the plan has seen to it that nobody reads that memory any more by then.  Behind
-the copies is a barrier of all ranks of the axis: then everything has arrived everywhere.
+What arrives lies in memory that the ranks of the axis can write.  They may do so once all of them are behind the
+exchange before it, whose barrier says so, and the plan has seen to it that nobody reads that memory any more by then.
+Behind the copies is a barrier of all ranks of the axis: then everything has arrived everywhere.  For a sum every rank
+then adds up what came, in the order of ranks, so that all have the same bits.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from dataclasses import dataclass
 
 import torch
 import torch.distributed as dist
@@ -20,12 +19,29 @@ from torch.fx import Node
 from torchtrt_md.lowering.ops import bound_args
 from torchtrt_md.runtime import private
 
-# (This rank's operand, the results of all ranks of the axis in order) -> what is copied: (to, from).
+# (This rank's operand, what all ranks of the axis get, in order) -> what is copied: (to, from).
 Copies = Callable[[Tensor, Sequence[Tensor]], list[tuple[Tensor, Tensor]]]
+_SUMMED = (torch.float32, torch.bfloat16, torch.float16)
+_SMALL = 1 << 20  # bytes
 
 
-def copies_of(node: Node, me: int) -> Copies | None:
-    """What a collective of the IR copies where; None where it computes, too.
+@dataclass(frozen=True)
+class Push:
+    """How ranks do a collective by writing into each other's memory.
+
+    Attributes:
+        copies: what goes where: into the results, or for a sum beside each other, into [ranks, *the result's shape].
+        sums: how many parts the result is the sum of; 0 where it is what arrived.
+        scale: what the sum is multiplied by.
+    """
+
+    copies: Copies
+    sums: int = 0
+    scale: float = 1.0
+
+
+def push_of(node: Node, me: int) -> Push | None:
+    """How to do a collective of the IR so; None where NCCL is to.
 
     Args:
         me: where this rank stands along the axis.
@@ -33,12 +49,18 @@ def copies_of(node: Node, me: int) -> Copies | None:
     name, args = str(node.target).split(".")[1], bound_args(node)
     size = args["size"]
     if name == "all_to_all":
-        return lambda x, results: _exchanged(x.chunk(size), results, me)
+        return Push(lambda x, results: _exchanged(x.chunk(size), results, me))
     if name in ("all_gather", "gather"):
-        return lambda x, results: _exchanged([x] * size, results, me)
+        return Push(lambda x, results: _exchanged([x] * size, results, me))
     if name == "permute_tensor":
         to = (me + args["shift"]) % size
-        return lambda x, results: [(results[to], x)]
+        return Push(lambda x, results: [(results[to], x)])
+    if name in ("all_reduce", "reduce_scatter") and args["op"] in ("sum", "avg"):
+        held: Tensor = args["x"].meta["val"]
+        whole = name == "all_reduce"  # everything goes to everyone, which for many ranks is more than NCCL sends
+        if held.dtype in _SUMMED and (not whole or size == 2 or held.nbytes <= _SMALL):
+            scale = 1 / size if args["op"] == "avg" else 1.0
+            return Push(lambda x, parts: _exchanged([x] * size if whole else x.chunk(size), parts, me), size, scale)
     return None
 
 
@@ -53,9 +75,13 @@ class Shared:
 
     Args:
         size: bytes; the same on all ranks of the axis.
+        kernel: a kernel writes it, and not the copy engines.
     """
 
-    def __init__(self, size: int, group: dist.ProcessGroup, device: torch.device) -> None:
+    def __init__(self, size: int, group: dist.ProcessGroup, device: torch.device, *, kernel: bool) -> None:
+        from torchtrt_md.runtime import store  # Triton is there where GPUs are
+
+        self._store, self.add_up = store.store if kernel else None, store.add_up
         self.memory, self._handle = private.symmetric_memory(size, group, device)
         self.ranks, self.me = dist.get_world_size(group), dist.get_rank(group)
         self._size = size
@@ -73,9 +99,13 @@ class Shared:
     def copy(self, copies: Sequence[tuple[Tensor, Tensor]]) -> None:
         """Copy, and let the current stream wait until all ranks of the axis have.
 
-        To other GPUs one after the other: measured on 4 H200, all at once was slower.  This rank's own part is copied
-        by a kernel, and beside those, for changing between copy engines and kernels costs time.
+        By copy engines to other GPUs one after the other: measured on 4 H200, all at once was slower.  This rank's own
+        part is copied by a kernel, and beside those, for changing between copy engines and kernels costs time.
         """
+        if self._store is not None:
+            self._store(copies)
+            self.barrier()
+            return
         here = torch.cuda.current_stream()
         own = [(to, source) for to, source in copies if self._is_own(to)]
         if own:

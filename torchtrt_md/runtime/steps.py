@@ -24,7 +24,7 @@ from torchtrt_md.lowering.ops import bound_args, is_collective
 from torchtrt_md.program import outputs_of, placeholders
 from torchtrt_md.runtime import collective
 from torchtrt_md.runtime.engine import Engine
-from torchtrt_md.runtime.push import Copies, copies_of
+from torchtrt_md.runtime.push import Push, push_of
 from torchtrt_md.runtime.tensors import ALIGNMENT
 from torchtrt_md.segment import Binding, Segment, Wire
 
@@ -64,7 +64,7 @@ class Step:
         looks: it only looks at what it reads: nothing is enqueued.
         aliases: its result may be the memory of what it reads.
         in_place: the slot may be the memory of the only value that it reads.
-        push: of a collective that only copies: how the copy engines can do it.
+        push: of a collective: how the ranks can do it by writing into each other's memory.
         axis: of a collective.
         engine: what it is, where it is one.
     """
@@ -78,9 +78,17 @@ class Step:
     looks: bool = False
     aliases: bool = False
     in_place: bool = False
-    push: Copies | None = None
+    push: Push | None = None
     axis: str = ""
     engine: Engine | None = None
+
+    @property
+    def landing(self) -> Slot | None:
+        """Where what other ranks write arrives, of a collective that can be done so: its result, or beside it."""
+        if self.push is None or not self.push.sums:
+            return self.slots[0] if self.push else None
+        (result,) = self.slots
+        return Slot(("landed", result.name), (self.push.sums, *result.shape), result.dtype)
 
 
 def engine_step(segment: Segment, engine: Engine) -> Step:
@@ -200,7 +208,7 @@ def _step(
             slots=(slot,),
             communicates=True,
             in_place=collective.is_in_place(node),
-            push=copies_of(node, coordinates[bound_args(node)["axis"]]),
+            push=push_of(node, coordinates[bound_args(node)["axis"]]),
             axis=bound_args(node)["axis"],
         )
     if node.target is aten.index_select.default and names[node.args[2]][0] == "coordinate":  # type: ignore[index]

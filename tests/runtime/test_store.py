@@ -1,0 +1,50 @@
+"""The kernels of collectives without NCCL, as Triton's interpreter runs them on the CPU."""
+
+from __future__ import annotations
+
+import subprocess
+import sys
+from pathlib import Path
+
+CHECK = """
+import itertools
+import torch
+from torchtrt_md.runtime.store import add_up, store
+
+def drawn(*shape, dtype):
+    return torch.randint(0, 256, shape).to(dtype)
+
+dtypes, sizes = [torch.uint8, torch.bfloat16, torch.float32], [1, 7, 8, 4099, 70000]
+for dtype, size, shift in itertools.product(dtypes, sizes, [0, 1]):
+    sources = [drawn(size + shift, dtype=dtype)[shift:] for _ in range(3)]
+    around = [torch.full((size + 64,), 3, dtype=dtype) for _ in sources]
+    store([(a[32 : 32 + size], s) for a, s in zip(around, sources)])
+    for a, s in zip(around, sources):
+        assert torch.equal(a[32 : 32 + size], s), (dtype, size, shift)
+        assert (a[:32] == 3).all() and (a[32 + size :] == 3).all(), "it wrote beside its result"
+
+for dtype, ranks in itertools.product([torch.float32, torch.bfloat16, torch.float16], [2, 4]):
+    parts = torch.randn(ranks, 5, 1033).to(dtype)
+    out = torch.full((5 * 1033 + 8,), 3, dtype=dtype)
+    add_up(parts, out[: 5 * 1033], 0.5)
+    right = parts.float()[0]
+    for part in parts.float()[1:]:
+        right = right + part
+    ulp = 2**-7 if dtype == torch.bfloat16 else 0.0  # the interpreter cuts bits off where a GPU rounds
+    torch.testing.assert_close(out[:-8].view(5, 1033), (right * 0.5).to(dtype), rtol=ulp, atol=0.0)
+    assert (out[-8:] == 3).all()
+store([(torch.empty(0), torch.empty(0))])
+add_up(torch.empty(2, 0), torch.empty(0), 1.0)
+"""
+
+
+def test_every_word_arrives_and_none_beside_it(tmp_path: Path) -> None:
+    """In a process of its own: whether Triton interprets is decided when a kernel is defined."""
+    file = tmp_path / "check.py"
+    file.write_text(CHECK)
+    root = Path(__file__).resolve().parents[2]
+    env = {"TRITON_INTERPRET": "1", "PYTHONPATH": str(root), "PATH": ""}
+    done = subprocess.run(
+        [sys.executable, str(file)], env=env, capture_output=True, text=True, timeout=300, check=False
+    )
+    assert done.returncode == 0, done.stderr
