@@ -1,10 +1,17 @@
-"""The kernels of collectives without NCCL, as Triton's interpreter runs them on the CPU."""
+"""The kernels of collectives without NCCL: run by Triton's interpreter on the CPU, and compiled for GPUs."""
 
 from __future__ import annotations
 
 import subprocess
 import sys
 from pathlib import Path
+
+import pytest
+import triton
+from triton.backends.compiler import GPUTarget
+from triton.compiler import ASTSource
+
+from torchtrt_md.runtime import store as store_kernels
 
 CHECK = """
 import itertools
@@ -48,3 +55,23 @@ def test_every_word_arrives_and_none_beside_it(tmp_path: Path) -> None:
         [sys.executable, str(file)], env=env, capture_output=True, text=True, timeout=300, check=False
     )
     assert done.returncode == 0, done.stderr
+
+
+@pytest.mark.parametrize("capability", [80, 90, 100])
+@pytest.mark.parametrize("name", ["store", "add_up"])
+def test_the_kernels_compile_for_gpus(name: str, capability: int) -> None:
+    """The interpreter takes Python that the compiler refuses; it needs no GPU.  Words go four at a time."""
+    constants = {"PARTS": 4, "WORDS": 2048}
+    tensors = {"to": ("*i64",) * 4, "source": ("*i64",) * 4} if name == "store" else {"out": "*bf16", "parts": "*bf16"}
+    kernel = store_kernels._store if name == "store" else store_kernels._add
+    signature = {**tensors, "count": "i32", **({} if name == "store" else {"scale": "fp32"})}
+    aligned = [(i, j) for i in range(2) for j in range(4)] if name == "store" else [(0,), (1,)]
+    source = ASTSource(
+        kernel,
+        signature={**signature, **dict.fromkeys(constants, "constexpr")},
+        constexprs={(kernel.arg_names.index(k),): v for k, v in constants.items()},
+        attrs=dict.fromkeys([*aligned, (2,)], [["tt.divisibility", 16]]),
+    )
+    made = triton.compile(source, target=GPUTarget("cuda", capability, 32))
+    assert made.asm["cubin"]
+    assert "st.global.v" in made.asm["ptx"]

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Any
 
 import torch
 import triton
@@ -15,7 +14,7 @@ _PROGRAMS, _WORDS, _WARPS = 32, 2048, 16
 
 
 @triton.jit
-def _store(to: Any, source: Any, count: Any, PARTS: tl.constexpr, WORDS: tl.constexpr) -> None:
+def _store(to, source, count, PARTS: tl.constexpr, WORDS: tl.constexpr):  # type: ignore[no-untyped-def]
     """Program (i, part) copies every ``num_programs(0)``-th run of words of a part, from the i-th on."""
     for part in tl.static_range(PARTS):
         if tl.program_id(1) == part:
@@ -47,11 +46,11 @@ def _words(tensor: Tensor) -> Tensor:
 
 
 @triton.jit
-def _add(out: Any, parts: Any, count: Any, scale: Any, PARTS: tl.constexpr, WORDS: tl.constexpr) -> None:
+def _add(out, parts, count, scale, PARTS: tl.constexpr, WORDS: tl.constexpr):  # type: ignore[no-untyped-def]
     at = tl.program_id(0).to(tl.int64) * WORDS + tl.arange(0, WORDS)
     total = tl.load(parts + at, at < count).to(tl.float32)
     for part in tl.static_range(1, PARTS):
-        total += tl.load(parts + part * count + at, at < count).to(tl.float32)
+        total += tl.load(parts + tl.cast(count, tl.int64) * part + at, at < count).to(tl.float32)
     tl.store(out + at, total * scale, at < count)
 
 
