@@ -70,7 +70,7 @@ def test_the_kernels_compile_for_gpus(name: str, capability: int) -> None:
         kernel,
         signature={**signature, **dict.fromkeys(constants, "constexpr")},
         constexprs={(kernel.arg_names.index(k),): v for k, v in constants.items()},
-        attrs=dict.fromkeys([*aligned, (2,)], [["tt.divisibility", 16]]),
+        attrs={key: [["tt.divisibility", 16]] for key in [*aligned, (2,)]},
     )
     made = triton.compile(source, target=GPUTarget("cuda", capability, 32))
     assert made.asm["cubin"]
