@@ -8,8 +8,12 @@ from __future__ import annotations
 import functools
 import gc
 import multiprocessing
+import os
+import runpy
+import socket
+import sys
 import traceback
-from collections.abc import Callable
+from collections.abc import Callable, Mapping, Sequence
 from multiprocessing.connection import Connection
 from multiprocessing.context import ForkServerContext
 from pathlib import Path
@@ -75,6 +79,45 @@ class Ranks:
             pipe.close()
             process.join(5)
             process.kill()
+
+
+class Ended(NamedTuple):
+    """The exit code of a process, and its stdout and stderr."""
+
+    code: int | None
+    output: str
+
+
+def run_script(script: Path, arguments: Sequence[str], folder: Path, env: Mapping[str, str], size: int) -> list[Ended]:
+    """What ``torchrun --nproc_per_node=size script arguments`` starts in ``folder``, forked; each rank's end."""
+    context, logs = warm(), [folder / f"{rank}.log" for rank in range(size)]
+    with socket.socket() as server:
+        server.bind(("127.0.0.1", 0))
+        port = server.getsockname()[1]
+    launch = {**env, "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port)}
+    launch |= dict.fromkeys(("WORLD_SIZE", "LOCAL_WORLD_SIZE"), str(size))
+    processes = []
+    for rank, log in enumerate(logs):
+        own = {**launch, "RANK": str(rank), "LOCAL_RANK": str(rank)}
+        command = [str(script), *arguments]
+        processes.append(context.Process(target=_script, args=(command, str(folder), str(log), own), daemon=True))
+        processes[-1].start()
+    for process in processes:
+        process.join(SECONDS)
+        process.kill()
+        process.join()
+    return [Ended(process.exitcode, log.read_text()) for process, log in zip(processes, logs, strict=True)]
+
+
+def _script(command: list[str], folder: str, log: str, env: dict[str, str]) -> None:
+    out = os.open(log, os.O_WRONLY | os.O_CREAT | os.O_APPEND)
+    os.dup2(out, 1)
+    os.dup2(out, 2)
+    gc.set_threshold(*COLLECT)
+    os.environ.update(env)
+    os.chdir(folder)
+    sys.argv = command
+    runpy.run_path(command[0], run_name="__main__")
 
 
 def _serve(rank: int, size: int, store: str, pipe: Connection) -> None:

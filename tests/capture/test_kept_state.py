@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+import gc
 from collections.abc import Callable
 from typing import Any
 
@@ -12,6 +13,7 @@ from torch import Tensor, nn
 
 import torchtrt_md as md
 from torchtrt_md.capture import kept_state
+from torchtrt_md.capture.function_caches import _live
 from torchtrt_md.capture.torch_private import is_fake
 
 TABLES: dict[int, Tensor] = {}
@@ -286,3 +288,12 @@ def test_what_cannot_be_copied_is_named() -> None:
 
     with pytest.raises(md.MDError, match=r"Locked holds a lock in 'inner\.lock', which cannot be copied"):
         md.capture(Locked(), (torch.randn(1, 6, 8),), mesh=md.Mesh(tp=1))
+
+
+@pytest.mark.parametrize("generation", [None, 0, 1, 2])
+def test_a_functions_cache_is_found_whatever_was_collected_since_the_last_look(generation: int | None) -> None:
+    _live()
+    cache = functools.cache(str)
+    if generation is not None:
+        gc.collect(generation)
+    assert any(found is cache for found in _live())

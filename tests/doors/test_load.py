@@ -2,13 +2,12 @@
 
 import json
 import shutil
-import subprocess
-import sys
 from pathlib import Path
 
 import pytest
 import torch
 from bundle import bundle_samples
+from fresh_python import fresh_python
 from rank_processes import Ranks
 
 from torchtrt_md import errors, load
@@ -108,4 +107,4 @@ def test_importing_the_runtime_loads_no_tensorrt() -> None:
         "import sys, torchtrt_md.runtime, torchtrt_md.run;"
         "assert not {'tensorrt', 'tensorrt_rtx', 'torch_tensorrt'} & set(sys.modules)"
     )
-    subprocess.run([sys.executable, "-c", code], check=True, timeout=120)
+    fresh_python(code)

@@ -3,16 +3,15 @@
 from __future__ import annotations
 
 import ast
-import os
 import re
 import runpy
 import shlex
-import subprocess
 import sys
 from pathlib import Path
 
 import models
 import pytest
+from rank_processes import run_script
 
 from torchtrt_md.bundle import read_manifest
 
@@ -81,19 +80,12 @@ def test_a_model_file_becomes_a_bundle(
     [("flux_pipeline", "FluxTransformer2DModel on Mesh(cp=2)"), ("bert", "BertModel on Mesh(tp=2)")],
 )
 def test_a_launch(example: str, compiled: str, folder: Path) -> None:
-    program, *arguments = shlex.split(commands(example)[0])
-    assert program == "torchrun"
-    done = subprocess.run(
-        [sys.executable, "-m", "torch.distributed.run", "--standalone", *arguments],  # at a free port
-        cwd=folder,
-        env={**os.environ, "PYTHONPATH": str(ROOT), "CUDA_VISIBLE_DEVICES": ""},
-        capture_output=True,
-        text=True,
-        timeout=300,
-        check=False,
-    )
-    assert done.returncode == 0, done.stdout + done.stderr
-    assert compiled in done.stdout
-    found = re.search(r"relative error against the dense \w+ (\S+)", done.stdout)
-    assert found is not None, done.stdout
+    program, ranks, script, *arguments = shlex.split(commands(example)[0])
+    assert (program, ranks) == ("torchrun", "--nproc_per_node=2")
+    ended = run_script(folder / script, arguments, folder, {"CUDA_VISIBLE_DEVICES": ""}, 2)
+    printed = "".join(output for _, output in ended)
+    assert [code for code, _ in ended] == [0, 0], printed
+    assert compiled in printed
+    found = re.search(r"relative error against the dense \w+ (\S+)", printed)
+    assert found is not None, printed
     assert float(found[1]) <= 1e-5

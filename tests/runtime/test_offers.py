@@ -3,8 +3,6 @@
 from __future__ import annotations
 
 import logging
-import subprocess
-import sys
 from pathlib import Path
 from types import ModuleType
 from typing import Any
@@ -12,6 +10,7 @@ from typing import Any
 import pytest
 import torch
 from bundle import bundle_samples
+from fresh_python import fresh_python
 from rank_processes import Ranks
 from typer.testing import CliRunner
 
@@ -146,4 +145,4 @@ def test_asking_loads_no_tensorrt() -> None:
         "import sys; from torchtrt_md.runtime.offers import Offers; Offers.of(0, False);"
         "assert not {'tensorrt', 'tensorrt_rtx', 'torch_tensorrt'} & set(sys.modules)"
     )
-    subprocess.run([sys.executable, "-c", code], check=True, timeout=120)
+    fresh_python(code)

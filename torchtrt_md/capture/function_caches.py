@@ -15,7 +15,7 @@ from collections import deque
 from collections.abc import Iterable, Iterator
 from types import FunctionType, ModuleType
 from typing import Any
-from weakref import WeakKeyDictionary
+from weakref import WeakKeyDictionary, WeakSet
 
 from torch import Tensor, nn
 
@@ -25,6 +25,7 @@ from torchtrt_md.capture.torch_private import is_fake
 _OPAQUE = (type, FunctionType, ModuleType, nn.Module)
 # Cache -> its misses when no tensor was found in it: with no other miss there is nothing new in it.
 _LOOKED_INTO: WeakKeyDictionary[Any, int] = WeakKeyDictionary()
+_FOUND: WeakSet[Any] = WeakSet()
 
 
 class FunctionCaches:
@@ -54,14 +55,29 @@ class FunctionCaches:
             self._imported = len(sys.modules)
             self._misses = {cache: self._misses.get(cache, 0) for cache in _live()}
         for cache, misses in self._misses.items():
-            if cache.cache_info().misses != misses and any(map(is_fake, parts(_entries(cache), True))):
+            if cache.cache_info().misses != misses and any(
+                isinstance(p, Tensor) and is_fake(p) for p in parts(_entries(cache), True)
+            ):
                 cache.cache_clear()
             self._misses[cache] = cache.cache_info().misses
 
 
+# Made at the last look.  The garbage collector moves objects to older generations, each generation as a whole: while
+# this is in a young one, so is all that was made after it.
+_marker: list[None] = []
+
+
 def _live() -> list[Any]:
+    """All there are.  Only the first look, and one after the collector has moved things, is at a million objects."""
+    global _marker
+    last, _marker = _marker, []  # before the look, so that the next one finds what is made meanwhile
     kind = functools._lru_cache_wrapper
-    return [thing for thing in gc.get_objects() if type(thing) is kind]
+    # In this order: what is moved between the two is in the second, or the marker is in neither.
+    found = [t for age in (0, 1) for t in gc.get_objects(age) if type(t) is kind or t is last]
+    if not any(thing is last for thing in found):
+        found = [thing for thing in gc.get_objects() if type(thing) is kind]
+    _FOUND.update(cache for cache in found if cache is not last)
+    return list(_FOUND)
 
 
 def _entries(cache: Any) -> list[object]:

@@ -5,14 +5,13 @@ Tests in ``tests/capture/test_torch_private.py`` name the feature that goes when
 
 from __future__ import annotations
 
-import traceback
 from collections.abc import Iterator, Mapping
 from contextlib import AbstractContextManager, contextmanager
 from typing import Any
 
 import torch.distributed as dist
 import torch.distributed.distributed_c10d as c10d
-from torch import nn
+from torch import fx, nn
 from torch._C._distributed_c10d import _unregister_process_group
 from torch._subclasses.fake_tensor import DataDependentOutputException, DynamicOutputShapeException
 from torch._subclasses.fake_tensor import FakeTensor as FakeTensor
@@ -23,13 +22,13 @@ from torch.fx.experimental.proxy_tensor import PythonKeyTracer
 from torch.testing._internal.distributed.fake_pg import FakeStore
 from torch.utils._python_dispatch import _disable_current_modes
 
-from torchtrt_md.graph.source import told_frames
+from torchtrt_md.graph.source import running_stack
 from torchtrt_md.mesh import OF_A_CAPTURE, Mesh, axis_names
 
 # What fake tensors raise where a size, or which code runs, depends on values.
 DEPENDS_ON_VALUES = (DataDependentOutputException, DynamicOutputShapeException)
 _COORDINATE = "_coordinate_on_dim"
-_FRAMES = "_filter_traceback_frames"
+_CREATE = "create_node"
 
 
 @contextmanager
@@ -151,17 +150,24 @@ def told_stacks() -> Iterator[None]:
     """Let nodes that are traced record the user's innermost frame, whatever its function is called.
 
     PyTorch keeps frames of functions named ``forward`` only.  Without this, an error in a function that several
-    modules share would cite the line that calls it.
+    modules share would cite the line that calls it.  And PyTorch looks up the source of every frame of the whole stack.
     """
+    create = PythonKeyTracer.create_node
 
-    def keep(_: PythonKeyTracer, stack: traceback.StackSummary) -> traceback.StackSummary:
-        return traceback.StackSummary.from_list(told_frames(stack))
+    def told(tracer: PythonKeyTracer, *args: Any, **kwargs: Any) -> fx.Node:
+        recorded, tracer.record_stack_traces = tracer.record_stack_traces, False
+        node = create(tracer, *args, **kwargs)
+        tracer.record_stack_traces = recorded
+        computed = node.op not in ("placeholder", "output")
+        if recorded and computed and not node.stack_trace and (stack := running_stack()):
+            node.stack_trace = stack
+        return node
 
-    setattr(PythonKeyTracer, _FRAMES, keep)
+    setattr(PythonKeyTracer, _CREATE, told)
     try:
         yield
     finally:
-        delattr(PythonKeyTracer, _FRAMES)
+        setattr(PythonKeyTracer, _CREATE, create)
 
 
 def untraced() -> AbstractContextManager[object]:

@@ -5,11 +5,13 @@ from __future__ import annotations
 import functools
 import os
 import re
+import sys
 import sysconfig
 import traceback
 from collections.abc import Sequence
 from pathlib import Path
 from traceback import FrameSummary
+from types import FrameType
 
 import torch.fx
 
@@ -50,12 +52,24 @@ def running_line() -> str:
     return _cited(told_frames(traceback.extract_stack()))
 
 
+def running_stack() -> str:
+    """The frames that are told of the code that calls the caller, as a node records them."""
+    stack: list[FrameSummary] = []
+    frame: FrameType | None = sys._getframe(2)
+    while frame is not None:
+        code = frame.f_code
+        stack.append(FrameSummary(code.co_filename, frame.f_lineno, code.co_name, lookup_line=False))
+        frame = frame.f_back
+    return "".join(traceback.StackSummary.from_list(told_frames(stack[::-1])).format()).strip()
+
+
 def told_frames(stack: Sequence[FrameSummary]) -> list[FrameSummary]:
     """The frames that are told of a stack: of the user's, below the call that entered this package, the innermost.
 
     Before it the innermost ``forward`` that led to it, where it is none itself.
     """
-    entered = next((i for i, f in enumerate(stack) if f.filename.startswith(f"{_HERE}{os.sep}")), 0)
+    here = f"{_HERE}{os.sep}"
+    entered = next((i for i, f in enumerate(stack) if f.filename.startswith(here)), 0)
     users = [frame for frame in stack[entered:] if not _is_machinery(frame.filename, frame.name)]
     if not users or users[-1].name == "forward":
         return users[-1:]
