@@ -31,6 +31,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from pathlib import Path
+from typing import TypeAlias
 
 import msgspec
 import torch
@@ -103,6 +104,8 @@ PASSES: dict[str, Pass] = {
     "rank_input": rank_input.run,
     "validate": validate.run,
 }
+_ANALYSIS = "sequence"  # the last pass that asks nothing of exchanges
+_Analyzed: TypeAlias = dict[int, tuple[GraphModule, dict[str, int]]]  # id of a captured graph -> new one, rewrites
 
 
 def lower(
@@ -126,37 +129,97 @@ def lower(
         CollectiveError: a collective in a form that is not understood.
         ShardingError: an op that mixes positions of a split sequence, or heads that do not divide.
     """
-    check_lower(program, placement, exchanges, dump)
-    if program.lowered:
-        return program
-    dump = None if dump is None else Path(dump)
-    context = PassContext(program.mesh, program.strategies, program.groups, placement, exchanges or {})
-    lowered: dict[int, GraphModule] = {}
-    counts: dict[str, int] = {}
-    for graph, ranks in program.distinct():
-        new = copied(graph)
-        for node in placeholders(new):
-            node.meta[merge_products.SOURCE] = program.sources[node.name]
-        folder = dump / f"rank{ranks[0]}" if dump and len(program.distinct()) > 1 else dump
-        done = run_passes(PASSES, new, context, folder)
-        if not counts:
-            counts = done
-        lowered[id(graph)] = new
-    first = lowered[id(program.graphs[0])]
-    added = {
-        node.name: _source_of(node, program)
-        for graph in lowered.values()
-        for node in placeholders(graph)
-        if node.name not in program.sources
-    }
-    return program.with_graphs(
-        lowered,
-        sources={**program.sources, **added},
-        outputs=_outputs(program, first),
-        groups={},
-        counts=counts,
-        lowered=True,
-    )
+    return Lowering(program).lower(placement=placement, exchanges=exchanges, dump=dump)
+
+
+class Lowering:
+    """Lowers a program in several ways: the passes that are the same for all of them are run once for a placement.
+
+    Those are the ones up to ``sequence``, which take most of the time; a pass behind them that asks how an attention
+    exchanges gets a copy.
+
+    Args:
+        program: what :func:`torchtrt_md.capture` returned; it is left as it was.
+    """
+
+    def __init__(self, program: ShardedProgram) -> None:
+        self.program = program
+        self._analyzed: dict[Placement, _Analyzed] = {}
+
+    def lower(
+        self,
+        *,
+        placement: Placement = "engine",
+        exchanges: Mapping[str, Exchange] | None = None,
+        dump: str | Path | None = None,
+    ) -> ShardedProgram:
+        """See :func:`lower`."""
+        program = self.program
+        check_lower(program, placement, exchanges, dump)
+        if program.lowered:
+            return program
+        dump = None if dump is None else Path(dump)
+        context = PassContext(program.mesh, program.strategies, program.groups, placement, exchanges or {})
+        lowered: dict[int, GraphModule] = {}
+        counts: dict[str, int] = {}
+        analyzed = self._analysis(placement, dump)
+        for graph, ranks in program.distinct():
+            analysis, before = analyzed[id(graph)]
+            new = copied(analysis)
+            done = before | run_passes(PASSES, new, context, self._folder(dump, ranks), behind=_ANALYSIS)
+            if not counts:
+                counts = done
+            lowered[id(graph)] = new
+        first = lowered[id(program.graphs[0])]
+        added = {
+            node.name: _source_of(node, program)
+            for graph in lowered.values()
+            for node in placeholders(graph)
+            if node.name not in program.sources
+        }
+        return program.with_graphs(
+            lowered,
+            sources={**program.sources, **added},
+            outputs=_outputs(program, first),
+            groups={},
+            counts=counts,
+            lowered=True,
+        )
+
+    def attention_order(self, placement: Placement = "engine") -> tuple[str, ...]:
+        """The ``attention_key`` of each attention over a split sequence, in order; that of the first rank's graph.
+
+        Raises:
+            as :func:`lower`.
+        """
+        return _keys(self._analysis(placement)[id(self.program.graphs[0])][0])
+
+    def attention_keys(self) -> tuple[str, ...]:
+        """The different ones of all graphs.
+
+        Raises:
+            as :func:`lower`.
+        """
+        graphs = [graph for graph, _ in self._analysis("engine").values()]
+        return tuple(dict.fromkeys(key for graph in graphs for key in _keys(graph)))
+
+    def _analysis(self, placement: Placement, dump: Path | None = None) -> _Analyzed:
+        """What the passes up to ``sequence`` made of each graph; they are run again where they are to be dumped."""
+        if dump is not None or placement not in self._analyzed:
+            program = self.program
+            found: _Analyzed = {}
+            context = PassContext(program.mesh, program.strategies, program.groups, placement)
+            for graph, ranks in program.distinct():
+                new = copied(graph)
+                for node in placeholders(new):
+                    node.meta[merge_products.SOURCE] = program.sources[node.name]
+                found[id(graph)] = new, run_passes(PASSES, new, context, self._folder(dump, ranks), last=_ANALYSIS)
+            self._analyzed[placement] = found
+        return self._analyzed[placement]
+
+    def _folder(self, dump: Path | None, ranks: tuple[int, ...]) -> Path | None:
+        """Where the graph of these ranks is dumped."""
+        return dump / f"rank{ranks[0]}" if dump and len(self.program.distinct()) > 1 else dump
 
 
 def _source_of(node: Node, program: ShardedProgram) -> Source:
@@ -172,28 +235,17 @@ def _source_of(node: Node, program: ShardedProgram) -> Source:
     return Weight("+".join(weight.name for weight in parts), shape, parts[0].dtype, parts=tuple(parts))
 
 
-def attention_order(program: ShardedProgram) -> tuple[str, ...]:
-    """The ``attention_key`` of each attention over a split sequence, in order; that of the first rank's graph.
-
-    Raises:
-        as :func:`lower`.
-    """
-    return _attention_order(program, program.graphs[0])
-
-
 def attention_keys(program: ShardedProgram) -> tuple[str, ...]:
-    """The different ones of all graphs.
+    """The different ``attention_key`` of all attentions over a split sequence, of all graphs.
 
     Raises:
         as :func:`lower`.
     """
-    return tuple(dict.fromkeys(key for graph, _ in program.distinct() for key in _attention_order(program, graph)))
+    return Lowering(program).attention_keys()
 
 
-def _attention_order(program: ShardedProgram, graph: GraphModule) -> tuple[str, ...]:
-    new = copied(graph)
-    run_passes(PASSES, new, PassContext(program.mesh, program.strategies, program.groups), last="sequence")
-    nodes = new.graph.find_nodes(op="call_function", target=torch.ops.torchtrt_md.context_attention.default)
+def _keys(graph: GraphModule) -> tuple[str, ...]:
+    nodes = graph.graph.find_nodes(op="call_function", target=torch.ops.torchtrt_md.context_attention.default)
     return tuple(choose_strategy.attention_key(node) for node in nodes)
 
 
@@ -204,7 +256,7 @@ def split_outputs(program: ShardedProgram) -> tuple[Value, ...]:
         as :func:`lower`.
     """
     graph = copied(program.graphs[0])
-    run_passes(PASSES, graph, PassContext(program.mesh, program.strategies, program.groups), last="sequence")
+    run_passes(PASSES, graph, PassContext(program.mesh, program.strategies, program.groups), last=_ANALYSIS)
     return _outputs(program, graph)
 
 
@@ -221,4 +273,4 @@ def _outputs(program: ShardedProgram, graph: GraphModule) -> tuple[Value, ...]:
     return tuple(values)
 
 
-__all__ = ["PASSES", "attention_keys", "attention_order", "lower", "split_outputs"]
+__all__ = ["PASSES", "Lowering", "attention_keys", "lower", "split_outputs"]

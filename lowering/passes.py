@@ -63,15 +63,18 @@ def run_passes(
     graph: GraphModule,
     context: PassContext,
     dump: Path | None = None,
+    *,
+    behind: str | None = None,
     last: str | None = None,
 ) -> dict[str, int]:
     """Run passes in order; pass name -> number of rewrites.
 
     ``dump`` is a folder that gets ``NN_name.before.txt`` and ``.after.txt`` for each pass that rewrote something.
-    ``last`` is the pass to stop after.
+    ``behind`` is the pass that was the last of those that the graph has had, and ``last`` the one to stop after.
     """
     counts: dict[str, int] = {}
-    for number, (name, run) in enumerate(passes.items()):
+    begin = 0 if behind is None else list(passes).index(behind) + 1
+    for number, (name, run) in list(enumerate(passes.items()))[begin:]:
         before = readable(graph) if dump else ""
         start = time.perf_counter()
         counts[name] = run(graph, context)

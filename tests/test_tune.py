@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
+import gc
 import unittest.mock
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import models
 import pytest
@@ -17,8 +18,10 @@ import torchtrt_md as md
 from torchtrt_md.choices import Choices
 from torchtrt_md.launch import Launch
 from torchtrt_md.options import Options
+from torchtrt_md.road import Built
 from torchtrt_md.runtime.executor import Executor
 from torchtrt_md.runtime.steps import Key
+from torchtrt_md.segment import Part
 from torchtrt_md.session import Session
 from torchtrt_md.tune import _keep, _read, candidates, tune
 
@@ -53,7 +56,7 @@ def session_of(depth: int, cache: str, **options: Any) -> tuple[Session, nn.Modu
     model, x = models.Deep(depth).eval(), torch.randn(1, 8, 32)
     parallel = md.ContextParallel("cp", "auto", PLAN)
     program = md.capture(model, (x,), mesh=md.Mesh(cp=2), parallel=parallel)
-    chosen = Options(mesh=md.Mesh(cp=2), compute="inductor", cache=cache, report=False, **options)
+    chosen = Options(mesh=md.Mesh(cp=2), cache=cache, report=False, **{"compute": "inductor", **options})
     return Session(Launch.join(60.0, cpu=True), program, chosen), model, x
 
 
@@ -96,7 +99,7 @@ def test_equal_blocks_are_timed_once_whatever_the_depth(ranks: Ranks, tmp_path: 
 
 def tuned_and_counted(rank: int, cache: str) -> tuple[int, int]:
     session, _, _ = session_of(3, cache)
-    with unittest.mock.patch("torchtrt_md.road.lower", wraps=md.lower) as lower:
+    with unittest.mock.patch.object(session.road.lowering, "lower", wraps=session.road.lowering.lower) as lower:
         session.road.lower(tune(session, EAGER, Ticking(exchanges_of)))
     ways = [(c.kwargs["placement"], tuple(c.kwargs["exchanges"].items())) for c in lower.call_args_list]
     return len(ways), len(set(ways))
@@ -143,8 +146,139 @@ def test_it_stops_when_its_time_is_up_and_says_what_was_left_out(ranks: Ranks, t
     assert not first.error, first.message
     assert first.value == second.value
     choices = first.value[1]
-    assert len(choices.decisions[0].times_ms) == 3, "one second each"
+    assert len(choices.decisions[0].times_ms) == 2, "one second each, and what would end too late is not begun"
     assert choices.decisions[-1].what == "a whole step"
+
+
+class Engines:
+    """Stands for TensorRT, and runs graphs op by op: an engine takes ``seconds`` of a clock to build."""
+
+    def __init__(self, folder: Path, clock: Ticking, seconds: int, rank: int) -> None:
+        self.folder, self.clock, self.seconds, self.rank = folder, clock, seconds, rank
+        self.begun: list[float] = []
+        self.folder.mkdir(exist_ok=True)
+
+    def is_built(self, part: Part, *rest: Any, **named: Any) -> bool:
+        return (self.folder / part.digest).exists()
+
+    def build_part(self, part: Part, *rest: Any, **named: Any) -> Part:
+        if not self.is_built(part):
+            self.begun.append(self.clock.now())
+            self.clock.ticks += self.seconds
+            (self.folder / part.digest).write_text(str(self.rank))
+        return part
+
+    def patched(self) -> Any:
+        new: dict[str, Any] = {
+            "is_built": self.is_built,
+            "build_part": self.build_part,
+            "unconvertible": lambda graph: {},
+        }
+        return unittest.mock.patch.multiple("torchtrt_md.build.part", **new)
+
+
+class Search(NamedTuple):
+    """What a search did: what it chose, the seconds that it took, and when and by which rank engines were begun."""
+
+    choices: Choices
+    seconds: float
+    begun: list[float]
+    builders: dict[str, int]
+
+
+SECONDS = 10  # for an engine; all else takes one for each candidate
+
+
+def searched(rank: int, folder: str, allowed: Sequence[float], engines_ms: float) -> list[Search]:
+    """With TensorRT and Inductor as candidates, each time with as many seconds as are allowed."""
+    found = []
+    for number, seconds in enumerate(allowed):
+        cache = Path(folder) / str(number)
+        session, _, _ = session_of(4, str(cache / "cache"), compute="tensorrt", tune=True, tune_seconds=seconds)
+        clock = Ticking(lambda executor: 50.0)
+        engines = Engines(cache, clock, SECONDS, rank)
+
+        def cost(session: Session, window: Sequence[Part], times: Ticking = clock) -> None:
+            times.cost = lambda executor: engines_ms if any(p.runs == "engine" for p in window) else 50.0
+
+        executor = session.executor
+
+        def told(built: Built, parts: Sequence[Part] | None = None, *rest: Any) -> Executor:
+            cost(session, built.parts[rank] if parts is None else parts)  # noqa: B023
+            return executor(built, parts, *rest)  # noqa: B023
+
+        compiled = "torchtrt_md.runtime.inductor.compile_graph"
+        with (
+            engines.patched(),
+            unittest.mock.patch(compiled, lambda name, graph, *rest: graph),
+            unittest.mock.patch.object(session, "executor", told),
+        ):
+            choices = tune(session, Choices("split", "engine"), clock)
+        builders = {file.name: int(file.read_text()) for file in cache.iterdir() if file.is_file()}
+        found.append(Search(choices, clock.now(), engines.begun, builders))
+    return found
+
+
+def test_with_time_for_all_segments_are_compared_and_the_ranks_share_the_engines(ranks: Ranks, tmp_path: Path) -> None:
+    for outcome in ranks(searched, str(tmp_path), [1000.0], 10.0):
+        assert not outcome.error, outcome.message
+        (search,) = outcome.value
+        segments = [d for d in search.choices.decisions if d.what.startswith("segment")]
+        assert len(segments) == 3, "into the first attention, between two, and out of the last"
+        assert segments[0].what == "segment 0 (3 of them)", "of which most is computed"
+        assert {d.chosen for d in segments} == {"TensorRT"}
+        assert all(d.times_ms == {"TensorRT": 10.0, "Inductor": 50.0} for d in segments)
+        assert search.choices.compute == "engine"
+        assert set(search.builders.values()) == {0, 1}, "each rank builds some"
+        assert len(search.begun) < len(search.builders)
+        assert min(search.begun) >= len(candidates("auto")) + 1, "first what no engine has to be built for"
+        step = search.choices.decisions[-1]
+        assert next(iter(step.times_ms)) == "Inductor, attention in PyTorch"
+        assert "no time was left" not in step.why
+
+
+def test_the_seconds_that_are_allowed_are_a_bound(ranks: Ranks, tmp_path: Path) -> None:
+    """What was begun may end later, by itself only; engines are not begun where they would end too late."""
+    allowed = [0.5, 6.0, 12.0, 40.0]
+    first, second = ranks(searched, str(tmp_path), allowed, 10.0)
+    assert not first.error, first.message
+    for seconds, search, other in zip(allowed, first.value, second.value, strict=True):
+        assert search.choices == other.choices, "the ranks decide alike"
+        assert search.choices.decisions[-1].chosen
+        assert len(search.choices.decisions[0].times_ms) <= max(1, seconds / 2), "half of it is for exchanges"
+        # The first is begun by what engines of other models take.
+        assert all(begun + SECONDS <= seconds for begun in search.begun[1:])
+        assert search.seconds <= max(seconds, 2.0) + (SECONDS + 4 if search.begun else 0)
+    assert [len(search.begun) for search in first.value[:2]] == [0, 0], "no time for one"
+    assert any(d.what.startswith("segment") for d in first.value[-1].choices.decisions)
+    assert first.value[-1].seconds <= allowed[-1]
+    said = first.value[0].choices.decisions[-1].why
+    assert all(name in said for name in ("no time was left for", "ring", "segment", "TensorRT")), said
+
+
+def collected(rank: int, cache: str) -> list[int]:
+    session, _, _ = session_of(3, cache)
+    seen: list[int] = []
+
+    def count(phase: str, info: Mapping[str, int]) -> None:
+        if phase == "start" and info["generation"] == 2:
+            seen.append(len(gc.get_objects()))
+
+    gc.callbacks.append(count)
+    try:
+        tune(session, EAGER, Ticking(exchanges_of))
+    finally:
+        gc.callbacks.remove(count)
+    return [*seen, gc.get_freeze_count()]
+
+
+def test_the_garbage_collector_does_not_look_at_all_there_is_for_each_candidate(ranks: Ranks, tmp_path: Path) -> None:
+    for outcome in ranks(collected, str(tmp_path)):
+        assert not outcome.error, outcome.message
+        all_there_is, *each, frozen = outcome.value
+        assert len(each) >= len(candidates("auto"))
+        assert max(each) < all_there_is / 2
+        assert not frozen, "it is as before afterwards"
 
 
 def without_a_gpu(rank: int, cache: str) -> None:

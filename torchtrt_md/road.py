@@ -13,7 +13,8 @@ from __future__ import annotations
 import hashlib
 import logging
 import time
-from collections.abc import Callable, Collection, Iterable, Mapping
+from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
+from contextlib import suppress
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Protocol, TypeVar
@@ -23,7 +24,7 @@ import torch
 from torchtrt_md.choices import Choices, Decision
 from torchtrt_md.errors import BuildError, ConversionError
 from torchtrt_md.launch.agree import Alone, Together
-from torchtrt_md.lowering import attention_keys, lower
+from torchtrt_md.lowering import Lowering
 from torchtrt_md.lowering.schedule import schedule
 from torchtrt_md.options import Options
 from torchtrt_md.place import PlacedProgram, place
@@ -53,7 +54,7 @@ class Built:
         choices: how it was lowered, cut and built.
         parts: for each rank its parts in order, with what runs them; () for ranks that were not asked for.
         engines: where whole programs became engines with their weights inside: one for each class of equal ranks.
-        hits, misses: engines that were in the cache, and those that were not.
+        hits, misses: different engines that were in the cache or that others built, and those that this rank built.
         self_tests: what all ranks' engines ask for, the same on all ranks.
     """
 
@@ -80,7 +81,8 @@ class Road:
         options: how it is to be compiled.
         ranks: whose parts are wanted.
         agreement: of the ranks that walk together; :class:`~torchtrt_md.launch.agree.Alone` for one process.
-        turns: does the building; in a launch one rank of a host after another, who share a cache.
+        turns: takes the engines; in a launch one rank of a host after another, who share a cache.
+        share: this rank's number among those who share its cache, and how many they are: each builds some engines.
 
     Attributes:
         inside: a folder for engines: a program that is one engine becomes one that holds its weights.  None where all
@@ -98,15 +100,19 @@ class Road:
         ranks: Collection[int],
         agreement: Together | None = None,
         turns: Turns | None = None,
+        share: tuple[int, int] = (0, 1),
     ) -> None:
         self.program, self.options, self.ranks = program, options, tuple(ranks)
         self.agreement: Together = agreement or Alone()
         self.inside: Path | None = None
         self.streaming = self.strip = False
         self.progress: Callable[[str], None] = lambda message: None
+        self.lowering = Lowering(program)
         self._cache: EngineCache | None = None
         self._lowered: dict[tuple[Placement, frozenset[tuple[str, Exchange]]], ShardedProgram] = {}
         self._turns = turns or self.agreement.together
+        self._share = share
+        self._refused: dict[str, dict[int, str]] = {}  # digest of a part -> its nodes that no engine can hold, and why
 
     @property
     def cache(self) -> EngineCache:
@@ -142,7 +148,7 @@ class Road:
         )
         compute: Runs = "engine" if self.options.compute == "tensorrt" else "inductor"
         exchange = self.options.exchange
-        exchanges = {} if exchange is None else dict.fromkeys(attention_keys(self.program), exchange)
+        exchanges = {} if exchange is None else dict.fromkeys(self.lowering.attention_keys(), exchange)
         decisions = (Decision("placement", placement, why),)
         return Choices(placement, compute, exchanges, {}, self.options.transport, decisions)
 
@@ -159,7 +165,7 @@ class Road:
             return self._lowered[key]
 
         def step() -> ShardedProgram:
-            return lower(self.program, placement=choices.placement, exchanges=choices.exchanges, dump=dump)
+            return self.lowering.lower(placement=choices.placement, exchanges=choices.exchanges, dump=dump)
 
         lowered = self._stage("lowering", step)
         listed = "\n".join(map(str, schedule(lowered.graphs[self.agreement.rank])))
@@ -186,16 +192,45 @@ class Road:
         Raises:
             BuildError: TensorRT cannot build a part, or ``fullgraph`` and an op that no engine can hold.
         """
+        placed, keep = self._stage("placing", lambda: self._cut(lowered, choices, {}))
         start = time.perf_counter()
-        # Ranks share the cache of engines; without any, none has to wait for another.
-        turns = self._turns if choices.with_engines else self.agreement.together
-        built = turns("building", lambda: self._built(lowered, choices))
+        if choices.with_engines:
+            before = self.cache.misses
+            self._build_share([part for cut, _ in placed.distinct() for part in cut])
+            built = self._turns("building", lambda: self._built(lowered, choices, placed, keep))
+            if not built.engines:
+                misses, different = self.cache.misses - before, _different(p for parts in built.parts for p in parts)
+                built = replace(built, hits=max(len(different) - misses, 0), misses=misses)
+        else:
+            built = Built(placed, choices, placed.parts)
         mine = [str(c) for part in built.parts[self.agreement.rank] for c in part.segment.collectives]
         # A cut may change their order.
         self.agreement.same(_digest("\n".join(mine)), "the hash of their parts' collectives")
         built = replace(built, self_tests=self._self_tests(part.segment for parts in built.parts for part in parts))
         log.info("rank %d: building took %.2f s", self.agreement.rank, time.perf_counter() - start)
         return built
+
+    def place(self, lowered: ShardedProgram, choices: Choices) -> Built:
+        """Place, and build nothing: see :meth:`engines`."""
+        placed, _ = self._stage("placing", lambda: self._cut(lowered, choices, {}))
+        return Built(placed, choices, placed.parts)
+
+    def engines(self, parts: Sequence[Part]) -> tuple[Part, ...]:
+        """Some parts of this rank with their engines.  Collective, the ranks' parts in one order.
+
+        Raises:
+            BuildError: TensorRT cannot build one.
+        """
+        self._build_share(parts)
+        return self._turns("building some engines", lambda: self._with_engines(parts))
+
+    def ops_to_build(self, parts: Iterable[Part]) -> int:
+        """The ops of the engines of these parts that are not in the cache."""
+        from torchtrt_md.build.part import is_built
+
+        turned, target = self.options.transpose_weights, self.options.target
+        missing = [p for p in _different(parts) if not is_built(p, target, self.cache, transpose_weights=turned)]
+        return sum(len(part.graph.graph.nodes) for part in missing if part.graph is not None)
 
     def _self_tests(self, segments: Iterable[Segment]) -> tuple[Part, ...]:
         """Those of all ranks: what one has in an engine another may have in PyTorch, where their graphs differ."""
@@ -215,21 +250,46 @@ class Road:
         log.info("rank %d: %s took %.2f s", self.agreement.rank, about, time.perf_counter() - start)
         return result
 
-    def _built(self, lowered: ShardedProgram, choices: Choices) -> Built:
+    def _cut(
+        self, lowered: ShardedProgram, choices: Choices, keep: Mapping[str, str]
+    ) -> tuple[PlacedProgram, dict[str, str]]:
+        """The program in parts, of which engines can hold those that are to be such, and what is kept from them."""
+        keep = dict(keep)
         if not choices.with_engines:
-            placed = self._placed(lowered, choices, {}, None)
-            return Built(placed, choices, placed.parts)
+            return self._placed(lowered, choices, keep, None), keep
         from torchtrt_md.build.flavour import boundary_dtypes, flavour
-        from torchtrt_md.build.part import unconvertible
 
         flavour().check_target(self.options.target)
-        keep: dict[str, str] = {}
-        for graph, members in lowered.distinct():
-            if set(members) & set(self.ranks):
-                keep.update(unconvertible(graph))
-        last = ""
-        for _ in range(_ATTEMPTS):
+        while True:  # each time more is kept, and a part that is cut has less to refuse
             placed = self._placed(lowered, choices, keep, boundary_dtypes(flavour()))
+            found = self._unconvertible(part for cut, _ in placed.distinct() for part in cut)
+            if found.keys() <= keep.keys():
+                return placed, keep
+            keep.update(found)
+
+    def _unconvertible(self, parts: Iterable[Part]) -> dict[str, str]:
+        """Node -> why no engine can hold it.  Of equal parts one is asked: a model has many equal blocks."""
+        from torchtrt_md.build.part import unconvertible
+
+        keep: dict[str, str] = {}
+        for part in parts:
+            if part.runs != "engine":
+                continue
+            assert part.graph is not None
+            names = [node.name for node in part.graph.graph.nodes]
+            if part.digest not in self._refused:
+                refused = unconvertible(part.graph)
+                self._refused[part.digest] = {
+                    names.index(name): reason for name, reason in refused.items() if name in names
+                }
+            keep |= {names[index]: reason for index, reason in self._refused[part.digest].items()}
+        return keep
+
+    def _built(
+        self, lowered: ShardedProgram, choices: Choices, placed: PlacedProgram, keep: Mapping[str, str]
+    ) -> Built:
+        last, keep = "", dict(keep)
+        for _ in range(_ATTEMPTS):
             try:
                 if self.inside is not None and not self.strip and placed.is_one_engine:
                     return self._whole(placed, choices, self.inside)
@@ -245,6 +305,7 @@ class Road:
                     raise
                 last = keep[error.node] = error.problem
                 log.info("kept in PyTorch: %s", last)
+                placed, keep = self._cut(lowered, choices, keep)
         raise BuildError(
             f"more than {_ATTEMPTS} ops turned out not to convert; of the last: {last}",
             fix="use compute='inductor'",
@@ -279,19 +340,53 @@ class Road:
         return Built(placed, choices, tuple(parts), tuple(engines))
 
     def _parts(self, placed: PlacedProgram, choices: Choices) -> Built:
-        from torchtrt_md.build.part import build_part
-
-        cache, target = self.cache, self.options.target
-        hits, misses = cache.hits, cache.misses
         parts: list[tuple[Part, ...]] = [()] * placed.program.mesh.size
         for cut, members in placed.distinct():
-            built = tuple(
-                build_part(p, target, cache, transpose_weights=self.options.transpose_weights, progress=self.progress)
-                for p in cut
-            )
+            built = self._with_engines(cut)
             for rank in members:
                 parts[rank] = built
-        return Built(placed, choices, tuple(parts), (), cache.hits - hits, cache.misses - misses)
+        return Built(placed, choices, tuple(parts))
+
+    def _with_engines(self, parts: Sequence[Part]) -> tuple[Part, ...]:
+        from torchtrt_md.build.part import as_built
+
+        engines = {_engine_of(part): self._with_engine(part) for part in _different(parts)}
+        return tuple(as_built(part, engines[_engine_of(part)]) if part.runs == "engine" else part for part in parts)
+
+    def _with_engine(self, part: Part) -> Part:
+        from torchtrt_md.build.part import build_part
+
+        turned = self.options.transpose_weights
+        return build_part(part, self.options.target, self.cache, transpose_weights=turned, progress=self.progress)
+
+    def _build_share(self, parts: Iterable[Part]) -> None:
+        """Build this rank's share of the engines, while others build theirs, so that all find all in the cache.
+
+        What cannot be built, or is another on other ranks, is left to the one whose turn it is to build the rest.
+        """
+        number, count = self._share
+
+        def step() -> None:
+            mine = _different(parts)[number::count] if count > 1 else []  # one alone builds them in its turn
+            for part in mine:
+                with suppress(BuildError):
+                    self._with_engine(part)
+
+        self._stage("building a share of the engines", step)
+
+
+def _different(parts: Iterable[Part]) -> list[Part]:
+    """The parts that become engines, of equal ones the first."""
+    found: dict[object, Part] = {}
+    for part in parts:
+        if part.runs == "engine":
+            found.setdefault(_engine_of(part), part)
+    return list(found.values())
+
+
+def _engine_of(part: Part) -> object:
+    """Equal for parts that get one engine: they compute the same, and what they read are weights at the same places."""
+    return part.digest, tuple(binding.weight is None for binding in part.segment.inputs)
 
 
 def _digest(text: str) -> str:

@@ -32,7 +32,14 @@ class Session:
         self.launch, self.program, self.options = launch, program, options
         self.store_weights = store_weights and options.transpose_weights
         self.known = Known()
-        self.road = Road(program, options, ranks=[launch.rank], agreement=launch.agreement, turns=launch.in_turns)
+        self.road = Road(
+            program,
+            options,
+            ranks=[launch.rank],
+            agreement=launch.agreement,
+            turns=launch.in_turns,
+            share=launch.share,
+        )
 
     def default(self) -> Choices:
         """What is chosen without timing anything."""
@@ -42,6 +49,10 @@ class Session:
     def built(self, choices: Choices) -> Built:
         """Lower, place and build; the ranks vote after each."""
         return self.road.build(self.road.lower(choices), choices)
+
+    def placed(self, choices: Choices) -> Built:
+        """Lower and place, of which no engine is built yet; see :meth:`Road.engines`."""
+        return self.road.place(self.road.lower(choices), choices)
 
     def executor(
         self,

@@ -1,12 +1,14 @@
 """Choose by timing: how attentions exchange, and what each segment runs as, in bounded time.
 
     1. each way of exchange, for each different attention: one block around it, by each transport   -> the fastest
-    2. each different compute segment alone, in TensorRT and compiled by Inductor                   -> the faster
-    3. whole steps: what 1 and 2 chose, what is chosen without timing, and each compute alone       -> the fastest
+    2. a whole step compiled by Inductor, for which no engine has to be built
+    3. the different compute segments alone, in TensorRT and compiled by Inductor                   -> the faster
+    4. whole steps: what 1 and 3 chose, what is chosen without timing, and TensorRT alone           -> the fastest
 
 Equal blocks are timed once, so that the time does not grow with a model's depth.  Every time is the largest of any
-rank's median, so all ranks decide alike.  Whole steps are timed in the order above: what the seconds that are allowed
-do not suffice for is left out, and said.
+rank's median, so all ranks decide alike.  A candidate is begun where it is expected to end within the seconds that are
+allowed: as those of its kind before did, and where engines are to be built, by their ops.  What there is no time for is
+left out, and said.  Ways of exchange get half of the time where segments are to be timed, too.
 """
 
 from __future__ import annotations
@@ -16,11 +18,12 @@ import hashlib
 import logging
 import time
 import warnings
-from collections.abc import Iterator, Mapping, Sequence
+from collections import Counter
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
 from statistics import median
-from typing import TYPE_CHECKING, Protocol
+from typing import TYPE_CHECKING, Protocol, TypeVar
 
 import msgspec
 import torch
@@ -30,7 +33,6 @@ import torchtrt_md
 from torchtrt_md.choices import Choices, Decision
 from torchtrt_md.errors import LaunchError, MDError
 from torchtrt_md.graph.text import graph_digest
-from torchtrt_md.lowering import attention_order
 from torchtrt_md.lowering.passes import Exchange
 from torchtrt_md.place.partition import ATTENTION
 from torchtrt_md.program import Value
@@ -44,10 +46,12 @@ if TYPE_CHECKING:
     from torchtrt_md.road import Built
     from torchtrt_md.session import Session
 
+T = TypeVar("T")
 log = logging.getLogger(__name__)
 WARM_UP, REPEATS, FEWEST = 3, 20, 5
 SECONDS = 0.3  # for each candidate, where the fewest repeats leave it
-_STEP = "a whole step"
+_SECONDS_PER_OP = 0.05  # of an engine; taken for the first, after which it is measured
+_EXCHANGE, _SEGMENTS, _STEP = "an exchange", "segments", "a whole step"
 _TENSORRT, _INDUCTOR = "TensorRT", "Inductor"
 _TRANSPORTS = {"nccl": "NCCL", "store": "stores", "copy": "copy engines"}
 
@@ -101,18 +105,18 @@ class GpuClock:
 
 
 def candidates(strategy: str) -> dict[str, Exchange]:
-    """The ways of exchange that are tried, by name.
+    """The ways of exchange that are tried, by name, those that differ the most first.
 
     Args:
         strategy: the axis's: ``auto`` tries all.
     """
     found = {
         "ulysses": Exchange("ulysses"),
+        "allgather_kv": Exchange("allgather_kv"),
+        "ring": Exchange("ring"),
         "ulysses, values first": Exchange("ulysses", values_first=True),
         "ulysses, 2 groups of heads": Exchange("ulysses", head_groups=2),
         "ulysses, 2 groups of heads, values first": Exchange("ulysses", head_groups=2, values_first=True),
-        "allgather_kv": Exchange("allgather_kv"),
-        "ring": Exchange("ring"),
     }
     return {name: e for name, e in found.items() if strategy in ("auto", e.strategy)}
 
@@ -131,12 +135,19 @@ def tune(session: Session, default: Choices, clock: Clock | None = None) -> Choi
     launch = session.launch
     if clock is None and launch.device.type != "cuda":
         raise LaunchError("tune=True times candidates on GPUs, and there is none", fix="leave out tune")
+    clock = clock or GpuClock(session)
+    start = clock.now()
     file = session.road.cache.folder / "choices" / f"{_key(session, default)}.json"
     # What rank 0 has counts for all: they must not choose differently.
     held = launch.agreement.gather(_read(file), "choices made before")[0]
     if held is not None:
         return held
-    tuned = _Tuner(session, clock or GpuClock(session)).choose(default)
+    gc.collect()
+    gc.freeze()  # the next collections, of which there is one for each candidate, look at what was made since
+    try:
+        tuned = _Tuner(session, clock, start).choose(default)
+    finally:
+        gc.unfreeze()
     if launch.rank == 0:
         _keep(tuned, file)
     return tuned
@@ -181,92 +192,164 @@ def _key(session: Session, default: Choices) -> str:
 
 
 class _Tuner:
-    """One search, until its time is up."""
+    """One search, until its time is up.
 
-    def __init__(self, session: Session, clock: Clock) -> None:
+    Args:
+        start: when the seconds that are allowed began, by the clock.
+    """
+
+    def __init__(self, session: Session, clock: Clock, start: float) -> None:
         self.session, self.clock, self.rank = session, clock, session.launch.rank
         self.agreement = session.launch.agreement
-        self.until = clock.now() + session.options.tune_seconds
+        self.start, self.until = start, start + session.options.tune_seconds
+        self.engines_at_once = min(Counter(session.launch.hosts).values())  # each rank of a host builds one
+        self.seconds_per_op = _SECONDS_PER_OP
+        self.shortest: dict[str, float] = {}  # kind of candidate -> seconds that one took, what is done once aside
+        self.once = 0.0  # seconds of the present candidate that later ones will not take
+        self.left_out: list[str] = []  # what there was no time for
 
     def choose(self, default: Choices) -> Choices:
         """What is fastest of what there was time for; ``default`` where nothing could be timed."""
-        mixed = self.session.options.tune is True and self.session.options.compute == "tensorrt"
+        alone = self.session.options.placement == "engine"  # nothing but the whole can be timed
+        mixed = self.session.options.tune is True and self.session.options.compute == "tensorrt" and not alone
         compute: Runs = "inductor" if mixed else default.compute
         split = replace(default, placement="split", compute=compute, runs={}, decisions=())
         decisions: list[Decision] = []
-        if self.session.options.placement != "engine":
-            split, decisions = self._exchanges(split)
         steps: dict[str, Choices] = {}
-        if self.session.options.placement != "engine":
-            if mixed:
-                split, decided = self._segments(split)
-                decisions += decided
+        times: dict[str, float] = {}
+        first = "Inductor, attention in PyTorch"
+        if not alone:
+            split, decisions = self._exchanges(split, self._half() if mixed else self.until)
+        if mixed:  # first what no engine has to be built for
+            steps[first] = split
+            self._steps(steps, times)
+            split, decided = self._segments(split)
+            decisions += decided
+        if not alone:
             steps["each block and segment as timed"] = split
         steps["as without timing"] = replace(default, decisions=())
-        if self.session.options.placement != "engine":
-            if mixed:
-                steps["Inductor, attention in PyTorch"] = replace(split, compute="inductor", runs={})
-            if default.compute == "engine":
-                steps["TensorRT, attention in PyTorch"] = replace(split, compute="engine", runs={})
+        if not alone and default.compute == "engine":
+            steps["TensorRT, attention in PyTorch"] = replace(split, compute="engine", runs={})
         steps = {name: choices for name, choices in steps.items() if choices not in _before(steps, name)}  # each once
-        times, left_out = self._steps(steps)
+        self._steps({name: steps[name] for name in steps if name != first}, times)
         if not times:
             return default
         best = min(times, key=lambda name: times[name])
-        why = "the fastest" + (f"; no time was left for {', '.join(left_out)}" if left_out else "")
+        why = "the fastest" + (f"; no time was left for {', '.join(self.left_out)}" if self.left_out else "")
         decisions.append(Decision(_STEP, best, why, times))
         device = self.session.launch.device
         gpu = torch.cuda.get_device_name(device) if device.type == "cuda" else "CPU"
         return replace(steps[best], decisions=tuple(decisions), tuned_on=gpu)
 
-    def _is_over(self) -> bool:
-        """Is the time up?  By rank 0's clock, so that all ranks stop at the same candidate."""
-        return self.agreement.gather(self.clock.now() > self.until, "the time that is left")[0]
+    def _half(self) -> float:
+        """Until when ways of exchange are tried where there is more to try, so that some time is left for that."""
+        return (self.start + self.until) / 2
 
-    def _steps(self, steps: Mapping[str, Choices]) -> tuple[dict[str, float], list[str]]:
-        times: dict[str, float] = {}
-        for number, (name, choices) in enumerate(steps.items()):
-            if number and self._is_over():
-                return times, list(steps)[number:]
-            ms = self._whole_step(choices)
-            if ms is not None:
-                times[name] = ms
-        return times, []
+    def _is_over(self, until: float, seconds: float = 0.0) -> bool:
+        """Would something that takes these seconds end too late?
 
-    def _whole_step(self, choices: Choices) -> float | None:
-        """Milliseconds; None where these choices cannot be built, on any rank."""
-        try:
-            built = self.session.built(choices)
-            executor = self.session.executor(built)
-        except MDError as error:  # the same on every rank
-            log.info("left out: %s", error.problem)
-            return None
+        By rank 0's clock, so that all ranks stop at the same candidate.
+        """
+        return self.agreement.gather(self.clock.now() + seconds > until, "the time that is left")[0]
+
+    def _begun(self) -> float:
+        """When the next candidate is begun."""
+        self.once = 0.0
+        return self.clock.now()
+
+    def _ended(self, kind: str, start: float) -> None:
+        """A candidate of a kind was begun then, and has ended."""
+        seconds = max(self.clock.now() - start - self.once, 0.0)
+        self.shortest[kind] = min(seconds, self.shortest.get(kind, seconds))
+
+    def _expected(self, kind: str) -> float:
+        """The seconds that the next of a kind will take: those of the shortest before."""
+        return self.shortest.get(kind, 0.0)
+
+    def _steps(self, steps: Mapping[str, Choices], times: dict[str, float]) -> None:
+        """Time some whole steps, as long as there is time."""
+        for name, choices in steps.items():
+            if times and self._is_over(self.until, self._expected(_STEP)):
+                self.left_out.append(name)
+                continue
+            start = self._begun()
+            try:
+                ops = self._ops_to_build(self.session.placed(choices).parts[self.rank]) if choices.with_engines else 0
+                # The first is timed in any case: there has to be a result, which is built then.
+                if times and ops and self._is_over(self.until, self._to_build(ops) + self._expected(_STEP)):
+                    self.left_out.append(name)
+                    continue
+                times[name] = self._whole_step(choices, ops)
+            except MDError as error:  # the same on every rank: these choices cannot be built
+                log.info("left out: %s", error.problem)
+                continue
+            self._ended(_STEP, start)
+
+    def _whole_step(self, choices: Choices, ops: int) -> float:
+        built, compiled = self._building(ops, lambda: self.session.built(choices)), self.session.known.seconds
+        executor = self.session.executor(built)
+        self.once += self.session.known.seconds - compiled
         inputs: dict[Key, Tensor] = {Wire("input", v.name): self._random(v) for v in built.placed.program.inputs}
         return self._timed(executor, inputs)
 
-    def _exchanges(self, choices: Choices) -> tuple[Choices, list[Decision]]:
+    def _ops_to_build(self, parts: Sequence[Part]) -> int:
+        """The ops of the engines of these parts that are not in the cache, of the rank that lacks the most."""
+        ops = self.session.road.ops_to_build(parts)
+        return max(self.agreement.gather(ops, "the ops of the engines that are to be built"))
+
+    def _to_build(self, ops: int) -> float:
+        """The seconds that engines of so many ops are expected to take."""
+        return self.seconds_per_op * ops / self.engines_at_once
+
+    def _building(self, ops: int, build: Callable[[], T]) -> T:
+        """Build engines of so many ops, and learn from the time that it takes."""
+        start = self.clock.now()
+        built = build()
+        if ops:
+            seconds = self.clock.now() - start
+            self.once += seconds
+            self.seconds_per_op = seconds * self.engines_at_once / ops
+        return built
+
+    def _with_engines(self, parts: Sequence[Part]) -> tuple[Part, ...]:
+        """These parts, their engines built."""
+        return self._building(self._ops_to_build(parts), lambda: self.session.road.engines(parts))
+
+    def _exchanges(self, choices: Choices, until: float) -> tuple[Choices, list[Decision]]:
         """The fastest way of exchange for each different attention, each timed in one block."""
-        order = attention_order(self.session.program)
-        if self.session.options.exchange is not None or not order:
+        if self.session.options.exchange is not None:
+            return choices, []
+        order = self.session.road.lowering.attention_order("split")
+        if not order:
             return choices, []
         times: dict[str, dict[tuple[str, str], float]] = {key: {} for key in order}
         made: dict[tuple[str, str], Exchange] = {}
         strategies = {self.session.program.strategies[key.rsplit(" ", 1)[1].split("=")[0]] for key in order}
         tried = {name: e for strategy in sorted(strategies) for name, e in candidates(strategy).items()}
         for number, (name, exchange) in enumerate(tried.items()):
-            if number and self._is_over():
+            if number and self._is_over(until, self._expected(_EXCHANGE)):
+                self.left_out += list(tried)[number:]
                 break
+            start = self._begun()
             try:
-                built = self.session.built(replace(choices, exchanges=dict.fromkeys(order, exchange)))
+                placed = self.session.placed(replace(choices, exchanges=dict.fromkeys(order, exchange)))
+                windows = list(_windows(placed.parts[self.rank], order))
+                if number and choices.with_engines:
+                    ops = self._ops_to_build([part for _, window in windows for part in window])
+                    if self._is_over(until, self._to_build(ops) + self._expected(_EXCHANGE)):
+                        self.left_out += list(tried)[number:]
+                        break
+                for key, window in windows:
+                    parts = self._with_engines(window) if choices.with_engines else window
+                    for transport in self.clock.transports:
+                        ms = self._window_ms(placed, parts, transport)
+                        if ms is not None:
+                            times[key][name, transport] = ms
+                            made[name, transport] = exchange
             except MDError as error:  # a strategy that some attention cannot have
                 log.info("%s: left out: %s", name, error.problem)
                 continue
-            for key, window in _windows(built.parts[self.rank], order):
-                for transport in self.clock.transports:
-                    ms = self._window_ms(built, window, transport)
-                    if ms is not None:
-                        times[key][name, transport] = ms
-                        made[name, transport] = exchange
+            self._ended(_EXCHANGE, start)
         return self._fastest(choices, order, times, made)
 
     def _fastest(
@@ -315,26 +398,54 @@ class _Tuner:
         return self._timed(executor, inputs)
 
     def _segments(self, choices: Choices) -> tuple[Choices, list[Decision]]:
-        """The faster of TensorRT and Inductor for each different compute segment."""
-        in_trt = self.session.built(replace(choices, runs={}, compute="engine"))
-        in_inductor = self.session.built(replace(choices, runs={}, compute="inductor"))
-        pairs = _pairs(in_trt.parts[self.rank], in_inductor.parts[self.rank])
+        """The faster of TensorRT and Inductor for each different compute segment, where there is time for it.
+
+        Those of which most is computed come first.  There are as many at once as ranks build engines, and there has to
+        be time for a whole step afterwards, without which nothing of this is chosen.
+        """
         runs: dict[str, Runs] = {}
-        decisions = []
-        for number, (digest, (engine, inductor, count)) in enumerate(pairs.items()):
-            if self._is_over():
+        decisions: list[Decision] = []
+        if self._is_over(self.until, self._expected(_STEP)):
+            self.left_out.append("each segment")
+            return choices, decisions
+        try:
+            in_trt = self.session.placed(replace(choices, compute="engine"))
+        except MDError as error:  # an op that no engine can hold, and fullgraph
+            log.info("left out: %s", error.problem)
+            return choices, decisions
+        in_inductor = self.session.placed(choices)
+        pairs = sorted(_pairs(in_trt.parts[self.rank], in_inductor.parts[self.rank]).items(), key=_least_work)
+        work = [_least_work(pair) for pair in pairs]
+        if any(other != work for other in self.agreement.gather(work, "their segments")):
+            return choices, decisions  # ranks have others, and cannot time theirs together
+        for first in range(0, len(pairs), self.engines_at_once):
+            batch, start = pairs[first : first + self.engines_at_once], self._begun()
+            parts: Sequence[Part] = [engine for _, (engine, _, _) in batch]
+            seconds = self._to_build(self._ops_to_build(parts))
+            if self._is_over(self.until, seconds + self._expected(_SEGMENTS) + self._expected(_STEP)):
+                self.left_out.append(f"{len(pairs) - first} of {len(pairs)} segments")
                 break
-            times = {
-                name: ms
-                for name, built, part in ((_TENSORRT, in_trt, engine), (_INDUCTOR, in_inductor, inductor))
-                if (ms := self._window_ms(built, [part], choices.transport)) is not None
-            }
-            if not times:
+            try:
+                parts = self._with_engines(parts)
+            except MDError as error:  # Inductor has them
+                log.info("left out: %s", error.problem)
                 continue
-            faster = min(times, key=lambda name: times[name])
-            runs[digest] = "inductor" if faster == _INDUCTOR else "engine"
-            decisions.append(Decision(f"segment {number} ({count} of them)", faster, "the faster", times))
-        return replace(choices, compute="inductor", runs=runs), decisions
+            for number, (built, (digest, (_, inductor, count))) in enumerate(zip(parts, batch, strict=True), first):
+                times = {
+                    name: ms
+                    for name, of, part in ((_TENSORRT, in_trt, built), (_INDUCTOR, in_inductor, inductor))
+                    if (ms := self._window_ms(of, [part], choices.transport)) is not None
+                }
+                if not times:
+                    continue
+                faster = min(times, key=lambda name: times[name])
+                if faster == _TENSORRT:
+                    runs[digest] = "engine"
+                decisions.append(Decision(f"segment {number} ({count} of them)", faster, "the faster", times))
+            self._ended(_SEGMENTS, start)
+        if pairs and len(runs) == len(pairs):
+            return replace(choices, compute="engine"), decisions
+        return replace(choices, runs=runs), decisions
 
     def _timed(self, executor: Executor, inputs: Mapping[Key, Tensor]) -> float:
         """The largest of all ranks' medians; the ranks begin together."""
@@ -342,6 +453,7 @@ class _Tuner:
         mine = float(median(times))
         executor.close()
         gc.collect()
+        gc.freeze()  # what lives on, as graphs of many nodes do, is not looked at again
         if self.session.launch.device.type == "cuda":
             torch.cuda.empty_cache()
         return max(self.agreement.gather(mine, "the candidate's times"))
@@ -358,6 +470,13 @@ class _Tuner:
 def _before(steps: Mapping[str, Choices], name: str) -> list[Choices]:
     names = list(steps)
     return [steps[n] for n in names[: names.index(name)]]
+
+
+def _least_work(pair: tuple[str, tuple[Part, Part, int]]) -> int:
+    """Minus the ops of all segments that are equal to one."""
+    _, (engine, _, count) = pair
+    assert engine.graph is not None
+    return -count * len(engine.graph.graph.nodes)
 
 
 def _windows(parts: Sequence[Part], order: Sequence[str]) -> Iterator[tuple[str, Sequence[Part]]]:

@@ -113,6 +113,10 @@ class EngineCache:
         self.misses += 1
         return None
 
+    def has(self, key: str) -> bool:
+        """Whether there is an engine, not asking if it is whole."""
+        return any(self.folder.glob(f"{key}.*{_ENGINE}"))
+
     def store(self, key: str, file: Path) -> Path:
         """Move an engine's file into the cache; its path there.
 

@@ -57,8 +57,7 @@ def build_part(
     if transpose_weights:
         part = with_transposed_weights(part)
     assert part.graph is not None
-    size = next((c.ranks for c in part.segment.collectives), 1)
-    key = engine_key(part.digest, axis=part.segment.axis, size=size, target=target, flavour=flavour())
+    key = _key(part, target)
     found = cache.find(key)
     if found is None:
         ops = sum(n.op == "call_function" for n in part.graph.graph.nodes)
@@ -67,6 +66,26 @@ def build_part(
             build_engine(decompose(part.graph), part.segment, file, target, what=part.segment.name)
             found = cache.store(key, file)
     return replace(part, engine=found)
+
+
+def is_built(part: Part, target: str, cache: EngineCache, *, transpose_weights: bool = True) -> bool:
+    """Would :func:`build_part` find the engine of this part in the cache?"""
+    return cache.has(_key(with_transposed_weights(part) if transpose_weights else part, target))
+
+
+def as_built(part: Part, built: Part) -> Part:
+    """The part with the engine of an equal one, which takes weights as that engine does."""
+    inputs = [
+        msgspec.structs.replace(mine, shape=its.shape, transposed=its.transposed)
+        for mine, its in zip(part.segment.inputs, built.segment.inputs, strict=True)
+    ]
+    segment = msgspec.structs.replace(part.segment, inputs=tuple(inputs))
+    return replace(part, segment=segment, graph=built.graph, engine=built.engine)
+
+
+def _key(part: Part, target: str) -> str:
+    size = next((c.ranks for c in part.segment.collectives), 1)
+    return engine_key(part.digest, axis=part.segment.axis, size=size, target=target, flavour=flavour())
 
 
 def with_transposed_weights(part: Part) -> Part:

@@ -125,6 +125,12 @@ class Launch:
         self.groups += [group for group in groups.values() if group not in self.groups]
         return groups
 
+    @property
+    def share(self) -> tuple[int, int]:
+        """This rank's number among the ranks of its host, and how many these are."""
+        mine = [rank for rank, host in enumerate(self.hosts) if host == self.hosts[self.rank]]
+        return mine.index(self.rank), len(mine)
+
     def in_turns(self, about: str, step: Callable[[], T]) -> T:
         """Do a step on the first rank of each host, then on the others, which find in a cache what those made."""
         first = self.hosts.index(self.hosts[self.rank]) == self.rank

@@ -6,8 +6,9 @@ Each step is voted on by all ranks; no engine runs before all ranks' engines too
 from __future__ import annotations
 
 import ctypes
-from collections.abc import Callable, Mapping, Sequence
-from contextlib import suppress
+import time
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field
 from functools import partial
 from pathlib import Path
@@ -43,10 +44,21 @@ class Known:
     Attributes:
         compiled: what Inductor made of graphs, by their digests.
         checked: the digests of graphs whose engines were compared with them.
+        seconds: what compiling and comparing took.
     """
 
     compiled: dict[str, Callable[..., Sequence[Tensor]]] = field(default_factory=dict)
     checked: set[str] = field(default_factory=set)
+    seconds: float = 0.0
+
+    @contextmanager
+    def working(self) -> Iterator[None]:
+        """Count the seconds of this."""
+        start = time.monotonic()
+        try:
+            yield
+        finally:
+            self.seconds += time.monotonic() - start
 
 
 def bring_up(
@@ -275,7 +287,8 @@ def assemble(
         if index in engines:
             steps.append(engine_step(part.segment, engines[index]))
             if part.graph is not None and part.segment.axis is None and part.digest not in known.checked:
-                _check_engine(name, part.segment, part.graph, steps[-1], examples, device)
+                with known.working():
+                    _check_engine(name, part.segment, part.graph, steps[-1], examples, device)
                 known.checked.add(part.digest)
             continue
         assert part.graph is not None, f"{name} has nothing that runs it"
@@ -283,7 +296,8 @@ def assemble(
             if part.digest not in known.compiled:
                 from torchtrt_md.runtime.inductor import compile_graph
 
-                known.compiled[part.digest] = compile_graph(name, part.graph, examples, device)
+                with known.working():
+                    known.compiled[part.digest] = compile_graph(name, part.graph, examples, device)
             steps.append(call_step(part.segment, known.compiled[part.digest]))
         else:
             steps += eager_steps(
