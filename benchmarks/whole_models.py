@@ -6,9 +6,9 @@ writes FILE.json and FILE.md.  ``--only`` names candidates, with wildcards; ``--
 the script where there is no GPU.  A candidate that fails is recorded and the others go on; the exit code is then 1.
 
 Weights are random and made on each GPU, equal on all.  What is timed: calls on inputs that lie on the GPU, the slowest
-rank of each round, candidates taking turns.  Errors are relative, by L2 norms, against float32.  Where that of all or of
-a slice along a dim, as a token, is larger than the dense model's own rounding allows, the candidate is not timed.  The
-first call includes capture, compilation and building, with empty caches where the caches are.
+rank of each round, candidates taking turns.  Errors are relative, by L2 norms, against float32.  Where that of all, or
+of a slice along a dim, as a token, is larger than the dense model's own rounding allows, the candidate is not timed.
+The first call includes capture, compilation and building, with empty caches where the caches are.
 """
 
 from __future__ import annotations
