@@ -54,12 +54,12 @@ def test_told_stacks_without_which_errors_cite_functions_named_forward_only() ->
     def other(x: torch.Tensor) -> torch.Tensor:
         return x + 1
 
-    before = PythonKeyTracer._filter_traceback_frames
+    before = PythonKeyTracer.create_node
     with told_stacks():
-        graph = make_fx(other, record_stack_traces=True)(torch.ones(2))
+        graph = make_fx(other)(torch.ones(2))
     (add,) = graph.graph.find_nodes(op="call_function", target=torch.ops.aten.add.Tensor)
     assert "in other" in (add.stack_trace or "")
-    assert PythonKeyTracer._filter_traceback_frames is before
+    assert PythonKeyTracer.create_node is before
 
 
 def test_untraced_without_which_nothing_is_known_while_a_model_is_traced() -> None:

@@ -5,7 +5,6 @@ Tests in ``tests/capture/test_torch_private.py`` name the feature that goes when
 
 from __future__ import annotations
 
-import traceback
 from collections.abc import Iterator, Mapping
 from contextlib import AbstractContextManager, contextmanager
 from typing import Any
@@ -19,17 +18,18 @@ from torch._subclasses.fake_tensor import FakeTensor as FakeTensor
 from torch._subclasses.fake_tensor import FakeTensorMode as FakeTensorMode
 from torch._subclasses.fake_tensor import is_fake as is_fake
 from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
+from torch.fx import Node
 from torch.fx.experimental.proxy_tensor import PythonKeyTracer
 from torch.testing._internal.distributed.fake_pg import FakeStore
 from torch.utils._python_dispatch import _disable_current_modes
 
-from torchtrt_md.graph.source import told_frames
+from torchtrt_md.graph.source import entry, told_now
 from torchtrt_md.mesh import OF_A_CAPTURE, Mesh, axis_names
 
 # What fake tensors raise where a size, or which code runs, depends on values.
 DEPENDS_ON_VALUES = (DataDependentOutputException, DynamicOutputShapeException)
 _COORDINATE = "_coordinate_on_dim"
-_FRAMES = "_filter_traceback_frames"
+_CREATE = "create_node"
 
 
 @contextmanager
@@ -150,18 +150,27 @@ def coordinates(where: Mapping[str, int]) -> Iterator[None]:
 def told_stacks() -> Iterator[None]:
     """Let nodes that are traced record the user's innermost frame, whatever its function is called.
 
-    PyTorch keeps frames of functions named ``forward`` only.  Without this, an error in a function that several
-    modules share would cite the line that calls it.
+    PyTorch keeps frames of functions named ``forward`` only, and makes a summary of the whole stack for each node: a
+    third of a capture.  Without this, an error in a function that several modules share would cite the line that calls
+    it.
     """
+    entered, create = entry(), PythonKeyTracer.create_node
+    own = _CREATE in vars(PythonKeyTracer)
 
-    def keep(_: PythonKeyTracer, stack: traceback.StackSummary) -> traceback.StackSummary:
-        return traceback.StackSummary.from_list(told_frames(stack))
+    def recording(tracer: PythonKeyTracer, *args: Any, **kwargs: Any) -> Node:
+        node = create(tracer, *args, **kwargs)
+        if node.op not in ("placeholder", "output") and not node.stack_trace and (told := told_now(entered)):
+            node.stack_trace = told
+        return node
 
-    setattr(PythonKeyTracer, _FRAMES, keep)
+    setattr(PythonKeyTracer, _CREATE, recording)
     try:
         yield
     finally:
-        delattr(PythonKeyTracer, _FRAMES)
+        if own:
+            setattr(PythonKeyTracer, _CREATE, create)
+        else:
+            delattr(PythonKeyTracer, _CREATE)
 
 
 def untraced() -> AbstractContextManager[object]:

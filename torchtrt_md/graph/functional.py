@@ -11,6 +11,8 @@ from torch.fx import GraphModule, Interpreter, Node
 from torch.fx.experimental.proxy_tensor import make_fx
 from torch.fx.node import map_arg
 
+from torchtrt_md.graph.private import lazy_module
+
 aten = torch.ops.aten
 # Ops that only rename a tensor; functionalization refuses some of them.
 _RENAMES = {aten.alias.default, aten.detach.default, aten.lift_fresh.default}
@@ -55,7 +57,7 @@ def copied(graph: GraphModule) -> GraphModule:
     new = torch.fx.Graph()
     output = new.graph_copy(graph.graph, val_map={})
     new.output(output)
-    return GraphModule(graph, new)
+    return lazy_module(graph, new)
 
 
 def mutates(node: Node) -> bool:

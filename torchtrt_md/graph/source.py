@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+import inspect
 import os
 import re
 import sysconfig
@@ -10,6 +11,7 @@ import traceback
 from collections.abc import Sequence
 from pathlib import Path
 from traceback import FrameSummary
+from types import FrameType
 
 import torch.fx
 
@@ -33,8 +35,7 @@ def source_line(node: torch.fx.Node) -> str:
     """``file:line in function: code`` of the innermost frame that is not PyTorch's, Python's or ours, or ``""``.
 
     A function that is not a ``forward`` may be called from many places, so the line in the ``forward`` that led to it
-    follows: ``... (called from file:line in forward)``.  Capture records Python stacks on every node
-    (``make_fx(record_stack_traces=True)``).
+    follows: ``... (called from file:line in forward)``.  Capture records these frames on every node (:func:`told_now`).
     """
     found = _FRAME.finditer(node.stack_trace or "")
     return _cited([FrameSummary(f["file"], int(f["line"]), f["function"].strip(), line=f["code"] or "") for f in found])
@@ -60,6 +61,40 @@ def told_frames(stack: Sequence[FrameSummary]) -> list[FrameSummary]:
     if not users or users[-1].name == "forward":
         return users[-1:]
     return [frame for frame in reversed(users[:-1]) if frame.name == "forward"][:1] + users[-1:]
+
+
+def entry() -> FrameType | None:
+    """The frame of the call that entered this package, of the code that is running now."""
+    found, frame = None, inspect.currentframe()
+    while frame is not None:
+        found = frame if frame.f_code.co_filename.startswith(f"{_HERE}{os.sep}") else found
+        frame = frame.f_back
+    return found
+
+
+def told_now(entered: FrameType | None) -> str:
+    """The frames that are told of the code that is running now, as Python formats them.
+
+    It is called for each node of a graph, so it looks at as few frames as it can, and formats equal ones once.
+
+    Args:
+        entered: as :func:`entry` found it; what is outside of it is not looked at.
+    """
+    told: list[tuple[str, int, str]] = []
+    frame = inspect.currentframe()
+    while frame is not None and frame is not entered:
+        file, function = frame.f_code.co_filename, frame.f_code.co_name
+        if (function == "forward" or not told) and not _is_machinery(file, function):
+            told.append((file, frame.f_lineno, function))
+            if function == "forward":
+                break
+        frame = frame.f_back
+    return _formatted(tuple(reversed(told)))
+
+
+@functools.lru_cache(1 << 12)
+def _formatted(frames: tuple[tuple[str, int, str], ...]) -> str:
+    return "".join(traceback.StackSummary.from_list([FrameSummary(*frame) for frame in frames]).format()).strip()
 
 
 @functools.cache
