@@ -56,7 +56,7 @@ def test_told_stacks_without_which_errors_cite_functions_named_forward_only() ->
 
     before = PythonKeyTracer.create_node
     with told_stacks():
-        graph = make_fx(other, record_stack_traces=True)(torch.ones(2))
+        graph = make_fx(other)(torch.ones(2))
     (add,) = graph.graph.find_nodes(op="call_function", target=torch.ops.aten.add.Tensor)
     assert "in other" in (add.stack_trace or "")
     assert PythonKeyTracer.create_node is before

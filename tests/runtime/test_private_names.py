@@ -7,6 +7,7 @@ import torch
 from torch.distributed import _symmetric_memory
 
 from torchtrt_md.runtime import private
+from torchtrt_md.runtime.inductor import prepare
 
 nccl = pytest.importorskip("torch._C._distributed_c10d", reason="PyTorch without distributed")
 
@@ -26,3 +27,20 @@ def test_inductor_can_be_called_inside_dynamos_backend() -> None:
 
 def test_cublas_workspaces_can_be_cleared() -> None:
     assert hasattr(torch._C, "_cuda_clearCublasWorkspaces"), "CUDA graphs of one stream would share a workspace"
+
+
+def test_inductors_workers_can_be_started_early(monkeypatch: pytest.MonkeyPatch) -> None:
+    from torch._inductor.async_compile import AsyncCompile
+
+    called: list[str] = []
+    for name in ("warm_pool", "wakeup"):
+        assert hasattr(AsyncCompile, name), "the first kernels would be compiled one after the other"
+        monkeypatch.setattr(AsyncCompile, name, lambda name=name: called.append(name))
+    monkeypatch.setenv("TORCH_WARM_POOL", "0")
+    private.start_compile_workers()
+    assert not called
+    monkeypatch.delenv("TORCH_WARM_POOL")
+    prepare(torch.device("cpu"))
+    assert not called
+    prepare(torch.device("cuda"))
+    assert called == ["warm_pool", "wakeup"]

@@ -57,6 +57,8 @@ class KnownValues(TorchDispatchMode):
     def __torch_dispatch__(
         self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
     ) -> Any:
+        if func is torch.ops.prim.device.default and isinstance(args[0], FakeTensor):
+            return args[0].device  # PyTorch asks for it nearly as often as all ops are called, and no mode adds to it
         kwargs = kwargs or {}
         if func is not aten.index.Tensor and not func._schema.is_mutable and any(map(self._is_unknown, args)):
             return func(*args, **kwargs)  # as most are

@@ -11,18 +11,19 @@ from typing import Any
 
 import torch.distributed as dist
 import torch.distributed.distributed_c10d as c10d
-from torch import fx, nn
+from torch import nn
 from torch._C._distributed_c10d import _unregister_process_group
 from torch._subclasses.fake_tensor import DataDependentOutputException, DynamicOutputShapeException
 from torch._subclasses.fake_tensor import FakeTensor as FakeTensor
 from torch._subclasses.fake_tensor import FakeTensorMode as FakeTensorMode
 from torch._subclasses.fake_tensor import is_fake as is_fake
 from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
+from torch.fx import Node
 from torch.fx.experimental.proxy_tensor import PythonKeyTracer
 from torch.testing._internal.distributed.fake_pg import FakeStore
 from torch.utils._python_dispatch import _disable_current_modes
 
-from torchtrt_md.graph.source import running_stack
+from torchtrt_md.graph.source import entry, told_now
 from torchtrt_md.mesh import OF_A_CAPTURE, Mesh, axis_names
 
 # What fake tensors raise where a size, or which code runs, depends on values.
@@ -149,25 +150,27 @@ def coordinates(where: Mapping[str, int]) -> Iterator[None]:
 def told_stacks() -> Iterator[None]:
     """Let nodes that are traced record the user's innermost frame, whatever its function is called.
 
-    PyTorch keeps frames of functions named ``forward`` only.  Without this, an error in a function that several
-    modules share would cite the line that calls it.  And PyTorch looks up the source of every frame of the whole stack.
+    PyTorch keeps frames of functions named ``forward`` only, and makes a summary of the whole stack for each node: a
+    third of a capture.  Without this, an error in a function that several modules share would cite the line that calls
+    it.
     """
-    create = PythonKeyTracer.create_node
+    entered, create = entry(), PythonKeyTracer.create_node
+    own = _CREATE in vars(PythonKeyTracer)
 
-    def told(tracer: PythonKeyTracer, *args: Any, **kwargs: Any) -> fx.Node:
-        recorded, tracer.record_stack_traces = tracer.record_stack_traces, False
+    def recording(tracer: PythonKeyTracer, *args: Any, **kwargs: Any) -> Node:
         node = create(tracer, *args, **kwargs)
-        tracer.record_stack_traces = recorded
-        computed = node.op not in ("placeholder", "output")
-        if recorded and computed and not node.stack_trace and (stack := running_stack()):
-            node.stack_trace = stack
+        if node.op not in ("placeholder", "output") and not node.stack_trace and (told := told_now(entered)):
+            node.stack_trace = told
         return node
 
-    setattr(PythonKeyTracer, _CREATE, told)
+    setattr(PythonKeyTracer, _CREATE, recording)
     try:
         yield
     finally:
-        setattr(PythonKeyTracer, _CREATE, create)
+        if own:
+            setattr(PythonKeyTracer, _CREATE, create)
+        else:
+            delattr(PythonKeyTracer, _CREATE)
 
 
 def untraced() -> AbstractContextManager[object]:

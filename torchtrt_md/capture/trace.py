@@ -6,8 +6,10 @@ whole, and marked where the plan splits and gathers it (:mod:`torchtrt_md.captur
 
 from __future__ import annotations
 
+import gc
 import hashlib
-from collections.abc import Callable, Collection, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 
 import torch
@@ -25,6 +27,7 @@ from torchtrt_md.capture.torch_private import DEPENDS_ON_VALUES, FakeTensorMode,
 from torchtrt_md.capture.written_collectives import refuse_written
 from torchtrt_md.errors import CaptureError, MDError
 from torchtrt_md.graph.functional import functional, mutates
+from torchtrt_md.graph.private import lazy_modules
 from torchtrt_md.graph.source import error_line, source_line
 from torchtrt_md.program import Output, Source, Value, Weight, placeholders
 
@@ -108,8 +111,8 @@ def recorded(
         CaptureError: it does what cannot be one graph.
     """
     try:
-        with quiet(), told_stacks():
-            graph = make_fx(call, tracing_mode="fake", _allow_non_fake_inputs=True, record_stack_traces=True)(*inputs)
+        with quiet(), told_stacks(), lazy_modules(), _uncollected():
+            graph = make_fx(call, tracing_mode="fake", _allow_non_fake_inputs=True)(*inputs)
             refuse_written(graph)
             graph = functional(graph, inputs)
     except CaptureError as error:
@@ -139,6 +142,18 @@ def recorded(
     graph.meta["written"] = _return_written(graph, {n: name for n, name in by_node.items() if name in writable})
     _check(graph, by_node)
     return graph
+
+
+@contextmanager
+def _uncollected() -> Iterator[None]:
+    """Keep the garbage collector from looking through what is traced: it has no memory, and next to all of it stays."""
+    enabled = gc.isenabled()
+    gc.disable()
+    try:
+        yield
+    finally:
+        if enabled:
+            gc.enable()
 
 
 def _return_written(graph: GraphModule, writable: Mapping[Node, str]) -> tuple[str, ...]:

@@ -108,7 +108,15 @@ def compile_program(
     """
     launch = Launch.join(options.timeout, cpu=options.compute == "inductor")
     launch.agreement.same(options.told(), "their options")
-    program = launch.together("capturing the model", captured)
+
+    def step() -> ShardedProgram:
+        if options.compute == "inductor" or options.tune is True:
+            from torchtrt_md.runtime.inductor import prepare
+
+            prepare(launch.device)
+        return captured()
+
+    program = launch.together("capturing the model", step)
     # A rank may have made it of its own groups, and the axes' communicators are made by all together.
     launch.agreement.same(str(program.mesh), "the mesh that their groups make")
     if options.check:

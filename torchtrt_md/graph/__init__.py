@@ -9,5 +9,5 @@ schema       the form of that JSON
 reader       from it to a graph, believing nothing
 allowed      what a graph of a bundle may call
 values       whether it says the truth of the shapes of its values
-private      the private name of PyTorch that these need
+private      every private name of PyTorch that these need
 """

@@ -11,7 +11,7 @@ from torch.fx import GraphModule, Interpreter, Node
 from torch.fx.experimental.proxy_tensor import make_fx
 from torch.fx.node import map_arg
 
-from torchtrt_md.graph.private import graph_module
+from torchtrt_md.graph.private import lazy_module
 
 aten = torch.ops.aten
 # Ops that only rename a tensor; functionalization refuses some of them.
@@ -57,7 +57,7 @@ def copied(graph: GraphModule) -> GraphModule:
     new = torch.fx.Graph()
     output = new.graph_copy(graph.graph, val_map={})
     new.output(output)
-    return graph_module(graph, new)
+    return lazy_module(graph, new)
 
 
 def mutates(node: Node) -> bool:

@@ -1,12 +1,26 @@
-"""The private name of PyTorch that graphs need: without it each copy of a large graph takes twice as long."""
+"""Every private name of PyTorch that graphs need, and what breaks without it."""
 
 from __future__ import annotations
 
+from contextlib import AbstractContextManager
+
 from torch.fx import Graph, GraphModule
-from torch.fx._lazy_graph_module import _LazyGraphModule
+from torch.fx._lazy_graph_module import _LazyGraphModule, _use_lazy_graph_module
 from torch.nn import Module
 
 
-def graph_module(root: Module, graph: Graph) -> GraphModule:
-    """A ``GraphModule`` of which Python code is generated when it is called, and so for most graphs never."""
+def lazy_modules() -> AbstractContextManager[None]:
+    """Let graphs that PyTorch traces in here generate their Python code when it is asked for.
+
+    Stages read nodes, so the code of most graphs is never run.  Without it, a tenth of a capture goes into code.
+    """
+    return _use_lazy_graph_module(True)
+
+
+def lazy_module(root: Module, graph: Graph) -> GraphModule:
+    """The graph as a module that generates its Python code when it is asked for; see :func:`lazy_modules`.
+
+    Args:
+        root: where the graph's constants are.
+    """
     return _LazyGraphModule(root, graph)

@@ -3,9 +3,9 @@
 from __future__ import annotations
 
 import functools
+import inspect
 import os
 import re
-import sys
 import sysconfig
 import traceback
 from collections.abc import Sequence
@@ -35,8 +35,7 @@ def source_line(node: torch.fx.Node) -> str:
     """``file:line in function: code`` of the innermost frame that is not PyTorch's, Python's or ours, or ``""``.
 
     A function that is not a ``forward`` may be called from many places, so the line in the ``forward`` that led to it
-    follows: ``... (called from file:line in forward)``.  Capture records Python stacks on every node
-    (``make_fx(record_stack_traces=True)``).
+    follows: ``... (called from file:line in forward)``.  Capture records these frames on every node (:func:`told_now`).
     """
     found = _FRAME.finditer(node.stack_trace or "")
     return _cited([FrameSummary(f["file"], int(f["line"]), f["function"].strip(), line=f["code"] or "") for f in found])
@@ -52,17 +51,6 @@ def running_line() -> str:
     return _cited(told_frames(traceback.extract_stack()))
 
 
-def running_stack() -> str:
-    """The frames that are told of the code that calls the caller, as a node records them."""
-    stack: list[FrameSummary] = []
-    frame: FrameType | None = sys._getframe(2)
-    while frame is not None:
-        code = frame.f_code
-        stack.append(FrameSummary(code.co_filename, frame.f_lineno, code.co_name, lookup_line=False))
-        frame = frame.f_back
-    return "".join(traceback.StackSummary.from_list(told_frames(stack[::-1])).format()).strip()
-
-
 def told_frames(stack: Sequence[FrameSummary]) -> list[FrameSummary]:
     """The frames that are told of a stack: of the user's, below the call that entered this package, the innermost.
 
@@ -74,6 +62,40 @@ def told_frames(stack: Sequence[FrameSummary]) -> list[FrameSummary]:
     if not users or users[-1].name == "forward":
         return users[-1:]
     return [frame for frame in reversed(users[:-1]) if frame.name == "forward"][:1] + users[-1:]
+
+
+def entry() -> FrameType | None:
+    """The frame of the call that entered this package, of the code that is running now."""
+    found, frame = None, inspect.currentframe()
+    while frame is not None:
+        found = frame if frame.f_code.co_filename.startswith(f"{_HERE}{os.sep}") else found
+        frame = frame.f_back
+    return found
+
+
+def told_now(entered: FrameType | None) -> str:
+    """The frames that are told of the code that is running now, as Python formats them.
+
+    It is called for each node of a graph, so it looks at as few frames as it can, and formats equal ones once.
+
+    Args:
+        entered: as :func:`entry` found it; what is outside of it is not looked at.
+    """
+    told: list[tuple[str, int, str]] = []
+    frame = inspect.currentframe()
+    while frame is not None and frame is not entered:
+        file, function = frame.f_code.co_filename, frame.f_code.co_name
+        if (function == "forward" or not told) and not _is_machinery(file, function):
+            told.append((file, frame.f_lineno, function))
+            if function == "forward":
+                break
+        frame = frame.f_back
+    return _formatted(tuple(reversed(told)))
+
+
+@functools.lru_cache(1 << 12)
+def _formatted(frames: tuple[tuple[str, int, str], ...]) -> str:
+    return "".join(traceback.StackSummary.from_list([FrameSummary(*frame) for frame in frames]).format()).strip()
 
 
 @functools.cache

@@ -29,7 +29,7 @@ from torch import Tensor
 from torch.fx import Graph, GraphModule, Node
 
 from torchtrt_md.graph.functional import copied
-from torchtrt_md.graph.private import graph_module
+from torchtrt_md.graph.private import lazy_module
 from torchtrt_md.graph.rewrite import emit, permute
 from torchtrt_md.lowering.ops import bound_args, is_collective
 from torchtrt_md.lowering.rank_input import PREFIX
@@ -265,7 +265,7 @@ class _Cut:
         for node in nodes:
             copied(node)
         graph.output(tuple(_contiguous(graph, copied(n), runs) for n, _ in outputs))
-        module = graph_module(self.graph, graph)
+        module = lazy_module(self.graph, graph)
         collectives = tuple(schedule(module))
         segment = Segment(
             runs=runs,

@@ -19,6 +19,12 @@ from torchtrt_md.verification.compiled import check_compiled
 _OPTIONS = {"loop_ordering_after_fusion": False}
 
 
+def prepare(device: torch.device) -> None:
+    """Begin with what takes time before the first graph can be compiled, while earlier stages are under way."""
+    if device.type == "cuda":  # for the CPU there are no Triton kernels
+        private.start_compile_workers()
+
+
 def compile_graph(
     name: str, graph: GraphModule, examples: Callable[[int], list[Tensor]], device: torch.device
 ) -> Callable[..., Sequence[Tensor]]:

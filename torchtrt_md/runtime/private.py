@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Iterator
 from contextlib import AbstractContextManager, contextmanager
 from typing import Any
@@ -17,6 +18,19 @@ def outside_of_compilation() -> AbstractContextManager[Any]:
     whole model; Inductor would take them for those of the part that it is given.
     """
     return torch._guards.tracing(None)
+
+
+def start_compile_workers() -> None:
+    """Start the processes in which Inductor compiles Triton kernels, several at a time; it does not wait for them.
+
+    They are ready after they have imported PyTorch.  Inductor itself starts them where it compiles its first graph, and
+    until they are ready it compiles one kernel after the other in this process, which is what happens without this.
+    """
+    from torch._inductor.async_compile import AsyncCompile  # it loads more than importing this package may
+
+    if os.environ.get("TORCH_WARM_POOL", "1") == "1":  # PyTorch's own switch
+        AsyncCompile.warm_pool()
+        getattr(AsyncCompile, "wakeup", lambda: None)()  # of later versions than 2.11, which let idle ones sleep
 
 
 @contextmanager
