@@ -257,7 +257,6 @@ class Bench:
         graph = {"cuda_graph": self.launch.clock.cuda}
         ways: dict[str, dict[str, Any]] = {
             "ours, Inductor": {"placement": "split", "compute": "inductor"},
-            "ours, Inductor, NCCL": {"placement": "split", "compute": "inductor", "transport": "nccl"},
             "ours, Inductor, stores": {"placement": "split", "compute": "inductor", "transport": "store"},
             "ours, TensorRT": {"placement": "split"},
             "ours, TensorRT, one engine": {"placement": "engine"},

@@ -29,6 +29,7 @@ from torchtrt_md.runtime.engine import Engine, deserialize, runtime_cache, scrat
 from torchtrt_md.runtime.executor import Executor
 from torchtrt_md.runtime.kernels import KernelCache, kernel_file
 from torchtrt_md.runtime.offers import NOTHING, Offers, stream_weights
+from torchtrt_md.runtime.order import overlapped
 from torchtrt_md.runtime.push import Shared
 from torchtrt_md.runtime.steps import Key, Step, Values, call_step, eager_steps, engine_step, source_key, to_device
 from torchtrt_md.runtime.weights import Stored, WeightOf, laid_out
@@ -117,6 +118,8 @@ def bring_up(
             known=known or Known(),
         ),
     )
+    if overlap:
+        steps = overlapped(steps)
 
     def share(axis: str, size: int) -> Shared:
         return Shared(size, groups[axis], launch.device, kernel=transport == "store")
