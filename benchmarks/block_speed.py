@@ -404,12 +404,12 @@ def our_options(ablations: bool) -> dict[str, dict[str, Any]]:
             "values first": {"exchange": Exchange("ulysses", values_first=True)},
             "2 head groups": {"exchange": Exchange("ulysses", head_groups=2)},
             "values first, 2 head groups": {"exchange": Exchange("ulysses", head_groups=2, values_first=True)},
-            "packed, copy engines": {"exchange": Exchange("ulysses"), "transport": "copy"},
-            "values first, copy engines": {"exchange": Exchange("ulysses", values_first=True), "transport": "copy"},
-            "2 head groups, copy engines": {"exchange": Exchange("ulysses", head_groups=2), "transport": "copy"},
-            "values first, 2 head groups, copy engines": {
+            "packed, stores": {"exchange": Exchange("ulysses"), "transport": "store"},
+            "values first, stores": {"exchange": Exchange("ulysses", values_first=True), "transport": "store"},
+            "2 head groups, stores": {"exchange": Exchange("ulysses", head_groups=2), "transport": "store"},
+            "values first, 2 head groups, stores": {
                 "exchange": Exchange("ulysses", head_groups=2, values_first=True),
-                "transport": "copy",
+                "transport": "store",
             },
             "packed, no overlap": {"exchange": Exchange("ulysses"), "overlap": False},
             "values first, no overlap": {"exchange": Exchange("ulysses", values_first=True), "overlap": False},

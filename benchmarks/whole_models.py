@@ -18,6 +18,7 @@ import faulthandler
 import json
 import logging
 import os
+import shlex
 import sys
 import time
 from collections.abc import Callable, Mapping
@@ -379,7 +380,11 @@ def main(
     faulthandler.dump_traceback_later(deadline, exit=True)
     launch = join(device)
     torch._dynamo.config.recompile_limit = 64
-    report: dict[str, Any] = {"command": " ".join(sys.orig_argv), "commit": commit, "machine": machine(launch)}
+    report: dict[str, Any] = {
+        "command": shlex.join(["python3", *sys.orig_argv[1:]]),
+        "commit": commit,
+        "machine": machine(launch),
+    }
     report["models"] = {}
 
     def keep(name: str, found: dict[str, Any]) -> None:

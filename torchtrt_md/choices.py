@@ -35,7 +35,7 @@ class Choices:
         exchanges: how attentions get what they lack, by
             :func:`torchtrt_md.lowering.choose_strategy.attention_key`; others follow the axis's strategy.
         runs: what compute parts of some graphs run as, by the graph's digest; others as ``compute`` says.
-        transport: what does the exchanges between engines: ``nccl``, a kernel that ``store``s, or the ``copy`` engines.
+        transport: what does the exchanges between engines: ``nccl``, or a kernel that ``store``s.
         decisions: why, in words, and the times that decided.
         tuned_on: the GPU that they were timed on, "" where nothing was timed.
     """

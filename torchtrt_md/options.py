@@ -28,7 +28,7 @@ CHOICES: Mapping[str, tuple[object, ...]] = {
     "static_outputs": (False, True),
     "votes": ("always", "first"),
     "overlap": (True, False),
-    "transport": ("nccl", "store", "copy"),
+    "transport": ("nccl", "store"),
     "transpose_weights": (True, False),
     "report": (True, False),
 }
@@ -57,9 +57,8 @@ class Options:
             :class:`torchtrt_md.runtime.runner.Runner`.
         timeout: seconds that a rank waits for the others.
         overlap: run collectives on a stream of their own beside what does not need them.
-        transport: what does the exchanges between engines: NCCL's kernels; a kernel that stores into the other GPUs'
-            memory; or copy engines, which leave the multiprocessors to what runs beside them (the last two for GPUs of
-            one host only).
+        transport: what does the exchanges between engines: NCCL's kernels, or a kernel that stores into the other
+            GPUs' memory (GPUs of one host only).
         transpose_weights: store weights as TensorRT's products read them fastest.
         exchange: how every attention gets what it lacks, in place of what would be chosen.
         report: print what was compiled, on rank 0.
@@ -84,7 +83,7 @@ class Options:
     votes: Literal["always", "first"] = "always"
     timeout: float = 300.0
     overlap: bool = True
-    transport: Literal["nccl", "store", "copy"] = "nccl"
+    transport: Literal["nccl", "store"] = "nccl"
     transpose_weights: bool = True
     exchange: Exchange | None = None
     report: bool = True

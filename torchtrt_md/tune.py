@@ -53,7 +53,7 @@ SECONDS = 0.3  # for each candidate, where the fewest repeats leave it
 _SECONDS_PER_OP = 0.05  # of an engine; taken for the first, after which it is measured
 _EXCHANGE, _SEGMENTS, _STEP = "an exchange", "segments", "a whole step"
 _TENSORRT, _INDUCTOR = "TensorRT", "Inductor"
-_TRANSPORTS = {"nccl": "NCCL", "store": "stores", "copy": "copy engines"}
+_TRANSPORTS = {"nccl": "NCCL", "store": "stores"}
 
 
 class Clock(Protocol):
@@ -61,7 +61,7 @@ class Clock(Protocol):
 
     @property
     def transports(self) -> Sequence[str]:
-        """What exchanges are tried by: ``nccl``, ``store``, ``copy``."""
+        """What exchanges are tried by: ``nccl``, ``store``."""
 
     def now(self) -> float:
         """Seconds, monotonic."""
@@ -392,7 +392,7 @@ class _Tuner:
         of = replace(built, choices=replace(built.choices, transport=transport))
         try:
             executor = self.session.executor(of, window, outputs or [window[-1].segment.outputs[-1].source])
-        except MDError as error:  # copy engines need GPUs with access to each other
+        except MDError as error:  # stores need GPUs with access to each other
             log.info("left out: %s", error.problem)
             return None
         return self._timed(executor, inputs)

@@ -80,7 +80,7 @@ BAD: dict[str, Callable[[Any], object]] = {
     "is not one: axis 'cp' of the mesh has size -2": lambda c: c.update(mesh={"cp": -2}),
     "segments for 2 ranks and Mesh(cp=9223372036854775807)": lambda c: c.update(mesh={"cp": (1 << 63) - 1}),
     "has 5000 ranks, more than 4096": lambda c: c.update(mesh={"cp": 5000}, ranks=[[]] * 5000, weights=[None] * 5000),
-    "transport is 'pigeon', which is none of nccl, store, copy": lambda c: c.update(transport="pigeon"),
+    "transport is 'pigeon', which is none of nccl, store": lambda c: c.update(transport="pigeon"),
     "dtype 'float99'": lambda c: c["inputs"][0].update(dtype="float99"),
     "dtype 'half'": lambda c: first(c).update(dtype="half"),
     "dtype '_dynamo'": lambda c: first(c).update(dtype="_dynamo"),

@@ -136,18 +136,18 @@ def one_host_ends(folder: Path) -> Outcome:
 def _copies(rank: int) -> str:
     _as_on_two_hosts(rank)
     launch = Joined.join(TIMEOUT, cpu=True)
-    how: dict[str, Any] = {"self_tests": [], "target": "", "transport": "copy"}
+    how: dict[str, Any] = {"self_tests": [], "target": "", "transport": "store"}
     bring_up(launch, md.Mesh(dp=2, tp=2), [], lambda name: None, [], **how).close()  # type: ignore[arg-type,return-value]
     return ""
 
 
 def copies(folder: Path) -> Outcome:
-    """``transport="copy"`` along an axis that lies across hosts is refused on all ranks."""
-    outcome = Outcome("two hosts: transport='copy' between them", 0.0, [], "")
+    """``transport="store"`` along an axis that lies across hosts is refused on all ranks."""
+    outcome = Outcome("two hosts: transport='store' between them", 0.0, [], "")
     ended, _ = _run(_copies, (), folder)
     outcome.codes = [rank.code for rank in ended]
     for rank, one in enumerate(ended):
         outcome.seconds, outcome.said = max(outcome.seconds, one.seconds), one.error
-        if one.code != 1 or "transport='copy' is for GPUs of one host, and ranks 0, 2 of axis 'dp'" not in one.error:
+        if one.code != 1 or "transport='store' is for GPUs of one host, and ranks 0, 2 of axis 'dp'" not in one.error:
             outcome.problems.append(f"rank {rank}: {one.error or one.output[-1500:]}")
     return outcome

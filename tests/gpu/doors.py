@@ -98,7 +98,6 @@ def sharded(model: nn.Module, how: str, at: Rank) -> nn.Module:
 DOORS = [
     Door("md.compile", "flux", "ulysses"),
     Door("md.compile", "flux", "ulysses", "engine"),
-    Door("md.compile", "flux", "ulysses", transport="copy"),
     Door("md.compile", "flux", "ulysses", transport="store"),
     Door("md.compile", "flux", "ulysses", compute="inductor"),
     Door("md.compile", "flux", "allgather_kv"),

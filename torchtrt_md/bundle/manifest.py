@@ -31,7 +31,7 @@ class Manifest(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     """The whole file.
 
     ``placement`` says where attention runs, "engine" or "split", and ``transport`` what does the exchanges between
-    segments, "nccl", a kernel that "store"s, or the GPUs' "copy" engines.  ``ranks[r]`` holds rank r's segments and
+    segments, "nccl" or a kernel that "store"s.  ``ranks[r]`` holds rank r's segments and
     ``weights[r]`` the path of the safetensors file with its part of the weights, null where it needs none: engines
     may hold their own.  ``constants`` are the arguments that are built in, as far as a call can be compared with them;
     ``opaque`` names those with which it cannot.  A leaf of an argument is named by its path, in ``inputs`` as in both:

@@ -9,7 +9,9 @@ memory     when each step may run and where its results lie
 executor   the steps on two streams
 graphs     CUDA graphs of whole calls
 engine     one loaded engine: checked against its bindings, then bound and enqueued
-collective, push   exchanges between segments, by NCCL or by the GPUs' copy engines
+collective         exchanges between segments by NCCL
+push, store        the same by stores into the memory of other GPUs
+order              which step runs beside which exchange
 inductor, epilogue segments that Inductor compiles
 selftest   engines of one collective, seen to be right before others are run
 offers     what TensorRT offers when engines are loaded: streamed weights, kept kernels

@@ -122,7 +122,7 @@ def bring_up(
         steps = overlapped(steps)
 
     def share(axis: str, size: int) -> Shared:
-        return Shared(size, groups[axis], launch.device, kernel=transport == "store")
+        return Shared(size, groups[axis], launch.device)
 
     make = partial(Executor, steps, fixed=fixed, outputs=outputs, device=launch.device, overlap=overlap)
     save = kernels.save if kernels is not None else None

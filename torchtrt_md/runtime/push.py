@@ -1,4 +1,4 @@
-"""Collectives without NCCL: each rank writes its parts into the memory of the others, by a kernel or by copy engines.
+"""Collectives without NCCL: each rank stores its parts into the memory of the others.
 
 What arrives lies in memory that the ranks of the axis can write.  They may do so once all of them are behind the
 exchange before it, whose barrier says so, and the plan has seen to it that nobody reads that memory any more by then.
@@ -75,17 +75,15 @@ class Shared:
 
     Args:
         size: bytes; the same on all ranks of the axis.
-        kernel: a kernel writes it, and not the copy engines.
     """
 
-    def __init__(self, size: int, group: dist.ProcessGroup, device: torch.device, *, kernel: bool) -> None:
+    def __init__(self, size: int, group: dist.ProcessGroup, device: torch.device) -> None:
         from torchtrt_md.runtime import store  # Triton is there where GPUs are
 
-        self._store, self.add_up = store.store if kernel else None, store.add_up
+        self._store, self.add_up = store.store, store.add_up
         self.memory, self._handle = private.symmetric_memory(size, group, device)
         self.ranks, self.me = dist.get_world_size(group), dist.get_rank(group)
         self._size = size
-        self._aside = torch.cuda.Stream(device, priority=-1)  # type: ignore[no-untyped-call]
 
     def results(self, offset: int, shape: tuple[int, ...], dtype: torch.dtype) -> list[Tensor]:
         """The tensor at this offset, in bytes, on each rank of the axis in order."""
@@ -97,32 +95,9 @@ class Shared:
         return found
 
     def copy(self, copies: Sequence[tuple[Tensor, Tensor]]) -> None:
-        """Copy, and let the current stream wait until all ranks of the axis have.
-
-        By copy engines to other GPUs one after the other: measured on 4 H200, all at once was slower.  This rank's own
-        part is copied by a kernel, and beside those, for changing between copy engines and kernels costs time.
-        """
-        if self._store is not None:
-            self._store(copies)
-            self.barrier()
-            return
-        here = torch.cuda.current_stream()
-        own = [(to, source) for to, source in copies if self._is_own(to)]
-        if own:
-            self._aside.wait_event(here.record_event())
-            with torch.cuda.stream(self._aside):
-                for to, source in own:
-                    to.copy_(source)
-        for to, source in copies:
-            if not self._is_own(to):
-                to.copy_(source)
-        if own:
-            here.wait_event(self._aside.record_event())
+        """Copy, and let the current stream wait until all ranks of the axis have."""
+        self._store(copies)
         self.barrier()
-
-    def _is_own(self, tensor: Tensor) -> bool:
-        start = self.memory.data_ptr()
-        return start <= tensor.data_ptr() < start + self._size
 
     def barrier(self) -> None:
         """Let the current stream wait until all ranks of the axis are here."""

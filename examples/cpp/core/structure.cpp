@@ -313,7 +313,7 @@ class Walk {
 void check_structure(const Manifest& manifest, const Described& described) {
     check_mesh(manifest);
     check_choice("placement", described.placement, {"engine", "split"});
-    check_choice("transport", described.transport, {"nccl", "store", "copy"});
+    check_choice("transport", described.transport, {"nccl", "store"});
     check_files(manifest);
     check_all_names(manifest, described);
     Wires given, outputs;
