@@ -46,8 +46,8 @@ def compile_graph(
     own = copied(module)
     if device.type == "cuda":
         fuse_gelu(module)
-    with private.outside_of_compilation(), torch.no_grad():
-        compiled = torch._inductor.compile(module, [*examples(0)], options=_OPTIONS)
+    with torch.no_grad(), private.compiling(examples(0)) as like:
+        compiled = torch._inductor.compile(module, [*like], options=_OPTIONS)
 
     def call(*tensors: Tensor) -> Sequence[Tensor]:
         results: Sequence[Tensor] = compiled(*tensors)

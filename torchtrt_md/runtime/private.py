@@ -3,21 +3,27 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Iterator
-from contextlib import AbstractContextManager, contextmanager
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from typing import Any
 
 import torch
 import torch.distributed as dist
+from torch._subclasses.fake_tensor import FakeTensorMode
+from torch.fx.experimental.symbolic_shapes import ShapeEnv
 
 
-def outside_of_compilation() -> AbstractContextManager[Any]:
-    """Compile with Inductor as if nothing else was being compiled.
+@contextmanager
+def compiling(examples: Sequence[torch.Tensor]) -> Iterator[list[torch.Tensor]]:
+    """Compile with Inductor as if nothing else was being compiled, for fake tensors like these, of these shapes.
 
     A Dynamo backend is called inside Dynamo's tracing context, whose fake tensors and parameters are those of the
-    whole model; Inductor would take them for those of the part that it is given.
+    whole model; Inductor would take them for those of the part that it is given.  And without fake tensors that have a
+    ``ShapeEnv`` Inductor keeps nothing that it compiles, and compiles it again in each process.
     """
-    return torch._guards.tracing(None)
+    mode = FakeTensorMode(shape_env=ShapeEnv())
+    with torch._guards.tracing(torch._guards.TracingContext(mode)):
+        yield [mode.from_tensor(example, static_shapes=True) for example in examples]
 
 
 def start_compile_workers() -> None:

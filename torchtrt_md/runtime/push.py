@@ -16,6 +16,7 @@ import torch.distributed as dist
 from torch import Tensor
 from torch.fx import Node
 
+from torchtrt_md.errors import LaunchError, first_line
 from torchtrt_md.lowering.ops import bound_args
 from torchtrt_md.runtime import private
 
@@ -75,13 +76,21 @@ class Shared:
 
     Args:
         size: bytes; the same on all ranks of the axis.
+
+    Raises:
+        LaunchError: the GPUs have no access to each other's memory.
     """
 
     def __init__(self, size: int, group: dist.ProcessGroup, device: torch.device) -> None:
         from torchtrt_md.runtime import store  # Triton is there where GPUs are
 
         self._store, self.add_up = store.store, store.add_up
-        self.memory, self._handle = private.symmetric_memory(size, group, device)
+        try:
+            self.memory, self._handle = private.symmetric_memory(size, group, device)
+        except RuntimeError as error:
+            raise LaunchError(
+                f"these GPUs cannot write each other's memory: {first_line(error)}", fix="use transport='nccl'"
+            ) from error
         self.ranks, self.me = dist.get_world_size(group), dist.get_rank(group)
         self._size = size
 
