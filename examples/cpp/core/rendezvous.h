@@ -39,7 +39,8 @@ class Rendezvous {
     int local_rank() const { return local_rank_; } // of the launcher, else among the ranks of this host
     const std::vector<std::string>& hosts() const { return hosts_; }
 
-    // Called from another thread when the process of a rank has ended before it said that it would.
+    // Called from another thread when the process of a rank has ended before it said that it would; until this is called
+    // with null, behind which nothing is called any more.
     void on_peer_ended(std::function<void(std::string)> told);
 
     // Say whether this rank is fine, with an error or null; return if all are.  Raises Error on all ranks, else.

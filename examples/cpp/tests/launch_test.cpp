@@ -30,6 +30,10 @@ void run(double timeout, const std::string& fault, int at, int wanted) {
     options.timeout = timeout;
     options.rank = ranks.rank();
     Watchdog watchdog(options);
+    struct Told { // until the watchdog ends, which is before the rendezvous does
+        Rendezvous& ranks;
+        ~Told() { ranks.on_peer_ended(nullptr); }
+    } told{ranks};
     ranks.on_peer_ended([&](const std::string& problem) { watchdog.peer_ended(problem, 1); });
 
     if (mine && fault == "killed") raise(SIGKILL);
