@@ -15,15 +15,17 @@ from rank_processes import Ranks
 from torch import Tensor, nn
 
 import torchtrt_md as md
-from torchtrt_md.choices import Choices
+from torchtrt_md.choices import Choices, Transport
+from torchtrt_md.errors import ConversionError
 from torchtrt_md.launch import Launch
+from torchtrt_md.launch.agree import Ballot, Failure, _verdict
 from torchtrt_md.options import Options
 from torchtrt_md.road import Built
 from torchtrt_md.runtime.executor import Executor
 from torchtrt_md.runtime.steps import Key
 from torchtrt_md.segment import Part
 from torchtrt_md.session import Session
-from torchtrt_md.tune import _keep, _read, candidates, tune
+from torchtrt_md.tune import _keep, _read, _Tuner, candidates, tune
 
 PLAN = {"": {"x": md.Split(1)}, "out": md.Gather(1)}
 
@@ -31,7 +33,7 @@ PLAN = {"": {"x": md.Split(1)}, "out": md.Gather(1)}
 class Ticking:
     """Runs each candidate once, and tells times by a rule; each takes a second of its time."""
 
-    transports = ("nccl",)
+    transports: Sequence[Transport] = ("nccl",)
 
     def __init__(self, cost: Callable[[Executor], float]) -> None:
         self.cost, self.ticks = cost, 0
@@ -301,3 +303,75 @@ def test_what_cannot_be_kept_is_a_warning(tmp_path: Path) -> None:
     _keep(choices, tmp_path / "kept" / "choices.json")
     assert _read(tmp_path / "kept" / "choices.json") == choices
     assert [p.name for p in (tmp_path / "kept").iterdir()] == ["choices.json"]
+
+
+class Lgamma(nn.Module):
+    """Blocks around an op that TensorRT turns out not to convert."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.first, self.second = models.Deep(2), models.Deep(2)
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = self.first(x)
+        return self.second(x + torch.lgamma(x.abs() + 1))  # type: ignore[no-any-return]
+
+
+class Failing(Engines):
+    """What has an lgamma cannot be built, which nobody knows before."""
+
+    def build_part(self, part: Part, *rest: Any, **named: Any) -> Part:
+        graph = part.graph if part.runs == "engine" else None
+        for node in graph.graph.nodes if graph is not None else ():
+            if node.target is torch.ops.aten.lgamma.default:
+                raise ConversionError("lgamma could not be converted", node=node.name)
+        return super().build_part(part, *rest, **named)
+
+
+def searched_in_spite(rank: int, folder: str, how: Any) -> Choices:
+    torch.manual_seed(0)
+    model, x = Lgamma().eval(), torch.randn(1, 8, 32)
+    parallel = md.ContextParallel("cp", "auto", {"": {"x": md.Split(1)}, "second.out": md.Gather(1)})
+    program = md.capture(model, (x,), mesh=md.Mesh(cp=2), parallel=parallel)
+    options = Options(
+        mesh=md.Mesh(cp=2), cache=folder, report=False, compute="tensorrt", tune=how, tune_seconds=10_000.0
+    )
+    session, clock = Session(Launch.join(60.0, cpu=True), program, options), Ticking(lambda executor: 50.0)
+    engines, compiled = Failing(Path(folder), clock, 1, rank), "torchtrt_md.runtime.inductor.compile_graph"
+    with engines.patched(), unittest.mock.patch(compiled, lambda name, graph, *rest: graph):
+        return tune(session, Choices("split"), clock)
+
+
+@pytest.mark.parametrize("how", ["tensorrt", True])
+def test_an_op_that_cannot_be_converted_takes_nothing_else_along(how: Any, ranks: Ranks, tmp_path: Path) -> None:
+    for outcome in ranks(searched_in_spite, str(tmp_path), how):
+        assert not outcome.error, outcome.message
+        told = {decision.what.split(" q")[0]: decision for decision in outcome.value.decisions}
+        assert "attention" in told, "all ways of exchange are around the op"
+        if how is True:
+            (left,) = [name for name in told["a whole step"].why.split(", ") if "in TensorRT" in name]
+            timed = [name for name in told if name.startswith("segment ")]
+            assert len(timed) >= 2, "a segment that can be built was built together with that one"
+            assert not any(name.startswith(left.split(" in ")[0].split("for ")[-1] + " ") for name in timed)
+
+
+def test_a_rank_that_is_gone_ends_the_search() -> None:
+    gone = _verdict([Ballot(0, "a step"), Ballot(0, "ended before it came to a step")])
+    apart = _verdict([Ballot(0, "a step"), Ballot(1, "another")])
+    failed = _verdict([Ballot(0, "a step"), Ballot(1, "a step", Failure("BuildError", "no engine", "", ""))])
+    search = object.__new__(_Tuner)
+    search.left_out = []
+    for error in (gone, apart):
+        assert error is not None
+        with pytest.raises(md.LaunchError):
+            search._leave_out("a candidate", error)
+    assert failed is not None
+    search._leave_out("a candidate", failed)
+    assert search.left_out == ["a candidate"]
+
+
+def test_choices_of_a_transport_that_there_is_no_more_are_a_miss(tmp_path: Path) -> None:
+    _keep(Choices("split", transport="store"), tmp_path / "choices")
+    assert _read(tmp_path / "choices") is not None
+    (tmp_path / "choices").write_text((tmp_path / "choices").read_text().replace('"store"', '"copy"'))
+    assert _read(tmp_path / "choices") is None

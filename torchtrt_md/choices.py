@@ -4,12 +4,15 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass, field
+from typing import Literal, TypeAlias
 
 import msgspec
 
 from torchtrt_md.lowering.passes import Exchange
 from torchtrt_md.parallel import Placement
 from torchtrt_md.segment import Runs
+
+Transport: TypeAlias = Literal["nccl", "store"]
 
 
 class Decision(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
@@ -44,7 +47,7 @@ class Choices:
     compute: Runs = "engine"
     exchanges: Mapping[str, Exchange] = field(default_factory=dict)
     runs: Mapping[str, Runs] = field(default_factory=dict)
-    transport: str = "nccl"
+    transport: Transport = "nccl"
     decisions: tuple[Decision, ...] = ()
     tuned_on: str = ""
 

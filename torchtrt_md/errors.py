@@ -19,6 +19,7 @@ class MDError(RuntimeError):
     def __init__(self, problem: str, *, fix: str = "", at: str = "") -> None:
         self.problem, self.fix, self.at = problem, fix, at
         self.agreed = False  # all ranks of the launch raise it
+        self.lost = False  # ranks are gone, or at other steps: nothing that they do together can go on
         parts = [problem]
         if at:
             parts.append(f"  at {at}")

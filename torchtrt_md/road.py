@@ -195,11 +195,11 @@ class Road:
         placed, keep = self._stage("placing", lambda: self._cut(lowered, choices, {}))
         start = time.perf_counter()
         if choices.with_engines:
-            before = self.cache.misses
+            before = self.cache.stored
             self._build_share([part for cut, _ in placed.distinct() for part in cut])
             built = self._turns("building", lambda: self._built(lowered, choices, placed, keep))
             if not built.engines:
-                misses, different = self.cache.misses - before, _different(p for parts in built.parts for p in parts)
+                misses, different = self.cache.stored - before, _different(p for parts in built.parts for p in parts)
                 built = replace(built, hits=max(len(different) - misses, 0), misses=misses)
         else:
             built = Built(placed, choices, placed.parts)
@@ -225,12 +225,18 @@ class Road:
         return self._turns("building some engines", lambda: self._with_engines(parts))
 
     def ops_to_build(self, parts: Iterable[Part]) -> int:
-        """The ops of the engines of these parts that are not in the cache."""
+        """The ops of engines that these parts lack in the cache, of the largest share that one rank builds."""
         from torchtrt_md.build.part import is_built
 
         turned, target = self.options.transpose_weights, self.options.target
-        missing = [p for p in _different(parts) if not is_built(p, target, self.cache, transpose_weights=turned)]
-        return sum(len(part.graph.graph.nodes) for part in missing if part.graph is not None)
+        ops = [
+            0
+            if is_built(p, target, self.cache, transpose_weights=turned) or p.graph is None
+            else len(p.graph.graph.nodes)
+            for p in _different(parts)
+        ]
+        count = self._share[1]
+        return max(sum(ops[number::count]) for number in range(count))
 
     def _self_tests(self, segments: Iterable[Segment]) -> tuple[Part, ...]:
         """Those of all ranks: what one has in an engine another may have in PyTorch, where their graphs differ."""

@@ -23,15 +23,15 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
 from statistics import median
-from typing import TYPE_CHECKING, Protocol, TypeVar
+from typing import TYPE_CHECKING, Protocol, TypeAlias, TypeVar
 
 import msgspec
 import torch
 from torch import Tensor
 
 import torchtrt_md
-from torchtrt_md.choices import Choices, Decision
-from torchtrt_md.errors import LaunchError, MDError
+from torchtrt_md.choices import Choices, Decision, Transport
+from torchtrt_md.errors import ConversionError, LaunchError, MDError
 from torchtrt_md.graph.text import graph_digest
 from torchtrt_md.lowering.passes import Exchange
 from torchtrt_md.place.partition import ATTENTION
@@ -53,14 +53,17 @@ SECONDS = 0.3  # for each candidate, where the fewest repeats leave it
 _SECONDS_PER_OP = 0.05  # of an engine; taken for the first, after which it is measured
 _EXCHANGE, _SEGMENTS, _STEP = "an exchange", "segments", "a whole step"
 _TENSORRT, _INDUCTOR = "TensorRT", "Inductor"
-_TRANSPORTS = {"nccl": "NCCL", "store": "stores"}
+_TRANSPORTS: dict[Transport, str] = {"nccl": "NCCL", "store": "stores"}
+_Way: TypeAlias = tuple[str, Transport]  # of exchange
+# Digest -> a segment as an engine, as Inductor has it, and how many are equal.
+_Pair: TypeAlias = tuple[str, tuple[Part, Part, int]]
 
 
 class Clock(Protocol):
     """What times candidates."""
 
     @property
-    def transports(self) -> Sequence[str]:
+    def transports(self) -> Sequence[Transport]:
         """What exchanges are tried by: ``nccl``, ``store``."""
 
     def now(self) -> float:
@@ -148,7 +151,7 @@ def tune(session: Session, default: Choices, clock: Clock | None = None) -> Choi
         tuned = _Tuner(session, clock, start).choose(default)
     finally:
         gc.unfreeze()
-    if launch.rank == 0:
+    if launch.rank == 0 and tuned.tuned_on:  # else nothing could be timed
         _keep(tuned, file)
     return tuned
 
@@ -203,7 +206,7 @@ class _Tuner:
         self.agreement = session.launch.agreement
         self.start, self.until = start, start + session.options.tune_seconds
         self.engines_at_once = min(Counter(session.launch.hosts).values())  # each rank of a host builds one
-        self.seconds_per_op = _SECONDS_PER_OP
+        self.built = (0.0, 0)  # seconds that building took, and the ops of the largest shares
         self.shortest: dict[str, float] = {}  # kind of candidate -> seconds that one took, what is done once aside
         self.once = 0.0  # seconds of the present candidate that later ones will not take
         self.left_out: list[str] = []  # what there was no time for
@@ -280,8 +283,8 @@ class _Tuner:
                     self.left_out.append(name)
                     continue
                 times[name] = self._whole_step(choices, ops)
-            except MDError as error:  # the same on every rank: these choices cannot be built
-                log.info("left out: %s", error.problem)
+            except MDError as error:  # these choices cannot be built
+                self._leave_out(name, error)
                 continue
             self._ended(_STEP, start)
 
@@ -289,17 +292,28 @@ class _Tuner:
         built, compiled = self._building(ops, lambda: self.session.built(choices)), self.session.known.seconds
         executor = self.session.executor(built)
         self.once += self.session.known.seconds - compiled
-        inputs: dict[Key, Tensor] = {Wire("input", v.name): self._random(v) for v in built.placed.program.inputs}
-        return self._timed(executor, inputs)
+        return self._timed(executor, {Wire("input", v.name): v for v in built.placed.program.inputs})
+
+    def _leave_out(self, name: str, error: MDError) -> None:
+        """Go on without a candidate that failed, as it did on every rank.
+
+        Raises:
+            MDError: a rank is gone, and there is nothing to go on with.
+        """
+        if error.lost:
+            raise error
+        log.info("%s is left out: %s", name, error.problem)
+        self.left_out.append(name)
 
     def _ops_to_build(self, parts: Sequence[Part]) -> int:
-        """The ops of the engines of these parts that are not in the cache, of the rank that lacks the most."""
-        ops = self.session.road.ops_to_build(parts)
+        """The ops of the engines of these parts that are not in the cache, of the rank that has to build the most."""
+        ops = self.agreement.together("looking for engines", lambda: self.session.road.ops_to_build(parts))
         return max(self.agreement.gather(ops, "the ops of the engines that are to be built"))
 
     def _to_build(self, ops: int) -> float:
-        """The seconds that engines of so many ops are expected to take."""
-        return self.seconds_per_op * ops / self.engines_at_once
+        """The seconds that engines are expected to take, of which one rank builds so many ops."""
+        seconds, before = self.built
+        return ops * (seconds / before if before else _SECONDS_PER_OP)
 
     def _building(self, ops: int, build: Callable[[], T]) -> T:
         """Build engines of so many ops, and learn from the time that it takes."""
@@ -308,7 +322,7 @@ class _Tuner:
         if ops:
             seconds = self.clock.now() - start
             self.once += seconds
-            self.seconds_per_op = seconds * self.engines_at_once / ops
+            self.built = (self.built[0] + seconds, self.built[1] + ops)
         return built
 
     def _with_engines(self, parts: Sequence[Part]) -> tuple[Part, ...]:
@@ -322,49 +336,62 @@ class _Tuner:
         order = self.session.road.lowering.attention_order("split")
         if not order:
             return choices, []
-        times: dict[str, dict[tuple[str, str], float]] = {key: {} for key in order}
-        made: dict[tuple[str, str], Exchange] = {}
+        times: dict[str, dict[_Way, float]] = {key: {} for key in order}
+        made: dict[_Way, Exchange] = {}
         strategies = {self.session.program.strategies[key.rsplit(" ", 1)[1].split("=")[0]] for key in order}
         tried = {name: e for strategy in sorted(strategies) for name, e in candidates(strategy).items()}
         for number, (name, exchange) in enumerate(tried.items()):
             if number and self._is_over(until, self._expected(_EXCHANGE)):
                 self.left_out += list(tried)[number:]
                 break
-            start = self._begun()
+            start, compiled = self._begun(), self.session.known.seconds
             try:
-                placed = self.session.placed(replace(choices, exchanges=dict.fromkeys(order, exchange)))
+                of = replace(choices, exchanges=dict.fromkeys(order, exchange))
+                placed = self.session.placed(of)
                 windows = list(_windows(placed.parts[self.rank], order))
                 if number and choices.with_engines:
-                    ops = self._ops_to_build([part for _, window in windows for part in window])
+                    ops = sum(self._ops_to_build(window) for _, window in windows)
                     if self._is_over(until, self._to_build(ops) + self._expected(_EXCHANGE)):
                         self.left_out += list(tried)[number:]
                         break
+                if choices.with_engines:
+                    placed, windows = self._built_windows(of, placed, windows, order)
                 for key, window in windows:
-                    parts = self._with_engines(window) if choices.with_engines else window
                     for transport in self.clock.transports:
-                        ms = self._window_ms(placed, parts, transport)
+                        ms = self._window_ms(placed, window, transport)
                         if ms is not None:
                             times[key][name, transport] = ms
                             made[name, transport] = exchange
             except MDError as error:  # a strategy that some attention cannot have
-                log.info("%s: left out: %s", name, error.problem)
+                self._leave_out(name, error)
                 continue
+            self.once += self.session.known.seconds - compiled
             self._ended(_EXCHANGE, start)
         return self._fastest(choices, order, times, made)
+
+    def _built_windows(
+        self, choices: Choices, placed: Built, windows: Sequence[tuple[str, Sequence[Part]]], order: Sequence[str]
+    ) -> tuple[Built, list[tuple[str, Sequence[Part]]]]:
+        """The windows with their engines."""
+        try:
+            return placed, [(key, self._with_engines(window)) for key, window in windows]
+        except ConversionError:  # an op that has to stay in PyTorch, as is seen when the whole is built
+            built = self.session.built(choices)
+            return built, list(_windows(built.parts[self.rank], order))
 
     def _fastest(
         self,
         choices: Choices,
         order: Sequence[str],
-        times: Mapping[str, Mapping[tuple[str, str], float]],
-        made: Mapping[tuple[str, str], Exchange],
+        times: Mapping[str, Mapping[_Way, float]],
+        made: Mapping[_Way, Exchange],
     ) -> tuple[Choices, list[Decision]]:
         """One transport serves a program: that with which the best of all blocks together are the fastest."""
         common = [t for t in self.clock.transports if all(any(at == t for _, at in times[key]) for key in times)]
         if not common:
             return choices, []
 
-        def best(key: str, transport: str) -> tuple[str, str]:
+        def best(key: str, transport: Transport) -> _Way:
             return min((at for at in times[key] if at[1] == transport), key=lambda at: times[key][at])
 
         transport = min(common, key=lambda t: sum(times[key][best(key, t)] for key in order))
@@ -378,12 +405,12 @@ class _Tuner:
             )
         return replace(choices, exchanges=exchanges, transport=transport), decisions
 
-    def _window_ms(self, built: Built, window: Sequence[Part], transport: str) -> float | None:
+    def _window_ms(self, built: Built, window: Sequence[Part], transport: Transport) -> float | None:
         """The median of some parts in a row; what they read of others is random."""
         made = {b.source for part in window for b in part.segment.outputs}
         read = {b.source for part in window for b in part.segment.inputs}
-        inputs: dict[Key, Tensor] = {
-            b.source: self._random(b)
+        inputs: dict[Key, Binding | Value] = {
+            b.source: b
             for part in window
             for b in part.segment.inputs
             if b.source.kind not in ("weight", "coordinate") and b.source not in made
@@ -393,6 +420,8 @@ class _Tuner:
         try:
             executor = self.session.executor(of, window, outputs or [window[-1].segment.outputs[-1].source])
         except MDError as error:  # stores need GPUs with access to each other
+            if error.lost:
+                raise
             log.info("left out: %s", error.problem)
             return None
         return self._timed(executor, inputs)
@@ -411,7 +440,7 @@ class _Tuner:
         try:
             in_trt = self.session.placed(replace(choices, compute="engine"))
         except MDError as error:  # an op that no engine can hold, and fullgraph
-            log.info("left out: %s", error.problem)
+            self._leave_out("each segment", error)
             return choices, decisions
         in_inductor = self.session.placed(choices)
         pairs = sorted(_pairs(in_trt.parts[self.rank], in_inductor.parts[self.rank]).items(), key=_least_work)
@@ -420,17 +449,11 @@ class _Tuner:
             return choices, decisions  # ranks have others, and cannot time theirs together
         for first in range(0, len(pairs), self.engines_at_once):
             batch, start = pairs[first : first + self.engines_at_once], self._begun()
-            parts: Sequence[Part] = [engine for _, (engine, _, _) in batch]
-            seconds = self._to_build(self._ops_to_build(parts))
+            seconds = self._to_build(self._ops_to_build([engine for _, (engine, _, _) in batch]))
             if self._is_over(self.until, seconds + self._expected(_SEGMENTS) + self._expected(_STEP)):
                 self.left_out.append(f"{len(pairs) - first} of {len(pairs)} segments")
                 break
-            try:
-                parts = self._with_engines(parts)
-            except MDError as error:  # Inductor has them
-                log.info("left out: %s", error.problem)
-                continue
-            for number, (built, (digest, (_, inductor, count))) in enumerate(zip(parts, batch, strict=True), first):
+            for number, (built, (digest, (_, inductor, count))) in self._built_segments(batch, first):
                 times = {
                     name: ms
                     for name, of, part in ((_TENSORRT, in_trt, built), (_INDUCTOR, in_inductor, inductor))
@@ -447,16 +470,37 @@ class _Tuner:
             return replace(choices, compute="engine"), decisions
         return replace(choices, runs=runs), decisions
 
-    def _timed(self, executor: Executor, inputs: Mapping[Key, Tensor]) -> float:
-        """The largest of all ranks' medians; the ranks begin together."""
-        times = self.session.launch.meet("timing a candidate", lambda: self.clock.milliseconds(executor, inputs))
-        mine = float(median(times))
-        executor.close()
-        gc.collect()
+    def _built_segments(self, batch: Sequence[_Pair], first: int) -> Iterator[tuple[int, tuple[Part, _Pair]]]:
+        """The segments of which TensorRT builds an engine, counted from ``first``; Inductor has the others."""
+        try:
+            parts = self._with_engines([engine for _, (engine, _, _) in batch])
+            yield from enumerate(zip(parts, batch, strict=True), first)
+            return
+        except MDError as error:  # of one of them
+            if error.lost:
+                raise
+        for number, pair in enumerate(batch, first):
+            try:
+                (part,) = self._with_engines([pair[1][0]])
+            except MDError as error:
+                self._leave_out(f"segment {number} in TensorRT", error)
+                continue
+            yield number, (part, pair)
+
+    def _timed(self, executor: Executor, inputs: Mapping[Key, Binding | Value]) -> float:
+        """The largest of all ranks' medians, with random inputs; the ranks begin together."""
+        try:
+            made = self.agreement.together(
+                "the inputs of a candidate", lambda: {key: self._random(like) for key, like in inputs.items()}
+            )
+            times = self.session.launch.meet("timing a candidate", lambda: self.clock.milliseconds(executor, made))
+        finally:  # a candidate that failed holds no memory of the next one
+            executor.close()
+            gc.collect()
+            if self.session.launch.device.type == "cuda":
+                torch.cuda.empty_cache()
         gc.freeze()  # what lives on, as graphs of many nodes do, is not looked at again
-        if self.session.launch.device.type == "cuda":
-            torch.cuda.empty_cache()
-        return max(self.agreement.gather(mine, "the candidate's times"))
+        return max(self.agreement.gather(float(median(times)), "the candidate's times"))
 
     def _random(self, like: Binding | Value) -> Tensor:
         """Equal on all ranks; of whole numbers 0, which any table can be asked for."""
@@ -472,7 +516,7 @@ def _before(steps: Mapping[str, Choices], name: str) -> list[Choices]:
     return [steps[n] for n in names[: names.index(name)]]
 
 
-def _least_work(pair: tuple[str, tuple[Part, Part, int]]) -> int:
+def _least_work(pair: _Pair) -> int:
     """Minus the ops of all segments that are equal to one."""
     _, (engine, _, count) = pair
     assert engine.graph is not None

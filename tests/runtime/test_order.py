@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+from types import SimpleNamespace
 from typing import Any
 
 import models
@@ -62,6 +64,17 @@ def test_a_view_goes_with_what_reads_it() -> None:
 def test_what_waits_for_something_itself_stays() -> None:
     steps = [op("a", "input:x"), collective("b", "a", size=9), op("c", "b"), collective("d", "c", size=1)]
     assert names([*steps, op("e", "b"), op("f", "d", "e")]) == "a b c d e f"
+
+
+def test_an_engine_that_communicates_stays_behind_what_it_was_behind() -> None:
+    """Its collectives are in the order of all ranks, too."""
+    steps = block(3, 1)
+    engine: Any = SimpleNamespace(segment=SimpleNamespace(axis="tp"))
+    alone: Any = SimpleNamespace(segment=SimpleNamespace(axis=None))
+    steps[4] = replace(steps[4], engine=engine)
+    assert names(steps) == "qkv there attention back mlp out"
+    steps[4] = replace(steps[4], engine=alone)
+    assert names(steps) == "qkv there mlp attention back out"
 
 
 @settings(max_examples=300, deadline=None)

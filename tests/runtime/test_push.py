@@ -2,16 +2,21 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from typing import Any
 
 import pytest
 import torch
+from rank_processes import Ranks
 from torch import Tensor
 from torch.fx import Graph, Node
 
+from torchtrt_md.launch import Launch
+from torchtrt_md.runtime.bring_up import _agree_where_to_store
 from torchtrt_md.runtime.memory import MemoryPlan, plan_memory
 from torchtrt_md.runtime.push import Push, push_of
 from torchtrt_md.runtime.steps import Slot, Step
+from torchtrt_md.segment import Wire
 
 md = torch.ops.torchtrt_md
 RANKS = 4
@@ -181,3 +186,25 @@ def test_a_sum_that_is_returned_lands_in_shared_memory_all_the_same() -> None:
     steps = [compute("a", "input:x"), exchange("b", "a", sums=2), exchange("c", "a", sums=2)]
     made = plan_memory(steps, ["b", "c"], push=True)
     assert set(made.shared_of) == {("landed", "b"), ("landed", "c")}
+
+
+def test_an_axis_on_which_nothing_is_sent_has_no_memory() -> None:
+    empty = [replace(exchange(f"c{i}", "a"), slots=(Slot(f"c{i}", (0,), torch.float32),)) for i in range(3)]
+    made = plan_memory([compute("a", "input:x"), *empty, compute("b", "c0", "c1", "c2")], ["b"], push=True)
+    assert (made.shared, made.shared_of) == ({}, {})
+
+
+def agreed(rank: int, differ: bool) -> bool:
+    """Rank 1 reads the result of an early exchange once more at the end."""
+    steps = layers(3)
+    if rank and differ:
+        steps.append(compute("late", "there0"))
+    return _agree_where_to_store(Launch.join(30.0, cpu=True), steps, [Wire("output", "x2")])
+
+
+def test_ranks_that_plan_otherwise_leave_it_to_nccl(ranks: Ranks) -> None:
+    """Each stores at offsets of its own plan, so where plans differ it would store where the others read else."""
+    plans = [plan_memory([*layers(3), *more], ["x2"], push=True) for more in ([], [compute("late", "there0")])]
+    assert plans[0].shared_of != plans[1].shared_of
+    for differ in (False, True):
+        assert [outcome.value for outcome in ranks(agreed, differ)] == [not differ] * 2

@@ -89,12 +89,13 @@ class EngineCache:
 
     Attributes:
         hits, misses: how often :meth:`find` found an engine, and did not.
+        stored: how many engines came into it by :meth:`store`.
     """
 
     def __init__(self, folder: Path | None = None, max_bytes: int = MAX_BYTES) -> None:
         default = os.environ.get(FOLDER) or Path.home() / ".cache" / "torchtrt_md" / "engines"
         self.folder, self.max_bytes = Path(default if folder is None else folder), max_bytes
-        self.hits = self.misses = 0
+        self.hits = self.misses = self.stored = 0
 
     def find(self, key: str) -> Path | None:
         """The engine's file, whole, or None.  A damaged one is deleted.
@@ -130,6 +131,7 @@ class EngineCache:
             os.utime(place)  # a moved file keeps the time of its build
         except OSError as error:
             raise self._unwritable(error) from error
+        self.stored += 1
         self.trim(self.max_bytes)
         return place
 

@@ -418,19 +418,23 @@ def _verdict(ballots: Sequence[Ballot]) -> MDError | None:
     lost = [rank for rank, ballot in enumerate(ballots) if ballot.by != rank]
     failures = {r: b.failure for r, b in enumerate(ballots) if b.by == r and b.failure is not None}
     gone = "; ".join(f"rank {rank} {ballots[rank].about}" for rank in lost)
+    apart = any(ballot.about != ballots[0].about for ballot in ballots)
+    error: MDError | None = None
     if failures:
-        return combined(failures, size, gone)
-    if lost:
-        return LaunchError(
+        error = combined(failures, size, gone)
+    elif lost:
+        error = LaunchError(
             gone,
             fix=f"see the output of {_who(lost, 0)}: it has failed, has ended, or does not make this call",
         )
-    if any(ballot.about != ballots[0].about for ballot in ballots):
-        return LaunchError(
+    elif apart:
+        error = LaunchError(
             f"the ranks are at different steps: {grouped([b.about for b in ballots])}",
             fix="make the same calls, in the same order, on every rank",
         )
-    return None
+    if error is not None:
+        error.lost = bool(lost) or apart
+    return error
 
 
 def _agreed(error: MDError) -> MDError:

@@ -6,6 +6,7 @@ Each step is voted on by all ranks; no engine runs before all ranks' engines too
 from __future__ import annotations
 
 import ctypes
+import logging
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
@@ -28,6 +29,7 @@ from torchtrt_md.program import placeholders
 from torchtrt_md.runtime.engine import Engine, deserialize, runtime_cache, scratch_bytes, trt_runtime
 from torchtrt_md.runtime.executor import Executor
 from torchtrt_md.runtime.kernels import KernelCache, kernel_file
+from torchtrt_md.runtime.memory import plan_memory
 from torchtrt_md.runtime.offers import NOTHING, Offers, stream_weights
 from torchtrt_md.runtime.order import overlapped
 from torchtrt_md.runtime.push import Shared
@@ -36,6 +38,8 @@ from torchtrt_md.runtime.weights import Stored, WeightOf, laid_out
 from torchtrt_md.segment import Part, Segment, Wire
 from torchtrt_md.verification.compiled import check_compiled
 from torchtrt_md.verification.operands import draw, limit
+
+log = logging.getLogger(__name__)
 
 
 @dataclass
@@ -126,9 +130,26 @@ def bring_up(
 
     make = partial(Executor, steps, fixed=fixed, outputs=outputs, device=launch.device, overlap=overlap)
     save = kernels.save if kernels is not None else None
-    return launch.meet(
-        "the memory of the program", lambda: make(share=None if transport == "nccl" else share, after_first=save)
-    )
+    shares = share if transport == "store" and _agree_where_to_store(launch, steps, outputs) else None
+    return launch.meet("the memory of the program", lambda: make(share=shares, after_first=save))
+
+
+def _agree_where_to_store(launch: Launch, steps: Sequence[Step], outputs: Sequence[Wire]) -> bool:
+    """Do all ranks plan alike where each collective lands?  Ranks whose graphs differ may not, and leave it to NCCL.
+
+    A rank stores into the memory of the others at offsets of its own plan.
+    """
+    plan = plan_memory(steps, outputs, push=True)
+    lands = []
+    for step in steps:
+        if step.communicates:
+            slot = step.landing
+            lands.append((step.axis, slot and (plan.shared_of.get(slot.name), slot.bytes)))
+    told = repr((lands, sorted(plan.shared.items())))
+    alike = len(set(launch.agreement.gather(told, "where collectives land"))) == 1
+    if not alike:
+        log.info("rank %d: the ranks' programs differ, so NCCL does their collectives", launch.rank)
+    return alike
 
 
 def _check_one_host(mesh: Mesh, launch: Launch, transport: str) -> None:

@@ -221,7 +221,10 @@ def _shared(
             found[slot.name] = (axis, chosen[1])
             if number:
                 available.append((*chosen[:2], free, number + 2))
-        total[axis] = end
+        if end:
+            total[axis] = end
+        else:  # all are empty
+            found = {name: where for name, where in found.items() if where[0] != axis}
     return found, total
 
 

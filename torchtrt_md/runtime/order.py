@@ -14,7 +14,7 @@ def overlapped(steps: Sequence[Step]) -> list[Step]:
     A step that waits for an exchange beside which nothing runs may be followed by others that wait for nothing, as the
     half of a block that needs no attention.  They run beside the next exchange.  Where more is sent in the first one,
     they run beside that, in front of the step that waits for it.  Collectives keep their order, which is that of all
-    ranks, and what is computed of what stays as it is.
+    ranks, those inside engines as well, and what is computed of what stays as it is.
     """
     ordered = list(steps)
     waits = _Waits(steps)
@@ -64,6 +64,8 @@ class _Waits:
         left, free = {id(step) for step in steps}, []
         for step in steps:
             makers = [self._maker[value] for value in step.reads if value in self._maker]
+            if _meets_others(step):
+                break  # nothing goes in front of it that was behind it
             if not step.communicates and self._of[id(step)] <= joined and not any(id(m) in left for m in makers):
                 free.append(step)
                 left.remove(id(step))
@@ -79,6 +81,11 @@ def _last_in_a_row(steps: Sequence[Step]) -> list[Step]:
         elif not step.looks:
             break
     return found
+
+
+def _meets_others(step: Step) -> bool:
+    """Is it an engine with collectives inside?"""
+    return step.engine is not None and step.engine.segment.axis is not None
 
 
 def _sent(step: Step) -> int:

@@ -57,12 +57,15 @@ def own_cublas_workspaces() -> Iterator[None]:
 def symmetric_memory(size: int, group: dist.ProcessGroup, device: torch.device) -> tuple[torch.Tensor, Any]:
     """Bytes on this GPU that the GPUs of the group can write, and the handle to theirs.  Collective.
 
-    Without it exchanges run as NCCL's kernels only, which take multiprocessors from what runs beside them.
+    Without it exchanges run as NCCL's kernels only.  The memory is no part of PyTorch's pool of such memory, whose
+    blocks are used again with the handle that they had: ranks that let go of them at different times, as garbage
+    collectors do, would meet in handles of different blocks.
 
     Raises:
         RuntimeError: the GPUs have no access to each other's memory.
     """
     from torch.distributed import _symmetric_memory
 
-    memory: torch.Tensor = _symmetric_memory.empty(size, dtype=torch.uint8, device=device)
+    empty = torch._C._distributed_c10d._SymmetricMemory.empty_strided_p2p
+    memory: torch.Tensor = empty((size,), (1,), torch.uint8, device)
     return memory, _symmetric_memory.rendezvous(memory, group.group_name)

@@ -18,7 +18,7 @@ def _store(to, source, count, PARTS: tl.constexpr, WORDS: tl.constexpr):  # type
     """Program (i, part) copies every ``num_programs(0)``-th run of words of a part, from the i-th on."""
     for part in tl.static_range(PARTS):
         if tl.program_id(1) == part:
-            for start in range(tl.program_id(0) * WORDS, count, tl.num_programs(0) * WORDS):
+            for start in range(tl.program_id(0).to(tl.int64) * WORDS, count, tl.num_programs(0) * WORDS):
                 at = start + tl.arange(0, WORDS)
                 tl.store(to[part] + at, tl.load(source[part] + at, at < count), at < count)
 
