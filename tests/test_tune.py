@@ -375,3 +375,22 @@ def test_choices_of_a_transport_that_there_is_no_more_are_a_miss(tmp_path: Path)
     assert _read(tmp_path / "choices") is not None
     (tmp_path / "choices").write_text((tmp_path / "choices").read_text().replace('"store"', '"copy"'))
     assert _read(tmp_path / "choices") is None
+
+
+def searched_again_with_more_time(rank: int, cache: str) -> list[int]:
+    counts = []
+    for seconds in (60.0, 600.0, 60.0):
+        session, _, _ = session_of(2, cache, tune_seconds=seconds)
+        clock = Ticking(exchanges_of)
+        tune(session, EAGER, clock)
+        counts.append(clock.ticks)
+    return counts
+
+
+def test_what_a_short_search_found_is_not_taken_for_that_of_a_long_one(ranks: Ranks, tmp_path: Path) -> None:
+    for outcome in ranks(searched_again_with_more_time, str(tmp_path)):
+        assert not outcome.error, outcome.message
+        short, long, short_again = outcome.value
+        assert short > 0
+        assert long > 0
+        assert short_again == 0

@@ -188,8 +188,8 @@ def _key(session: Session, default: Choices) -> str:
         # where the ranks are: what is sent between hosts is another matter
         launch.agreement.gather((launch.hosts[launch.rank], gpu), "the ranks' GPUs"),
         (flavour, str(torch.__version__), torchtrt_md.__version__),
-        (options.tune, options.placement, options.target, str(options.exchange), options.transpose_weights),
-        (options.transport, options.overlap, options.compute, options.fullgraph),
+        (options.tune, options.tune_seconds, options.placement, options.target, str(options.exchange)),
+        (options.transport, options.overlap, options.compute, options.fullgraph, options.transpose_weights),
     )
     return hashlib.sha256(repr(parts).encode()).hexdigest()
 
