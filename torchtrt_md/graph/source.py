@@ -8,10 +8,11 @@ import os
 import re
 import sysconfig
 import traceback
-from collections.abc import Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
 from traceback import FrameSummary
 from types import FrameType
+from typing import TypeVar
 
 import torch.fx
 
@@ -25,6 +26,7 @@ MACHINERY = re.compile(
     + r"|[/\\]torch_tensorrt[/\\]|[/\\]typing_extensions\.py$|^<frozen |^<eval_with_key>"
     + r"|[/\\](?:site|dist)-packages[/\\](?:typer|click)[/\\]"  # the command line's, between it and a stage
 )
+T = TypeVar("T")
 # The code is missing where Python cannot read the file, as for what was typed into a shell.
 _FRAME = re.compile(
     r'File "(?P<file>[^"]+)", line (?P<line>\d+), in (?P<function>.+)(?:\n(?!\s*File ")\s*(?P<code>.*))?'
@@ -37,8 +39,7 @@ def source_line(node: torch.fx.Node) -> str:
     A function that is not a ``forward`` may be called from many places, so the line in the ``forward`` that led to it
     follows: ``... (called from file:line in forward)``.  Capture records these frames on every node (:func:`told_now`).
     """
-    found = _FRAME.finditer(node.stack_trace or "")
-    return _cited([FrameSummary(f["file"], int(f["line"]), f["function"].strip(), line=f["code"] or "") for f in found])
+    return _line_of(node.stack_trace or "")
 
 
 def error_line(error: BaseException) -> str:
@@ -48,27 +49,40 @@ def error_line(error: BaseException) -> str:
 
 def running_line() -> str:
     """The same for the code that is running now; for errors that are raised while the model's own code runs."""
-    return _cited(told_frames(traceback.extract_stack()))
+    return _line_of(told_now(entry()))
 
 
-def told_frames(stack: Sequence[FrameSummary]) -> list[FrameSummary]:
-    """The frames that are told of a stack: of the user's, below the call that entered this package, the innermost.
+def _line_of(stack: str) -> str:
+    """Of a stack as Python formats it."""
+    found = _FRAME.finditer(stack)
+    return _cited([FrameSummary(f["file"], int(f["line"]), f["function"].strip(), line=f["code"] or "") for f in found])
 
-    Before it the innermost ``forward`` that led to it, where it is none itself.
+
+def _told(frames: Iterable[tuple[str, str, T]]) -> list[T]:
+    """The frames that are told of a stack: of the user's the innermost, and before it, where it is no ``forward``
+    itself, the innermost ``forward`` that led to it.
+
+    Args:
+        frames: file, function and what stands for it, from the innermost one out.
     """
-    here = f"{_HERE}{os.sep}"
-    entered = next((i for i, f in enumerate(stack) if f.filename.startswith(here)), 0)
-    users = [frame for frame in stack[entered:] if not _is_machinery(frame.filename, frame.name)]
-    if not users or users[-1].name == "forward":
-        return users[-1:]
-    return [frame for frame in reversed(users[:-1]) if frame.name == "forward"][:1] + users[-1:]
+    told: list[T] = []
+    for file, function, frame in frames:
+        if (function == "forward" or not told) and not _is_machinery(file, function):
+            told.append(frame)
+            if function == "forward":
+                break
+    return told[::-1]
+
+
+def _is_ours(file: str) -> bool:
+    return file.startswith(f"{_HERE}{os.sep}")
 
 
 def entry() -> FrameType | None:
     """The frame of the call that entered this package, of the code that is running now."""
     found, frame = None, inspect.currentframe()
     while frame is not None:
-        found = frame if frame.f_code.co_filename.startswith(f"{_HERE}{os.sep}") else found
+        found = frame if _is_ours(frame.f_code.co_filename) else found
         frame = frame.f_back
     return found
 
@@ -81,16 +95,14 @@ def told_now(entered: FrameType | None) -> str:
     Args:
         entered: as :func:`entry` found it; what is outside of it is not looked at.
     """
-    told: list[tuple[str, int, str]] = []
-    frame = inspect.currentframe()
+    told = _told(_until(inspect.currentframe(), entered))
+    return _formatted(tuple((f.f_code.co_filename, f.f_lineno, f.f_code.co_name) for f in told))
+
+
+def _until(frame: FrameType | None, entered: FrameType | None) -> Iterator[tuple[str, str, FrameType]]:
     while frame is not None and frame is not entered:
-        file, function = frame.f_code.co_filename, frame.f_code.co_name
-        if (function == "forward" or not told) and not _is_machinery(file, function):
-            told.append((file, frame.f_lineno, function))
-            if function == "forward":
-                break
+        yield frame.f_code.co_filename, frame.f_code.co_name, frame
         frame = frame.f_back
-    return _formatted(tuple(reversed(told)))
 
 
 @functools.lru_cache(1 << 12)
@@ -105,7 +117,8 @@ def _is_machinery(file: str, function: str) -> bool:
 
 def _cited(stack: Sequence[FrameSummary]) -> str:
     """What to cite of a stack, whose innermost frame is the last."""
-    if not (told := told_frames(stack)):
+    entered = next((i for i, frame in enumerate(stack) if _is_ours(frame.filename)), 0)
+    if not (told := _told((f.filename, f.name, f) for f in reversed(stack[entered:]))):
         return ""
     *callers, innermost = told
     code = f": {innermost.line.strip()}" if innermost.line else ""
