@@ -209,7 +209,8 @@ class _Tuner:
         self.built = (0.0, 0)  # seconds that building took, and the ops of the largest shares
         self.shortest: dict[str, float] = {}  # kind of candidate -> seconds that one took, what is done once aside
         self.once = 0.0  # seconds of the present candidate that later ones will not take
-        self.left_out: list[str] = []  # what there was no time for
+        self.no_time: list[str] = []  # what there was no time for
+        self.left_out: list[str] = []  # what failed
 
     def choose(self, default: Choices) -> Choices:
         """What is fastest of what there was time for; ``default`` where nothing could be timed."""
@@ -238,7 +239,8 @@ class _Tuner:
         if not times:
             return default
         best = min(times, key=lambda name: times[name])
-        why = "the fastest" + (f"; no time was left for {', '.join(self.left_out)}" if self.left_out else "")
+        why = "the fastest" + (f"; no time was left for {', '.join(self.no_time)}" if self.no_time else "")
+        why += f"; errors were raised for {', '.join(self.left_out)}" if self.left_out else ""
         decisions.append(Decision(_STEP, best, why, times))
         device = self.session.launch.device
         gpu = torch.cuda.get_device_name(device) if device.type == "cuda" else "CPU"
@@ -273,14 +275,14 @@ class _Tuner:
         """Time some whole steps, as long as there is time."""
         for name, choices in steps.items():
             if times and self._is_over(self.until, self._expected(_STEP)):
-                self.left_out.append(name)
+                self.no_time.append(name)
                 continue
             start = self._begun()
             try:
                 ops = self._ops_to_build(self.session.placed(choices).parts[self.rank]) if choices.with_engines else 0
                 # The first is timed in any case: there has to be a result, which is built then.
                 if times and ops and self._is_over(self.until, self._to_build(ops) + self._expected(_STEP)):
-                    self.left_out.append(name)
+                    self.no_time.append(name)
                     continue
                 times[name] = self._whole_step(choices, ops)
             except MDError as error:  # these choices cannot be built
@@ -342,7 +344,7 @@ class _Tuner:
         tried = {name: e for strategy in sorted(strategies) for name, e in candidates(strategy).items()}
         for number, (name, exchange) in enumerate(tried.items()):
             if number and self._is_over(until, self._expected(_EXCHANGE)):
-                self.left_out += list(tried)[number:]
+                self.no_time += list(tried)[number:]
                 break
             start, compiled = self._begun(), self.session.known.seconds
             try:
@@ -352,7 +354,7 @@ class _Tuner:
                 if number and choices.with_engines:
                     ops = sum(self._ops_to_build(window) for _, window in windows)
                     if self._is_over(until, self._to_build(ops) + self._expected(_EXCHANGE)):
-                        self.left_out += list(tried)[number:]
+                        self.no_time += list(tried)[number:]
                         break
                 if choices.with_engines:
                     placed, windows = self._built_windows(of, placed, windows, order)
@@ -435,7 +437,7 @@ class _Tuner:
         runs: dict[str, Runs] = {}
         decisions: list[Decision] = []
         if self._is_over(self.until, self._expected(_STEP)):
-            self.left_out.append("each segment")
+            self.no_time.append("each segment")
             return choices, decisions
         try:
             in_trt = self.session.placed(replace(choices, compute="engine"))
@@ -451,7 +453,7 @@ class _Tuner:
             batch, start = pairs[first : first + self.engines_at_once], self._begun()
             seconds = self._to_build(self._ops_to_build([engine for _, (engine, _, _) in batch]))
             if self._is_over(self.until, seconds + self._expected(_SEGMENTS) + self._expected(_STEP)):
-                self.left_out.append(f"{len(pairs) - first} of {len(pairs)} segments")
+                self.no_time.append(f"{len(pairs) - first} of {len(pairs)} segments")
                 break
             for number, (built, (digest, (_, inductor, count))) in self._built_segments(batch, first):
                 times = {
