@@ -81,6 +81,13 @@ class Ranks:
             process.kill()
 
 
+def free_port() -> int:
+    with socket.socket() as server:
+        server.bind(("127.0.0.1", 0))
+        port: int = server.getsockname()[1]
+        return port
+
+
 class Ended(NamedTuple):
     """The exit code of a process, and its stdout and stderr."""
 
@@ -91,10 +98,7 @@ class Ended(NamedTuple):
 def run_script(script: Path, arguments: Sequence[str], folder: Path, env: Mapping[str, str], size: int) -> list[Ended]:
     """What ``torchrun --nproc_per_node=size script arguments`` starts in ``folder``, forked; each rank's end."""
     context, logs = warm(), [folder / f"{rank}.log" for rank in range(size)]
-    with socket.socket() as server:
-        server.bind(("127.0.0.1", 0))
-        port = server.getsockname()[1]
-    launch = {**env, "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port)}
+    launch = {**env, "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(free_port())}
     launch |= dict.fromkeys(("WORLD_SIZE", "LOCAL_WORLD_SIZE"), str(size))
     processes = []
     for rank, log in enumerate(logs):

@@ -12,11 +12,13 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
+from rank_processes import free_port
+
 import torchtrt_md as md
 from faults import injections
 from faults.cases import AT_ONCE, Outcome
 from faults.exports import environment
-from faults.processes import MARK, SLACK, TIMEOUT, Ended, Launch, free_port, running, tell
+from faults.processes import MARK, SLACK, TIMEOUT, Ended, Launch, running, tell
 from torchtrt_md.launch import Launch as Joined
 from torchtrt_md.launch import host
 from torchtrt_md.launch.agree import Agreement

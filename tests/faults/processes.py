@@ -9,7 +9,6 @@ from __future__ import annotations
 import json
 import os
 import signal
-import socket
 import sys
 import time
 import traceback
@@ -23,7 +22,7 @@ from pathlib import Path
 from typing import Any
 
 import torch.distributed as dist
-from rank_processes import warm
+from rank_processes import free_port, warm
 from torch.distributed import TCPStore  # type: ignore[attr-defined]
 
 from torchtrt_md.errors import MDError
@@ -155,13 +154,6 @@ def running(mark: str, sessions: Sequence[int] = ()) -> list[int]:
             if stat[0] != "Z" and (of_session or mark.encode() in (folder / "environ").read_bytes()):
                 found.append(int(folder.name))
     return found
-
-
-def free_port() -> int:
-    with socket.socket() as server:
-        server.bind(("127.0.0.1", 0))
-        port: int = server.getsockname()[1]
-        return port
 
 
 def tell(**what: Any) -> None:
