@@ -229,12 +229,11 @@ class Road:
         from torchtrt_md.build.part import is_built
 
         turned, target = self.options.transpose_weights, self.options.target
-        ops = [
-            0
-            if is_built(p, target, self.cache, transpose_weights=turned) or p.graph is None
-            else len(p.graph.graph.nodes)
-            for p in _different(parts)
-        ]
+        ops = []
+        for part in _different(parts):
+            assert part.graph is not None
+            there = is_built(part, target, self.cache, transpose_weights=turned)
+            ops.append(0 if there else len(part.graph.graph.nodes))
         count = self._share[1]
         return max(sum(ops[number::count]) for number in range(count))
 

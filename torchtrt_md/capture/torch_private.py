@@ -150,9 +150,9 @@ def coordinates(where: Mapping[str, int]) -> Iterator[None]:
 def told_stacks() -> Iterator[None]:
     """Let nodes that are traced record the user's innermost frame, whatever its function is called.
 
-    PyTorch keeps frames of functions named ``forward`` only, and makes a summary of the whole stack for each node: a
-    third of a capture.  Without this, an error in a function that several modules share would cite the line that calls
-    it.
+    PyTorch keeps frames of functions named ``forward`` only, and makes a summary of the whole stack for each
+    node, which takes long.  Without this, an error in a function that several modules share would cite the line that
+    calls it.
     """
     entered, create = entry(), PythonKeyTracer.create_node
     own = _CREATE in vars(PythonKeyTracer)

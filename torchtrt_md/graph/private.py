@@ -12,7 +12,7 @@ from torch.nn import Module
 def lazy_modules() -> AbstractContextManager[None]:
     """Let graphs that PyTorch traces in here generate their Python code when it is asked for.
 
-    Stages read nodes, so the code of most graphs is never run.  Without it, a tenth of a capture goes into code.
+    Stages read nodes, so the code of most graphs is never run.  Without it, each trace and each copy makes some.
     """
     return _use_lazy_graph_module(True)
 

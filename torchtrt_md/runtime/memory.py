@@ -193,7 +193,7 @@ def _shared(
     reader is no later than that.  Where a sum reads it the reader is the exchange itself, behind its own barrier; so it
     is the barrier of the next one that tells.  For the first exchange of a call the one before is the last of the
     previous call: its memory is its own, and must have been read before that one began.  Where it is not, as where
-    there is one exchange only, NCCL does those of the axis.
+    there is one exchange only, and where nothing is sent, NCCL does those of the axis.
     """
     found: dict[Key, tuple[str, int]] = {}
     total: dict[str, int] = {}
@@ -204,7 +204,8 @@ def _shared(
             free = -1 if step.push.sums else free_at[landing.name]
             by_axis.setdefault(step.axis, []).append((index, landing, free))
     for axis, exchanges in by_axis.items():
-        if len(exchanges) < 2 or exchanges[0][2] > moments[exchanges[-1][0]].after:
+        sends = any(slot.bytes for _, slot, _ in exchanges)
+        if not sends or len(exchanges) < 2 or exchanges[0][2] > moments[exchanges[-1][0]].after:
             continue
         available: list[tuple[int, int, int, int]] = []  # (bytes, offset, free from this step, and this exchange on)
         end = 0
@@ -221,10 +222,7 @@ def _shared(
             found[slot.name] = (axis, chosen[1])
             if number:
                 available.append((*chosen[:2], free, number + 2))
-        if end:
-            total[axis] = end
-        else:  # all are empty
-            found = {name: where for name, where in found.items() if where[0] != axis}
+        total[axis] = end
     return found, total
 
 

@@ -10,6 +10,7 @@ import math
 import operator
 from collections.abc import Callable, Hashable, Mapping, Sequence
 from dataclasses import dataclass
+from functools import cached_property
 from typing import Any, TypeAlias
 
 import torch
@@ -82,7 +83,7 @@ class Step:
     axis: str = ""
     engine: Engine | None = None
 
-    @property
+    @cached_property
     def landing(self) -> Slot | None:
         """Where what other ranks write arrives, of a collective that can be done so: its result, or beside it."""
         if self.push is None or not self.push.sums:
