@@ -7,7 +7,8 @@
 Models of transformers are the causal language models with a tensor-parallel plan that it maps configurations to, made
 from a small configuration (small_configs.py).  Those of diffusers are all classes with a plan, called as their
 pipelines call them (small_diffusers.py), in each strategy of a split sequence and tensor-parallel, as far as they have
-plans; its transformers without a plan for a split sequence, by plans given by hand (small_diffusers_plans.py).
+plans; its transformers without a plan for a split sequence, by plans given by hand, and those without a tensor-parallel
+one by a plan made of the names of their layers (small_diffusers_plans.py).
 Weights are random.  What does not verify is written down with the first line of the error, or with that of the
 library, where the model does not run by itself.
 """
@@ -37,6 +38,7 @@ from benchmarks import small_diffusers, small_diffusers_plans  # noqa: E402
 from benchmarks.small_configs import TOKENS, small  # noqa: E402
 
 LIMIT_S = 600.0
+BY_NAMES = "tensor, by names"
 SAID = "in the library: "  # what library_tp.py says begins so
 # Fields without which the library's own default does not run.
 _ROPE = {"rope_type": "default", "rope_theta": 10000.0}
@@ -63,7 +65,7 @@ class Outcome:
         line: of the error, or the largest relative error.
         graphs: how many the program has; one serves all ranks.
         seconds: that it took.
-        parallel: "tensor", or the strategy of a split sequence.
+        parallel: "tensor", the same by a plan made of names, or the strategy of a split sequence.
         library: of a model of transformers that failed, what became of it in the library itself (library_tp.py).
     """
 
@@ -92,6 +94,7 @@ def tasks_of(names: Sequence[str], ranks: Sequence[int]) -> list[tuple[str, int,
     """What is tried: each class in each call and with each plan that it has, on each number of ranks."""
     tried = []
     for name in dict.fromkeys(names):
+        tried += [(call, r, BY_NAMES) for call in _without_tensor_plan(name) for r in ranks]
         if name in small_diffusers_plans.classes():
             calls, strategies = small_diffusers_plans.calls(name), small_diffusers_plans.STRATEGIES
             tried += [(call, r, strategy) for call in calls for strategy in strategies for r in ranks]
@@ -104,8 +107,19 @@ def tasks_of(names: Sequence[str], ranks: Sequence[int]) -> list[tuple[str, int,
     return tried
 
 
+def _without_tensor_plan(name: str) -> list[str]:
+    """The calls of a class of diffusers that has no tensor-parallel plan of its own; none of other classes."""
+    if name in small_diffusers_plans.classes():
+        known, calls = small_diffusers_plans.classes()[name], small_diffusers_plans.calls(name)
+    elif name in small_diffusers.classes():
+        known, calls = small_diffusers.classes()[name], small_diffusers.calls(name)
+    else:
+        return []
+    return [] if getattr(known, "_tp_plan", None) else calls
+
+
 def _planned(call: str, parallel: str) -> bool:
-    """Whether a class has its plan from small_diffusers_plans.py."""
+    """Whether a class has its call from small_diffusers_plans.py."""
     return parallel != "tensor" and call.partition(", ")[0] in small_diffusers_plans.classes()
 
 
@@ -143,10 +157,7 @@ def outcome(name: str, ranks: int, parallel: str = "tensor") -> Outcome:
         with torch.no_grad():
             model(*args, **kwargs)
         stage = "capture"
-        context: Any = parallel
-        by_hand = small_diffusers_plans.listed(name)[1] if _planned(name, parallel) else None
-        along = md.TensorParallel("n") if parallel == "tensor" else md.ContextParallel("n", context, plan=by_hand)
-        program = md.capture(model, args, kwargs, mesh=md.Mesh(n=ranks), parallel=along)
+        program = md.capture(model, args, kwargs, mesh=md.Mesh(n=ranks), parallel=_along(name, parallel, model))
         graphs = len(program.distinct())
         stage = "lower"
         lowered = md.lower(program, placement="split" if parallel == "ring" else "engine")
@@ -158,6 +169,18 @@ def outcome(name: str, ranks: int, parallel: str = "tensor") -> Outcome:
         if os.environ.get("MATRIX_TRACE"):
             traceback.print_exc()
     return Outcome(name, ranks, stage, line, graphs, time.perf_counter() - begin, parallel)
+
+
+def _along(name: str, parallel: Any, model: Any) -> Any:
+    """How a model is parallel over axis "n"."""
+    import torchtrt_md as md
+
+    if parallel == BY_NAMES:
+        return md.TensorParallel("n", small_diffusers_plans.tensor_plan(model))
+    if parallel == "tensor":
+        return md.TensorParallel("n")
+    by_hand = small_diffusers_plans.listed(name)[1] if _planned(name, parallel) else None
+    return md.ContextParallel("n", parallel, plan=by_hand)
 
 
 def _in_child(name: str, ranks: int, parallel: str) -> Outcome:
@@ -215,9 +238,11 @@ def page(outcomes: Sequence[Outcome], versions: str) -> str:
     """docs/models.md."""
     import transformers
 
-    language = [o for o in outcomes if hasattr(transformers, o.model)]
-    generating = [o for o in outcomes if not hasattr(transformers, o.model) and not _planned(o.model, o.parallel)]
-    planned = [o for o in outcomes if _planned(o.model, o.parallel)]
+    by_names = [o for o in outcomes if o.parallel == BY_NAMES]
+    others = [o for o in outcomes if o.parallel != BY_NAMES]
+    language = [o for o in others if hasattr(transformers, o.model)]
+    generating = [o for o in others if not hasattr(transformers, o.model) and not _planned(o.model, o.parallel)]
+    planned = [o for o in others if _planned(o.model, o.parallel)]
     lines = [
         "# Models",
         "",
@@ -258,6 +283,16 @@ def page(outcomes: Sequence[Outcome], versions: str) -> str:
             "",
             *(_of_classes(planned, r) for r in sorted({o.ranks for o in planned})),
             *_wide_table(planned),
+        ]
+    if by_names:
+        lines += [
+            "",
+            "## Tensor parallel without a plan of their own",
+            "",
+            "Every class of diffusers without a `_tp_plan` of which a call is written, by a plan that",
+            "`benchmarks/small_diffusers_plans.py` makes of the names of its layers: heads of attention by DTensors,",
+            "since these models count their heads themselves, and feed-forward layers.",
+            *_table(by_names, ("class",)),
         ]
     return "\n".join(lines) + "\n"
 

@@ -3,15 +3,19 @@
 Which classes there are, the library says.  What are listed here are the calls, as small_diffusers.py has them, and the
 plans.  Most are one: split what the first block is called with, and gather what the last projection gives.  Tables of
 positions, masks and text need no entries: what is not named follows what is split, or stays whole.
+
+A tensor-parallel plan is made of the names that diffusers' layers have, for every class without a plan of that kind.
 """
 
 from __future__ import annotations
 
+import re
 from dataclasses import replace
 from typing import Any
 
 import torch
 from torch import Tensor
+from torch.distributed.tensor.parallel import ColwiseParallel, RowwiseParallel
 
 import torchtrt_md as md
 from benchmarks import small_diffusers
@@ -62,6 +66,33 @@ def made(call: str) -> tuple[Any, tuple[Any, ...], dict[str, Any]]:
     if not found.held:
         return model, args, kwargs
     return Holding(model, {name: kwargs.pop(name) for name in found.held}).eval(), args, kwargs
+
+
+def tensor_plan(model: torch.nn.Module) -> dict[str, Any]:
+    """Each rank some heads of every attention, and a part of every feed-forward layer.
+
+    Models count their heads themselves, so attention runs on DTensors.
+    """
+    linear = {path: m for path, m in model.named_modules() if isinstance(m, torch.nn.Linear)}
+    plan: dict[str, Any] = {}
+    attentions = set()
+    for path in linear:
+        owner, _, name = path.rpartition(".")
+        if re.fullmatch(r"to_[qkv]|add_[qkv]_proj", name):
+            plan[path] = ColwiseParallel(use_local_output=False)
+            attentions.add(owner)
+    for owner in attentions:
+        results = [f"{owner}.{name}" for name in ("to_out.0", "to_out", "to_add_out")]
+        plan |= {path: RowwiseParallel() for path in results if path in linear}
+    for path, last in linear.items():
+        first = re.sub(r"net\.2$", "net.0.proj", path)
+        if first in plan or first not in linear or first == path:
+            continue
+        gated = linear[first].out_features == 2 * last.in_features  # two layers in one
+        plan |= {first: "packed_colwise" if gated else "colwise", path: "rowwise"}
+    if not plan:
+        raise LookupError("no layer has a name by which a plan can be made")
+    return plan
 
 
 class Holding(torch.nn.Module):

@@ -53,6 +53,8 @@ def test_every_class_of_diffusers_with_a_plan_has_a_call() -> None:
     assert ("WanTransformer3DModel, an image", 4, "ring") in tasks
     assert ("FluxTransformer2DModel", 2, "tensor") in tasks
     assert not any(call.startswith("Wan") and parallel == "tensor" for call, _, parallel in tasks)
+    assert ("WanTransformer3DModel, an image", 4, model_matrix.BY_NAMES) in tasks
+    assert not any(call.startswith("Flux") and parallel == model_matrix.BY_NAMES for call, _, parallel in tasks)
 
 
 def test_classes_without_a_plan_are_those_of_the_library_and_have_plans_by_hand() -> None:
@@ -83,6 +85,21 @@ def test_plans_by_hand_verify_and_stand_in_a_table_of_their_own() -> None:
     assert "- 2 ranks, classes that verify in every call: ring 1 of 2, ulysses 1 of 1" in page
     assert "| SanaTransformer2DModel | not tried | not tried | ok |  |" in page
     assert "PriorTransformer" not in page.partition("Not tried")[2].partition(".")[0]
+
+
+def test_plans_made_of_names_verify_and_stand_in_a_table_of_their_own() -> None:
+    tried = [
+        ("WanTransformer3DModel", 4, model_matrix.BY_NAMES),  # norms over all heads, of which a rank has some
+        ("PixArtTransformer2DModel", 2, model_matrix.BY_NAMES),
+        ("PRXTransformer2DModel", 2, model_matrix.BY_NAMES),  # its names say nothing of queries
+    ]
+    found = [model_matrix.outcome(*task) for task in tried]
+    assert [o.stage for o in found] == ["", "", "capture"]
+    page = model_matrix.page(found, "versions")
+    assert "## Tensor parallel without a plan of their own" in page
+    assert "- 2 ranks: 1 of 2" in page
+    assert "## diffusers" not in page
+    assert "## Without a plan of their own" not in page
 
 
 def test_a_class_without_a_call_is_told_of(monkeypatch: pytest.MonkeyPatch) -> None:

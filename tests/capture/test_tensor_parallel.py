@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import models
 import pytest
 import torch
+import torch.nn.functional as F
 from torch import nn
 from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.tensor import Replicate
@@ -13,7 +16,7 @@ from torch.distributed.tensor.parallel import ColwiseParallel, RowwiseParallel, 
 import torchtrt_md as md
 from torchtrt_md.capture.torch_private import fake_ranks
 from torchtrt_md.errors import CaptureError, MeshError, PlanError
-from torchtrt_md.program import Sharding, Weight
+from torchtrt_md.program import Sharding, Weight, placeholders
 
 TP2, TP4 = md.Mesh(tp=2), md.Mesh(tp=4)
 PLAN = {"up": ColwiseParallel(), "down": RowwiseParallel()}
@@ -136,3 +139,78 @@ def test_tied_weights_are_one() -> None:
     ):
         program = md.capture(model, (x,), mesh=TP2, parallel=md.TensorParallel("tp", plan=plan))
         assert md.verify(program, model, (x,)).error <= 1e-5
+
+
+class CountsItsHeads(nn.Module):
+    """Attention that counts its heads itself, as most of diffusers does, with a norm over all of them, as in Wan."""
+
+    def __init__(self, heads: int = 4, width: int = 32) -> None:
+        super().__init__()
+        self.heads = heads
+        self.q, self.k, self.v, self.out = (nn.Linear(width, width) for _ in range(4))
+        self.over_all, self.over_one = nn.RMSNorm(width), nn.RMSNorm(width // heads, eps=1e-6)
+
+    def forward(self, x: torch.Tensor, table: torch.Tensor) -> torch.Tensor:
+        batch, tokens, _ = x.shape
+        q, k, v = (t.view(batch, tokens, self.heads, -1) for t in (self.over_all(self.q(x)), self.k(x), self.v(x)))
+        q, k = self.over_one(q) * table, torch.cat([self.over_one(k)[..., 4:], k[..., :4] * table[..., :4]], dim=-1)
+        mixed = F.scaled_dot_product_attention(q.transpose(1, 2), k.transpose(1, 2), v.transpose(1, 2))
+        result: torch.Tensor = self.out(mixed.transpose(1, 2).flatten(2))
+        return result
+
+
+COUNTING = {
+    **dict.fromkeys("qkv", ColwiseParallel(use_local_output=False)),
+    "out": RowwiseParallel(),
+}
+
+
+def counting(dtype: torch.dtype = torch.float32) -> models.Call:
+    torch.manual_seed(0)
+    model = CountsItsHeads().to(dtype).eval()
+    for parameter in model.parameters():  # norms whose weights are ones would hide faults
+        parameter.data.add_(0.1 * torch.randn_like(parameter))
+    return model, (torch.randn(1, 6, 32, dtype=dtype), torch.randn(6, 1, 8, dtype=dtype)), {}
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("mesh", [TP4, md.Mesh(tp=2, cp=2)], ids=str)
+def test_a_model_that_counts_its_heads_runs_on_dtensors(mesh: md.Mesh, dtype: torch.dtype) -> None:
+    """Plain tensors beside them, as the table and the norms' weights, are whole."""
+    model, args, _ = counting(dtype)
+    sequence = {"": {"x": md.Split(1), "table": md.Split(0)}, "out": md.Gather(1)}
+    along: dict[str, Any] = {
+        "tp": md.TensorParallel("tp", COUNTING),
+        "cp": md.ContextParallel("cp", plan=sequence),
+    }
+    program = md.lower(md.capture(model, args, mesh=mesh, parallel=[along[axis] for axis in mesh.names]))
+    assert all(("k.weight", (8, 32)) in shapes(program, rank) for rank in range(4)) == (mesh == TP4)
+    assert md.verify(program, model, args).error <= (1e-5 if dtype == torch.float32 else 1e-2)
+
+
+def shapes(program: md.ShardedProgram, rank: int) -> set[tuple[str, tuple[int, ...]]]:
+    """The weights of a rank's graph, and what it holds of each."""
+    nodes = placeholders(program.graphs[rank])
+    found = [(program.sources[n.name], n.meta["val"]) for n in nodes]
+    return {(source.name, tuple(value.shape)) for source, value in found if isinstance(source, Weight)}
+
+
+def test_what_counts_heads_on_local_tensors_is_told_what_to_use() -> None:
+    model, args, _ = counting()
+    model.over_all = nn.Identity()  # else its weight is the first that does not fit
+    plan = {**dict.fromkeys("qkv", "colwise"), "out": "rowwise"}
+    with pytest.raises(CaptureError, match="shape") as caught:
+        md.capture(model, args, mesh=TP4, parallel=md.TensorParallel("tp", plan))
+    assert "ColwiseParallel(use_local_output=False)" in (caught.value.fix or "")
+
+
+def test_dtensor_is_strict_again_behind_a_capture() -> None:
+    """A model that the user sharded is traced as PyTorch runs it, which takes no plain tensor beside a DTensor."""
+    model, args, _ = counting()
+    md.capture(model, args, mesh=TP2, parallel=md.TensorParallel("tp", COUNTING))
+    model.over_all = nn.Identity()
+    with fake_ranks(2):
+        mesh = init_device_mesh("cpu", (2,), mesh_dim_names=("tp",))
+        parallelize_module(model, mesh, COUNTING, src_data_rank=None)
+        with pytest.raises(CaptureError, match=r"mixed torch\.Tensor and DTensor"):
+            md.capture(model, args, mesh=TP2, parallel=[])

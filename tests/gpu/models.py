@@ -15,6 +15,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from torch.distributed.tensor.parallel import ColwiseParallel, RowwiseParallel
 
 import torchtrt_md as md
 from gpu.case import TIMEOUT, Call, Case, Found, Rank, first_tensor
@@ -23,7 +24,22 @@ from torchtrt_md.doors.user_file import load_user_file, read_user_file
 
 __all__ = ["cases", "export", "make"]
 
-_COSMOS = {"COSMOS_WIDTH": "256", "COSMOS_HEADS": "2", "COSMOS_KV_HEADS": "2", "COSMOS_MLP": "512"}
+_SMALL = {
+    "COSMOS_WIDTH": "256",
+    "COSMOS_HEADS": "4",
+    "COSMOS_KV_HEADS": "2",
+    "COSMOS_MLP": "512",
+    "WAN_FFN": "512",
+    "WAN_TEXT_TOKENS": "37",
+}
+_PROJECTIONS = ("to_q", "to_k", "to_v", "add_q_proj", "add_k_proj", "add_v_proj")
+_COSMOS_PLAN = {  # of the weights of both pathways
+    # It counts its heads itself, by ``view(-1, num_attention_heads, head_dim)``: DTensors know how many there are.
+    **{f"layers.*.self_attn.{name}": ColwiseParallel(use_local_output=False) for name in _PROJECTIONS},
+    **{f"layers.*.self_attn.{name}": RowwiseParallel() for name in ("to_out", "to_add_out")},
+    **{f"layers.*.{mlp}.{name}_proj": "colwise" for mlp in ("mlp", "mlp_moe_gen") for name in ("gate", "up")},
+    **{f"layers.*.{mlp}.down_proj": "rowwise" for mlp in ("mlp", "mlp_moe_gen")},
+}
 
 
 @dataclass(frozen=True)
@@ -65,15 +81,31 @@ def kinds(size: int) -> list[Kind]:
         Kind("qwen3 moe", (("tp", size),), (md.TensorParallel("tp"),)),
     ]
     if size == 4:
-        both = (md.TensorParallel("tp"), md.ContextParallel("cp", "ulysses"))
-        found.append(Kind("flux", (("cp", 2), ("tp", 2)), both))
+        tp_and_cp = (("cp", 2), ("tp", 2))
+        cosmos3 = (*_of_the_file("cosmos3"), md.TensorParallel("tp", _COSMOS_PLAN))
+        joined = ("ring", "ulysses")
+        found += [
+            Kind("flux", tp_and_cp, (md.TensorParallel("tp"), *cp("ulysses"))),
+            Kind("cosmos3", tp_and_cp, cosmos3),
+            Kind("wan_guidance", (("cfg", 2), ("cp", 2)), ()),
+            Kind("wan_guidance", (("cfg", 2), ("cp", 2)), (), "tensorrt"),
+            *[
+                Kind("flux", (("ring", 2), ("ulysses", 2)), (md.ContextParallel(joined, outer),), compute)  # type: ignore[arg-type]
+                for outer, compute in (("ring", "inductor"), ("allgather_kv", "tensorrt"))
+            ],
+        ]
     return found
+
+
+def _of_the_file(model: str) -> tuple[Any, ...]:
+    """What an example's file says in its list ``parallel``."""
+    return tuple(read_user_file(example(model)).parallel or ())
 
 
 def make(name: str) -> Call:
     """A dense model and its arguments, on the CPU."""
-    if name in ("cosmos3", "flux"):
-        os.environ |= {**SIZES, **_COSMOS}
+    if name in ("cosmos3", "flux", "wan_guidance"):
+        os.environ |= {**SIZES, **_SMALL}
         return load_user_file(example(name))
     return {"ltx": _ltx, "odd flux": _odd_flux, "qwen3 moe": _qwen3_moe}[name]()
 
@@ -166,7 +198,7 @@ def through(kind: Kind, at: Rank) -> Found:
     """Compile, call three times, compare."""
     model, args, kwargs = at.model(kind.model)
     found = Found()
-    parallel = kind.parallel or read_user_file(example(kind.model)).parallel
+    parallel = kind.parallel or _of_the_file(kind.model)
     assert parallel
     runner = md.compile(
         model,

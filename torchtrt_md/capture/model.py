@@ -11,7 +11,7 @@ from __future__ import annotations
 
 import copy
 from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from typing import Any
 
 import torch
@@ -23,6 +23,7 @@ from torch.distributed.tensor import DTensor
 from torchtrt_md.capture import context_parallel, tensor_parallel
 from torchtrt_md.capture.arguments import Arguments
 from torchtrt_md.capture.axes import check_axes, check_axes_used, with_one_name
+from torchtrt_md.capture.beside_dtensor import beside_dtensor
 from torchtrt_md.capture.kept_state import KeptState
 from torchtrt_md.capture.marks import Marking, marking
 from torchtrt_md.capture.torch_private import as_written, coordinates, fake_mesh
@@ -76,9 +77,10 @@ def _captured(
         split_over = [joined(p.axis) for p in parallels if isinstance(p, ContextParallel)]
         marks = Marking({axis: mesh.joined_size(axis) for axis in split_over})
         traces = []
+        beside = beside_dtensor if by_dtensor else nullcontext
         for rank in range(mesh.size if device_mesh is not None else 1):
             here = {axis: mesh.coordinate(rank, axis) for axis in mesh.names}
-            with coordinates(here), kept, marking(marks):
+            with coordinates(here), kept, marking(marks), beside():
                 traces.append(trace(shadow, arguments, local))
         groups = _groups(device_mesh)
     for plan in plans:

@@ -135,7 +135,8 @@ def recorded(
         raise CaptureError(
             f"{what} could not be traced: {type(error).__name__}: {reason}",
             fix="make the model's forward depend on shapes only, not on the values of tensors;"
-            " under tensor parallelism, a rank's shapes must fit it too",
+            " under tensor parallelism, a rank's shapes must fit it too: where it counts its heads itself, give the"
+            " projections to them ColwiseParallel(use_local_output=False), of torch.distributed.tensor.parallel",
             at=(line or error_line)(error),
         ) from error
     by_node = dict(zip(placeholders(graph), names, strict=False))
