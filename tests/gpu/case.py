@@ -7,14 +7,17 @@ import gc
 import json
 import time
 from collections.abc import Callable, Mapping
+from contextlib import nullcontext
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
 import torch
 import torch.distributed as dist
+import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
+from torch.overrides import TorchFunctionMode
 from torch.utils import _pytree as pytree
 
 from torchtrt_md.errors import MDError
@@ -109,7 +112,7 @@ class Rank:
         self.rank, self.size = dist.get_rank(), dist.get_world_size()
         self.device, self.work, self._record, self._make = device, work, record, make
         self._models: dict[str, Call] = {}
-        self._references: dict[str, tuple[Tensor, float]] = {}
+        self._references: dict[tuple[str, bool], tuple[Tensor, float]] = {}
         self._mesh: DeviceMesh | None = None
 
     def tell(self, **what: Any) -> None:
@@ -129,12 +132,13 @@ class Rank:
         model, args, kwargs = self._models[name]
         return copy.deepcopy(model).to(self.device), placed(args, self.device), placed(kwargs, self.device)
 
-    def reference(self, name: str) -> tuple[Tensor, float]:
-        """The dense model's result in fp64, and the error of its own."""
-        if name not in self._references:
+    def reference(self, name: str, engines: bool = False) -> tuple[Tensor, float]:
+        """The dense model's result in fp64, and the error of its own; of ``engines``, as TensorRT rounds."""
+        if (name, engines) not in self._references:
             model, args, kwargs = self.model(name)
             with torch.no_grad():
-                own = first_tensor(model(*args, **kwargs))
+                with _BiasApart() if engines else nullcontext():
+                    own = first_tensor(model(*args, **kwargs))
                 cpu = torch.device("cpu")  # some ops have no fp64 on GPUs
                 wide: Any = model.to(cpu, torch.float64)
                 args, kwargs = placed(args, cpu), placed(kwargs, cpu)
@@ -142,8 +146,8 @@ class Rank:
                     wide.set_experts_implementation("eager")  # grouped products have none at all
                 whole = first_tensor(wide(*placed(args, dtype=torch.float64), **placed(kwargs, dtype=torch.float64)))
                 whole = whole.to(self.device)
-            self._references[name] = whole, relative_error(own, whole)
-        return self._references[name]
+            self._references[name, engines] = whole, relative_error(own, whole)
+        return self._references[name, engines]
 
     @property
     def mesh(self) -> DeviceMesh:
@@ -162,6 +166,15 @@ class Rank:
         gc.collect()
         if self.device.type == "cuda":
             torch.cuda.empty_cache()
+
+
+class _BiasApart(TorchFunctionMode):
+    """Linear layers as TensorRT computes them: a product has the network's dtype before its bias is added."""
+
+    def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        if func is F.linear and len(args) == 3 and args[2] is not None:
+            return func(*args[:2]) + args[2]
+        return func(*args, **(kwargs or {}))
 
 
 def placed(value: Any, device: torch.device | None = None, dtype: torch.dtype | None = None) -> Any:
