@@ -18,6 +18,7 @@ import faulthandler
 import json
 import logging
 import os
+import runpy
 import shlex
 import sys
 import time
@@ -54,19 +55,21 @@ class Workload:
         kwargs: its arguments.
         parallel: an axis and a strategy; ``tp`` for the model's own tensor parallel plan.
         about: the size, for people.
+        plan: what splits the sequence; None for the model's own, by which its library does, too.
     """
 
     make: Callable[[], nn.Module]
     kwargs: Callable[[], dict[str, Any]]
     parallel: str
     about: str
+    plan: Any = None
 
 
-def flux(small: bool) -> Workload:
+def flux(small: bool, pixels: int = 1024) -> Workload:
     from diffusers import FluxTransformer2DModel
 
     cut = {"num_layers": 1, "num_single_layers": 2, "num_attention_heads": 4} if small else {}
-    text, side = (32, 8) if small else (512, 64)
+    text, side = (32, 8) if small else (512, pixels // 16)
 
     def kwargs() -> dict[str, Any]:
         rows, columns = torch.meshgrid(torch.arange(side), torch.arange(side), indexing="ij")
@@ -103,13 +106,29 @@ def wan(small: bool) -> Workload:
     return Workload(lambda: WanTransformer3DModel(**size), kwargs, "ulysses", f"Wan2.1 at the width of 14B, {about}")
 
 
-def llama(small: bool) -> Workload:
+def cosmos3(small: bool) -> Workload:
+    """As examples/cosmos3.py has it, with whole text; its library has no plan for it."""
+    if not small:
+        sizes = "WIDTH=4096 HEADS=32 KV_HEADS=8 LAYERS=4 MLP=12288 TEXT_TOKENS=512 FRAMES=12 HEIGHT=88 WIDTH_TOKENS=160"
+        os.environ |= {f"COSMOS_{name}": value for name, value in (size.split("=") for size in sizes.split())}
+    example = runpy.run_path(str(Path(__file__).resolve().parents[1] / "examples" / "cosmos3.py"))
+    (parallel,) = example["parallel"]
+
+    def kwargs() -> dict[str, Any]:
+        found: dict[str, Any] = example["model"]()[2]
+        return found
+
+    about = f"{example['size']('LAYERS', 2)} layers at width {example['size']('WIDTH', 512)}"
+    return Workload(lambda: example["model"]()[0], kwargs, "ulysses", f"Cosmos 3, {about}", parallel.plan)
+
+
+def llama(small: bool, tokens: int = 2048) -> Workload:
     from transformers import LlamaConfig, LlamaForCausalLM
 
     size = {"hidden_size": 64, "intermediate_size": 128, "num_hidden_layers": 2, "num_attention_heads": 4}
     large = {"hidden_size": 4096, "intermediate_size": 14336, "num_hidden_layers": 16, "num_attention_heads": 32}
     config: dict[str, Any] = {**(size if small else large), "num_key_value_heads": 4 if small else 8}
-    tokens = 32 if small else 2048
+    tokens = 32 if small else tokens
 
     def make() -> nn.Module:
         return LlamaForCausalLM(LlamaConfig(vocab_size=512 if small else 128256, **config))
@@ -121,7 +140,14 @@ def llama(small: bool) -> Workload:
     return Workload(make, kwargs, "tp", f"Llama at the width of 8B, {about}")
 
 
-WORKLOADS = {"flux": flux, "wan": wan, "llama": llama}
+WORKLOADS: dict[str, Callable[[bool], Workload]] = {
+    "flux": flux,
+    "flux2048": partial(flux, pixels=2048),
+    "wan": wan,
+    "cosmos3": cosmos3,
+    "llama": llama,
+    "llama8192": partial(llama, tokens=8192),
+}
 
 
 @dataclass
@@ -241,7 +267,7 @@ class Bench:
 
     def add_peers(self, backends: list[str]) -> None:
         """What the model's own library has for several GPUs."""
-        if self.launch.ranks == 1:
+        if self.launch.ranks == 1 or self.workload.plan is not None:
             return
         if self.workload.parallel == "tp":
             self.with_graph("DTensor, eager", lambda: self.call_of(self.tensor_parallel()))
@@ -270,9 +296,8 @@ class Bench:
     def compile_ours(self, name: str, options: Mapping[str, Any]) -> Call:
         tp = self.workload.parallel == "tp"
         mesh = md.Mesh({"tp" if tp else "cp": self.launch.ranks})
-        parallel = (
-            md.TensorParallel("tp") if tp else md.ContextParallel("cp", "auto" if "tune" in options else "ulysses")
-        )
+        strategy: Any = "auto" if "tune" in options else self.workload.parallel
+        parallel = md.TensorParallel("tp") if tp else md.ContextParallel("cp", strategy, self.workload.plan)
         # Engines store weights in a layout of their own, as which other candidates would read them.
         model = self.twin() if options.get("compute") == "inductor" else copy.deepcopy(self.model)
         runner = md.compile(
@@ -368,7 +393,7 @@ def _floating(x: Any) -> bool:
 @torch.no_grad()
 def main(
     out: Annotated[Path, typer.Option(help="the report, FILE.json")],
-    model: Annotated[list[str], typer.Option(help="flux, wan or llama; may be repeated")],
+    model: Annotated[list[str], typer.Option(help=f"{', '.join(WORKLOADS)}; may be repeated")],
     only: Annotated[list[str] | None, typer.Option(help="names of candidates, with wildcards; may be repeated")] = None,
     backend: Annotated[list[str] | None, typer.Option(help="attention backends of diffusers' peers")] = None,
     rounds: Annotated[int, typer.Option(min=_ROUNDS)] = _ROUNDS,
