@@ -15,6 +15,7 @@ from torchtrt_md.mesh import Mesh
 from torchtrt_md.parallel import PARALLELS, Parallel
 
 PLACEMENTS = ("auto", "engine", "split")
+TRANSPORTS = ("nccl", "store")
 FORMATS = ("bundle", "triton-python", "triton")  # what an export writes
 
 
@@ -111,6 +112,7 @@ def check_export(
     target: object,
     check: object,
     placement: object,
+    transport: object,
     choices: object,
     dense: object,
     weights: object,
@@ -135,6 +137,7 @@ def check_export(
     check_choice("coordinates_inside", coordinates_inside, (True, False))
     check_choice("format", format, FORMATS)
     check_choice("placement", placement, PLACEMENTS)
+    check_choice("transport", transport, TRANSPORTS)
     if choices is not None:
         check_type("choices", choices, Choices, "the choices of a runner that md.compile(..., tune=True) made")
     if dense is not None:

@@ -91,6 +91,7 @@ def test_inspect_of_no_bundle(run: Run, tmp_path: Path) -> None:
     [
         (("--mesh", "cp4", "-o", "{}/o"), "'cp4' is not a mesh"),
         (("--mesh", "sp=2", "--placement", "splti", "-o", "{}/o"), "placement"),
+        (("--mesh", "sp=2", "--transport", "copy", "-o", "{}/o"), "transport"),
         (("--mesh", "sp=2"), "there is no place for the bundle"),
         (("--mesh", "sp=2", "-o", "{}/taken"), "is not a bundle"),
     ],

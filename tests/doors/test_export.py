@@ -8,6 +8,7 @@ import os
 import subprocess
 import sys
 from pathlib import Path
+from typing import Any
 
 import models
 import pytest
@@ -18,7 +19,8 @@ from torch.distributed.tensor.parallel import ColwiseParallel, RowwiseParallel, 
 import torchtrt_md as md
 from torchtrt_md.bundle import read_manifest
 from torchtrt_md.capture.torch_private import fake_ranks
-from torchtrt_md.errors import BundleError, PlanError, TargetError, VerificationError
+from torchtrt_md.choices import Choices
+from torchtrt_md.errors import BundleError, OptionError, PlanError, TargetError, VerificationError
 from torchtrt_md.lowering import PASSES
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -159,3 +161,22 @@ def test_an_input_may_have_the_name_of_an_output(tmp_path: Path) -> None:
     exported = md.export(Named(), pair, mesh=md.Mesh(tp=1), out=tmp_path / "out.mdtrt")
     assert [t.name for t in exported.manifest.inputs] == ["x", "output0"]
     assert [t.name for t in exported.manifest.outputs] == ["output0_"]
+
+
+def test_a_bundle_says_what_does_its_exchanges(tmp_path: Path) -> None:
+    model, args, kwargs = models.mlp()
+    parallel = md.TensorParallel("tp", plan={"up": "colwise", "down": "rowwise"})
+    how: dict[str, Any] = {"mesh": md.Mesh(tp=2), "parallel": parallel, "compute": "inductor", "check": False}
+    ways: dict[str, dict[str, Any]] = {
+        "default": {},
+        "stores": {"transport": "store"},
+        "chosen": {"transport": "store", "choices": Choices("split", compute="inductor")},
+    }
+    by = {}
+    for name, more in ways.items():
+        made = md.export(model, args, kwargs, out=tmp_path / name, **how, **more)
+        by[name] = read_manifest(made.folder).transport
+    assert by == {"default": "nccl", "stores": "store", "chosen": "nccl"}
+    with pytest.raises(OptionError, match="transport") as caught:
+        md.export(model, args, kwargs, out=tmp_path / "wrong", **how, transport="copy")  # type: ignore[arg-type]
+    assert "'store'" in str(caught.value)

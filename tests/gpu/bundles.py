@@ -38,10 +38,12 @@ class Bundle:
     compute: str = "tensorrt"
     streaming: bool = False
     strip: bool = False
+    transport: str = "nccl"
 
     @property
     def name(self) -> str:
         more = ("-streamed" if self.streaming else "") + ("-stripped" if self.strip else "")
+        more += f"-{self.transport}" if self.transport != "nccl" else ""
         return f"{self.model}-{self.strategy}-{self.placement}-{self.compute}{more}"
 
 
@@ -80,6 +82,7 @@ def export_all(wanted: Sequence[tuple[Bundle, str, int]], folder: Path) -> None:
                 **parallel(bundle.model, bundle.strategy, size),
                 placement=bundle.placement,  # type: ignore[arg-type]
                 compute=bundle.compute,  # type: ignore[arg-type]
+                transport=bundle.transport,  # type: ignore[arg-type]
                 weight_streaming=bundle.streaming,
                 strip_weights=bundle.strip,
                 out=folder / f"{name}.mdtrt",

@@ -41,6 +41,8 @@ PLACES = {
     "in a step": (Executor, "run", 3),
     "in a replayed graph": (Captured, "replay", 3),
 }
+# Nothing between its segments is NCCL's: who waits for a rank that is gone waits in a kernel of ours.
+STORES = Bundle("llama", "tp", transport="store")
 SIGNALS = {signal.SIGKILL: "killed", signal.SIGTERM: "SIGTERM", signal.SIGINT: "Ctrl-C"}
 _FULL, _LITTLE = 2**21, 2**26  # bytes that are left on a GPU that somebody holds
 _HOLD = """
@@ -75,13 +77,18 @@ def cases(device: str, ranks: int) -> list[Case]:
                 ends, says = {0: EXIT_CODE, 1: code}, ("rank 0 waited",) if code is None else ("rank 1 has ended",)
             launch = f"{name} {place}" if gpu else "faults"
             found.append(Case(f"rank 1: {name} {place}", run, launch, ends=ends, says=says))
+    if gpu:
+        place, number = "in a replayed graph", signal.SIGKILL
+        run, name = functools.partial(struck, STORES, place, number), f"killed {place} of stores"
+        ends, says = {0: EXIT_CODE, 1: -int(number)}, ("rank 1 has ended",)
+        found.append(Case(f"rank 1: {name}", run, name, ends=ends, says=says))
     return found
 
 
 def export(device: str, ranks: int, folder: Path) -> None:
     """Export the bundle of these cases."""
-    bundle = (CPU_BUNDLES if device == "cpu" else BUNDLES)[0]
-    export_all([(bundle, bundle.name, ranks)], folder)
+    wanted = CPU_BUNDLES[:1] if device == "cpu" else [BUNDLES[0], STORES]
+    export_all([(bundle, bundle.name, ranks) for bundle in wanted], folder)
 
 
 def struck(bundle: Bundle, place: str, number: int, at: Rank) -> Found:

@@ -15,7 +15,7 @@ from rich.table import Table
 
 # What imports PyTorch, which takes seconds, is imported behind the first line of output.
 import torchtrt_md
-from torchtrt_md.checks import FORMATS, PLACEMENTS, check_choice
+from torchtrt_md.checks import FORMATS, PLACEMENTS, TRANSPORTS, check_choice
 from torchtrt_md.errors import LaunchError, MDError, PlanError
 from torchtrt_md.mesh import Mesh
 from torchtrt_md.parallel import ContextParallel, DataParallel, Parallel, Strategy, TensorParallel
@@ -61,6 +61,9 @@ def export(
     ] = "bundle",
     strategy: Annotated[str, typer.Option(help="context parallel attention: ulysses, allgather_kv, ring or auto")] = "",
     placement: Annotated[str, typer.Option(help="where attention runs: engine, split or auto")] = "auto",
+    transport: Annotated[
+        str, typer.Option(help="what does the exchanges between engines: nccl, or store (GPUs of one host)")
+    ] = "nccl",
     target: Annotated[
         str, typer.Option(help="GPU to build for: sm80, sm86, sm89, sm120, portable, current")
     ] = "portable",
@@ -84,6 +87,7 @@ def export(
     """Capture, lower, verify, build and bundle a model; needs no GPU."""
     sizes = Mesh.parse(mesh)
     check_choice("placement", placement, PLACEMENTS)
+    check_choice("transport", transport, TRANSPORTS)
     check_choice("format", format, FORMATS)
     if out is None and not dry_run:
         raise PlanError("there is no place for the bundle", fix="pass -o BUNDLE, or --dry-run to build nothing")
@@ -116,7 +120,7 @@ def export(
             inside = format == "triton"
             proven = prove(*call, stages=Stages(progress), dump=dump, coordinates_inside=inside, **how)
         else:
-            how |= {"weight_streaming": weight_streaming, "strip_weights": strip_weights}
+            how |= {"weight_streaming": weight_streaming, "strip_weights": strip_weights, "transport": transport}
             how |= {"out": out, "target": target, "format": format, "progress": progress, "dump": dump}
             exported = run(*call, **how)
     if out is None or dry_run:

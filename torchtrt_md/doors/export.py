@@ -22,7 +22,7 @@ from torchtrt_md.bundle.write import workspace, writing
 from torchtrt_md.capture import capture
 from torchtrt_md.checkpoint import Given
 from torchtrt_md.checks import check_export
-from torchtrt_md.choices import Choices
+from torchtrt_md.choices import Choices, Transport
 from torchtrt_md.doors.triton import check_new, triton
 from torchtrt_md.errors import BuildError
 from torchtrt_md.graph.json import graph_to_json
@@ -76,6 +76,7 @@ def export(
     check: bool = True,
     placement: Literal["auto", "engine", "split"] = "auto",
     compute: Literal["tensorrt", "inductor"] = "tensorrt",
+    transport: Transport = "nccl",
     choices: Choices | None = None,
     dense: nn.Module | None = None,
     weights: Given = None,
@@ -98,7 +99,10 @@ def export(
         placement: where attention runs: in the engine, or in PyTorch between engines (``"split"``); ``"auto"`` takes
             the engine, unless a strategy needs the other.
         compute: what runs all that is not attention or a collective.
-        choices: what ``md.compile(..., tune=True)`` found: its ``runner.choices``.  It goes before ``placement``.
+        transport: what does the exchanges between engines when the bundle runs: NCCL's kernels, or ``"store"``, a
+            kernel that stores into the other GPUs' memory (GPUs of one host only).
+        choices: what ``md.compile(..., tune=True)`` found: its ``runner.choices``.  It goes before ``placement`` and
+            ``transport``.
         dense: the dense model, where ``model`` is one that ``parallelize_module`` has sharded already: it has the
             weights of all ranks, and is what the program is compared with.
         weights: of a model whose parameters are on meta: the folder of its checkpoint in safetensors files, one file,
@@ -128,6 +132,7 @@ def export(
         target=target,
         check=check,
         placement=placement,
+        transport=transport,
         choices=choices,
         dense=dense,
         weights=weights,
@@ -158,7 +163,9 @@ def export(
     coordinates_inside |= format == "triton"
     stages = Stages(progress)
     with workspace(out) as folder:
-        options = Options(mesh=mesh, parallel=parallel, placement=placement, compute=compute, target=target)
+        options = Options(
+            mesh=mesh, parallel=parallel, placement=placement, compute=compute, transport=transport, target=target
+        )
         later = set((dense or model).state_dict()) if strip_weights else set()
         how = (check, choices, dense, weights, later, coordinates_inside, dump, stages)
         proven = _prove(model, args, kwargs, options, *how)
