@@ -12,6 +12,8 @@ What is faster depends on the shapes, so a :class:`Form` has options, of which t
 
 from __future__ import annotations
 
+import re
+import unittest.mock
 from collections.abc import Callable
 from contextlib import nullcontext
 from dataclasses import dataclass
@@ -29,6 +31,7 @@ from benchmarks.blocks import EPS, Args, Block, rotary
 Call = Callable[[], Tensor]
 
 _WARM_UP = 3
+_IN_BLOCK = re.compile(r"(?:blocks|layers)\.\d+\.")
 
 
 @dataclass(frozen=True)
@@ -203,6 +206,27 @@ def make(dense: Block, args: tuple[Tensor, ...], form: Form, group: dist.Process
             return run(*args)
 
     return call
+
+
+def quantize_blocks(model: nn.Module) -> None:
+    """Quantize the linear layers of the model's repeated blocks in place, as torchao's users do: weights and arguments
+    to float8, with a scale for each row.
+
+    Raises:
+        ValueError: the model has no such layers.
+    """
+    from torchao.quantization import Float8DynamicActivationFloat8WeightConfig, PerRow, quantize_
+
+    def is_in_block(module: nn.Module, name: str) -> bool:
+        return isinstance(module, nn.Linear) and _IN_BLOCK.search(name) is not None
+
+    if not any(is_in_block(module, name) for name, module in model.named_modules()):
+        raise ValueError(f"{type(model).__name__} has no linear layers in repeated blocks")
+    on_cpu = next(model.parameters()).device.type == "cpu"
+    # For a trial: torchao asks for a GPU, and PyTorch has kernels for CPUs too.
+    unasked = unittest.mock.patch("torchao.quantization.quant_api._check_hardware_support")
+    with unasked if on_cpu else nullcontext():
+        quantize_(model, Float8DynamicActivationFloat8WeightConfig(granularity=PerRow()), is_in_block)
 
 
 def captured(call: Call) -> Call:

@@ -5,6 +5,8 @@
 writes FILE.json and FILE.md.  ``--only`` names candidates, with wildcards; ``--size small --device cpu`` is a trial of
 the script where there is no GPU.  A candidate that fails is recorded and the others go on; the exit code is then 1.
 
+With ``--float8`` all candidates are of one model that torchao has quantized: ours, and the model's library beside it.
+
 Weights are random and made on each GPU, equal on all.  What is timed: calls on inputs that lie on the GPU, the slowest
 rank of each round, candidates taking turns.  Errors are relative, by L2 norms, against float32.  Where that of all, or
 of a slice along a dim, as a token, is larger than the dense model's own rounding allows, the candidate is not timed.
@@ -38,7 +40,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 import torchtrt_md as md
 from benchmarks import measure
 from benchmarks.block_speed import Launch, chosen, join, machine, print_once, release
-from benchmarks.peers import captured
+from benchmarks.peers import captured, quantize_blocks
 from torchtrt_md.verification.compare import ROUNDING_RATIO
 
 _ROUNDS = 20
@@ -182,13 +184,21 @@ class Bench:
 
     Args:
         wanted: patterns of the names of those that are made.
+        float8: all of them, and the dense model, have the linear layers of their blocks quantized by torchao.
         keep: called with what is known, whenever more is.
     """
 
     def __init__(
-        self, launch: Launch, name: str, *, small: bool, wanted: list[str], keep: Callable[[dict[str, Any]], None]
+        self,
+        launch: Launch,
+        name: str,
+        *,
+        small: bool,
+        wanted: list[str],
+        float8: bool,
+        keep: Callable[[dict[str, Any]], None],
     ) -> None:
-        self.launch, self.small, self.wanted, self.keep = launch, small, wanted, keep
+        self.launch, self.small, self.wanted, self.float8, self.keep = launch, small, wanted, float8, keep
         self.workload = WORKLOADS[name](small)
         torch.manual_seed(0)
         before = torch.get_default_dtype()
@@ -201,6 +211,8 @@ class Bench:
             torch.set_default_dtype(before)
         self.model.to(torch.bfloat16)
         self.reference = self._reference()
+        if float8:
+            quantize_blocks(self.model)
         self.dense_error, self.dense_worst = errors(first_tensor(self.model(**self.kwargs)), self.reference)
         self.candidates: dict[str, Candidate] = {}
 
@@ -365,6 +377,9 @@ class Bench:
         return {
             "about": self.workload.about,
             "ranks": self.launch.ranks,
+            "numbers": "float8 by torchao in the linear layers of the blocks, else bfloat16"
+            if self.float8
+            else "bfloat16",
             "dense_error": self.dense_error,
             "candidates": {name: asdict(replace(c, call=None)) for name, c in self.candidates.items()},
         }
@@ -397,6 +412,7 @@ def main(
     only: Annotated[list[str] | None, typer.Option(help="names of candidates, with wildcards; may be repeated")] = None,
     backend: Annotated[list[str] | None, typer.Option(help="attention backends of diffusers' peers")] = None,
     rounds: Annotated[int, typer.Option(min=_ROUNDS)] = _ROUNDS,
+    float8: Annotated[bool, typer.Option(help="all candidates with the blocks' linear layers in float8")] = False,
     size: Annotated[str, typer.Option(help="full, or small for a trial")] = "full",
     deadline: Annotated[int, typer.Option(help="seconds after which the run is ended, with what was written")] = 580,
     commit: Annotated[str, typer.Option(help="that is timed")] = "",
@@ -423,7 +439,9 @@ def main(
         logging.basicConfig(format="%(asctime)s %(name)s %(message)s")
         logging.getLogger("torchtrt_md").setLevel(logging.INFO)
     for name in model:
-        bench = Bench(launch, name, small=size == "small", wanted=only or ["*"], keep=partial(keep, name))
+        bench = Bench(
+            launch, name, small=size == "small", wanted=only or ["*"], float8=float8, keep=partial(keep, name)
+        )
         # Ours first: it may join weights, which moves them, and the graphs of peers hold their addresses.
         bench.add_ours()
         bench.add_dense()
@@ -455,7 +473,7 @@ def table(report: Mapping[str, Any]) -> str:
         best = min(peers, key=lambda n: peers[n]) if peers else ""
         lines += [
             "",
-            f"**{found['about']}**, bfloat16, {found['ranks']} ranks. The dense model's own error is"
+            f"**{found['about']}**, {found['numbers']}, {found['ranks']} ranks. The dense model's own error is"
             f" {found['dense_error']:.2e} against float32."
             + (f" The best peer is {best!r}." if best else "")
             + " Extra GiB are of one GPU, beside the dense model.",

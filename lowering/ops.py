@@ -44,6 +44,9 @@ from torchtrt_md.lowering.attention_math import ring_attention_block
 
 NAMESPACE = "torchtrt_md"
 REDUCE_OPS = ("sum", "avg", "max", "min", "product")
+_aten = torch.ops.aten
+# What of a whole is the same of what it is of each part: by which reduction ranks find it.
+OF_PARTS = {_aten.amax.default: "max", _aten.max.default: "max", _aten.amin.default: "min", _aten.min.default: "min"}
 
 _c10d = torch.ops._c10d_functional
 _device_mesh: ContextVar[DeviceMesh | None] = ContextVar("device_mesh", default=None)

@@ -32,6 +32,11 @@ follow each other::
     y' = torchtrt_md.context_attention(q', k', v', ..., mask')           # in the order T0 I0 T1 I1
     y = cat(all_gather of the text's part of y', the image's part)
 
+The largest or the least number of a split value, as what a quantization scales by, is that of all ranks' own::
+
+    a = amax(x, [0, 1, 2])
+    a' = torchtrt_md.all_reduce(a, "max", "cp", 2)
+
 Queries of a part of the sequence over replicated keys (cross attention) need nothing.  Every node gets
 ``meta["sharding"]``: axis -> :class:`~torchtrt_md.lowering.sharding.Sharded`, or a list of such dicts
 where the node has several results; an axis that is not in it is one along which the value is replicated.
@@ -53,7 +58,7 @@ from torchtrt_md.errors import ShardingError
 from torchtrt_md.graph.rewrite import emit, substitute
 from torchtrt_md.graph.source import source_line
 from torchtrt_md.lowering.localize import localize
-from torchtrt_md.lowering.ops import bound_args, is_sequence_mark
+from torchtrt_md.lowering.ops import OF_PARTS, bound_args, is_sequence_mark
 from torchtrt_md.lowering.passes import PassContext
 from torchtrt_md.lowering.sharding import Call, Part, Result, Sharded, State
 from torchtrt_md.lowering.sharding_rules import infer
@@ -114,6 +119,9 @@ class _Analysis:
                 self.states[node] = infer(call)
                 if node.target is md.gather_sequence.default and call.sharded and self.states[node] is None:
                     substitute(node, self.gathered(node, bound_args(node)["x"]))
+                elif node.target in OF_PARTS and call.sharded and self.states[node] is None:
+                    self.compared(node)
+                    count += 1
             for operand, wanted in call.to_split.items():
                 node.replace_input_with(operand, self.part(node, operand, wanted))
         localize(self.graph, self.axis, self.size, self.states)
@@ -188,6 +196,14 @@ class _Analysis:
             for part, piece in zip(state.parts(self.size), self._pieces(before, x, state, state), strict=True)
         ]
         return pieces[0] if len(pieces) == 1 else self.emitted(before, None, aten.cat.default, pieces, dim)  # type: ignore[arg-type]
+
+    def compared(self, node: Node) -> None:
+        """The largest, or least, of a rank's part -> that of all parts."""
+        users = list(node.users)
+        op = OF_PARTS[node.target]  # type: ignore[index]
+        whole = self.emitted(node.next, None, md.all_reduce.default, node, op, self.axis, self.size)
+        for user in users:
+            user.replace_input_with(node, whole)
 
     def attention(self, call: Call) -> int:
         """Let this attention have what it lacks, and say how its result is split; number of rewrites."""

@@ -17,6 +17,7 @@ from torch._ops import OpOverload
 
 from torchtrt_md.lowering import sharding_ir as ir
 from torchtrt_md.lowering import sharding_moves as moves
+from torchtrt_md.lowering.ops import OF_PARTS
 from torchtrt_md.lowering.sharding import (
     Call,
     Dims,
@@ -108,6 +109,14 @@ def reduction(call: Call) -> Result:
     return combine(call, (x, keeping(ndim, dims) if call.args.get("keepdim") else without(ndim, dims)))
 
 
+def extreme(call: Call) -> Result:
+    """As :func:`reduction`; over the sharded dim each rank finds that of its part, and the ranks compare theirs."""
+    x, ndim = call.args["self"], value_of(call.args["self"]).ndim
+    state = call.state(x)
+    over = call.node.target in OF_PARTS and state and state.dim in {d % ndim for d in _dims(call.args.get("dim"), ndim)}
+    return None if over else reduction(call)
+
+
 def along(call: Call) -> Result:
     """Reads across one dim, which the result has too."""
     x = call.args["self"]
@@ -183,6 +192,13 @@ def _product(call: Call, left: Any, right: Any, *addends: tuple[object, Dims]) -
     return combine(call, (left, rows), (right, columns), *addends, across=across)
 
 
+def scaled_product(call: Call) -> Result:
+    """A product of narrow numbers, with scales of rows and of columns, or one for all."""
+    left, right = _first(call, 2)
+    more = [call.args.get(name) for name in ("scale_a", "scale_b", "bias", "scale_result")]
+    return _product(call, left, right, *((x, aligned(x, 2)) for x in more if x is not None))
+
+
 def linear(call: Call) -> Result:
     x, weight, bias = (call.args[name] for name in ("input", "weight", "bias"))
     last = len(call.shape) - 1
@@ -228,7 +244,8 @@ RULES: dict[Any, Rule] = {
     aten.select_scatter: moves.select_scatter,
     # Reading across some dims, all of them where none are given.
     **dict.fromkeys((aten.sum, aten.nansum, aten.mean, aten.prod, aten.logsumexp, aten.count_nonzero), reduction),
-    **dict.fromkeys((aten.amax, aten.amin, aten.max, aten.min, aten.argmax, aten.argmin), reduction),
+    **dict.fromkeys((aten.amax, aten.amin, aten.max, aten.min), extreme),
+    **dict.fromkeys((aten.argmax, aten.argmin), reduction),
     **dict.fromkeys((aten.var, aten.std, aten.var_mean, aten.std_mean, aten.any, aten.all), reduction),
     **dict.fromkeys((aten.norm, aten.linalg_vector_norm, aten.median, aten.mode, aten.kthvalue), reduction),
     **dict.fromkeys((aten.softmax, aten._softmax, aten._safe_softmax, aten.log_softmax, aten._log_softmax), along),
@@ -241,7 +258,8 @@ RULES: dict[Any, Rule] = {
     **dict.fromkeys((aten.layer_norm, aten.native_layer_norm, aten.rms_norm, aten._fused_rms_norm), norm_of_last),
     **dict.fromkeys((aten.group_norm, aten.native_group_norm, aten.convolution), within_samples),
     # Products.
-    **dict.fromkeys((aten.mm, aten.bmm, aten.matmul, aten.mv, aten.dot), product),
+    **dict.fromkeys((aten.mm, aten.bmm, aten.matmul, aten.mv, aten.dot, aten._int_mm), product),
+    aten._scaled_mm: scaled_product,
     **dict.fromkeys((aten.addmm, aten.baddbmm, aten.addmv), product_and_sum),
     aten.linear: linear,
     # The collective IR.

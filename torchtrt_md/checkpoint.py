@@ -67,9 +67,11 @@ class Checkpoint:
         self.forms: dict[str, tuple[str, tuple[int, ...]]] = {}
         if isinstance(source, Mapping):
             self.where = f"the {len(source)} tensors that were given"
-            self._tensors = source
-            self.forms = {name: (dtype_name(t.dtype), tuple(t.shape)) for name, t in source.items()}
-            for name, tensor in source.items():
+            from torchtrt_md.wrappers import plain  # which imports DTensor: half a second
+
+            self._tensors = plain(source.items())
+            self.forms = {name: (dtype_name(t.dtype), tuple(t.shape)) for name, t in self._tensors.items()}
+            for name, tensor in self._tensors.items():
                 if tensor.is_meta:
                     raise WeightsError(
                         f"the weight {name!r} that was given is on meta and has no value",

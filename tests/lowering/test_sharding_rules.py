@@ -26,6 +26,7 @@ Case = tuple[Callable[..., Any], list[tuple[Tensor, int | None]]]
 torch.manual_seed(0)
 X = (torch.randn(2, 8, 6), 1)
 Y = (torch.randn(2, 8, 6), 1)
+WIDE = (torch.randn(2, 8, 16), 1)
 TEXT = (torch.randn(2, 4, 6), 1)
 TOKENS = (torch.randint(6, (2, 8)), 1)
 BATCH = (torch.randn(4, 6, 5), 0)
@@ -131,6 +132,18 @@ ACCEPTED: dict[str, Case] = {
     "fused rms norm": (lambda x, row: aten._fused_rms_norm(x, [6], row, 1e-6), [X, ROW]),
     "group norm": (lambda b: F.group_norm(b, 3), [BATCH]),
     "convolution": (lambda b, c: F.conv1d(b, c), [BATCH, CHANNELS]),
+    "narrow products": (
+        lambda x, y, scale, integers: (
+            torch._scaled_mm(
+                *(x.flatten(0, 1).to(torch.float8_e4m3fn), y.to(torch.float8_e4m3fn).t()),
+                *(x.abs().sum(-1).view(-1, 1), scale, scale[0].bfloat16()),
+                out_dtype=torch.bfloat16,
+            ),
+            torch._scaled_mm(x[0].to(torch.float8_e4m3fn), y.to(torch.float8_e4m3fn).t(), scale[0, 0], scale[0, 1]),
+            torch._int_mm((x[0] * 9).to(torch.int8), integers),
+        ),
+        [WIDE, (torch.randn(32, 16), None), (torch.rand(1, 32), None), (torch.randint(9, (16, 8)).char(), None)],
+    ),
     "linear": (lambda x, w, row: (F.linear(x, w, row), x @ w, x.flatten(0, 1) @ w, x @ row, x[0] @ row), [X, W, ROW]),
     "vector": (lambda x, row: torch.addmv(x[0, :, 0], x[0], row), [X, ROW]),
     "batched": (lambda b: (b.mT @ b, torch.baddbmm(b.mT @ b, b.mT, b)), [BATCH]),

@@ -4,6 +4,7 @@ import re
 from typing import Any
 
 import pytest
+import quantized
 import torch
 from bundle import bundle_samples
 from rank_processes import Ranks
@@ -92,6 +93,13 @@ def test_a_dtensor_is_refused(ranks: Ranks) -> None:
     for outcome in ranks(pass_a_dtensor):
         assert outcome.error == "InputError"
         assert "input 'x' is a DTensor" in outcome.message
+
+
+def test_a_quantized_tensor_is_refused(signature: Signature) -> None:
+    scaled = quantized.mlp("int8 weights")[0].up.weight
+    with pytest.raises(InputError, match="input 'x' is a Int8Tensor") as raised:
+        signature.bind((scaled, [MASK]), {}, CPU)
+    assert "dequantize()" in raised.value.fix
 
 
 def test_a_gradient_is_no_matter_where_none_is_asked_for(signature: Signature) -> None:

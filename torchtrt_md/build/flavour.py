@@ -126,9 +126,15 @@ TRT_DTYPES = {
 }
 
 
+# TensorRT takes these for quantized numbers, which none but its own layers may scale: others of an engine are refused,
+# or treated as if they had a scale.  So what makes or takes them stays out of engines.
+QUANTIZED = (torch.int8, torch.float8_e4m3fn, torch.float8_e5m2)
+
+
 def boundary_dtypes(f: Flavour) -> tuple[torch.dtype, ...]:
     """The dtypes of inputs and outputs of engines."""
-    return tuple(dtype for dtype, theirs in TRT_DTYPES.items() if hasattr(f.trt.DataType, theirs))
+    known = (dtype for dtype, theirs in TRT_DTYPES.items() if hasattr(f.trt.DataType, theirs))
+    return tuple(dtype for dtype in known if dtype not in QUANTIZED)
 
 
 def trt_dtype(dtype: torch.dtype) -> str:

@@ -17,18 +17,29 @@ from torchtrt_md.build import converters
 from torchtrt_md.build.builder import build_engine, without_converter
 from torchtrt_md.build.cache import EngineCache, engine_key
 from torchtrt_md.build.decompose import decompose, origin
-from torchtrt_md.build.flavour import flavour
+from torchtrt_md.build.flavour import QUANTIZED, flavour
 from torchtrt_md.graph.functional import copied
-from torchtrt_md.program import placeholders, value_of
+from torchtrt_md.program import dtype_name, placeholders, value_of
 from torchtrt_md.segment import Part
 
 aten = torch.ops.aten
 
 
 def unconvertible(graph: GraphModule) -> dict[str, str]:
-    """Node of a lowered graph -> why Torch-TensorRT cannot convert it."""
+    """Node of a lowered graph -> why Torch-TensorRT cannot convert it, or TensorRT would take it for something else."""
     converters.register()
-    return {origin(n): f"Torch-TensorRT has no converter for {n.target}" for n in without_converter(decompose(graph))}
+    lacking = {n: f"Torch-TensorRT has no converter for {n.target}" for n in without_converter(decompose(graph))}
+    quantized = {n.name: reason for n in graph.graph.nodes if (reason := _quantized(n))}
+    return {**{origin(n): reason for n, reason in lacking.items()}, **quantized}
+
+
+def _quantized(node: Node) -> str:
+    """Why an op on quantized numbers cannot be in an engine; "" of any other."""
+    if node.op != "call_function":
+        return ""
+    values = [n.meta.get("val") for n in (node, *node.all_input_nodes)]
+    found = next((v.dtype for v in values if isinstance(v, torch.Tensor) and v.dtype in QUANTIZED), None)
+    return f"TensorRT scales {dtype_name(found)} in layers of its own only" if found else ""
 
 
 def build_part(

@@ -19,6 +19,7 @@ from torch import Tensor, nn
 from torch.utils import _pytree as pytree
 
 from torchtrt_md.errors import CaptureError
+from torchtrt_md.wrappers import is_wrapper
 
 Scalar = (type(None), bool, int, float, str)
 _NO_DEFAULT = object()
@@ -119,6 +120,11 @@ def _check_plain(name: str, tensor: Tensor) -> None:
     if hasattr(tensor, "device_mesh"):
         raise CaptureError(
             f"argument {name!r} is a DTensor", fix="pass the whole tensor (full_tensor()); the plan says what is split"
+        )
+    if is_wrapper(tensor):
+        raise CaptureError(
+            f"argument {name!r} is a {type(tensor).__name__}, and an engine takes plain tensors",
+            fix="pass dequantize() of it, or let a module hold it as a parameter or buffer",
         )
 
 

@@ -51,6 +51,7 @@ from torchtrt_md.graph.source import source_line
 from torchtrt_md.lowering.ops import COLLECTIVES, bound_args
 from torchtrt_md.mesh import Mesh
 from torchtrt_md.program import Output, ShardedProgram, Source, Value, Weight, Weights, outputs_of, placeholders
+from torchtrt_md.wrappers import is_wrapper
 
 # Parts of a source's path that say how a module keeps what it has, and not where.
 _STORAGE = ("self", "fn", "_modules", "_parameters", "_buffers")
@@ -77,13 +78,19 @@ def graph_inputs(gm: GraphModule, example_inputs: Sequence[Any]) -> list[GraphIn
     Symbolic numbers and sizes are taken at the value that they have now, which Dynamo guards from here on.
 
     Raises:
-        CaptureError: a DTensor of uneven parts, or a number that is the value of a tensor.
+        CaptureError: a DTensor of uneven parts, a number that is the value of a tensor, or a quantized tensor.
     """
     numbers = {node for node in gm.graph.nodes if specialized(node) is not None}
     inputs: list[GraphInput] = []
     names: set[str] = set()
     for index, (node, example) in enumerate(zip(placeholders(gm), map(arrived, example_inputs), strict=True)):
         path = source_path(node)
+        if isinstance(example, Tensor) and is_wrapper(example):
+            raise CaptureError(
+                f"the graph of torch.compile takes {'.'.join(p for p in path if p not in _STORAGE)!r}, a"
+                f" {type(example).__name__}",
+                fix="use torchtrt_md.compile, which takes models with quantized weights",
+            )
         number = specialized(node)
         # Dynamo passes a float that has changed as a tensor, of which the graph takes the number.
         if not isinstance(example, Tensor) or number is not None or (node.users and numbers.issuperset(node.users)):

@@ -33,6 +33,7 @@ from torchtrt_md.errors import CaptureError, MeshError, PlanError, WeightsError
 from torchtrt_md.mesh import Mesh, axis_names, joined
 from torchtrt_md.parallel import ContextParallel, Parallel, TensorParallel
 from torchtrt_md.program import ShardedProgram, Value, Weight, Weights
+from torchtrt_md.wrappers import named_weights, plain
 
 
 def capture_model(
@@ -176,7 +177,7 @@ def _local_weights(
 ) -> list[LocalWeight]:
     """What each rank holds of every parameter and buffer."""
     found = []
-    for name, t in [*shadow.named_parameters(), *shadow.named_buffers()]:
+    for name, t in plain([*shadow.named_parameters(), *shadow.named_buffers()]).items():
         whole, shardings = parts.of(t)
         if isinstance(t, DTensor):
             shardings = tensor_parallel.shardings(name, t, mesh)
@@ -185,8 +186,7 @@ def _local_weights(
 
 
 def _weights(model: nn.Module, given: Given, parallels: Sequence[Parallel]) -> Weights:
-    tensors: dict[str, Tensor] = dict(model.named_parameters(remove_duplicate=False))
-    tensors |= dict(model.named_buffers(remove_duplicate=False))
+    tensors = named_weights(model)
     shards = {name: t.to_local().detach() for name, t in tensors.items() if isinstance(t, DTensor)}
     whole = {name: t for name, t in tensors.items() if name not in shards}
     rank = dist.get_rank() if shards else 0
@@ -218,7 +218,7 @@ def _read(model: nn.Module, tensors: Mapping[str, Tensor], checkpoint: Checkpoin
     Raises:
         WeightsError: a parameter that has none or two, a name that the model lacks, another dtype or shape.
     """
-    parameters = dict(model.named_parameters(remove_duplicate=False))
+    parameters = plain(model.named_parameters(remove_duplicate=False))
     if unexpected := sorted(checkpoint.forms.keys() - tensors.keys()):
         raise WeightsError(
             f"{checkpoint.where} has {listed(unexpected)}, and {type(model).__name__} has no weight of that name",

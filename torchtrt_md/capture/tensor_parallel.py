@@ -32,6 +32,7 @@ from torchtrt_md.errors import PlanError, PlanWarning
 from torchtrt_md.mesh import Mesh, axis_names
 from torchtrt_md.parallel import TensorParallel
 from torchtrt_md.program import Sharding, UnevenSharding
+from torchtrt_md.wrappers import held_by, is_wrapper
 
 # The names whose meaning is one of PyTorch's own styles, of values that are DTensors in between.
 _BY_DTENSOR: Mapping[str, Callable[[], ParallelStyle]] = {
@@ -45,29 +46,70 @@ class Parts:
     """Which part of a weight a rank holds, of the parameters of a shadow that were cut."""
 
     _held: dict[int, tuple[Tensor, torch.Size, Shardings]] = field(default_factory=dict)
-    _made: dict[tuple[int, Shardings], nn.Parameter] = field(default_factory=dict)
+    _made: dict[tuple[int, Sharding | UnevenSharding], tuple[Tensor, nn.Parameter]] = field(default_factory=dict)
 
     def of(self, parameter: Tensor) -> tuple[torch.Size, Shardings]:
         """The whole shape, and the shardings."""
         _, whole, shardings = self._held.get(id(parameter), (parameter, parameter.shape, ()))
         return whole, shardings
 
-    def cut(self, module: nn.Module, name: str, cut: Cut, axis: Axis) -> None:
-        """Let the module's parameter be a rank's part; where it is another's too, that of equal cuts is one."""
+    def cut(self, module: nn.Module, path: str, name: str, cut: Cut, axis: Axis) -> None:
+        """Let the module's parameter be a rank's part; where it is another's too, that of equal cuts is one.
+
+        Raises:
+            PlanError: it is a wrapper, and what it holds cannot be cut with it.
+        """
         parameter = module._parameters[name]
         assert parameter is not None
-        whole, before = self.of(parameter)
-        shape = cut.local(parameter.shape, axis)
-        shardings = (*before, cut.sharding(parameter.shape, axis))
-        local = self._made.get((id(parameter), shardings))
-        if local is None:
-            local = nn.Parameter(
-                torch.empty(shape, dtype=parameter.dtype, device=parameter.device), requires_grad=False
+        key = id(parameter), cut.sharding(parameter.shape, axis)
+        if key not in self._made:
+            local = nn.Parameter(_local(path, parameter, cut, axis), requires_grad=False)
+            self._made[key] = parameter, local  # both are kept, so that an id stays its own
+            parts = held_by(path, local)
+            for held, tensor in held_by(path, parameter).items():
+                whole, before = self.of(tensor)
+                self._held.setdefault(id(tensor), (tensor, whole, before))
+                whole_here = is_wrapper(parameter) and tensor.shape == parts[held].shape  # a scale of all of it
+                own = () if whole_here else (cut.sharding(tensor.shape, axis),)
+                self._held[id(parts[held])] = parts[held], whole, (*before, *own)
+        module.register_parameter(name, self._made[key][1])
+
+
+def _local(path: str, parameter: Tensor, cut: Cut, axis: Axis) -> Tensor:
+    """A rank's part of a parameter, of which the shape alone counts.
+
+    A wrapper is cut by its own class, which knows what becomes of its scales: they are cut with the weight, or each is
+    for all of it.  Scales of blocks must be cut where the weight is.
+
+    Raises:
+        PlanError: it is not so.
+    """
+    shape = cut.local(parameter.shape, axis)
+    if not is_wrapper(parameter):
+        return torch.empty(shape, dtype=parameter.dtype, device=parameter.device)
+    dim, extents = cut.dim, cut.extents(parameter.shape, axis)
+    problem = f"parameter {path!r}, a {type(parameter).__name__} of shape {list(parameter.shape)}, "
+    fix = "leave the module out of the plan, or leave its weight as it was: quantize_(model, config, filter_fn)"
+    try:
+        local: Tensor = parameter.narrow(dim, 0, shape[dim])
+    except Exception as error:  # of any library
+        raise PlanError(f"{problem}cannot be cut on dim {dim}: {type(error).__name__}: {error}", fix=fix) from error
+    parts = held_by(path, local)
+    for name, tensor in held_by(path, parameter).items():
+        of_part, sizes = list(parts[name].shape), list(tensor.shape)
+        if of_part == sizes:
+            continue
+        along = len(sizes) == parameter.dim() and of_part == cut.local(sizes, axis)
+        if not along or any(
+            own * parameter.shape[dim] != extent * sizes[dim]
+            for own, extent in zip(cut.extents(sizes, axis), extents, strict=True)
+        ):
+            raise PlanError(
+                f"{problem}is cut on dim {dim} into parts of {shape[dim]}, and {name!r} of shape {sizes} is not to be"
+                " cut at the same places",
+                fix=f"quantize it with a scale for each row or for all of it; or {fix}",
             )
-            self._made[id(parameter), shardings] = local
-            self._held[id(local)] = local, whole, shardings
-            self._held.setdefault(id(parameter), (parameter, whole, before))  # so that its id stays its own
-        module.register_parameter(name, local)
+    return local
 
 
 def needs_mesh(model: nn.Module, parallel: TensorParallel) -> bool:
@@ -206,7 +248,7 @@ def _cut(
             f" {':'.join(map(str, cut.blocks))}",
             fix="leave it out of the plan",
         )
-    parts.cut(module, name, cut, axis)
+    parts.cut(module, path, name, cut, axis)
 
 
 def _by_heads(modules: Mapping[str, nn.Module], path: str, style: Style, axis: Axis) -> Style:

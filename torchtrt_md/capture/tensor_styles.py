@@ -11,17 +11,20 @@ ways only: through a product whose weight is zero there as well, or in a gathere
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from torchtrt_md.errors import PlanError
 from torchtrt_md.graph.source import running_line
 from torchtrt_md.lowering import ops
 from torchtrt_md.program import Sharding, UnevenSharding
+from torchtrt_md.wrappers import is_wrapper
 
 Args = tuple[Any, ...]
 
@@ -71,10 +74,14 @@ class Cut:
             return Sharding(self.dim, axis.name)
         return UnevenSharding(self.dim, axis.name, self.blocks, self.copies)
 
+    def extents(self, shape: Sequence[int], axis: Axis) -> list[int]:
+        """How much of each block a rank has."""
+        uneven = UnevenSharding(self.dim, axis.name, self.blocks, self.copies)
+        return uneven.extents(shape[self.dim], axis.size)
+
     def local(self, shape: Sequence[int], axis: Axis) -> list[int]:
         """The shape of a rank's part."""
-        uneven = UnevenSharding(self.dim, axis.name, self.blocks, self.copies)
-        extent = sum(uneven.extents(shape[self.dim], axis.size))
+        extent = sum(self.extents(shape, axis))
         return [extent if dim == self.dim else whole for dim, whole in enumerate(shape)]
 
 
@@ -153,6 +160,8 @@ class Rowwise(Style):
             raise PlanError(f"a {type(module).__name__} has no in_features", fix=_FITS)
         (local,) = Cut(0, self.blocks).local([extent], axis)
         held: list[Any] = []
+        if any(map(is_wrapper, module.parameters(recurse=False))):
+            _compare_parts(module, local, axis)
         kind = f"{type(module).__name__} of {extent} to {getattr(module, 'out_features', '?')} features"
 
         def before(args: Args) -> Args:
@@ -179,6 +188,34 @@ class Rowwise(Style):
             return y + bias
 
         return Hooks(before, behind)
+
+
+class _Compared(TorchDispatchMode):
+    """While active, the largest, or least, over the features of which a rank has ``local`` is that of all ranks'."""
+
+    def __init__(self, local: int, axis: Axis) -> None:
+        super().__init__()  # type: ignore[no-untyped-call]
+        self._local, self._axis = local, axis
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: Any = None) -> Any:
+        result = func(*args, **(kwargs or {}))
+        if func not in ops.OF_PARTS or args[0].shape[-1:] != (self._local,):
+            return result
+        last = args[0].dim() - 1
+        over = [dim % args[0].dim() for dim in args[1]] if len(args) > 1 and args[1] else [last]
+        return ops.all_reduce(result, ops.OF_PARTS[func], self._axis.name, self._axis.size) if last in over else result
+
+
+def _compare_parts(module: nn.Module, local: int, axis: Axis) -> None:
+    """Let a quantized layer scale its argument as the dense one does: by the largest of all ranks' features."""
+    forward = module.forward
+
+    @functools.wraps(forward)  # hooks that come later ask for its arguments
+    def compared(*args: Any, **kwargs: Any) -> Any:
+        with _Compared(local, axis):
+            return forward(*args, **kwargs)
+
+    module.forward = compared
 
 
 def _vocabulary(module: nn.Embedding, axis: Axis) -> Hooks:

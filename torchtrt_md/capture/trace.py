@@ -30,6 +30,7 @@ from torchtrt_md.graph.functional import functional, mutates
 from torchtrt_md.graph.private import lazy_modules
 from torchtrt_md.graph.source import error_line, source_line
 from torchtrt_md.program import Output, Source, Value, Weight, placeholders
+from torchtrt_md.wrappers import wrapped
 
 
 @dataclass(frozen=True)
@@ -65,7 +66,8 @@ def trace(shadow: nn.Module, arguments: Arguments, weights: Sequence[LocalWeight
     leaves: list[object] = []
 
     def call(*flat: Tensor) -> tuple[Tensor, ...]:
-        named = {w.weight.name: as_placed(w.tensor, t) for w, t in zip(weights, flat, strict=False)}
+        held = {w.weight.name: as_placed(w.tensor, t) for w, t in zip(weights, flat, strict=False)}
+        named = {name: wrapped(name, t, held) for name, t in [*shadow.named_parameters(), *shadow.named_buffers()]}
         args, kwargs = arguments.call_with(dict(zip(arguments.tensors, flat[len(weights) :], strict=True)))
         with WholeAttention(), KnownValues(), torch.no_grad():
             result = torch.func.functional_call(shadow, named, args, kwargs)
@@ -114,6 +116,7 @@ def recorded(
         with quiet(), told_stacks(), lazy_modules(), _uncollected():
             graph = make_fx(call, tracing_mode="fake", _allow_non_fake_inputs=True)(*inputs)
             refuse_written(graph)
+            _integer_products(graph)
             graph = functional(graph, inputs)
     except CaptureError as error:
         if error.at:
@@ -155,6 +158,20 @@ def _uncollected() -> Iterator[None]:
     finally:
         if enabled:
             gc.enable()
+
+
+def _integer_products(graph: GraphModule) -> None:
+    """out_dtype(aten.mm, int32, x, y) of int8 -> aten._int_mm(x, y), which is how PyTorch computes it.
+
+    It is an op that takes an op, which no pass knows of; torchao calls it where tensors are on a GPU.
+    """
+    for node in graph.graph.nodes:
+        if not isinstance(node.target, torch._ops.HigherOrderOperator) or str(node.target) != "out_dtype":
+            continue
+        op, dtype, *operands = node.args
+        narrow = all(isinstance(x, Node) and x.meta["val"].dtype == torch.int8 for x in operands)
+        if op is torch.ops.aten.mm.default and dtype == torch.int32 and narrow:
+            node.target, node.args = torch.ops.aten._int_mm.default, tuple(operands)
 
 
 def _return_written(graph: GraphModule, writable: Mapping[Node, str]) -> tuple[str, ...]:

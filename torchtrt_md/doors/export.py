@@ -37,6 +37,7 @@ from torchtrt_md.runtime.weights import ModelWeights
 from torchtrt_md.segment import Part, Segment
 from torchtrt_md.serve.config import check_flavour, check_values
 from torchtrt_md.verification import Report, verify
+from torchtrt_md.wrappers import plain
 
 Progress = Callable[[str, str, float | None], None]
 
@@ -166,7 +167,7 @@ def export(
         options = Options(
             mesh=mesh, parallel=parallel, placement=placement, compute=compute, transport=transport, target=target
         )
-        later = set((dense or model).state_dict()) if strip_weights else set()
+        later = set(plain((dense or model).state_dict().items())) if strip_weights else set()
         how = (check, choices, dense, weights, later, coordinates_inside, dump, stages)
         proven = _prove(model, args, kwargs, options, *how)
         road, lowered, chosen = proven.road, proven.lowered, proven.choices

@@ -23,7 +23,7 @@ _FOLDERS = (Path(torch.__file__).parent, _HERE, (_HERE / "lowering").resolve())
 MACHINERY = re.compile(
     "|".join(re.escape(f"{folder}{os.sep}") for folder in _FOLDERS)
     + rf"|^{re.escape(sysconfig.get_path('stdlib') + os.sep)}(?!site-packages|dist-packages)"
-    + r"|[/\\]torch_tensorrt[/\\]|[/\\]typing_extensions\.py$|^<frozen |^<eval_with_key>"
+    + r"|[/\\]torch_tensorrt[/\\]|[/\\]torchao[/\\]|[/\\]typing_extensions\.py$|^<frozen |^<eval_with_key>"
     + r"|[/\\](?:site|dist)-packages[/\\](?:typer|click)[/\\]"  # the command line's, between it and a stage
 )
 T = TypeVar("T")

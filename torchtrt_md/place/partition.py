@@ -57,6 +57,7 @@ _VIEWS = {
 }
 _RESHAPES = {aten.view.default, aten._unsafe_view.default, aten.reshape.default}
 _PRODUCTS = {aten.mm.default, aten.addmm.default, aten.bmm.default, aten.baddbmm.default, aten.convolution.default}
+_PRODUCTS |= {aten._scaled_mm.default, aten._int_mm.default}
 _BSHD = [0, 2, 1, 3]
 _PASSES = "passes"  # in a view's meta: it is a value of its own, which parts pass on or return
 

@@ -16,6 +16,7 @@ from torchtrt_md.errors import InputError, VerificationError
 from torchtrt_md.mesh import Mesh
 from torchtrt_md.program import Value, dtype_name
 from torchtrt_md.runtime.tensors import ALIGNMENT
+from torchtrt_md.wrappers import is_wrapper
 
 
 class Signature:
@@ -137,6 +138,10 @@ class Signature:
         if isinstance(value, DTensor):
             raise InputError(
                 f"input {name!r} is a DTensor", fix="pass this rank's plain tensor: its to_local() or full_tensor()"
+            )
+        if is_wrapper(value):
+            raise InputError(
+                f"input {name!r} is a {type(value).__name__}", fix="pass a plain tensor: dequantize() of it"
             )
         if value.device != device:
             raise InputError(

@@ -36,6 +36,7 @@ from torchtrt_md.program import Output, ShardedProgram, Weight, Weights, dtype_n
 from torchtrt_md.verification.compare import FP32_RATIO, coarsest, noise_of, ratio, relative_error, rounding
 from torchtrt_md.verification.private import ReadWhenUsed
 from torchtrt_md.verification.simulate import Precision, interpret
+from torchtrt_md.wrappers import named_weights, plain, wrapped
 
 T = TypeVar("T")
 # A 16-bit dtype that leaves less than this behind was only a dtype of what is stored, not of what is computed.
@@ -79,8 +80,7 @@ def captured(model: nn.Module, args: Sequence[Any], kwargs: Mapping[str, Any], g
 
 def weights_of(model: nn.Module) -> Weights:
     """By name, each under all of its names."""
-    named = [*model.named_parameters(remove_duplicate=False), *model.named_buffers(remove_duplicate=False)]
-    return Weights({name: t.detach() for name, t in named})
+    return Weights({name: t.detach() for name, t in named_weights(model).items()})
 
 
 def is_on_meta(model: nn.Module) -> bool:
@@ -105,7 +105,8 @@ def run(model: nn.Module, args: Sequence[Any], kwargs: Mapping[str, Any], weight
         VerificationError: it cannot be called with these arguments.
         CaptureError: a weight that an op takes has no value.
     """
-    tensors = {**dict(model.named_parameters()), **dict(model.named_buffers())}
+    named = [*model.named_parameters(), *model.named_buffers()]
+    tensors = plain(named)
     device = next((t.device for t in pytree.tree_leaves((args, kwargs)) if isinstance(t, Tensor)), torch.device("cpu"))
     one = Mesh(dense=1)
 
@@ -113,7 +114,8 @@ def run(model: nn.Module, args: Sequence[Any], kwargs: Mapping[str, Any], weight
         weight = Weight(name, tuple(tensors[name].shape), tensors[name].dtype)
         return ReadWhenUsed(tensors[name], device, lambda: weights.local(weight, one, 0).to(device))
 
-    lazy: dict[str, Tensor] = {name: read(name) for name in tensors} if is_on_meta(model) else {}
+    unread = {name: read(name) for name in tensors} if is_on_meta(model) else {}
+    lazy = {name: wrapped(name, tensor, unread) for name, tensor in named} if unread else {}
     try:
         with torch.no_grad(), marking(Marking({})):  # one process has the whole, also where a launch has a mesh in use
             if lazy:
@@ -336,13 +338,17 @@ def _own_error(value: Tensor, reference: Tensor) -> float:
 
 
 def computed_in(node: Node) -> list[torch.dtype]:
-    """The dtypes of all that an output is computed from; weights and inputs, which are as they are, left out."""
+    """The dtypes of all that an output is computed from; weights and inputs, which are as they are, left out.
+
+    Float8 is left out too: to be rounded to it is what a quantized model computes, in the widest precision as well.
+    """
     seen, todo = {node}, [node]
     dtypes = []
     while todo:
         at = todo.pop()
         if at.op == "call_function":
-            dtypes += [v.dtype for v in pytree.tree_leaves(at.meta.get("val")) if isinstance(v, Tensor)]
+            made = [v.dtype for v in pytree.tree_leaves(at.meta.get("val")) if isinstance(v, Tensor)]
+            dtypes += [dtype for dtype in made if dtype.itemsize > 1 or not dtype.is_floating_point]
         todo += [n for n in at.all_input_nodes if n not in seen]
         seen.update(at.all_input_nodes)
     return dtypes

@@ -34,7 +34,8 @@ class Precision:
 
     All of them, not the model's own alone: where a model mixes dtypes, by casts or by promotion, the narrow ones would
     round and those that were widened would meet them in ops that take one dtype.  Plain numbers stay what they were
-    when the model was traced: an eps or a ``torch.finfo(x.dtype).min`` is that of the model's own dtype.
+    when the model was traced: an eps or a ``torch.finfo(x.dtype).min`` is that of the model's own dtype.  What
+    is held in float8 is rounded to it, and held in ``wide``: that is the grid to which a model is quantized.
 
     Attributes:
         wide: None for the program as it is.
@@ -223,8 +224,11 @@ def _run(graph: GraphModule, feed: Callable[[str], Tensor], precision: Precision
 
 
 def _computed(node: Node, args: tuple[Any, ...], kwargs: Mapping[str, Any], precision: Precision) -> Any:
+    target: Any = node.target
     try:
-        result = node.target(*map(precision.of, args), **{k: precision.of(a) for k, a in kwargs.items()})  # type: ignore[operator]
+        if precision.wide is not None:
+            target = _WIDE.get(target, target)
+        result = target(*map(precision.of, args), **{k: precision.of(a) for k, a in kwargs.items()})
     except Exception as error:  # of any kernel, of any library
         reason = next(iter(str(error).strip().splitlines()), "")
         of = "its own dtype" if precision.wide is None else dtype_name(precision.wide)
@@ -234,7 +238,48 @@ def _computed(node: Node, args: tuple[Any, ...], kwargs: Mapping[str, Any], prec
             fix="give the op a kernel for what it is called with, or leave verification out: check=False, --no-verify",
             at=source_line(node),
         ) from error
-    return precision.results(result)
+    return _on_grid(node, precision.results(result)) if precision.wide is not None else result
+
+
+def _on_grid(node: Node, result: Any) -> Any:
+    """What the program holds in float8, rounded to it.
+
+    By way of float32: a number that is a tie but for the rounding of ``wide`` is a tie, whatever the order of sums.
+    """
+    made = node.meta.get("val")
+    if not isinstance(made, Tensor) or made.dtype.itemsize > 1 or not made.is_floating_point():
+        return result
+    return result.float().to(made.dtype).to(result.dtype)
+
+
+def _scaled_mm(
+    x: Tensor,
+    y: Tensor,
+    scale_x: Tensor,
+    scale_y: Tensor,
+    bias: Tensor | None = None,
+    scale_result: Tensor | None = None,
+    out_dtype: torch.dtype | None = None,
+    use_fast_accum: bool = False,
+) -> Tensor:
+    """``aten._scaled_mm`` in a dtype that its kernels do not take."""
+    if not {scale_x.numel(), 1} <= {1, len(x)} or not {scale_y.numel(), 1} <= {1, y.shape[1]}:
+        raise NotImplementedError("it has scales of blocks")
+    result = x @ y * scale_x * scale_y
+    result = result if bias is None else result + bias
+    return result if scale_result is None else result * scale_result
+
+
+def _round(x: Tensor) -> Tensor:
+    """By way of float32, as in :func:`_on_grid`: a symmetric quantization puts the largest of a row on a tie, 127.5."""
+    return torch.where(x.abs() < 2**23, x.float().round().to(x.dtype), x.round())
+
+
+# What is computed otherwise where it is computed wider than the program says.
+_WIDE: Mapping[Any, Callable[..., Tensor]] = {
+    torch.ops.aten._scaled_mm.default: _scaled_mm,
+    torch.ops.aten.round.default: _round,
+}
 
 
 def _devices(args: tuple[Any, ...]) -> str:

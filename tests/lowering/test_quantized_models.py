@@ -1,0 +1,86 @@
+"""Quantized models along a split sequence: the same numbers as dense, in all strategies."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+import quantized
+import split_functions as sf
+import torch
+from torch import Tensor
+
+import torchtrt_md as md
+from torchtrt_md.errors import ShardingError, VerificationError
+from torchtrt_md.lowering.ops import bound_args
+from torchtrt_md.program import ShardedProgram
+from torchtrt_md.wrappers import plain
+
+aten, ir = torch.ops.aten, torch.ops.torchtrt_md
+PLAN = {"": {"x": md.Split(1)}, "out": md.Gather(1)}
+STRATEGIES = ("ulysses", "allgather_kv", "ring")
+
+
+def lowered(call: Any, strategy: str, plan: Any = PLAN) -> ShardedProgram:
+    model, args, kwargs = call
+    parallel = md.ContextParallel("cp", strategy, plan)  # type: ignore[arg-type]
+    return md.lower(md.capture(model, args, kwargs, mesh=md.Mesh(cp=2), parallel=parallel), placement="split")
+
+
+def compared(program: ShardedProgram) -> list[str]:
+    """What ranks are asked for the largest, or least, of."""
+    nodes = program.graphs[0].graph.find_nodes(op="call_function", target=ir.all_reduce.default)
+    return [bound_args(node)["op"] for node in nodes]
+
+
+@pytest.mark.parametrize("strategy", STRATEGIES)
+@pytest.mark.parametrize("config", quantized.CONFIGS)
+def test_attention(config: str, strategy: str) -> None:
+    call = quantized.attention(config)
+    program = lowered(call, strategy)
+    assert compared(program) == (["max"] * 3 if config == "float8 by tensor" else [])
+    report = md.verify(program, *call)
+    assert report.precision == torch.float64
+    assert report.structure_error < 1e-8
+    assert report.dense_error > 1e-4, "a model of 16 bits that rounds nothing was not quantized"
+
+
+@pytest.mark.parametrize(("config", "strategy"), [("float8 by row", "ulysses"), ("int8 by row", "ring")])
+def test_flux(config: str, strategy: str) -> None:
+    call = quantized.flux(config)
+    assert len(plain(call[0].named_parameters())) > len(list(call[0].parameters()))
+    report = md.verify(lowered(call, strategy, None), *call)
+    assert report.structure_error < 1e-8
+    assert report.precision == torch.float64
+
+
+def test_the_scale_of_all_tokens_is_that_of_all_ranks_tokens() -> None:
+    """Without the reduction each rank would scale by its own; ranks that hold copies of the last token do no harm."""
+    model, (x,), kwargs = quantized.attention("float8 by tensor")
+    x = x[:, :15].clone()
+    x[:, 2] *= 20  # the largest, which rank 1 does not have
+    program = lowered((model, (x,), kwargs), "ulysses")
+    md.verify(program, model, (x,))
+    for graph, _ in program.distinct():
+        for node in graph.graph.find_nodes(op="call_function", target=ir.all_reduce.default):
+            node.replace_all_uses_with(bound_args(node)["x"])
+            graph.graph.erase_node(node)
+    with pytest.raises(VerificationError, match="the program does not compute what SelfAttention computes"):
+        md.verify(program, model, (x,))
+
+
+def test_the_largest_of_a_split_value_is_that_of_all_ranks() -> None:
+    def function(x: Tensor) -> Any:
+        return x.amax(1), x.amin((0, 1), True), x.max(), x.flatten(0, 1).t().amin(-1), x.amin(-1).min()
+
+    x = torch.randn(2, 7, 6)  # of which one rank has a copy
+    graph = sf.trace(lambda x: function(sf.shard(x)), x)
+    assert sf.analyze(graph) == 5
+    assert sf.targets(graph).count("all_reduce") == 5
+    assert sf.check_claims(graph, [x], function(x)) == [None] * 5
+
+
+def test_where_the_largest_is_depends_on_the_rank() -> None:
+    graph = sf.trace(lambda x: sf.shard(x).max(1), torch.randn(2, 8, 6))
+    with pytest.raises(ShardingError, match="mixes positions across the shard"):
+        sf.analyze(graph)
