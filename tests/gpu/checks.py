@@ -124,6 +124,15 @@ def graphs(at: Rank) -> Found:
                 found.expect(all(right(made, size) for size in (*sizes, sizes[-1])), "a call without a graph is wrong")
             told = [str(w.message) for w in caught]
             found.expect(len(told) == 1 and words in told[0], f"one warning of {words!r}, but {told}")
+        made = Graphs(double, Budget(1), at.device)
+        found.expect(right(made, 4), "a call that is captured is wrong")
+        (held,) = made.captured.values()  # as an error does that was raised in a replay
+        made.release()
+        try:
+            held.replay(of(4))  # type: ignore[union-attr]
+            found.problems.append("a graph that was let go of lives on where something refers to it")
+        except RuntimeError:
+            pass
         found.expect(_outlives_another(at), "a graph writes where one that was let go of had cuBLAS's workspace")
     torch.cuda.synchronize()
     return found

@@ -6,12 +6,15 @@ import os
 import threading
 import time
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import pytest
+import torch
 import torch.distributed as dist
 from rank_processes import warm
+from torch import nn
 
+import torchtrt_md as md
 from torchtrt_md.errors import CommunicatorError, LaunchError
 from torchtrt_md.launch import Launch
 from torchtrt_md.launch.watchdog import EXIT_CODE
@@ -94,3 +97,51 @@ def test_an_earlier_failure_ends_no_wait(tmp_path: Path) -> None:
     for process in processes:
         process.join(30)
         assert process.exitcode == 0
+
+
+def close(store: str, locked: bool, output: str) -> None:
+    """Close a runner of which something waits without end where it is let go of, as TensorRT's engines may."""
+    os.dup2(os.open(output, os.O_WRONLY | os.O_CREAT), 2)
+    dist.init_process_group("gloo", init_method=f"file://{store}", rank=0, world_size=1)
+    how: Any = {"compute": "inductor", "mesh": md.Mesh(d=1), "report": False, "timeout": SHORT}
+    runner = md.compile(nn.ReLU(), (torch.ones(2),), **how)
+
+    class Waits:
+        def __del__(self) -> None:
+            (ctypes.PyDLL if locked else ctypes.CDLL)("libc.so.6").sleep(int(LONG))
+
+    cast(list[Any], runner.executor.steps).append(Waits())
+    runner.close()
+
+
+@pytest.mark.parametrize("locked", [False, True])
+def test_a_close_that_does_not_end_ends_the_process(tmp_path: Path, locked: bool) -> None:
+    output = tmp_path / "output"
+    process = warm().Process(target=close, args=(str(tmp_path / "store"), locked, str(output)))
+    process.start()
+    process.join(60)
+    assert process.exitcode == (1 if locked else EXIT_CODE)
+    assert ("in __del__" if locked else "the end of program 1") in output.read_text()
+
+
+def close_within(store: str, output: str) -> None:
+    """Close a runner, as Python's collector may, in a wait that holds Python's lock for too long behind that."""
+    os.dup2(os.open(output, os.O_WRONLY | os.O_CREAT), 2)
+    dist.init_process_group("gloo", init_method=f"file://{store}", rank=0, world_size=1)
+    launch = Launch.join(SHORT, cpu=True)
+
+    def step() -> None:
+        with launch.bounded("another's end"):
+            pass
+        ctypes.PyDLL("libc.so.6").sleep(int(LONG))
+
+    launch.meet("binding", step)
+
+
+def test_a_wait_is_bounded_behind_another_within_it(tmp_path: Path) -> None:
+    output = tmp_path / "output"
+    process = warm().Process(target=close_within, args=(str(tmp_path / "store"), str(output)))
+    process.start()
+    process.join(60)
+    assert process.exitcode == 1
+    assert "in step" in output.read_text()

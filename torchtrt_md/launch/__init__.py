@@ -13,7 +13,8 @@ import faulthandler
 import logging
 import socket
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from typing import TypeVar, cast
 
 import torch
@@ -28,6 +29,7 @@ from torchtrt_md.mesh import Mesh
 T = TypeVar("T")
 log = logging.getLogger(__name__)
 _LOCKED_SECONDS = 8.0  # more than the watchdog takes to end the process by itself
+_bounds: list[float] = []  # of what is under way, in seconds; Python may let go of a runner in the midst of another's
 
 
 class Launch:
@@ -92,23 +94,33 @@ class Launch:
         """Do a step that itself waits for the other ranks, as where NCCL makes a communicator, and vote on it.
 
         A rank that fails before it comes there leaves the others in a wait that no error ends.  So the watchdog ends
-        them: once a rank has failed or ended, or after ``timeout`` seconds.  Where the wait holds Python's lock, as
-        TensorRT's ``setCommunicator`` does, no thread of Python runs; faulthandler's, which needs none, then ends the
-        process with its stack and exit code 1.
+        them: once a rank has failed or ended, or after ``timeout`` seconds.
 
         Raises:
             MDError: on every rank that is left, naming the ranks that failed.
         """
 
         def watched() -> T:
-            faulthandler.dump_traceback_later(self.timeout + _LOCKED_SECONDS, exit=True, file=2)
-            try:
-                with self.watchdog.waiting(about, on_all=True), self.agreement.board.working(meeting=True):
-                    return step()
-            finally:
-                faulthandler.cancel_dump_traceback_later()
+            with self.bounded(about, on_all=True), self.agreement.board.working(meeting=True):
+                return step()
 
         return self.together(about, watched)
+
+    @contextmanager
+    def bounded(self, about: str, *, on_all: bool = False) -> Iterator[None]:
+        """End the process where the body is not done within ``timeout`` seconds; see :meth:`Watchdog.waiting`.
+
+        Where it holds Python's lock, as TensorRT's ``setCommunicator`` does, no thread of Python runs; faulthandler's,
+        which needs none, then ends the process with its stack and exit code 1.
+        """
+        _bounds.append(self.timeout + _LOCKED_SECONDS)
+        _arm()
+        try:
+            with self.watchdog.waiting(about, on_all=on_all):
+                yield
+        finally:
+            _bounds.pop()
+            _arm()
 
     def connect(self, mesh: Mesh) -> dict[str, dist.ProcessGroup]:
         """This rank's group along each axis of more than one rank, its communicator made.  Collective.
@@ -136,6 +148,14 @@ class Launch:
         first = self.hosts.index(self.hosts[self.rank]) == self.rank
         made = [self.together(about, step if mine else lambda: None) for mine in (first, not first)]
         return cast(T, made[0] if first else made[1])
+
+
+def _arm() -> None:
+    """Let faulthandler, which has one timer, watch the innermost of what is under way."""
+    if _bounds:
+        faulthandler.dump_traceback_later(_bounds[-1], exit=True, file=2)
+    else:
+        faulthandler.cancel_dump_traceback_later()
 
 
 _launches: dict[object, dict[tuple[float, torch.device], Launch]] = {}

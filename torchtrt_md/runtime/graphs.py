@@ -84,8 +84,15 @@ class Graphs:
         return outputs
 
     def release(self) -> None:
-        """Let go of all graphs; others may be captured in their place."""
-        self._budget.left += sum(captured is not None for captured in self.captured.values())
+        """Let go of all graphs; others may be captured in their place.
+
+        They are gone then, whoever refers to them: an error that was raised in a replay does, and TensorRT lets go of
+        an engine with collectives only when no graph holds them.
+        """
+        for captured in self.captured.values():
+            if captured is not None:
+                self._budget.left += 1
+                captured.graph.reset()
         self.captured.clear()
 
     def _capture(self, inputs: Values) -> Captured | None:

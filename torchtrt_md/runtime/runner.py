@@ -306,18 +306,20 @@ class Runner:
         """Wait for the calls under way and let go of the program's memory.
 
         Delete CUDA graphs of your own that hold calls of this runner first: TensorRT lets go of an engine with
-        collectives only when no graph holds them (measured: it waits without end).
+        collectives only when no graph holds them (measured: it waits without end).  What is not let go of within the
+        timeout ends the process.
         """
         if self._closed:
             return
         self._closed = True
-        if self.device.type == "cuda":
-            torch.cuda.synchronize(self.device)
-        for weights in (self._own, *self._others):
-            if weights.graphs is not None:
-                weights.graphs.release()
-        self._own, self._others = WeightSet({}, None), []
-        self.executor.close()
+        with self._launch.bounded(f"the end of {self.name}"):
+            if self.device.type == "cuda":
+                torch.cuda.synchronize(self.device)
+            for weights in (self._own, *self._others):
+                if weights.graphs is not None:
+                    weights.graphs.release()
+            self._own, self._others = WeightSet({}, None), []
+            self.executor.close()
 
     def __enter__(self) -> Self:
         return self
