@@ -9,6 +9,7 @@ from typing import Any
 
 import pytest
 import torch
+from fresh_python import fresh_python
 from torch import Tensor, nn
 
 import torchtrt_md as md
@@ -297,3 +298,32 @@ def test_a_functions_cache_is_found_whatever_was_collected_since_the_last_look(g
     if generation is not None:
         gc.collect(generation)
     assert any(found is cache for found in _live())
+
+
+_EARLIER = """
+import functools, gc, sys, types, torch
+
+@functools.cache
+def table(n):
+    return torch.ones(n)
+
+sys.modules["tables"] = types.SimpleNamespace(table=table)
+
+class Adds(torch.nn.Module):
+    def forward(self, x):
+        return x + table(4)
+
+gc.{}()  # which moves the cache to where old objects are, or to where the collector does not look
+gc.disable()  # and what this package makes when it is imported stays where new ones are
+import torchtrt_md as md
+model, x = Adds().eval(), torch.ones(4)
+program = md.capture(model, (x,), mesh=md.Mesh(d=1))
+assert type(model(x)) is torch.Tensor, "a cache keeps what a trace made"
+assert table.cache_info().currsize == 1
+"""
+
+
+@pytest.mark.parametrize("by", ["collect", "freeze"])
+def test_a_cache_that_is_older_than_this_package_is_looked_into(by: str) -> None:
+    """The first look is at all caches; later ones at what was made since."""
+    fresh_python(_EARLIER.format(by))

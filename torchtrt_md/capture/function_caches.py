@@ -62,9 +62,9 @@ class FunctionCaches:
             self._misses[cache] = cache.cache_info().misses
 
 
-# Made at the last look.  The garbage collector moves objects to older generations, each generation as a whole: while
-# this is in a young one, so is all that was made after it.
-_marker: list[None] = []
+# Made at the last look; None before the first, which is at all there are.  The garbage collector moves objects to older
+# generations, each generation as a whole: while this is in a young one, so is all that was made after it.
+_marker: list[None] | None = None
 
 
 def _live() -> list[Any]:
@@ -74,10 +74,20 @@ def _live() -> list[Any]:
     kind = functools._lru_cache_wrapper
     # In this order: what is moved between the two is in the second, or the marker is in neither.
     found = [t for age in (0, 1) for t in gc.get_objects(age) if type(t) is kind or t is last]
-    if not any(thing is last for thing in found):
-        found = [thing for thing in gc.get_objects() if type(thing) is kind]
+    if last is None or not any(thing is last for thing in found):
+        found = [thing for thing in (*gc.get_objects(), *_frozen()) if type(thing) is kind]
     _FOUND.update(cache for cache in found if cache is not last)
     return list(_FOUND)
+
+
+def _frozen() -> Iterator[object]:
+    """What modules and their classes have where ``gc.freeze`` was called: the collector does not list what it froze."""
+    if gc.get_freeze_count():
+        for module in list(sys.modules.values()):
+            for value in list(getattr(module, "__dict__", {}).values()):
+                yield value
+                if isinstance(value, type):
+                    yield from list(vars(value).values())
 
 
 def _entries(cache: Any) -> list[object]:
