@@ -209,8 +209,8 @@ def make(dense: Block, args: tuple[Tensor, ...], form: Form, group: dist.Process
 
 
 def quantize_blocks(model: nn.Module) -> None:
-    """Quantize the linear layers of the model's repeated blocks in place, as torchao's users do: weights and arguments
-    to float8, with a scale for each row.
+    """Quantize the linear layers of the model's repeated blocks in place: weights and arguments to float8, with a scale
+    for each row.  Inductor's options stay as they are, for all candidates: torchao's have it try many forms of kernels.
 
     Raises:
         ValueError: the model has no such layers.
@@ -226,7 +226,8 @@ def quantize_blocks(model: nn.Module) -> None:
     # For a trial: torchao asks for a GPU, and PyTorch has kernels for CPUs too.
     unasked = unittest.mock.patch("torchao.quantization.quant_api._check_hardware_support")
     with unasked if on_cpu else nullcontext():
-        quantize_(model, Float8DynamicActivationFloat8WeightConfig(granularity=PerRow()), is_in_block)
+        config = Float8DynamicActivationFloat8WeightConfig(granularity=PerRow(), set_inductor_config=False)
+        quantize_(model, config, is_in_block)
 
 
 def captured(call: Call) -> Call:
