@@ -28,7 +28,7 @@ Each has a shape rule and an eager rule over ``torch.distributed`` here, and one
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from contextvars import ContextVar
 from typing import Any
@@ -45,8 +45,11 @@ from torchtrt_md.lowering.attention_math import ring_attention_block
 NAMESPACE = "torchtrt_md"
 REDUCE_OPS = ("sum", "avg", "max", "min", "product")
 _aten = torch.ops.aten
-# What of a whole is the same of what it is of each part: by which reduction ranks find it.
-OF_PARTS = {_aten.amax.default: "max", _aten.max.default: "max", _aten.amin.default: "min", _aten.min.default: "min"}
+# What of a whole is the same of what it is of each part, and what finds it among those.
+OF_PARTS: Mapping[Any, Any] = {
+    **dict.fromkeys((_aten.amax.default, _aten.max.default), _aten.amax.default),
+    **dict.fromkeys((_aten.amin.default, _aten.min.default), _aten.amin.default),
+}
 
 _c10d = torch.ops._c10d_functional
 _device_mesh: ContextVar[DeviceMesh | None] = ContextVar("device_mesh", default=None)

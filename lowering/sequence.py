@@ -35,7 +35,7 @@ follow each other::
 The largest or the least number of a split value, as what a quantization scales by, is that of all ranks' own::
 
     a = amax(x, [0, 1, 2])
-    a' = torchtrt_md.all_reduce(a, "max", "cp", 2)
+    a' = amax(torchtrt_md.all_gather(unsqueeze(a, 0), 0, "cp", 2), [0])
 
 Queries of a part of the sequence over replicated keys (cross attention) need nothing.  Every node gets
 ``meta["sharding"]``: axis -> :class:`~torchtrt_md.lowering.sharding.Sharded`, or a list of such dicts
@@ -92,8 +92,9 @@ def run(graph: GraphModule, context: PassContext) -> int:
 
 
 def _any_causal(graph: GraphModule) -> bool:
-    attentions = graph.graph.find_nodes(op="call_function", target=md.attention.default)
-    return any(bound_args(node)["is_causal"] for node in attentions)
+    targets = (md.attention.default, md.context_attention.default)  # before this pass, and behind it
+    found = [node for target in targets for node in graph.graph.find_nodes(op="call_function", target=target)]
+    return any(bound_args(node)["is_causal"] for node in found)
 
 
 class _Analysis:
@@ -120,7 +121,7 @@ class _Analysis:
                 if node.target is md.gather_sequence.default and call.sharded and self.states[node] is None:
                     substitute(node, self.gathered(node, bound_args(node)["x"]))
                 elif node.target in OF_PARTS and call.sharded and self.states[node] is None:
-                    self.compared(node)
+                    self.compared(call)
                     count += 1
             for operand, wanted in call.to_split.items():
                 node.replace_input_with(operand, self.part(node, operand, wanted))
@@ -197,11 +198,23 @@ class _Analysis:
         ]
         return pieces[0] if len(pieces) == 1 else self.emitted(before, None, aten.cat.default, pieces, dim)  # type: ignore[arg-type]
 
-    def compared(self, node: Node) -> None:
-        """The largest, or least, of a rank's part -> that of all parts."""
+    def compared(self, call: Call) -> None:
+        """The largest, or least, of a rank's part -> that of all parts.
+
+        They are gathered and not reduced: NCCL's max is not said to keep NaN, which PyTorch's does.
+        """
+        node = call.node
+        state = call.sole(call.args["self"])
+        if state.totals and _any_causal(self.graph):
+            call.refuse(
+                f"compares what causal attention may have made of positions behind the end, as the ranks do not divide"
+                f" {', '.join(map(str, state.totals))}",
+                "use a length that the ranks divide, or gather the sequence before this op",
+            )
         users = list(node.users)
-        op = OF_PARTS[node.target]  # type: ignore[index]
-        whole = self.emitted(node.next, None, md.all_reduce.default, node, op, self.axis, self.size)
+        row = self.emitted(node.next, None, aten.unsqueeze.default, node, 0)
+        rows = self.emitted(row.next, None, md.all_gather.default, row, 0, self.axis, self.size)
+        whole = self.emitted(rows.next, None, OF_PARTS[node.target], rows, [0])
         for user in users:
             user.replace_input_with(node, whole)
 

@@ -35,7 +35,8 @@ class Sharded:
 
     A part of a sequence is split over the ranks, in equal chunks, or every rank has all of it, as of text tokens beside
     those of an image that is split.  Where the ranks do not divide a part, its last entry is repeated until they do:
-    what lies behind the end is a copy of that entry, through every op that keeps positions apart.
+    what lies behind the end is a copy of that entry, through every op that keeps positions apart and all attention that
+    is not causal.
 
     Attributes:
         dim: the tensor dimension, counted from the left.

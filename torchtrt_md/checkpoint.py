@@ -6,6 +6,7 @@ file stays mapped: what is written to it later changes no weight, and a load hol
 
 from __future__ import annotations
 
+from collections import ChainMap
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
@@ -67,16 +68,20 @@ class Checkpoint:
         self.forms: dict[str, tuple[str, tuple[int, ...]]] = {}
         if isinstance(source, Mapping):
             self.where = f"the {len(source)} tensors that were given"
-            from torchtrt_md.wrappers import plain  # which imports DTensor: half a second
+            from torchtrt_md.wrappers import held_by  # which imports DTensor: half a second
 
-            self._tensors = plain(source.items())
-            self.forms = {name: (dtype_name(t.dtype), tuple(t.shape)) for name, t in self._tensors.items()}
-            for name, tensor in self._tensors.items():
-                if tensor.is_meta:
-                    raise WeightsError(
-                        f"the weight {name!r} that was given is on meta and has no value",
-                        fix="give the checkpoint's own tensors, or its folder",
-                    )
+            inner: dict[str, Tensor] = {}
+            for given, value in source.items():  # which it may read when it is asked, and are let go of
+                held = held_by(given, value)
+                inner |= held if given not in held else {}
+                for name, tensor in held.items():
+                    self.forms[name] = dtype_name(tensor.dtype), tuple(tensor.shape)
+                    if tensor.is_meta:
+                        raise WeightsError(
+                            f"the weight {name!r} that was given is on meta and has no value",
+                            fix="give the checkpoint's own tensors, or its folder",
+                        )
+            self._tensors = ChainMap(inner, source)  # type: ignore[arg-type]  # of which it asks, and writes nothing
             return
         path = Path(source)
         self.where = str(path)

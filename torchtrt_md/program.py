@@ -102,7 +102,8 @@ class Weights:
 
     What is whole is the model's own parameter or buffer.  ``unrelated`` are names of weights of which nothing says that
     they are equal on all ranks: plain tensors of a model that communicates by itself.  ``given`` are the names of those
-    that are in ``checkpoint``, and under which name there; each part of them is read when it is asked for.
+    that are in ``checkpoint``, and under which name there; each part of them is read when it is asked for.  ``holders``
+    are of what a tensor subclass holds: which object, and as which attribute.
     """
 
     whole: Mapping[str, Tensor]
@@ -111,6 +112,7 @@ class Weights:
     unrelated: frozenset[str] = frozenset()
     given: Mapping[str, str] = field(default_factory=dict)
     checkpoint: Checkpoint | None = None
+    holders: Mapping[str, tuple[Tensor, str]] = field(default_factory=dict)
 
     def check_values(self, weights: Iterable[Weight]) -> None:
         """Refuse weights on meta of which nothing says what they are.  Ask before they are wanted one by one.

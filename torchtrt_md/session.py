@@ -93,7 +93,7 @@ class Session:
             static_outputs=self.options.static_outputs,
             budget=budget or Budget(self.options.max_graphs),
             nest=lambda outputs: _nested(lowered, outputs),
-            guard=WeightGuard({**lowered.weights.shards, **lowered.weights.whole}).check,
+            guard=WeightGuard({**lowered.weights.shards, **lowered.weights.whole}, lowered.weights.holders).check,
             name=name,
             summary=summary_of(name, built, rank),
             choices=built.choices,

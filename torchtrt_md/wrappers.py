@@ -20,8 +20,12 @@ from torchtrt_md.errors import CaptureError
 
 
 def is_wrapper(tensor: Tensor) -> bool:
-    """Does it hold plain tensors, of which PyTorch's protocol for subclasses can make it again?"""
-    return hasattr(type(tensor), "__tensor_flatten__") and not isinstance(tensor, DTensor)
+    """Does it hold plain tensors, of which PyTorch's protocol for subclasses can make it again?
+
+    What an eager functional collective returns does too, but is a plain tensor as soon as it is used.
+    """
+    kind = type(tensor)
+    return hasattr(kind, "__tensor_flatten__") and not issubclass(kind, DTensor) and not hasattr(kind, "trigger_wait")
 
 
 def held_by(name: str, tensor: Tensor) -> dict[str, Tensor]:
@@ -44,6 +48,18 @@ def held_by(name: str, tensor: Tensor) -> dict[str, Tensor]:
 def plain(tensors: Iterable[tuple[str, Tensor]]) -> dict[str, Tensor]:
     """Tensors by name, those that wrappers hold in place of the wrappers."""
     return {inner: t for name, tensor in tensors for inner, t in held_by(name, tensor).items()}
+
+
+def holders(tensors: Iterable[tuple[str, Tensor]]) -> dict[str, tuple[Tensor, str]]:
+    """The names of :func:`plain` -> the wrapper that holds the tensor, and the attribute; none of other tensors."""
+    found: dict[str, tuple[Tensor, str]] = {}
+    for name, tensor in tensors:
+        if is_wrapper(tensor):
+            for attribute in tensor.__tensor_flatten__()[0]:  # type: ignore[attr-defined]
+                inner = getattr(tensor, attribute)
+                more = holders([(f"{name}.{attribute}", inner)])
+                found |= more or {f"{name}.{attribute}": (tensor, attribute)}
+    return found
 
 
 def wrapped(name: str, like: Tensor, held: Mapping[str, Tensor]) -> Tensor:

@@ -18,10 +18,10 @@ from torch.distributed.tensor import DTensor, Replicate
 import torchtrt_md as md
 from torchtrt_md.capture.torch_private import fake_ranks
 from torchtrt_md.capture.trace import recorded
-from torchtrt_md.errors import CaptureError, PlanError, WeightsError
-from torchtrt_md.lowering.ops import bound_args
+from torchtrt_md.errors import CaptureError, InputError, PlanError, WeightsError
 from torchtrt_md.program import ShardedProgram, Sharding, UnevenSharding, Weight
-from torchtrt_md.wrappers import held_by, is_wrapper, named_weights, plain, wrapped
+from torchtrt_md.runtime.weights import WeightGuard
+from torchtrt_md.wrappers import held_by, holders, is_wrapper, named_weights, plain, wrapped
 
 aten, ir = torch.ops.aten, torch.ops.torchtrt_md
 PLAN = {"": {"x": md.Split(1)}, "out": md.Gather(1)}
@@ -189,10 +189,9 @@ def test_a_weight_is_cut_with_its_scales(config: str) -> None:
     assert report.structure_error < 1e-8
     assert report.precision == torch.float64
     # A rank has some of the features that a layer scales its argument by; the largest of all is asked for.
-    largest = [bound_args(n)["op"] for n in program.graphs[0].graph.nodes if n.target is ir.all_reduce.default]
-    assert largest == {"float8": ["max"], "int8": ["min", "max"]}[config.split()[0]] * (config in quantized.DYNAMIC) + [
-        "sum"
-    ]
+    assert len(program.graphs[0].graph.find_nodes(op="call_function", target=ir.all_reduce.default)) == 1  # the sum
+    gathers = len(program.graphs[0].graph.find_nodes(op="call_function", target=ir.all_gather.default))
+    assert gathers == {"float8": 1, "int8": 2}[config.split()[0]] * (config in quantized.DYNAMIC)
 
 
 @pytest.mark.parametrize("config", ["float8 by row", "int8 weights"])
@@ -224,3 +223,86 @@ def test_named_weights_have_all_names() -> None:
     model, _, _ = quantized.mlp("float8 weights")
     names = ["up.weight.qdata", "up.weight.scale", "up.bias", "down.weight.qdata", "down.weight.scale", "down.bias"]
     assert list(named_weights(model)) == names
+
+
+def test_features_that_are_filled_up_are_not_compared() -> None:
+    """exp(0) is 1, and may be the largest number where all others are small."""
+    torch.manual_seed(0)
+    model = models.MLP(32, 48).to(torch.bfloat16).eval()
+    quantized.quantized((model, (), {}), "int8 by row")
+    args = (torch.randn(2, 8, 32, dtype=torch.bfloat16),)
+    with pytest.raises(PlanError, match="its features do not divide by the 5 ranks") as error:
+        md.capture(model, args, mesh=md.Mesh(tp=5), parallel=md.TensorParallel("tp", COLWISE_ROWWISE))
+    assert "quantize the weight alone" in error.value.fix
+
+
+class ScalesItself(torch.Tensor):
+    """A quantized weight of the user's own, whose class runs below PyTorch's functions."""
+
+    data_: torch.Tensor
+    how: str
+
+    @staticmethod
+    def __new__(cls, data: torch.Tensor, how: str) -> ScalesItself:
+        return torch.Tensor._make_wrapper_subclass(cls, data.shape, dtype=data.dtype, device=data.device)
+
+    def __init__(self, data: torch.Tensor, how: str) -> None:
+        self.data_, self.how = data, how
+
+    def __tensor_flatten__(self) -> tuple[list[str], str]:
+        return ["data_"], self.how
+
+    @staticmethod
+    def __tensor_unflatten__(inner: dict[str, torch.Tensor], how: str, *_: Any) -> ScalesItself:
+        return ScalesItself(inner["data_"], how)
+
+    @classmethod
+    def __torch_dispatch__(cls, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:  # type: ignore[override]
+        aten = torch.ops.aten
+        own = next(a for a in args if isinstance(a, ScalesItself))
+        views = (aten.detach.default, aten.alias.default, aten.narrow.default, aten.t.default, aten.slice.Tensor)
+        if func in (*views, aten._to_copy.default, aten.clone.default):
+            return ScalesItself(func(own.data_, *args[1:], **(kwargs or {})), own.how)
+        plain = [a.data_ if isinstance(a, ScalesItself) else a for a in args]
+        assert func in (aten.mm.default, aten.addmm.default), str(func)
+        x = plain[0] if func is aten.mm.default else plain[1]
+        largest = {
+            "by row": lambda: x.abs().amax(-1, keepdim=True),
+            "with places": lambda: x.abs().max(-1, keepdim=True).values,
+        }[own.how]()
+        scaled = (x / largest).mul(127).round().div(127) * largest
+        plain[0 if func is aten.mm.default else 1] = scaled
+        return func(*plain, **(kwargs or {}))
+
+
+@pytest.mark.parametrize("how", ["by row", "with places"])
+def test_a_class_of_the_users_scales_by_the_largest_of_all_ranks_or_is_refused(how: str) -> None:
+    model: Any
+    model, args, _ = models.mlp(torch.float32)
+    model.down.weight = torch.nn.Parameter(ScalesItself(model.down.weight.detach(), how), requires_grad=False)
+    parallel = md.TensorParallel("tp", COLWISE_ROWWISE)
+    if how == "by row":
+        program = md.capture(model, args, mesh=md.Mesh(tp=2), parallel=parallel)
+        assert md.verify(md.lower(program), model, args).structure_error < 1e-8
+        return
+    with pytest.raises(PlanError, match="not known to be that of its rows or of all of it"):
+        md.capture(model, args, mesh=md.Mesh(tp=2), parallel=parallel)
+
+
+@pytest.mark.parametrize("config", ["float8 by row", "int8 weights"])
+def test_what_a_weight_holds_is_the_tensor_that_was_compiled(config: str) -> None:
+    """``model.to()`` gives a tensor subclass other tensors, and writes to those count, too."""
+    model, _, _ = quantized.mlp(config)
+    guard = WeightGuard(named_weights(model), holders(model.named_parameters()))
+    guard.check()
+    before = model.down.weight.scale
+    model.cpu()  # where it is already
+    assert model.down.weight.scale is not before
+    guard.check()
+    model.down.weight.scale.mul_(2)
+    with pytest.raises(InputError, match=r"'down\.weight\.scale' was changed"):
+        guard.check()
+    guard = WeightGuard(named_weights(model), holders(model.named_parameters()))
+    model.down.weight.scale = 2 * model.down.weight.scale
+    with pytest.raises(InputError, match=r"'down\.weight\.scale' was changed"):
+        guard.check()

@@ -85,11 +85,6 @@ def _all_gather(ranks: list[dict[str, Any]]) -> list[Tensor]:
     return [torch.cat([args["x"] for args in ranks], ranks[0]["dim"])] * len(ranks)
 
 
-def _all_reduce(ranks: list[dict[str, Any]]) -> list[Tensor]:
-    reduction = {"max": torch.amax, "min": torch.amin}[ranks[0]["op"]]
-    return [reduction(torch.stack([args["x"] for args in ranks]), 0)] * len(ranks)
-
-
 def _attention(ranks: list[dict[str, Any]]) -> list[Tensor]:
     return [md.attention(**args) for args in ranks]
 
@@ -109,7 +104,6 @@ def _context_attention(ranks: list[dict[str, Any]]) -> list[Tensor]:
 _IR: dict[str, Callable[[list[dict[str, Any]]], list[Tensor]]] = {
     "shard": _shard,
     "all_gather": _all_gather,
-    "all_reduce": _all_reduce,
     "attention": _attention,
     "context_attention": _context_attention,
 }

@@ -9,6 +9,7 @@ import quantized
 import split_functions as sf
 import torch
 from torch import Tensor
+from torch.fx import GraphModule, Node
 
 import torchtrt_md as md
 from torchtrt_md.errors import ShardingError, VerificationError
@@ -28,9 +29,19 @@ def lowered(call: Any, strategy: str, plan: Any = PLAN) -> ShardedProgram:
 
 
 def compared(program: ShardedProgram) -> list[str]:
-    """What ranks are asked for the largest, or least, of."""
-    nodes = program.graphs[0].graph.find_nodes(op="call_function", target=ir.all_reduce.default)
-    return [bound_args(node)["op"] for node in nodes]
+    """What is looked for among what ranks found: "amax" or "amin"."""
+    names: dict[Any, str] = {aten.amax.default: "amax", aten.amin.default: "amin"}
+    return [names[node.target] for node, _ in gathered(program.graphs[0])]
+
+
+def gathered(graph: GraphModule) -> list[tuple[Node, Node]]:
+    """The largest, or least, of what all ranks found, and of what this one did."""
+    found = []
+    for node in graph.graph.nodes:
+        rows = node.args[0] if node.target in (aten.amax.default, aten.amin.default) else None
+        if isinstance(rows, Node) and rows.target is ir.all_gather.default:
+            found.append((node, bound_args(rows)["x"].args[0]))
+    return found
 
 
 @pytest.mark.parametrize("strategy", STRATEGIES)
@@ -38,7 +49,7 @@ def compared(program: ShardedProgram) -> list[str]:
 def test_attention(config: str, strategy: str) -> None:
     call = quantized.attention(config)
     program = lowered(call, strategy)
-    assert compared(program) == (["max"] * 3 if config == "float8 by tensor" else [])
+    assert compared(program) == (["amax"] * 3 if config == "float8 by tensor" else [])
     report = md.verify(program, *call)
     assert report.precision == torch.float64
     assert report.structure_error < 1e-8
@@ -62,9 +73,8 @@ def test_the_scale_of_all_tokens_is_that_of_all_ranks_tokens() -> None:
     program = lowered((model, (x,), kwargs), "ulysses")
     md.verify(program, model, (x,))
     for graph, _ in program.distinct():
-        for node in graph.graph.find_nodes(op="call_function", target=ir.all_reduce.default):
-            node.replace_all_uses_with(bound_args(node)["x"])
-            graph.graph.erase_node(node)
+        for node, own in gathered(graph):
+            node.replace_all_uses_with(own)
     with pytest.raises(VerificationError, match="the program does not compute what SelfAttention computes"):
         md.verify(program, model, (x,))
 
@@ -76,8 +86,18 @@ def test_the_largest_of_a_split_value_is_that_of_all_ranks() -> None:
     x = torch.randn(2, 7, 6)  # of which one rank has a copy
     graph = sf.trace(lambda x: function(sf.shard(x)), x)
     assert sf.analyze(graph) == 5
-    assert sf.targets(graph).count("all_reduce") == 5
+    assert sf.targets(graph).count("all_gather") == 5
     assert sf.check_claims(graph, [x], function(x)) == [None] * 5
+
+
+def test_what_causal_attention_makes_behind_the_end_is_not_compared() -> None:
+    """Queries behind the end see keys behind the end, so what they get is no copy, and could be the largest."""
+    model, (x,), _ = quantized.attention("float8 by tensor")
+    model.causal = True
+    with pytest.raises(ShardingError, match="causal attention may have made of positions behind the end") as caught:
+        lowered((model, (x[:, :15].clone(),), {}), "ulysses")
+    assert "a length that the ranks divide" in caught.value.fix
+    md.verify(lowered((model, (x,), {}), "ulysses"), model, (x,))
 
 
 def test_where_the_largest_is_depends_on_the_rank() -> None:

@@ -23,7 +23,8 @@ from torch.overrides import TorchFunctionMode
 def beside_dtensor() -> Iterator[None]:
     """While active, a plain tensor beside a DTensor counts as whole, and DTensors have RMS norms.
 
-    PyTorch warns of the first where a plain tensor is one rank's part: the comparison with the dense model finds that.
+    PyTorch's documentation calls the first unsafe: a plain tensor may be one rank's part, as a named style makes them.
+    The comparison with the dense model finds that.
     """
     with implicit_replication(), _OutOfPlace():
         yield
@@ -39,9 +40,10 @@ class _OutOfPlace(TorchFunctionMode):
         args: tuple[Any, ...] = (),
         kwargs: dict[str, Any] | None = None,
     ) -> Any:
-        if func in (F.rms_norm, torch.rms_norm) and args and isinstance(args[0], DTensor):
-            return _rms_norm(*args, **(kwargs or {}))
-        return func(*args, **(kwargs or {}))
+        kwargs = kwargs or {}
+        if func in (F.rms_norm, torch.rms_norm) and isinstance(args[0] if args else kwargs.get("input"), DTensor):
+            return _rms_norm(*args, **kwargs)
+        return func(*args, **kwargs)
 
 
 def _rms_norm(

@@ -33,7 +33,7 @@ from torchtrt_md.errors import CaptureError, MeshError, PlanError, WeightsError
 from torchtrt_md.mesh import Mesh, axis_names, joined
 from torchtrt_md.parallel import ContextParallel, Parallel, TensorParallel
 from torchtrt_md.program import ShardedProgram, Value, Weight, Weights
-from torchtrt_md.wrappers import named_weights, plain
+from torchtrt_md.wrappers import holders, named_weights, plain
 
 
 def capture_model(
@@ -187,6 +187,7 @@ def _local_weights(
 
 def _weights(model: nn.Module, given: Given, parallels: Sequence[Parallel]) -> Weights:
     tensors = named_weights(model)
+    held = holders([*model.named_parameters(remove_duplicate=False), *model.named_buffers(remove_duplicate=False)])
     shards = {name: t.to_local().detach() for name, t in tensors.items() if isinstance(t, DTensor)}
     whole = {name: t for name, t in tensors.items() if name not in shards}
     rank = dist.get_rank() if shards else 0
@@ -195,7 +196,7 @@ def _weights(model: nn.Module, given: Given, parallels: Sequence[Parallel]) -> W
         checkpoint = Checkpoint(given)
         read = _read(model, tensors, checkpoint)
         shards, whole = ({name: t for name, t in of.items() if name not in read} for of in (shards, whole))
-        return Weights(whole, shards, rank, unrelated, read, checkpoint)
+        return Weights(whole, shards, rank, unrelated, read, checkpoint, held)
     for name in shards:
         if given is not None and name in given:
             dense, own = given[name], tensors[name]
@@ -206,7 +207,7 @@ def _weights(model: nn.Module, given: Given, parallels: Sequence[Parallel]) -> W
                     fix="pass the state_dict of the dense model that was parallelized",
                 )
             whole[name] = dense.detach()
-    return Weights(whole, shards, rank, unrelated)
+    return Weights(whole, shards, rank, unrelated, holders=held)
 
 
 def _read(model: nn.Module, tensors: Mapping[str, Tensor], checkpoint: Checkpoint) -> dict[str, str]:

@@ -160,9 +160,9 @@ class Rowwise(Style):
             raise PlanError(f"a {type(module).__name__} has no in_features", fix=_FITS)
         (local,) = Cut(0, self.blocks).local([extent], axis)
         held: list[Any] = []
-        if any(map(is_wrapper, module.parameters(recurse=False))):
-            _compare_parts(module, local, axis)
         kind = f"{type(module).__name__} of {extent} to {getattr(module, 'out_features', '?')} features"
+        if any(map(is_wrapper, module.parameters(recurse=False))):
+            _compare_parts(module, kind, axis, filled=bool(extent % axis.size) and not self.split)
 
         def before(args: Args) -> Args:
             x = axis.mine(args[0]) if self.split else args[0]
@@ -191,29 +191,57 @@ class Rowwise(Style):
 
 
 class _Compared(TorchDispatchMode):
-    """While active, the largest, or least, over the features of which a rank has ``local`` is that of all ranks'."""
+    """While active, the largest, or least, over the features of ``x``, of which a rank has a part, is that of all.
 
-    def __init__(self, local: int, axis: Axis) -> None:
+    They are gathered and not reduced, so that NaN stays what it is in PyTorch.  What fills up features that do not
+    divide could be the largest, so those that are ``filled`` are refused.
+    """
+
+    def __init__(self, kind: str, x: Tensor, axis: Axis, filled: bool) -> None:
         super().__init__()  # type: ignore[no-untyped-call]
-        self._local, self._axis = local, axis
+        self._kind, self._elements, self._local = kind, x.numel(), x.shape[-1]
+        self._axis, self._filled = axis, filled
 
     def __torch_dispatch__(self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: Any = None) -> Any:
+        if any(hasattr(kind, "__tensor_flatten__") for kind in types):
+            return NotImplemented  # the wrapper's own code is next, and what it calls comes here
         result = func(*args, **(kwargs or {}))
-        if func not in ops.OF_PARTS or args[0].shape[-1:] != (self._local,):
+        if func not in ops.OF_PARTS and func not in _OTHERWISE:
             return result
-        last = args[0].dim() - 1
-        over = [dim % args[0].dim() for dim in args[1]] if len(args) > 1 and args[1] else [last]
-        return ops.all_reduce(result, ops.OF_PARTS[func], self._axis.name, self._axis.size) if last in over else result
+        x = args[0]
+        dims = args[1] if len(args) > 1 else []
+        over = [dim % x.dim() for dim in (dims if isinstance(dims, list) else [dims])] or [*range(x.dim())]
+        if x.shape[-1:] != (self._local,) or x.dim() - 1 not in over:
+            return result
+        if self._filled:
+            raise PlanError(
+                f"a quantized {self._kind} scales its argument by the largest number, and its features do not divide by"
+                f" the {self._axis.size} ranks of axis {self._axis.name!r}",
+                fix="use an axis whose size divides them, quantize the weight alone, or leave the layer out",
+                at=running_line(),
+            )
+        if func in _OTHERWISE or x.numel() != self._elements:
+            raise PlanError(
+                f"a quantized {self._kind} with the style rowwise scales its argument by {func} of {list(x.shape)},"
+                " which is not known to be that of its rows or of all of it",
+                fix="quantize its weight alone, or leave the layer out of the plan",
+                at=running_line(),
+            )
+        rows = ops.all_gather(result.unsqueeze(0), 0, self._axis.name, self._axis.size)
+        return ops.OF_PARTS[func](rows, [0])
 
 
-def _compare_parts(module: nn.Module, local: int, axis: Axis) -> None:
+_OTHERWISE = {torch.ops.aten.max.dim, torch.ops.aten.min.dim, torch.ops.aten.aminmax.default}
+
+
+def _compare_parts(module: nn.Module, kind: str, axis: Axis, filled: bool) -> None:
     """Let a quantized layer scale its argument as the dense one does: by the largest of all ranks' features."""
     forward = module.forward
 
     @functools.wraps(forward)  # hooks that come later ask for its arguments
-    def compared(*args: Any, **kwargs: Any) -> Any:
-        with _Compared(local, axis):
-            return forward(*args, **kwargs)
+    def compared(x: Tensor, *args: Any, **kwargs: Any) -> Any:
+        with _Compared(kind, x, axis, filled):
+            return forward(x, *args, **kwargs)
 
     module.forward = compared
 

@@ -29,7 +29,7 @@ from torchtrt_md.mesh import Mesh
 T = TypeVar("T")
 log = logging.getLogger(__name__)
 _LOCKED_SECONDS = 8.0  # more than the watchdog takes to end the process by itself
-_bounds: list[float] = []  # of what is under way, in seconds; Python may let go of a runner in the midst of another's
+_bounds: list[float] = []  # of the waits under way, in seconds; Python may let go of a runner within another wait
 
 
 class Launch:

@@ -86,14 +86,14 @@ class Graphs:
     def release(self) -> None:
         """Let go of all graphs; others may be captured in their place.
 
-        They are gone then, whoever refers to them: an error that was raised in a replay does, and TensorRT lets go of
-        an engine with collectives only when no graph holds them.
+        They are gone then, even where something still refers to them, as an error does that was raised in a replay:
+        TensorRT lets go of an engine with collectives only when no graph holds them.
         """
-        for captured in self.captured.values():
+        while self.captured:
+            _, captured = self.captured.popitem()
             if captured is not None:
                 self._budget.left += 1
                 captured.graph.reset()
-        self.captured.clear()
 
     def _capture(self, inputs: Values) -> Captured | None:
         if self._budget.left <= 0:

@@ -312,14 +312,16 @@ class Runner:
         if self._closed:
             return
         self._closed = True
-        with self._launch.bounded(f"the end of {self.name}"):
+        try:
             if self.device.type == "cuda":
-                torch.cuda.synchronize(self.device)
-            for weights in (self._own, *self._others):
-                if weights.graphs is not None:
-                    weights.graphs.release()
-            self._own, self._others = WeightSet({}, None), []
-            self.executor.close()
+                torch.cuda.synchronize(self.device)  # each call has its own time, by the watchdog
+        finally:
+            with self._launch.bounded(f"the end of {self.name}"):
+                for weights in (self._own, *self._others):
+                    if weights.graphs is not None:
+                        weights.graphs.release()
+                self._own, self._others = WeightSet({}, None), []
+                self.executor.close()
 
     def __enter__(self) -> Self:
         return self

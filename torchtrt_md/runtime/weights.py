@@ -104,20 +104,35 @@ class WeightGuard:
 
     Args:
         weights: name -> the model's tensor.  Inference tensors count no writes, and are left out.
+        holders: name -> the tensor subclass that holds it, and the attribute.  ``model.to()`` gives it another, whose
+            writes are counted from then on, if its values are still those.
     """
 
-    def __init__(self, weights: Mapping[str, Tensor]) -> None:
+    def __init__(self, weights: Mapping[str, Tensor], holders: Mapping[str, tuple[Tensor, str]] | None = None) -> None:
+        self._held = [(name, *holders[name], w) for name, w in weights.items() if holders and name in holders]
         self._names = [name for name, w in weights.items() if not w.is_inference()]
         self._counted = [weights[name] for name in self._names]
         self._versions = list(map(_version, self._counted))
 
     def check(self) -> None:
         """Raises InputError: a weight was changed.  What is written through ``.data`` is not seen."""
+        for index, (name, holder, attribute, weight) in enumerate(self._held):
+            now: Tensor = getattr(holder, attribute)
+            if now is not weight:
+                alike = (now.dtype, now.shape) == (weight.dtype, weight.shape)
+                if not alike or not (now.is_meta or checksum(now) == checksum(weight)):
+                    raise self._changed(name)
+                self._held[index] = name, holder, attribute, now
+                self._names.append(name)
+                self._counted.append(now)
+                self._versions.append(_version(now))
         if list(map(_version, self._counted)) == self._versions:
             return
         found = zip(self._names, self._counted, self._versions, strict=True)
-        name = next(name for name, weight, version in found if weight._version != version)
-        raise InputError(
+        raise self._changed(next(name for name, weight, version in found if weight._version != version))
+
+    def _changed(self, name: str) -> InputError:
+        return InputError(
             f"the weight {name!r} was changed after the model was compiled, and engines may hold what it was",
             fix="compile the model again",
         )
