@@ -12,7 +12,6 @@ turns.  Peers get their chunk; ours get the whole input and cut their chunk insi
 
 from __future__ import annotations
 
-import faulthandler
 import gc
 import json
 import os
@@ -142,7 +141,7 @@ def main(
     deadline: Annotated[int, typer.Option(help="seconds after which the run is ended, with what was written")] = 580,
     device: Annotated[str, typer.Option(help="cuda, or cpu for a trial of the script")] = "cuda",
 ) -> None:
-    faulthandler.dump_traceback_later(deadline, exit=True)
+    measure.end_after(deadline)
     launch = join(device)
     # Each form is a compilation of the same code.
     torch._dynamo.config.recompile_limit = 64

@@ -6,9 +6,12 @@ then the host's, and there are no kernels to see.
 
 from __future__ import annotations
 
+import faulthandler
 import json
+import os
 import statistics
 import tempfile
+import threading
 import time
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
@@ -30,6 +33,21 @@ _CLASSES = {
 _MARK = "spin_kernel"  # torch.cuda._sleep's, which nothing else launches
 _MARK_CYCLES = 200_000  # about 0.1 ms, in which the host gets ahead
 _SMALLEST_GAP_US = 1.0
+
+
+def end_after(seconds: float) -> None:
+    """End this process after so long, with the stacks of its threads, and exit code 1.
+
+    Not by faulthandler's own timer: a process has one, and each wait of torchtrt_md's ranks sets and clears it.
+    """
+
+    def end() -> None:
+        faulthandler.dump_traceback()
+        os._exit(1)
+
+    timer = threading.Timer(seconds, end)
+    timer.daemon = True
+    timer.start()
 
 
 class Clock:

@@ -16,7 +16,6 @@ The first call includes capture, compilation and building, with empty caches whe
 from __future__ import annotations
 
 import copy
-import faulthandler
 import json
 import logging
 import os
@@ -418,7 +417,7 @@ def main(
     commit: Annotated[str, typer.Option(help="that is timed")] = "",
     device: Annotated[str, typer.Option(help="cuda, or cpu for a trial of the script")] = "cuda",
 ) -> None:
-    faulthandler.dump_traceback_later(deadline, exit=True)
+    measure.end_after(deadline)
     launch = join(device)
     torch._dynamo.config.recompile_limit = 64
     report: dict[str, Any] = {

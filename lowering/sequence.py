@@ -52,6 +52,7 @@ from dataclasses import replace
 from typing import Any
 
 import torch
+from torch._ops import OpOverload
 from torch.fx import GraphModule, Node
 
 from torchtrt_md.errors import ShardingError
@@ -86,13 +87,13 @@ def run(graph: GraphModule, context: PassContext) -> int:
         # A single rank has the whole of everything.
         if size > 1 and any(is_sequence_mark(node) and bound_args(node)["axis"] == axis for node in graph.graph.nodes):
             # A causal ring gives each rank two chunks of the sequence.
-            unit = 2 if strategy == "ring" and context.placement == "split" and _any_causal(graph) else 1
+            causal = _any_causal(graph, md.attention.default)
+            unit = 2 if strategy == "ring" and context.placement == "split" and causal else 1
             count += _Analysis(graph, axis, strategy, size, unit).run()
     return count
 
 
-def _any_causal(graph: GraphModule) -> bool:
-    targets = (md.attention.default, md.context_attention.default)  # before this pass, and behind it
+def _any_causal(graph: GraphModule, *targets: OpOverload) -> bool:
     found = [node for target in targets for node in graph.graph.find_nodes(op="call_function", target=target)]
     return any(bound_args(node)["is_causal"] for node in found)
 
@@ -205,9 +206,10 @@ class _Analysis:
         """
         node = call.node
         state = call.sole(call.args["self"])
-        if state.totals and _any_causal(self.graph):
+        # What precedes this op is lowered, along this axis or an earlier one.
+        if state.totals and _any_causal(self.graph, md.attention.default, md.context_attention.default):
             call.refuse(
-                f"compares what causal attention may have made of positions behind the end, as the ranks do not divide"
+                "compares what causal attention may have made of positions behind the end, as the ranks do not divide"
                 f" {', '.join(map(str, state.totals))}",
                 "use a length that the ranks divide, or gather the sequence before this op",
             )

@@ -252,3 +252,16 @@ def test_whole_models_are_timed_beside_peers(tmp_path: Path) -> None:
     assert "Commit abc." in table
     assert "| dense, eager | 1 | " in table
     assert "| ours, TensorRT | 2 | rank 0: LaunchError: " in table
+
+
+def test_a_deadline_holds_whatever_torchtrt_md_waits_for_meanwhile() -> None:
+    """Its waits set and clear faulthandler's timer, of which a process has one."""
+    code = "import faulthandler, time; from benchmarks import measure; measure.end_after(1.0);"
+    code += (
+        "faulthandler.dump_traceback_later(60, exit=True); faulthandler.cancel_dump_traceback_later(); time.sleep(60)"
+    )
+    done = subprocess.run(
+        [sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True, timeout=50, check=False
+    )
+    assert done.returncode == 1
+    assert "most recent call first" in done.stderr

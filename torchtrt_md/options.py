@@ -8,6 +8,7 @@ from dataclasses import dataclass, fields
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal, Self
 
+from torchtrt_md.checks import PLACEMENTS, TRANSPORTS
 from torchtrt_md.errors import OptionError
 from torchtrt_md.mesh import Mesh
 from torchtrt_md.parallel import PARALLELS, Gather, Parallel, Split
@@ -19,7 +20,7 @@ if TYPE_CHECKING:
 
 # Options of a few values.  The first is the default.
 CHOICES: Mapping[str, tuple[object, ...]] = {
-    "placement": ("auto", "engine", "split"),
+    "placement": PLACEMENTS,
     "compute": ("tensorrt", "inductor"),
     "tune": (False, True, "tensorrt"),
     "cuda_graph": (False, True),
@@ -28,7 +29,7 @@ CHOICES: Mapping[str, tuple[object, ...]] = {
     "static_outputs": (False, True),
     "votes": ("always", "first"),
     "overlap": (True, False),
-    "transport": ("nccl", "store"),
+    "transport": TRANSPORTS,
     "transpose_weights": (True, False),
     "report": (True, False),
 }

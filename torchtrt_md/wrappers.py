@@ -41,8 +41,16 @@ def held_by(name: str, tensor: Tensor) -> dict[str, Tensor]:
                 fix="quantize the dense model, and let a plan with named styles cut it: 'colwise', 'rowwise'",
             )
         return {name: tensor}
-    attributes, _ = tensor.__tensor_flatten__()  # type: ignore[attr-defined]
-    return plain((f"{name}.{attribute}", getattr(tensor, attribute)) for attribute in attributes)
+    return {inner: getattr(holder, attribute) for inner, (holder, attribute) in _places(name, tensor).items()}
+
+
+def _places(name: str, wrapper: Tensor) -> dict[str, tuple[Tensor, str]]:
+    """The names of the plain tensors of a wrapper -> what holds each, and as which attribute."""
+    found: dict[str, tuple[Tensor, str]] = {}
+    for attribute in wrapper.__tensor_flatten__()[0]:  # type: ignore[attr-defined]
+        inner, path = getattr(wrapper, attribute), f"{name}.{attribute}"
+        found |= _places(path, inner) if is_wrapper(inner) else {path: (wrapper, attribute)}
+    return found
 
 
 def plain(tensors: Iterable[tuple[str, Tensor]]) -> dict[str, Tensor]:
@@ -50,16 +58,9 @@ def plain(tensors: Iterable[tuple[str, Tensor]]) -> dict[str, Tensor]:
     return {inner: t for name, tensor in tensors for inner, t in held_by(name, tensor).items()}
 
 
-def holders(tensors: Iterable[tuple[str, Tensor]]) -> dict[str, tuple[Tensor, str]]:
-    """The names of :func:`plain` -> the wrapper that holds the tensor, and the attribute; none of other tensors."""
-    found: dict[str, tuple[Tensor, str]] = {}
-    for name, tensor in tensors:
-        if is_wrapper(tensor):
-            for attribute in tensor.__tensor_flatten__()[0]:  # type: ignore[attr-defined]
-                inner = getattr(tensor, attribute)
-                more = holders([(f"{name}.{attribute}", inner)])
-                found |= more or {f"{name}.{attribute}": (tensor, attribute)}
-    return found
+def holders(model: nn.Module) -> dict[str, tuple[Tensor, str]]:
+    """The names of :func:`named_weights` that wrappers hold -> the wrapper, and the attribute."""
+    return {inner: at for name, t in _named(model) if is_wrapper(t) for inner, at in _places(name, t).items()}
 
 
 def wrapped(name: str, like: Tensor, held: Mapping[str, Tensor]) -> Tensor:
@@ -74,5 +75,8 @@ def wrapped(name: str, like: Tensor, held: Mapping[str, Tensor]) -> Tensor:
 
 def named_weights(model: nn.Module) -> dict[str, Tensor]:
     """The plain tensors of a model's parameters and buffers, each under all of its names."""
-    named = [*model.named_parameters(remove_duplicate=False), *model.named_buffers(remove_duplicate=False)]
-    return plain(named)
+    return plain(_named(model))
+
+
+def _named(model: nn.Module) -> list[tuple[str, Tensor]]:
+    return [*model.named_parameters(remove_duplicate=False), *model.named_buffers(remove_duplicate=False)]

@@ -293,7 +293,7 @@ def test_a_class_of_the_users_scales_by_the_largest_of_all_ranks_or_is_refused(h
 def test_what_a_weight_holds_is_the_tensor_that_was_compiled(config: str) -> None:
     """``model.to()`` gives a tensor subclass other tensors, and writes to those count, too."""
     model, _, _ = quantized.mlp(config)
-    guard = WeightGuard(named_weights(model), holders(model.named_parameters()))
+    guard = WeightGuard(named_weights(model), holders(model))
     guard.check()
     before = model.down.weight.scale
     model.cpu()  # where it is already
@@ -302,7 +302,18 @@ def test_what_a_weight_holds_is_the_tensor_that_was_compiled(config: str) -> Non
     model.down.weight.scale.mul_(2)
     with pytest.raises(InputError, match=r"'down\.weight\.scale' was changed"):
         guard.check()
-    guard = WeightGuard(named_weights(model), holders(model.named_parameters()))
+    guard = WeightGuard(named_weights(model), holders(model))
     model.down.weight.scale = 2 * model.down.weight.scale
     with pytest.raises(InputError, match=r"'down\.weight\.scale' was changed"):
+        guard.check()
+
+
+def test_tensors_that_count_no_writes_take_the_place_of_those_that_do() -> None:
+    model, _, _ = quantized.mlp("int8 weights")
+    guard = WeightGuard(named_weights(model), holders(model))
+    with torch.inference_mode():
+        model.down.weight.scale = model.down.weight.scale.clone()
+    guard.check()
+    model.up.weight.scale.mul_(2)
+    with pytest.raises(InputError, match=r"'up\.weight\.scale' was changed"):
         guard.check()

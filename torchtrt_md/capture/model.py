@@ -187,7 +187,7 @@ def _local_weights(
 
 def _weights(model: nn.Module, given: Given, parallels: Sequence[Parallel]) -> Weights:
     tensors = named_weights(model)
-    held = holders([*model.named_parameters(remove_duplicate=False), *model.named_buffers(remove_duplicate=False)])
+    held = holders(model)
     shards = {name: t.to_local().detach() for name, t in tensors.items() if isinstance(t, DTensor)}
     whole = {name: t for name, t in tensors.items() if name not in shards}
     rank = dist.get_rank() if shards else 0

@@ -111,7 +111,8 @@ class Launch:
         """End the process where the body is not done within ``timeout`` seconds; see :meth:`Watchdog.waiting`.
 
         Where it holds Python's lock, as TensorRT's ``setCommunicator`` does, no thread of Python runs; faulthandler's,
-        which needs none, then ends the process with its stack and exit code 1.
+        which needs none, then ends the process with its stack and exit code 1.  A process has one such timer: what the
+        program set itself is cleared.
         """
         _bounds.append(self.timeout + _LOCKED_SECONDS)
         _arm()

@@ -110,9 +110,17 @@ class WeightGuard:
 
     def __init__(self, weights: Mapping[str, Tensor], holders: Mapping[str, tuple[Tensor, str]] | None = None) -> None:
         self._held = [(name, *holders[name], w) for name, w in weights.items() if holders and name in holders]
-        self._names = [name for name, w in weights.items() if not w.is_inference()]
-        self._counted = [weights[name] for name in self._names]
-        self._versions = list(map(_version, self._counted))
+        self._names: list[str] = []
+        self._counted: list[Tensor] = []
+        self._versions: list[int] = []
+        for name, weight in weights.items():
+            self._count(name, weight)
+
+    def _count(self, name: str, weight: Tensor) -> None:
+        if not weight.is_inference():
+            self._names.append(name)
+            self._counted.append(weight)
+            self._versions.append(_version(weight))
 
     def check(self) -> None:
         """Raises InputError: a weight was changed.  What is written through ``.data`` is not seen."""
@@ -123,9 +131,7 @@ class WeightGuard:
                 if not alike or not (now.is_meta or checksum(now) == checksum(weight)):
                     raise self._changed(name)
                 self._held[index] = name, holder, attribute, now
-                self._names.append(name)
-                self._counted.append(now)
-                self._versions.append(_version(now))
+                self._count(name, now)
         if list(map(_version, self._counted)) == self._versions:
             return
         found = zip(self._names, self._counted, self._versions, strict=True)
