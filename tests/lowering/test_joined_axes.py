@@ -7,6 +7,7 @@ from typing import Any
 import models
 import pytest
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
 
 import torchtrt_md as md
@@ -191,3 +192,28 @@ def test_what_a_sequence_is_too_short_for() -> None:
         lowered(models.attention(tokens=3), "ring")
     with pytest.raises(ShardingError, match="a ring in the engine takes none"):
         lowered(models.attention(tokens=19), "ring", placement="engine")
+
+
+class TwoSequences(nn.Module):
+    """Two sequences that never meet, the first with causal attention."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.first, self.second = nn.Identity(), nn.Identity()
+
+    def forward(self, x: torch.Tensor, w: torch.Tensor) -> Any:
+        causal = F.scaled_dot_product_attention(x, x, x, is_causal=True)
+        return self.first(causal), self.second(F.scaled_dot_product_attention(w, w, w))
+
+
+def test_a_ring_is_not_causal_for_what_another_axis_has_lowered() -> None:
+    """A causal ring has two chunks of each rank, which would fill 6 tokens on 2 ranks up to 8."""
+    model, args = TwoSequences().eval(), (torch.randn(1, 4, 8, 8), torch.randn(1, 4, 6, 8))
+    parallel = [
+        md.ContextParallel("a", "ulysses", {"": {"x": md.Split(2)}, "first": md.Gather(2)}),
+        md.ContextParallel("b", "ring", {"": {"w": md.Split(2)}, "second": md.Gather(2)}),
+    ]
+    program = md.lower(md.capture(model, args, mesh=md.Mesh(a=2, b=2), parallel=parallel), placement="split")
+    parts = {n.meta["val"][0].shape[2] for n in program.graphs[0].graph.nodes if "ring_attention" in n.name}
+    assert parts == {3}
+    assert md.verify(program, model, args).error <= 1e-5
