@@ -47,7 +47,7 @@ _FEWEST_ROUNDS = 20
 _REFERENCE_ROWS = 4608  # of a rank's tokens, evenly spread; all of them for FLUX
 _SPAN_MS = 6.0  # short calls are timed some in a row, for about this long
 _MOST_IN_A_ROW = 10
-_COLUMN = ("gemm", "attention", "nccl", "other")  # classes of kernels, in the order of the table's column
+_COLUMN = ("gemm", "attention", "exchange", "other")  # classes of kernels, in the order of the table's column
 
 
 @dataclass(frozen=True)
@@ -476,10 +476,10 @@ def best_peer(candidates: Mapping[str, Candidate]) -> str | None:
 def own_sum(timeline: Mapping[str, Any], alone: Mapping[str, float], ms: float) -> dict[str, Any]:
     """The timeline with the step's time over the sum of its kernels.
 
-    A rank's NCCL kernels last until the other ranks come, so ``own_ms`` has the exchanges' times alone in their
+    A rank's kernels of exchanges last until the other ranks come, so ``own_ms`` has the exchanges' times alone in their
     place.
     """
-    waiting = timeline["class_us"]["nccl"]
+    waiting = timeline["class_us"]["exchange"]
     exchanges = alone.get("exchange there", 0.0) + alone.get("exchange back", 0.0) if waiting else 0.0
     own = (timeline["sum_us"] - waiting) / 1e3 + exchanges
     return {"own_ms": own, "step_over_own": ms / own, "step_over_sum": ms * 1e3 / timeline["sum_us"], **timeline}

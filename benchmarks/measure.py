@@ -13,7 +13,7 @@ import statistics
 import tempfile
 import threading
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -26,10 +26,11 @@ Call = Callable[[], Tensor]
 
 # First match counts; a kernel that matches none is "other".
 _CLASSES = {
-    "nccl": ("nccl",),
+    "exchange": ("nccl", "barrier_kernel"),
     "attention": ("flash", "fmha", "sdpa", "mha", "attention", "attn"),
     "gemm": ("gemm", "nvjet", "cutlass", "cublas", "xmma", "matmul", "splitk", "cudatile"),
 }
+_STORES = ("_store", "_add")  # the kernels of torchtrt_md/runtime/store.py
 _MARK = "spin_kernel"  # torch.cuda._sleep's, which nothing else launches
 _MARK_CYCLES = 200_000  # about 0.1 ms, in which the host gets ahead
 _SMALLEST_GAP_US = 1.0
@@ -156,8 +157,9 @@ def analysed(events: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
 
     Returns:
         ``span_us`` from the first kernel's start to the last one's end; ``busy_us`` in which at least one ran;
-        ``sum_us`` of all; ``class_us`` the same by class; ``gaps`` of idle time above 1 us, as start, duration and
-        the kernels around; ``kernels`` as name, start, duration, stream.  Empty if nothing ran.
+        ``sum_us`` of all; ``class_us`` the same by class; ``exposed_us`` in which exchanges ran and nothing else did;
+        ``gaps`` of idle time above 1 us, as start, duration and the kernels around; ``kernels`` as name, start,
+        duration, stream.  Empty if nothing ran.
     """
     device = [e for e in events if e.get("cat") in ("kernel", "gpu_memcpy", "gpu_memset")]
     mark = max((e["ts"] + e["dur"] for e in device if _MARK in e["name"]), default=0.0)
@@ -171,6 +173,7 @@ def analysed(events: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
     ]
     by_class = dict.fromkeys([*_CLASSES, "other"], 0.0)
     gaps, idle, until, last = [], 0.0, 0.0, ""
+    computing = _covered(k for k in kernels if classified(k["name"]) != "exchange")
     for kernel in kernels:
         by_class[classified(kernel["name"])] += kernel["us"]
         gap = kernel["start"] - until
@@ -184,14 +187,37 @@ def analysed(events: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
         "busy_us": until - idle,
         "sum_us": sum(by_class.values()),
         "class_us": by_class,
+        "exposed_us": until - idle - computing,
         "gaps": gaps,
         "kernels": kernels,
     }
 
 
+def _covered(kernels: Iterable[Mapping[str, Any]]) -> float:
+    """Microseconds in which at least one of these ran; they are in the order in which they began."""
+    covered = until = 0.0
+    for kernel in kernels:
+        end = kernel["start"] + kernel["us"]
+        covered += max(end - max(kernel["start"], until), 0.0)
+        until = max(until, end)
+    return covered
+
+
+def by_name(kernels: Iterable[Mapping[str, Any]]) -> dict[str, dict[str, float]]:
+    """How often each kernel ran, and how long in all, in microseconds; the longest first."""
+    found: dict[str, dict[str, float]] = {}
+    for kernel in kernels:
+        its = found.setdefault(kernel["name"], {"times": 0, "us": 0.0})
+        its["times"] += 1
+        its["us"] += kernel["us"]
+    return dict(sorted(found.items(), key=lambda item: -item[1]["us"]))
+
+
 def classified(kernel: str) -> str:
-    """``gemm``, ``attention``, ``nccl`` or ``other``, by a kernel's name."""
+    """``gemm``, ``attention``, ``exchange`` or ``other``, by a kernel's name."""
     lowered = kernel.lower()
+    if lowered in _STORES:
+        return "exchange"
     if lowered.startswith("triton_"):  # Inductor's, named after all ops they come from; "tem" is a product's template
         return "gemm" if lowered.startswith("triton_tem") else "other"
     return next((c for c, words in _CLASSES.items() if any(word in lowered for word in words)), "other")

@@ -164,6 +164,7 @@ class Candidate:
         extra_gib: of the GPU, with what the first calls left, beside the dense model and what others hold.
         alone_ms: a call, before other candidates are there.
         ms: median, p10 and p90 of a call, in turns with the others.
+        timeline: what the GPU of rank 0 did in one call, of :func:`measure.analysed`, with its kernels by name.
     """
 
     peer: bool
@@ -176,6 +177,7 @@ class Candidate:
     summary: str = ""
     alone_ms: float | None = None
     ms: dict[str, Any] = field(default_factory=dict)
+    timeline: dict[str, Any] = field(default_factory=dict)
 
 
 class Bench:
@@ -369,6 +371,13 @@ class Bench:
         times = measure.interleaved(self.launch.clock, calls, rounds, dict.fromkeys(calls, 1)) if calls else {}
         for name, ms in times.items():
             self.candidates[name].ms = ms
+        self.keep(self.found())
+        for name, call in calls.items():
+            seen, _ = self.launch.attempt(partial(measure.timeline, self.launch.clock, call))
+            if seen:
+                kernels, gaps = seen.pop("kernels"), seen.pop("gaps")
+                its = {**seen, "gaps": len(gaps), "kernels": len(kernels), "by_name": measure.by_name(kernels)}
+                self.candidates[name].timeline = its
         return self.found()
 
     def found(self) -> dict[str, Any]:
@@ -481,9 +490,30 @@ def table(report: Mapping[str, Any]) -> str:
             "|---|---:|---:|---|---:|---:|---:|---:|",
         ]
         lines += [_row(name, c, peers.get(best)) for name, c in candidates.items()]
+        lines += _timelines(candidates)
         told = [f"{name}:\n\n```\n{c['summary']}\n```" for name, c in candidates.items() if c["summary"]]
         lines += ["", *told]
     return "\n".join(lines) + "\n"
+
+
+def _timelines(candidates: Mapping[str, Any]) -> list[str]:
+    """A table of what the GPU did in a call of each, where that was seen."""
+    seen = {name: c["timeline"] for name, c in candidates.items() if c["timeline"]}
+    if not seen:
+        return []
+    lines = [
+        "",
+        "The kernels of one call on rank 0, ms; *alone* is exchanges with nothing beside them, *idle* no kernel:",
+        "",
+        "| candidate | call | products | attention | exchanges | other | alone | idle | kernels |",
+        "|---|---:|---:|---:|---:|---:|---:|---:|---:|",
+    ]
+    for name, its in seen.items():
+        of = its["class_us"]
+        us = [its["span_us"], of["gemm"], of["attention"], of["exchange"], of["other"]]
+        us += [its["exposed_us"], its["span_us"] - its["busy_us"]]
+        lines.append(f"| {name} | {' | '.join(f'{t / 1e3:.2f}' for t in us)} | {its['kernels']} |")
+    return lines
 
 
 def _row(name: str, c: Mapping[str, Any], best: float | None) -> str:

@@ -21,7 +21,7 @@ from torchtrt_md.program import Sharding
 ROOT = Path(__file__).resolve().parents[1]
 sys.path.insert(0, str(ROOT))
 
-from benchmarks import block_speed, blocks, measure, peers  # noqa: E402
+from benchmarks import block_speed, blocks, measure, peers, whole_models  # noqa: E402
 
 EXACT = 1e-5
 
@@ -159,7 +159,7 @@ def test_a_timeline_starts_behind_the_mark_and_knows_idle_from_overlapped() -> N
         kernel("at::cuda::(anonymous namespace)::spin_kernel(long)", 900, 100),
         {"cat": "cuda_runtime", "name": "cudaLaunchKernel", "ts": 950, "dur": 5},
         kernel("nvjet_hsh_128x256", 1010, 100),
-        kernel("ncclDevKernel_SendRecv", 1100, 50, stream=9),  # 10 of them beside the product
+        kernel("_store", 1100, 50, stream=9),  # 10 of them beside the product
         kernel("triton_poi_fused__scaled_dot_product_cudnn_attention_0", 1150.5, 9.5),
         kernel("cudnn_generated_fort_native_sdpa_sm90_flash_fprop", 1170, 30),
     ]
@@ -169,9 +169,36 @@ def test_a_timeline_starts_behind_the_mark_and_knows_idle_from_overlapped() -> N
     assert seen["kernels"][1]["stream"] == 9
     assert seen["span_us"] == 190
     assert seen["busy_us"] == pytest.approx(190 - 0.5 - 10)
-    assert seen["class_us"] == {"nccl": 50, "attention": 30, "gemm": 100, "other": 9.5}
+    assert seen["class_us"] == {"exchange": 50, "attention": 30, "gemm": 100, "other": 9.5}
+    assert seen["exposed_us"] == pytest.approx(40)
     assert seen["sum_us"] == 189.5
     assert seen["gaps"] == [{"start": 150.0, "us": 10.0, "after": events[5]["name"], "before": events[6]["name"]}]
+
+
+def test_kernels_are_counted_by_name() -> None:
+    ran = measure.analysed([kernel("a", 0, 5), kernel("b", 5, 20), kernel("a", 25, 5)])["kernels"]
+    assert list(measure.by_name(ran).items()) == [("b", {"times": 1, "us": 20}), ("a", {"times": 2, "us": 10})]
+
+
+@pytest.mark.parametrize(
+    ("name", "kind"),
+    [
+        ("ncclDevKernel_SendRecv", "exchange"),
+        ("_store", "exchange"),
+        ("void c10d::symmetric_memory::(anonymous namespace)::barrier_kernel(unsigned int**)", "exchange"),
+        ("vectorized_elementwise_kernel<8, CUDAFunctor_add<BFloat16>>", "other"),
+        ("triton_poi_fused_add_store_0", "other"),
+        ("triton_tem_fused_mm_3", "gemm"),
+    ],
+)
+def test_kernels_have_a_class(name: str, kind: str) -> None:
+    assert measure.classified(name) == kind
+
+
+def test_whole_models_tell_what_ran() -> None:
+    seen = measure.analysed([kernel("nvjet", 0, 600), kernel("_store", 600, 300), kernel("x", 910, 90)])
+    row = whole_models._timelines({"ours": {"timeline": seen | {"kernels": 3}}, "theirs": {"timeline": {}}})[-1]
+    assert row == "| ours | 1.00 | 0.60 | 0.00 | 0.30 | 0.09 | 0.30 | 0.01 | 3 |"
 
 
 def test_waiting_in_a_collective_is_not_its_own_time() -> None:
