@@ -120,7 +120,12 @@ def cosmos3(small: bool) -> Workload:
         return found
 
     about = f"{example['size']('LAYERS', 2)} layers at width {example['size']('WIDTH', 512)}"
-    return Workload(lambda: example["model"]()[0], kwargs, "ulysses", f"Cosmos 3, {about}", parallel.plan)
+
+    def make() -> nn.Module:
+        found: nn.Module = example["model"]()[0]
+        return found
+
+    return Workload(make, kwargs, "ulysses", f"Cosmos 3, {about}", parallel.plan)
 
 
 def llama(small: bool, tokens: int = 2048) -> Workload:
@@ -132,7 +137,8 @@ def llama(small: bool, tokens: int = 2048) -> Workload:
     tokens = 32 if small else tokens
 
     def make() -> nn.Module:
-        return LlamaForCausalLM(LlamaConfig(vocab_size=512 if small else 128256, **config))
+        model: nn.Module = LlamaForCausalLM(LlamaConfig(vocab_size=512 if small else 128256, **config))
+        return model
 
     def kwargs() -> dict[str, Any]:
         return {"input_ids": torch.randint(0, 512, (1, tokens)), "use_cache": False, "return_dict": False}
@@ -297,6 +303,7 @@ class Bench:
         graph = {"cuda_graph": self.launch.clock.cuda}
         ways: dict[str, dict[str, Any]] = {
             "ours, Inductor": {"placement": "split", "compute": "inductor"},
+            "ours, Inductor, no overlap": {"placement": "split", "compute": "inductor", "overlap": False},
             "ours, Inductor, stores": {"placement": "split", "compute": "inductor", "transport": "store"},
             "ours, TensorRT": {"placement": "split"},
             "ours, TensorRT, one engine": {"placement": "engine"},
@@ -337,14 +344,15 @@ class Bench:
         model: Any = self.twin()
         model.set_attention_backend(backend)
         model.enable_parallelism(config=ContextParallelConfig(**{f"{strategy}_degree": self.launch.ranks}))
-        return model
+        parallel: nn.Module = model
+        return parallel
 
     def tensor_parallel(self) -> nn.Module:
         from torch.distributed.device_mesh import init_device_mesh
-        from torch.distributed.tensor.parallel import ColwiseParallel, RowwiseParallel, parallelize_module
+        from torch.distributed.tensor.parallel import ColwiseParallel, ParallelStyle, RowwiseParallel, parallelize_module
 
         styles = {"q_proj": 0, "k_proj": 0, "v_proj": 0, "o_proj": 1, "gate_proj": 0, "up_proj": 0, "down_proj": 1}
-        plan = {
+        plan: dict[str, ParallelStyle] = {
             f"model.layers.*.{'mlp' if name in ('gate_proj', 'up_proj', 'down_proj') else 'self_attn'}.{name}": (
                 RowwiseParallel() if row else ColwiseParallel()
             )

@@ -165,7 +165,9 @@ class Road:
             return self._lowered[key]
 
         def step() -> ShardedProgram:
-            return self.lowering.lower(placement=choices.placement, exchanges=choices.exchanges, dump=dump)
+            return self.lowering.lower(
+                placement=choices.placement, exchanges=choices.exchanges, overlap=self.options.overlap, dump=dump
+            )
 
         lowered = self._stage("lowering", step)
         listed = "\n".join(map(str, schedule(lowered.graphs[self.agreement.rank])))

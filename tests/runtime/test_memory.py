@@ -103,13 +103,15 @@ class Checker:
     def _memory(self, value: Key) -> set[Key]:
         """The values whose memory this one may be looking at, itself among them."""
         maker = self.steps[self.makers[value]]
-        looked_at = [r for r in maker.reads if r in self.makers] if maker.aliases else []
+        looks = maker.aliases or value in self.plan.over
+        looked_at = [r for r in maker.reads if r in self.makers] if looks else []
         return {value}.union(*(self._memory(r) for r in looked_at))
 
     def check(self) -> None:
         self._values_are_there()
         self._blocks_are_free()
         self._memory_of_pytorch_is_free()
+        self._what_is_written_over_is_nobody_elses()
         self._shared_memory_is_free()
         self._released_once_and_late_enough()
 
@@ -139,7 +141,7 @@ class Checker:
     def _memory_of_pytorch_is_free(self) -> None:
         """PyTorch may give what is let go of to whatever asks next; it asks on the main stream."""
         released = {v: i for i, m in enumerate(self.plan.moments) for v in m.releases}
-        memory = self.plan.block_of.keys() | self.plan.shared_of.keys()
+        memory = self.plan.block_of.keys() | self.plan.shared_of.keys() | self.plan.over
         views = {value for step in self.steps if step.looks for value in step.writes}
         for value in self.makers.keys() - memory - views:
             lookers = [v for v in self.makers if value in self.memory_of[v]]  # each holds on to it
@@ -150,6 +152,28 @@ class Checker:
                     provided = any(slot.name not in memory for slot in step.slots)
                     if not step.looks and (provided or not step.communicates):
                         self._is_over(value, index)
+
+    def _what_is_written_over_is_nobody_elses(self) -> None:
+        for value in self.plan.over:
+            step = self.steps[self.makers[value]]
+            assert step.in_place
+            assert value not in self.plan.block_of.keys() | self.plan.shared_of.keys() | self.keep
+            for base in self.memory_of[value] - {value}:
+                assert base not in self.keep, "what is returned is written over"
+                assert not self.steps[self.makers[base]].slots, "the executor gave it its memory, and gives it again"
+                # What reads it through the result reads what it is to read.
+                readers = [s for s in self.steps if not s.looks and base in self._seen_before(s, value)]
+                assert readers == [step], f"{base} is written over by {value}, and read by others"
+            roots = [b for b in self.memory_of[value] if b != value and not self.steps[self.makers[b]].aliases]
+            assert roots, "what is written over is an input's, or a weight's"
+            aliased = {b for b in self.memory_of[value] - {value} if self.steps[self.makers[b]].aliases}
+            sources = {r for b in aliased for r in self.steps[self.makers[b]].reads}
+            assert sources <= self.makers.keys(), f"{sources - self.makers.keys()} is written over"
+
+    def _seen_before(self, step: Step, result: Key) -> set[Key]:
+        """The memory that a step reads, but for what it reads of this result."""
+        reads = [r for r in step.reads if r in self.makers and result not in self.memory_of[r]]
+        return set().union(*(self.memory_of[r] for r in reads))
 
     def _shared_memory_is_free(self) -> None:
         """Another rank writes a result of ours as soon as we are in the barrier of the exchange before it."""

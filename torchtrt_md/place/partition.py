@@ -80,16 +80,36 @@ def partition(
 
 
 def _pass_attention_as_written(graph: GraphModule, is_eager: Callable[[Node], bool]) -> None:
-    """y = attention(...) -> y' = y as [B, S, H, D], which is no copy; readers get y' seen as [B, H, S, D]."""
+    """Let attention read queries, and others its result, as [B, S, H, D], in which neither has to be copied.
+
+    q -> q' = q as [B, S, H, D], which attention sees as [B, H, S, D], where an engine or Inductor makes q.
+    y = attention(...) -> y' = y as [B, S, H, D], which readers see as [B, H, S, D]: kernels lay it out like q.
+    """
     for node in list(graph.graph.nodes):
         if node.target is not md.attention.default or not is_eager(node) or value_of(node).ndim != 4:
             continue
+        q = node.args[0]
+        assert isinstance(q, Node)
+        maker = base_of(q)
+        if maker.op == "call_function" and not (is_eager(maker) or is_collective(maker)):
+            passed = _as_bshd(node, q)
+            passed.meta[_PASSES] = True
+            node.args = (permute(node, passed, _BSHD), *node.args[1:])
         behind = node.next
         passed = emit(behind, aten.permute.default, node, _BSHD)
         seen = permute(behind, passed, _BSHD)
         for user in [user for user in node.users if user is not passed]:
             user.replace_input_with(node, seen)
         passed.meta[_PASSES] = True
+
+
+def _as_bshd(before: Node, x: Node) -> Node:
+    """[B, H, S, D] as [B, S, H, D], of what is joined part by part: compilers would copy the joined."""
+    if x.target is not aten.cat.default:
+        return emit(before, aten.permute.default, x, _BSHD)
+    args = bound_args(x)
+    parts = [emit(before, aten.permute.default, part, _BSHD) for part in args["tensors"]]
+    return emit(before, aten.cat.default, parts, _BSHD.index(args["dim"] % len(_BSHD)))
 
 
 def is_own_row(node: Node) -> bool:
@@ -133,7 +153,8 @@ class _Cut:
         self.sources = {node: Wire.of(program.sources[node.name]) for node in placeholders(graph)}
         self.returned = outputs_of(graph)
         self.done: set[Node] = set()
-        self.pending: set[Node] = set()  # collectives whose results nothing was enqueued behind yet
+        # Collectives whose results nothing was enqueued behind yet, in order.
+        self.pending: dict[Node, None] = {}
         self.groups: list[tuple[Runs, list[Node]]] = []
 
     def parts(self) -> tuple[Part, ...]:
@@ -168,27 +189,29 @@ class _Cut:
             for collectives in engines[:-1]:
                 self._group(self.compute, self._needs(collectives))
             nodes = [node for node in nodes if node not in self.done]
-        waiting = self._behind_pending(nodes)
-        free = [n for n in nodes if n not in waiting]
-        if waiting and any(n.target in _PRODUCTS for n in free):
-            self._group(self.compute, free)
-            nodes = [n for n in nodes if n in waiting]
-        if waiting:
+        awaited = self._awaited(nodes)
+        last = max(awaited.values())
+        if last:
             self.pending.clear()
+        for number in range(last):  # what waits for fewer collectives runs beside the others
+            free = [n for n in nodes if awaited[n] <= number]
+            if any(n.target in _PRODUCTS for n in free):
+                self._group(self.compute, free)
+                nodes = [n for n in nodes if awaited[n] > number]
         self._group(self.compute, nodes)
 
-    def _behind_pending(self, nodes: Sequence[Node]) -> set[Node]:
-        waiting: set[Node] = set()
+    def _awaited(self, nodes: Sequence[Node]) -> dict[Node, int]:
+        """How many of the pending collectives, in their order, must be done before each of these."""
+        awaited = {collective: number for number, collective in enumerate(self.pending, 1)}
         for node in nodes:
-            if any(base in self.pending or base in waiting for base in map(base_of, node.all_input_nodes)):
-                waiting.add(node)
-        return waiting
+            awaited[node] = max((awaited.get(base_of(x), 0) for x in node.all_input_nodes), default=0)
+        return {node: awaited[node] for node in nodes}
 
     def _add_eager(self, node: Node) -> None:
         if any(base_of(x) in self.pending for x in node.all_input_nodes) and not is_collective(node):
             self.pending.clear()
         if is_collective(node):
-            self.pending.add(node)
+            self.pending[node] = None
         if not self.groups or self.groups[-1][0] != "eager":
             self.groups.append(("eager", []))
         self._add(self.groups[-1][1], [node])

@@ -154,7 +154,9 @@ class Executor:
     def _provide(self, step: Step, values: Values) -> None:
         """Memory for what the step writes and the call returns; all else has its own already."""
         for slot in step.slots:
-            if slot.name not in values:
+            if slot.name in self.plan.over:
+                values[slot.name] = values[step.reads[0]].view(slot.shape)
+            elif slot.name not in values:
                 values[slot.name] = torch.empty(slot.shape, dtype=slot.dtype, device=self.device)
 
 

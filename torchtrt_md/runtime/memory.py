@@ -39,7 +39,8 @@ class MemoryPlan:
 
     ``blocks`` are sizes in bytes.  ``marks`` are the steps of the main stream that a collective waits for.
     ``shared_of`` has what collectives without NCCL write (:attr:`Step.landing`), each with its axis and its offset in
-    the memory that the ranks of the axis share, of which ``shared`` has the bytes.
+    the memory that the ranks of the axis share, of which ``shared`` has the bytes.  ``over`` are slots that are written
+    over the operand of their step, which PyTorch made.
     """
 
     moments: list[Moment]
@@ -48,6 +49,7 @@ class MemoryPlan:
     marks: frozenset[int]
     shared_of: dict[Key, tuple[str, int]]
     shared: dict[str, int]
+    over: frozenset[Key]
 
 
 def plan_memory(steps: Sequence[Step], keep: Sequence[Key], *, push: bool = False) -> MemoryPlan:
@@ -64,13 +66,15 @@ def plan_memory(steps: Sequence[Step], keep: Sequence[Key], *, push: bool = Fals
     _join(steps, moments, bases, made_by)
     free_at = _free_at(steps, moments, bases, set(keep))
     shared_of, shared = _shared(steps, moments, free_at) if push else ({}, {})
-    block_of, blocks = _blocks(steps, moments, bases, {v: i for v, i in free_at.items() if v not in shared_of})
-    _wait_for_pytorchs_memory(steps, moments, block_of.keys() | shared_of.keys())
+    over = _over_operands(steps, bases, free_at) - shared_of.keys()
+    ours = {v: i for v, i in free_at.items() if v not in shared_of and v not in over}
+    block_of, blocks = _blocks(steps, moments, bases, ours)
+    _wait_for_pytorchs_memory(steps, moments, block_of.keys() | shared_of.keys() | over)
     for value, index in free_at.items():
         if index < len(steps):
             moments[index].releases.append(value)
     marks = frozenset(m.after for m, s in zip(moments, steps, strict=True) if s.communicates)
-    return MemoryPlan(moments, block_of, blocks, marks, shared_of, shared)
+    return MemoryPlan(moments, block_of, blocks, marks, shared_of, shared, frozenset(over))
 
 
 def _made(step: Step) -> tuple[Key, ...]:
@@ -171,6 +175,26 @@ def _blocks(
                 if entry not in available:  # two values of one block may end together
                     available.append(entry)
     return block_of, blocks
+
+
+def _over_operands(steps: Sequence[Step], bases: Mapping[Key, tuple[Key, ...]], free_at: Mapping[Key, int]) -> set[Key]:
+    """The slots that may be written over what their steps read: that PyTorch made, and nobody else reads."""
+    made = {value for step in steps if not step.aliases for value in step.writes}
+    seen_as = {value for step in steps if step.aliases for value in step.writes}
+    readers: dict[Key, list[Step]] = {}
+    for step in steps:
+        for base in {base for value in step.reads for base in bases.get(value, (value,))}:
+            readers.setdefault(base, []).append(step)
+    found = set()
+    for step in steps:
+        if not step.in_place or step.slots[0].name not in free_at:
+            continue
+        seen = bases.get(step.reads[0], (step.reads[0],))
+        others = [other for base in seen for other in readers[base] if other is not step]
+        alone = all(other.looks and set(other.writes) <= set(seen) for other in others)
+        if alone and made.issuperset(set(seen) - seen_as) and all(base in free_at for base in seen):
+            found.add(step.slots[0].name)
+    return found
 
 
 def _wait_for_pytorchs_memory(steps: Sequence[Step], moments: Sequence[Moment], ours: Collection[Key]) -> None:

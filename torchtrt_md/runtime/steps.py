@@ -134,10 +134,12 @@ def call_step(segment: Segment, function: Callable[..., Sequence[Tensor]]) -> St
         operands = [values[r] for r in reads]
         results = function(*operands)
         held = {x.untyped_storage().data_ptr() for x in operands}
-        # Inductor may lay out a result as it likes, or return an operand; what passes between steps is contiguous, and
-        # memory of its own, for that of operands is used again.
-        own = (_owned(x) if x.untyped_storage().data_ptr() in held else x.contiguous() for x in results)
-        values.update(zip(writes, own, strict=True))
+        # Inductor may lay out a result as it likes, or return an operand or one result as two; what passes between
+        # steps is contiguous, and memory of its own: that of operands is used again, and sums are written over theirs.
+        for name, result in zip(writes, results, strict=True):
+            own = _owned(result) if result.untyped_storage().data_ptr() in held else result.contiguous()
+            held.add(own.untyped_storage().data_ptr())
+            values[name] = own
 
     return Step(name=segment.name, reads=reads, writes=writes, run=run)
 
