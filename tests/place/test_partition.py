@@ -140,6 +140,31 @@ def test_what_does_not_need_an_exchange_runs_beside_it() -> None:
     assert not any(b.source in written for b in beside.segment.inputs)
 
 
+class Modulated(TwoBranches):
+    """Two blocks, of which the second has a scale that it makes of the time alone."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.again, self.scale = TwoBranches(), nn.Linear(4, 16)
+
+    def forward(self, x: torch.Tensor, t: torch.Tensor) -> torch.Tensor:
+        result: torch.Tensor = self.again(super().forward(x) * self.scale(torch.nn.functional.silu(t)))
+        return result
+
+
+def test_what_needs_neither_an_exchange_nor_each_other_can_run_beside_two() -> None:
+    plan = {"": {"x": md.Split(1)}, "again.out": md.Gather(1)}
+    call = Modulated().eval(), (torch.randn(1, 8, 16), torch.randn(1, 4)), {}
+    program = md.capture(*call, mesh=md.Mesh(cp=2), parallel=md.ContextParallel("cp", "ulysses", plan))
+    placed = place(md.lower(program, placement="split"), "split")
+    assert_computes_the_same(placed)
+    kinds = [part.runs for part in placed.parts[0]]
+    assert kinds == ["eager", "engine", "eager", "engine", "engine", "engine", "eager", "engine", "engine", "eager"]
+    branch, scale = placed.parts[0][3:5]
+    assert [name.split(".")[0] for name in branch.segment.weights] == ["up", "up"]
+    assert [name.split(".")[0] for name in scale.segment.weights] == ["scale", "scale"]
+
+
 def test_values_are_exchanged_before_queries_and_keys_are_made() -> None:
     parallel = md.ContextParallel("cp", "ulysses", PLAN)
     model = models.attention(torch.float32, kv_heads=4)

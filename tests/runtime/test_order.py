@@ -39,6 +39,15 @@ def test_what_needs_no_attention_runs_beside_the_larger_exchange() -> None:
     assert names(block(1, 3)) == "qkv there attention back mlp out"
 
 
+def test_of_two_that_need_no_attention_each_exchange_has_one() -> None:
+    steps = [*block(3, 1)[:-1], op("silu", "input:t"), engine("time", "silu"), engine("out", "mlp", "time", "back")]
+    assert names(steps) == "qkv there mlp silu attention back time out"
+    steps = [*block(3, 1)[:-1], engine("time", "mlp"), engine("out", "time", "back")]
+    assert names(steps) == "qkv there mlp attention back time out"
+    steps = [*block(1, 3)[:-1], engine("time", "input:t"), engine("out", "mlp", "time", "back")]
+    assert names(steps) == "qkv there attention back mlp time out"
+
+
 def test_blocks_in_a_row_are_each_for_themselves() -> None:
     steps = block(3, 1)
     second = [op("qkv2", "out"), collective("there2", "qkv2", size=3), op("attention2", "there2")]

@@ -11,11 +11,11 @@ order, part after part:
 
 Compute is put off until something needs it, and the eager ops stay in their order: it is the same on all ranks.  So a
 collective is enqueued as early as its operand allows, and what does not need its result comes behind it, which is what
-lets the two overlap.  Where a compute part would wait for a collective although a matrix product in it need not, the
-part is cut in two.
+lets the two overlap.  Where a compute part would wait for a collective although a matrix product in it need not, or
+for a later one than it must, the part is cut there.
 
 Views belong to nobody: they are repeated in each part that reads through them, so that what passes between parts are
-whole, contiguous tensors.  What attention returns passes as [B, S, H, D], which is how its kernels write it.
+whole, contiguous tensors.  Attention's queries and what it returns pass as [B, S, H, D]: its kernels write as they read.
 """
 
 from __future__ import annotations
@@ -196,7 +196,8 @@ class _Cut:
         for number in range(last):  # what waits for fewer collectives runs beside the others
             free = [n for n in nodes if awaited[n] <= number]
             if any(n.target in _PRODUCTS for n in free):
-                self._group(self.compute, free)
+                for apart in _last_apart(free):
+                    self._group(self.compute, apart)
                 nodes = [n for n in nodes if awaited[n] > number]
         self._group(self.compute, nodes)
 
@@ -301,6 +302,34 @@ class _Cut:
             name=f"part {index}",
         )
         return Part(segment, module)
+
+
+def _last_apart(nodes: Sequence[Node]) -> list[list[Node]]:
+    """The same nodes in two lists, if the last products have no values in common with the others.
+
+    As what a block makes of the time step beside the half of the block before that needs no attention.  Each can run
+    beside another collective.
+    """
+    mine = set(nodes)
+    reached = {next(n for n in reversed(nodes) if n.target in _PRODUCTS)}
+    stack = list(reached)
+    while stack:
+        node = stack.pop()
+        near = {n for x in node.all_input_nodes for n in [base_of(x)]} | _readers(node)
+        stack += (near & mine) - reached
+        reached |= near & mine
+    others = [node for node in nodes if node not in reached]
+    if not any(node.target in _PRODUCTS for node in others):
+        return [list(nodes)]
+    return [others, [node for node in nodes if node in reached]]
+
+
+def _readers(node: Node) -> set[Node]:
+    """What reads a value, directly or through views."""
+    found: set[Node] = set()
+    for user in node.users:
+        found |= _readers(user) if is_view(user) else {user}
+    return found
 
 
 def _bindings(name: str, nodes: Iterable[Node], wires: Iterable[Wire]) -> tuple[Binding, ...]:

@@ -13,8 +13,9 @@ def overlapped(steps: Sequence[Step]) -> list[Step]:
 
     A step that waits for an exchange beside which nothing runs may be followed by others that wait for nothing, as the
     half of a block that needs no attention.  They run beside the next exchange.  Where more is sent in the first one,
-    they run beside that, in front of the step that waits for it.  Collectives keep their order, which is that of all
-    ranks, those inside engines as well, and what is computed of what stays as it is.
+    they run beside that, in front of the step that waits for it; of several the last stays, so that both have one.
+    Collectives keep their order, which is that of all ranks, those inside engines as well, and what is computed of what
+    stays as it is.
     """
     ordered = list(steps)
     waits = _Waits(steps)
@@ -26,6 +27,9 @@ def overlapped(steps: Sequence[Step]) -> list[Step]:
             free = waits.independent(ordered[index:end], joined)
             bare = sum(_sent(s) for s in _last_in_a_row(ordered[:index]) if waits.number[id(s)] <= awaited)
             if bare > sum(map(_sent, ordered[index:end])) and not all(step.looks for step in free):
+                working = [step for step in free if not step.looks]
+                if len(working) > 1:
+                    free = waits.without(free, working[-1])
                 moved = {id(step) for step in free}
                 ordered[index:end] = [*free, *(step for step in ordered[index:end] if id(step) not in moved)]
                 index += len(free)
@@ -58,6 +62,13 @@ class _Waits:
     def of(self, step: Step) -> int:
         """The number of the last collective whose result, or a view of it, a step of the main stream reads; else -1."""
         return -1 if step.communicates or step.looks else self._of[id(step)]
+
+    def without(self, steps: Sequence[Step], left: Step) -> list[Step]:
+        """These, but for one and what reads what it makes."""
+        gone = {id(left)}
+        for step in steps:
+            gone |= {id(step)} if any(id(self._maker.get(value)) in gone for value in step.reads) else set()
+        return [step for step in steps if id(step) not in gone]
 
     def independent(self, steps: Sequence[Step], joined: int) -> list[Step]:
         """Those that read nothing which these steps make, but for each other, and no collective behind this one."""
