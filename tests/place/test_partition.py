@@ -140,15 +140,15 @@ def test_what_does_not_need_an_exchange_runs_beside_it() -> None:
     assert not any(b.source in written for b in beside.segment.inputs)
 
 
-class Modulated(TwoBranches):
+class Modulated(nn.Module):
     """Two blocks, of which the second has a scale that it makes of the time alone."""
 
     def __init__(self) -> None:
         super().__init__()
-        self.again, self.scale = TwoBranches(), nn.Linear(4, 16)
+        self.once, self.again, self.scale = TwoBranches(), TwoBranches(), nn.Linear(4, 16)
 
     def forward(self, x: torch.Tensor, t: torch.Tensor) -> torch.Tensor:
-        result: torch.Tensor = self.again(super().forward(x) * self.scale(torch.nn.functional.silu(t)))
+        result: torch.Tensor = self.again(self.once(x) * self.scale(torch.nn.functional.silu(t)))
         return result
 
 
@@ -161,7 +161,7 @@ def test_what_needs_neither_an_exchange_nor_each_other_can_run_beside_two() -> N
     kinds = [part.runs for part in placed.parts[0]]
     assert kinds == ["eager", "engine", "eager", "engine", "engine", "engine", "eager", "engine", "engine", "eager"]
     branch, scale = placed.parts[0][3:5]
-    assert [name.split(".")[0] for name in branch.segment.weights] == ["up", "up"]
+    assert [name.split(".")[1] for name in branch.segment.weights] == ["up", "up"]
     assert [name.split(".")[0] for name in scale.segment.weights] == ["scale", "scale"]
 
 

@@ -15,7 +15,7 @@ lets the two overlap.  Where a compute part would wait for a collective although
 for a later one than it must, the part is cut there.
 
 Views belong to nobody: they are repeated in each part that reads through them, so that what passes between parts are
-whole, contiguous tensors.  Attention's queries and what it returns pass as [B, S, H, D]: its kernels write as they read.
+whole, contiguous tensors.  Attention reads queries and returns its result as [B, S, H, D], in which its kernels write.
 """
 
 from __future__ import annotations
