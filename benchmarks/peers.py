@@ -244,6 +244,7 @@ def captured(call: Call) -> Call:
         result = call()
 
     def replay() -> Tensor:
+        assert call is not None  # what it is of has the weights that the graph reads
         graph.replay()
         return result
 

@@ -19,7 +19,6 @@ FX in, FX out: no TensorRT, no GPU, no process group.  The passes, in order:
     ulysses, allgather_kv, ring   context_attention -> collectives and local attention
     merge_products           products of one operand, needed at the same time -> one (split placement)
     merge_exchanged, cancel_exchanged   the same two, over what the strategies inserted
-    halve_sums               large sums in two halves of the tokens, one beside what the other needs (split placement)
     leading_dim              collectives on other dims -> on dim 0, where TensorRT's act
     joined_axes              what is split or gathered over several axes -> along one after the other
     rank_input               shard -> a row of the value, by a rank input
@@ -48,7 +47,6 @@ from torchtrt_md.lowering import (
     fold_mask,
     functional_collectives,
     gather_dim,
-    halve_sums,
     joined_axes,
     leading_dim,
     mask_fill,
@@ -101,7 +99,6 @@ PASSES: dict[str, Pass] = {
     "merge_products": merge_products.run,
     "merge_exchanged": merge_identical.run,
     "cancel_exchanged": cancel_inverse.run,
-    "halve_sums": halve_sums.run,
     "leading_dim": leading_dim.run,
     "joined_axes": joined_axes.run,
     "rank_input": rank_input.run,
@@ -116,7 +113,6 @@ def lower(
     *,
     placement: Placement = "engine",
     exchanges: Mapping[str, Exchange] | None = None,
-    overlap: bool = False,
     dump: str | Path | None = None,
 ) -> ShardedProgram:
     """The program in the collective IR; the captured one is left as it was.
@@ -126,7 +122,6 @@ def lower(
         placement: where attention will run: in the engine, or in PyTorch between engines (``"split"``).
         exchanges: how attentions of some shapes are to get what they lack, by
             :func:`torchtrt_md.lowering.choose_strategy.attention_key`; others follow the axis's strategy.
-        overlap: cut what is computed so that large sums over ranks can be under way beside it, in the split placement.
         dump: a folder for the graph before and after each pass that rewrote something.
 
     Raises:
@@ -134,7 +129,7 @@ def lower(
         CollectiveError: a collective in a form that is not understood.
         ShardingError: an op that mixes positions of a split sequence, or heads that do not divide.
     """
-    return Lowering(program).lower(placement=placement, exchanges=exchanges, overlap=overlap, dump=dump)
+    return Lowering(program).lower(placement=placement, exchanges=exchanges, dump=dump)
 
 
 class Lowering:
@@ -156,7 +151,6 @@ class Lowering:
         *,
         placement: Placement = "engine",
         exchanges: Mapping[str, Exchange] | None = None,
-        overlap: bool = False,
         dump: str | Path | None = None,
     ) -> ShardedProgram:
         """See :func:`lower`."""
@@ -165,7 +159,7 @@ class Lowering:
         if program.lowered:
             return program
         dump = None if dump is None else Path(dump)
-        context = PassContext(program.mesh, program.strategies, program.groups, placement, exchanges or {}, overlap)
+        context = PassContext(program.mesh, program.strategies, program.groups, placement, exchanges or {})
         lowered: dict[int, GraphModule] = {}
         counts: dict[str, int] = {}
         analyzed = self._analysis(placement, dump)

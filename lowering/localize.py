@@ -16,7 +16,6 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Mapping
-from dataclasses import replace
 from itertools import accumulate, pairwise
 from typing import Any, TypeAlias
 
@@ -64,19 +63,6 @@ def localize(graph: GraphModule, axis: str, size: int, states: dict[Node, Result
     for node, value in held.items():
         if "val" in node.meta:
             node.meta["val"] = value
-
-
-def on_a_rank(call: Call) -> tuple[Any, tuple[Any, ...], dict[str, Any]]:
-    """The op and the arguments that a node has on a rank, with the operands that it has now; it stays as it is."""
-    node = call.node
-    with node.graph.inserting_before(node):
-        copy = node.graph.node_copy(node)
-    rewrite = _ARGUMENTS.get(getattr(node.target, "overloadpacket", None))
-    if rewrite is not None:
-        rewrite(replace(call, node=copy, states={**call.states, copy: call.states[node]}))
-    found = copy.target, copy.args, copy.kwargs
-    node.graph.erase_node(copy)
-    return found
 
 
 def _place_marks(graph: GraphModule, axis: str, size: int, states: dict[Node, Result]) -> None:

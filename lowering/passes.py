@@ -45,7 +45,6 @@ class PassContext:
         placement: where attention will run, ``engine`` or ``split``.
         exchanges: what was chosen for attentions of some shapes, by
             :func:`torchtrt_md.lowering.choose_strategy.attention_key`; it goes before ``strategies``.
-        overlap: cut what is computed so that collectives can be under way beside it.
     """
 
     mesh: Mesh
@@ -53,7 +52,6 @@ class PassContext:
     groups: Mapping[str, str]
     placement: str = "engine"
     exchanges: Mapping[str, Exchange] = field(default_factory=dict)
-    overlap: bool = False
 
 
 Pass: TypeAlias = Callable[[GraphModule, PassContext], int]

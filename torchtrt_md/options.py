@@ -57,8 +57,7 @@ class Options:
         votes: whether the ranks vote on the inputs of each call, or of the first only; see
             :class:`torchtrt_md.runtime.runner.Runner`.
         timeout: seconds that a rank waits for the others.
-        overlap: run collectives on a stream of their own beside what does not need them, and do large sums in two
-            halves of the tokens, so that there is such.
+        overlap: run collectives on a stream of their own beside what does not need them.
         transport: what does the exchanges between engines: NCCL's kernels, or a kernel that stores into the other
             GPUs' memory (GPUs of one host only).
         transpose_weights: store weights as TensorRT's products read them fastest.

@@ -165,9 +165,7 @@ class Road:
             return self._lowered[key]
 
         def step() -> ShardedProgram:
-            return self.lowering.lower(
-                placement=choices.placement, exchanges=choices.exchanges, overlap=self.options.overlap, dump=dump
-            )
+            return self.lowering.lower(placement=choices.placement, exchanges=choices.exchanges, dump=dump)
 
         lowered = self._stage("lowering", step)
         listed = "\n".join(map(str, schedule(lowered.graphs[self.agreement.rank])))

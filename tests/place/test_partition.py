@@ -16,7 +16,7 @@ from torchtrt_md.lowering.ops import COLLECTIVES, is_collective
 from torchtrt_md.lowering.passes import Exchange
 from torchtrt_md.lowering.schedule import schedule
 from torchtrt_md.place import PlacedProgram, place
-from torchtrt_md.place.partition import ATTENTION
+from torchtrt_md.place.partition import ATTENTION, base_of
 from torchtrt_md.program import ShardedProgram, Weight, placeholders, value_of
 from torchtrt_md.segment import Part, Wire
 from torchtrt_md.verification.simulate import Precision, simulate
@@ -113,6 +113,51 @@ def test_no_view_is_passed_and_attention_is_passed_as_it_is_written() -> None:
     assert shapes == [[1, 24, 4, 16]] * 3  # [B, S, H, D]
 
 
+def test_queries_are_passed_as_attention_is_to_write() -> None:
+    """It lays out its result like them, and as [B, S, H, D] nobody has to copy that."""
+    model, args, kwargs = models.llama(torch.float32)
+    program = md.capture(model, args, kwargs, mesh=md.Mesh(tp=2), parallel=md.TensorParallel("tp"))
+    placed = place(md.lower(program, placement="split"), "split")
+    assert_computes_the_same(placed)
+    found = 0
+    for part in placed.parts[0]:
+        for node in graph_of(part).graph.find_nodes(op="call_function", target=torch.ops.torchtrt_md.attention.default):
+            batch, heads, tokens, width = value_of(node.args[0]).shape
+            assert value_of(base_of(node.args[0])).shape == (batch, tokens, heads, width)
+            found += 1
+    assert found > 1
+
+
+class Joint(nn.Module):
+    """Queries of two kinds of tokens, joined."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.text, self.image = nn.Linear(16, 48), nn.Linear(16, 48)
+        self.out = nn.Linear(16, 16)
+
+    def forward(self, x: torch.Tensor, y: torch.Tensor) -> torch.Tensor:
+        both = [
+            linear(z).unflatten(-1, (3, 4, 4)).permute(2, 0, 3, 1, 4) for linear, z in ((self.text, x), (self.image, y))
+        ]
+        q, k, v = (torch.cat([text, image], 2) for text, image in zip(*both, strict=True))
+        attended = nn.functional.scaled_dot_product_attention(q, k, v)
+        result: torch.Tensor = self.out(attended.transpose(1, 2).flatten(2))
+        return result
+
+
+def test_joined_queries_are_joined_as_they_are_passed() -> None:
+    call: models.Call = Joint().eval(), (torch.randn(1, 8, 16), torch.randn(1, 4, 16)), {}
+    plan = {"text": "colwise", "image": "colwise"}
+    program = md.capture(*call, mesh=md.Mesh(tp=1), parallel=md.TensorParallel("tp", plan))
+    placed = place(md.lower(program, placement="split"), "split")
+    assert_computes_the_same(placed)
+    (*_, queries) = placed.parts[0][0].segment.outputs
+    assert queries.shape == (1, 12, 4, 4)
+    (*_, made) = graph_of(placed.parts[0][0]).graph.find_nodes(op="output")[0].args[0]
+    assert made.target is torch.ops.aten.cat.default, "no copy of what is joined"
+
+
 class TwoBranches(nn.Module):
     """A product that needs attention's result and one that does not, as in FLUX's single blocks."""
 
@@ -154,7 +199,7 @@ class Modulated(nn.Module):
 
 def test_what_needs_neither_an_exchange_nor_each_other_can_run_beside_two() -> None:
     plan = {"": {"x": md.Split(1)}, "again.out": md.Gather(1)}
-    call = Modulated().eval(), (torch.randn(1, 8, 16), torch.randn(1, 4)), {}
+    call: models.Call = Modulated().eval(), (torch.randn(1, 8, 16), torch.randn(1, 4)), {}
     program = md.capture(*call, mesh=md.Mesh(cp=2), parallel=md.ContextParallel("cp", "ulysses", plan))
     placed = place(md.lower(program, placement="split"), "split")
     assert_computes_the_same(placed)

@@ -164,6 +164,60 @@ def test_programs_with_collectives_on_two_ranks(name: str, ranks: Ranks) -> None
         assert collectives > 2
 
 
+def test_results_that_share_memory_get_memory_of_their_own() -> None:
+    def first(x: Tensor) -> tuple[Tensor, Tensor]:
+        y = x + 1
+        return y, y[:]
+
+    step = call_step(segment([A], [B, C], "alike"), first)
+    values: Values = {A: torch.arange(4.0)}
+    step.run(values)
+    values[B].zero_()  # a sum may be written over one of them
+    assert values[C].tolist() == [1.0, 2.0, 3.0, 4.0]
+
+
+def sum_over_operand(rank: int) -> tuple[list[float], list[float], bool]:
+    """A sum whose operand nothing else reads, and one whose operand is read again."""
+    outcome = []
+    for again in (False, True):
+        graph = torch.fx.Graph()
+        x = graph.placeholder("x")
+        x.meta["val"] = torch.empty(4)
+        total = graph.call_function(torch.ops.torchtrt_md.all_reduce.default, (x, "sum", "p", 2))
+        total.meta["val"] = torch.empty(4)
+        graph.output((total,))
+        module = torch.fx.GraphModule(torch.nn.Module(), graph)
+        places: list[int] = []
+
+        def last(b: Tensor, a: Tensor | None = None, places: list[int] = places) -> tuple[Tensor]:
+            places.append(b.data_ptr())
+            return (b - (0 if a is None else a),)
+
+        def make(x: Tensor, places: list[int] = places) -> tuple[Tensor]:
+            made = x * 2
+            places.append(made.data_ptr())
+            return (made,)
+
+        steps = [call_step(segment([X], [A], "make"), make)]
+        parts = segment([A], [B], "sum")
+        groups: dict[str, dist.ProcessGroup] = {"p": dist.group.WORLD}  # type: ignore[dict-item]
+        steps += eager_steps(parts, module, groups=groups, coordinates={"p": rank}, device=CPU)
+        steps.append(call_step(segment([B, A] if again else [B], [Y], "last"), last))
+        found = Executor(steps, fixed={}, outputs=[Y], device=CPU).run({X: torch.arange(4.0) + rank})[Y]
+        outcome.append((found.tolist(), places[0] == places[1]))
+    (alone, over), (read, apart) = outcome
+    return alone, read, over and not apart
+
+
+def test_a_sum_is_written_over_what_nothing_else_reads(ranks: Ranks) -> None:
+    for rank, outcome in enumerate(ranks(sum_over_operand)):
+        assert not outcome.error, outcome.message
+        alone, read, right = outcome.value
+        assert alone == [2.0, 6.0, 10.0, 14.0]
+        assert read == [2.0 - 2 * rank + 2 * x for x in range(4)]
+        assert right
+
+
 def test_a_function_that_returns_an_operand_gets_memory_of_its_own() -> None:
     step = call_step(segment([A], [B, C], "passes"), lambda a: (a, a[:2]))
     values: Values = {A: torch.arange(4.0)}

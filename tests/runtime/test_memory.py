@@ -361,6 +361,47 @@ class TestByHand:
                 checker.check()
 
 
+class TestASumOverItsOperand:
+    def steps(self, *more: Step) -> list[Step]:
+        return [op("a", "input:x"), view("seen", "a"), collective("b", "seen", in_place=True, sums=None), *more]
+
+    def test_what_pytorch_made_for_it_alone(self) -> None:
+        steps = self.steps(op("c", "b"))
+        plan = planned(steps, ["c"])
+        assert plan.over == {"b"}
+        assert not plan.blocks
+        assert planned(steps, ["c"], push=True).over == {"b"}
+
+    @pytest.mark.parametrize(
+        "more",
+        [
+            (op("c", "b", "a"),),
+            (op("c", "b", "seen"),),
+            (view("again", "a"), op("c", "b", "again")),
+            (reshape("again", "seen"), op("c", "b", "again")),
+        ],
+    )
+    def test_what_another_step_reads(self, more: tuple[Step, ...]) -> None:
+        assert not planned(self.steps(*more), ["c"]).over
+
+    def test_what_is_returned(self) -> None:
+        assert not planned(self.steps(op("c", "b")), ["c", "seen"]).over
+        assert not planned(self.steps(op("c", "b")), ["c", "a"]).over
+        assert not planned(self.steps(op("c", "b")), ["c", "b"]).over
+
+    def test_an_input_or_a_weight(self) -> None:
+        for source in ("input:x", "weight:w"):
+            seen = [view("seen", source), collective("b", "seen", in_place=True, sums=None), op("c", "b")]
+            assert not planned(seen, ["c"]).over
+            assert not planned([reshape("seen", source), *seen[1:]], ["c"]).over
+
+    def test_what_an_engine_made_lies_in_a_block(self) -> None:
+        steps = [engine("a", "input:x"), collective("b", "a", in_place=True, sums=None), op("c", "b")]
+        plan = planned(steps, ["c"])
+        assert not plan.over
+        assert plan.block_of["a"] == plan.block_of["b"]
+
+
 @st.composite
 def programs(draw: st.DrawFn) -> tuple[list[Step], list[str]]:
     """Steps that read what is there, of all kinds, and what of it is kept."""

@@ -11,8 +11,8 @@ order, part after part:
 
 Compute is put off until something needs it, and the eager ops stay in their order: it is the same on all ranks.  So a
 collective is enqueued as early as its operand allows, and what does not need its result comes behind it, which is what
-lets the two overlap.  Where a compute part would wait for a collective although a matrix product in it need not, or
-for a later one than it must, the part is cut there.
+lets the two overlap.  Where a compute part would wait for a collective although a matrix product in it need not, the
+part is cut there.
 
 Views belong to nobody: they are repeated in each part that reads through them, so that what passes between parts are
 whole, contiguous tensors.  Attention reads queries and returns its result as [B, S, H, D], in which its kernels write.
@@ -153,8 +153,7 @@ class _Cut:
         self.sources = {node: Wire.of(program.sources[node.name]) for node in placeholders(graph)}
         self.returned = outputs_of(graph)
         self.done: set[Node] = set()
-        # Collectives whose results nothing was enqueued behind yet, in order.
-        self.pending: dict[Node, None] = {}
+        self.pending: set[Node] = set()  # collectives whose results nothing was enqueued behind yet
         self.groups: list[tuple[Runs, list[Node]]] = []
 
     def parts(self) -> tuple[Part, ...]:
@@ -189,30 +188,28 @@ class _Cut:
             for collectives in engines[:-1]:
                 self._group(self.compute, self._needs(collectives))
             nodes = [node for node in nodes if node not in self.done]
-        awaited = self._awaited(nodes)
-        last = max(awaited.values())
-        if last:
+        waiting = self._behind_pending(nodes)
+        free = [n for n in nodes if n not in waiting]
+        if waiting and any(n.target in _PRODUCTS for n in free):
+            for apart in _last_apart(free):
+                self._group(self.compute, apart)
+            nodes = [n for n in nodes if n in waiting]
+        if waiting:
             self.pending.clear()
-        for number in range(last):  # what waits for fewer collectives runs beside the others
-            free = [n for n in nodes if awaited[n] <= number]
-            if any(n.target in _PRODUCTS for n in free):
-                for apart in _last_apart(free):
-                    self._group(self.compute, apart)
-                nodes = [n for n in nodes if awaited[n] > number]
         self._group(self.compute, nodes)
 
-    def _awaited(self, nodes: Sequence[Node]) -> dict[Node, int]:
-        """How many of the pending collectives, in their order, must be done before each of these."""
-        awaited = {collective: number for number, collective in enumerate(self.pending, 1)}
+    def _behind_pending(self, nodes: Sequence[Node]) -> set[Node]:
+        waiting: set[Node] = set()
         for node in nodes:
-            awaited[node] = max((awaited.get(base_of(x), 0) for x in node.all_input_nodes), default=0)
-        return {node: awaited[node] for node in nodes}
+            if any(base in self.pending or base in waiting for base in map(base_of, node.all_input_nodes)):
+                waiting.add(node)
+        return waiting
 
     def _add_eager(self, node: Node) -> None:
         if any(base_of(x) in self.pending for x in node.all_input_nodes) and not is_collective(node):
             self.pending.clear()
         if is_collective(node):
-            self.pending[node] = None
+            self.pending.add(node)
         if not self.groups or self.groups[-1][0] != "eager":
             self.groups.append(("eager", []))
         self._add(self.groups[-1][1], [node])
