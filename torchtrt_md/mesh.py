@@ -147,10 +147,13 @@ class Mesh:
         return rank // self._stride(axis) % self.axis_size(axis)
 
     def ranks(self, axis: str, rank: int) -> tuple[int, ...]:
-        """The ordered global ranks of the group along ``axis`` that ``rank`` is in."""
-        stride = self._stride(axis)
-        first = rank - self.coordinate(rank, axis) * stride
-        return tuple(first + i * stride for i in range(self.axis_size(axis)))
+        """The ordered global ranks of the group along ``axis``, one or several :func:`joined`, that ``rank`` is in."""
+        found = [rank]
+        for one in axes_of(axis):
+            stride = self._stride(one)
+            firsts = [at - self.coordinate(at, one) * stride for at in found]
+            found = [first + i * stride for first in firsts for i in range(self.axis_size(one))]
+        return tuple(found)
 
     def groups(self, axis: str) -> tuple[tuple[int, ...], ...]:
         """All groups along ``axis``, in the order of their first rank."""

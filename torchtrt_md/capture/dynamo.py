@@ -49,7 +49,7 @@ from torchtrt_md.capture.trace import LocalWeight, as_placed, fake, recorded
 from torchtrt_md.errors import CaptureError, CollectiveError
 from torchtrt_md.graph.source import source_line
 from torchtrt_md.lowering.ops import COLLECTIVES, bound_args
-from torchtrt_md.mesh import Mesh
+from torchtrt_md.mesh import Mesh, joined
 from torchtrt_md.program import Output, ShardedProgram, Source, Value, Weight, Weights, outputs_of, placeholders
 from torchtrt_md.wrappers import is_wrapper
 
@@ -461,8 +461,9 @@ def _group_ranks(graph: GraphModule) -> list[tuple[int, ...]]:
 
 
 def _groups(graph: GraphModule, mesh: Mesh, rank: int) -> dict[str, str]:
-    """Group name -> the axis of the mesh that has the same ranks in the same order."""
-    axes = {mesh.ranks(axis, rank): axis for axis in mesh.names}
+    """Group name -> the axis of the mesh that has the same ranks in the same order, or the axes, joined."""
+    some = [axes for count in range(1, len(mesh.names) + 1) for axes in itertools.combinations(mesh.names, count)]
+    axes = {mesh.ranks(joined(axes), rank): joined(axes) for axes in reversed(some)}
     groups: dict[str, str] = {}
     for node in graph.graph.nodes:
         name = _group_name(node)
@@ -472,7 +473,8 @@ def _groups(graph: GraphModule, mesh: Mesh, rank: int) -> dict[str, str]:
         if ranks not in axes:
             raise CollectiveError(
                 f"{node.target} in node {node.name!r} is over the ranks {list(ranks)}, which are not an axis of {mesh}:"
-                f" from rank {rank} these are " + ", ".join(f"{axis} {list(of)}" for of, axis in axes.items()),
+                f" from rank {rank} these are "
+                + ", ".join(f"{axis} {list(mesh.ranks(axis, rank))}" for axis in mesh.names),
                 fix="communicate over groups of a DeviceMesh (device_mesh.get_group(axis)), and pass it as the option"
                 " 'mesh'; every rank must be in one of the groups",
                 at=source_line(node),
