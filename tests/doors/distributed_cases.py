@@ -802,6 +802,48 @@ def both(rank: int) -> Made:
     return lambda x: funcol.all_reduce(funcol.all_gather_tensor(x, 0, near), "max", far), (own(rank, 4),)
 
 
+@case(GROUPS, "all ranks beside groups of neighbours", world=4)
+def all_beside_neighbours(rank: int) -> Made:
+    group: Any = pairs(rank, [[0, 1], [2, 3]])
+    world: Any = dist.group.WORLD
+    return lambda x: funcol.all_reduce(funcol.all_gather_tensor(x, 0, group), "avg", world), (own(rank, 4),)
+
+
+def of_both_axes(do: Callable[[Tensor, Any], Any], name: str) -> Callable[[int], Made]:
+    def make(rank: int) -> Made:
+        mesh = init_device_mesh("cpu", (2, 2), mesh_dim_names=("outer", "inner"))
+        inner: Any = mesh["inner"].get_group()
+        both: Any = dist.group.WORLD
+        return lambda x: do(funcol.all_reduce(x, "max", inner) + x, both), (own(rank, 8, 4),)
+
+    make.__name__ = f"{name} over both axes"
+    return make
+
+
+for _what, _do in {
+    "`all_gather_tensor`": lambda x, group: funcol.all_gather_tensor(x, 0, group),
+    "`all_gather_tensor` on another dim": lambda x, group: funcol.all_gather_tensor(x, 1, group),
+    "`reduce_scatter_tensor`": lambda x, group: funcol.reduce_scatter_tensor(x, "sum", 0, group),
+    "`all_to_all_single`": lambda x, group: funcol.all_to_all_single(x, None, None, group),
+    "`broadcast` from rank 1": lambda x, group: funcol.broadcast(x, 1, group),
+    "`broadcast` from rank 2": lambda x, group: funcol.broadcast(x, 2, group),
+}.items():
+    case(GROUPS, f"{_what} over both axes of a mesh", world=4)(of_both_axes(_do, _what))
+
+
+@case(GROUPS, "a DTensor of a mesh of two axes, gathered over their flattened mesh", world=4)
+def over_a_flattened_mesh(rank: int) -> Made:
+    mesh = init_device_mesh("cpu", (2, 2), mesh_dim_names=("dp", "tp"))
+    mesh._flatten()
+
+    def gathered(x: Tensor) -> Tensor:
+        split: Any = DTensor.from_local(x, mesh, [Shard(0), Shard(0)], run_check=False)
+        whole: Tensor = (split * 2).full_tensor()
+        return whole
+
+    return gathered, (own(rank, 4, 3),)
+
+
 @case(
     GROUPS,
     "a group of some ranks, beside ranks that do not communicate",
