@@ -83,6 +83,18 @@ def made(call: str) -> tuple[Any, tuple[Any, ...], dict[str, Any]]:
     return make(c, CALLS[name][what])
 
 
+class Holding(torch.nn.Module):
+    """A model some of whose arguments have the same values in all calls, such as the mask of prompts of one length."""
+
+    def __init__(self, model: Any, held: dict[str, Tensor]) -> None:
+        super().__init__()
+        self.model, self.held = model, held
+        self._tp_plan = {f"model.{path}": style for path, style in (getattr(model, "_tp_plan", None) or {}).items()}
+
+    def forward(self, *args: Any, **kwargs: Any) -> Any:
+        return self.model(*args, **kwargs, **self.held)
+
+
 def make(c: type[Any], listed: Call) -> tuple[Any, tuple[Any, ...], dict[str, Any]]:
     """A model of a class, small, and one call of it."""
     fields = inspect.signature(c.__init__).parameters
@@ -92,7 +104,10 @@ def make(c: type[Any], listed: Call) -> tuple[Any, tuple[Any, ...], dict[str, An
         model = c(**{**small, **listed.given}).eval()
     for parameter in model.parameters():  # what is ones or zeros when it is made would hide faults
         parameter.data.add_(0.02 * torch.randn_like(parameter))
-    return model, (), {**listed.inputs(model.config), "return_dict": False}
+    kwargs = {**listed.inputs(model.config), "return_dict": False}
+    if listed.held:
+        model = Holding(model, {name: kwargs.pop(name) for name in listed.held}).eval()
+    return model, (), kwargs
 
 
 class _Zeroed(TorchFunctionMode):
@@ -272,7 +287,10 @@ CALLS: dict[str, dict[str, Call]] = {
     "LTX2VideoTransformer3DModel": {"": Call(_ltx2)},
     "LTXVideoTransformer3DModel": {"": Call(_ltx)},
     "MiniMaxH3Transformer3DModel": {"": Call(_minimax_h3)},
-    "QwenImage21Transformer2DModel": {"": Call(_qwen_image21)},
+    "QwenImage21Transformer2DModel": {
+        "": Call(_qwen_image21),
+        "what decides sizes is held": Call(_qwen_image21, held=("img_mask",)),
+    },
     "QwenImageTransformer2DModel": {"": Call(_qwen_image)},
     "WanTransformer3DModel": {
         "": Call(_wan),

@@ -62,10 +62,7 @@ def listed(call: str) -> tuple[Call, dict[str, Any]]:
 def made(call: str) -> tuple[Any, tuple[Any, ...], dict[str, Any]]:
     """The model, small, and a call of it."""
     found, _ = listed(call)
-    model, args, kwargs = small_diffusers.make(classes()[call.partition(", ")[0]], found)
-    if not found.held:
-        return model, args, kwargs
-    return Holding(model, {name: kwargs.pop(name) for name in found.held}).eval(), args, kwargs
+    return small_diffusers.make(classes()[call.partition(", ")[0]], found)
 
 
 def tensor_plan(model: torch.nn.Module) -> dict[str, Any]:
@@ -93,17 +90,6 @@ def tensor_plan(model: torch.nn.Module) -> dict[str, Any]:
     if not plan:
         raise LookupError("no layer has a name by which a plan can be made")
     return plan
-
-
-class Holding(torch.nn.Module):
-    """A model some of whose arguments have the same values in all calls, such as the mask of prompts of one length."""
-
-    def __init__(self, model: torch.nn.Module, held: dict[str, Tensor]) -> None:
-        super().__init__()
-        self.model, self.held = model, held
-
-    def forward(self, *args: Any, **kwargs: Any) -> Any:
-        return self.model(*args, **kwargs, **self.held)
 
 
 def _picture(config: Any, channels: int = 0) -> Tensor:

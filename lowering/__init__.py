@@ -10,6 +10,7 @@ FX in, FX out: no TensorRT, no GPU, no process group.  The passes, in order:
     gather_dim               a gather with split and cat around it -> a gather on that dim
     mask_fill                writing one value where a mask is true -> where
     fold_mask                masks that depend on no input -> none, or causal
+    parts_by_position        parts of a sequence that are joined again -> chosen by position
     repeat_kv                key/value heads repeated by hand -> grouped-query attention
     sequence                 the whole -> what a rank holds; attention over a split sequence -> context_attention
     choose_strategy          how each context_attention gets the keys that it lacks
@@ -52,6 +53,7 @@ from torchtrt_md.lowering import (
     mask_fill,
     merge_identical,
     merge_products,
+    parts_by_position,
     rank_input,
     repeat_kv,
     ring,
@@ -87,6 +89,7 @@ PASSES: dict[str, Pass] = {
     "gather_dim": gather_dim.run,
     "mask_fill": mask_fill.run,
     "fold_mask": fold_mask.run,
+    "parts_by_position": parts_by_position.run,
     "repeat_kv": repeat_kv.run,
     "sequence": sequence.run,
     "choose_strategy": choose_strategy.run,

@@ -7,6 +7,7 @@ import sys
 from pathlib import Path
 
 import pytest
+import torch
 from transformers import Gemma3TextConfig, JambaConfig, LlamaConfig
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
@@ -37,6 +38,17 @@ def test_the_models_are_those_of_the_libraries_and_the_page_counts_them() -> Non
     assert "- 2 ranks: 1 of 1" in page
     assert "| LlamaForCausalLM | ok |" in page
     assert "| FluxTransformer2DModel, guidance | allgather_kv | ok |" in page
+
+
+def test_experts_that_loop_verify_without_the_loop() -> None:
+    name = "LongcatFlashForCausalLM, experts without a loop"
+    assert (name, 4, "tensor") in model_matrix.tasks_of(["LongcatFlashForCausalLM"], [4])
+    with_loop, args, kwargs = model_matrix.made("LongcatFlashForCausalLM")
+    without, *_ = model_matrix.made(name)
+    torch.testing.assert_close(without(*args, **kwargs).logits, with_loop(*args, **kwargs).logits)
+    found = model_matrix.outcome(name, 4)
+    assert found.stage == "", found.line
+    assert f"| {name} | ok |" in model_matrix.page([found], "versions")
 
 
 def test_a_model_whose_rows_alternate_in_the_checkpoint() -> None:

@@ -1,0 +1,121 @@
+"""Parts of a sequence that are computed on apart, and joined again -> chosen by position.
+
+    before    y = cat([x[:, :n] * a, x[:, n:]], 1)                       # x [B, S, D], as keys with a history
+    after     y = where(arange(S)[:, None] < n, x * a, x)
+
+A rank's part of a split sequence may end on either side of n, and one graph serves all ranks.  What is done to a part
+is done to each position by itself, so it can be done to all of them.  On dims but the last, which is the width, and in
+programs that split a sequence.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from functools import partial
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+from torch._ops import OpOverload
+from torch.fx import GraphModule, Node
+from torch.fx.node import map_arg
+
+from torchtrt_md.graph.rewrite import emit, substitute
+from torchtrt_md.lowering.ops import bound_args, is_sequence_mark
+from torchtrt_md.lowering.passes import PassContext
+from torchtrt_md.program import value_of
+
+aten = torch.ops.aten
+
+
+class _Part(NamedTuple):
+    """``start:stop`` of a value."""
+
+    value: Node
+    start: int
+    stop: int
+
+
+def run(graph: GraphModule, context: PassContext) -> int:
+    """Number of joins that became choices."""
+    if not any(map(is_sequence_mark, graph.graph.nodes)):
+        return 0
+    count = 0
+    before: dict[tuple[object, ...], Node] = {}  # which positions are in front of one: blocks have these in common
+    for node in graph.graph.find_nodes(op="call_function", target=aten.cat.default):
+        args, ndim = bound_args(node), value_of(node).ndim
+        dim = args["dim"] % ndim
+        found = [_part_of(x, dim) for x in args["tensors"]]
+        parts = [part for part in found if part is not None]
+        if dim < ndim - 1 and len(parts) == len(found) and _is_worth_it(args["tensors"], parts, dim):
+            substitute(node, _chosen(node, args["tensors"], parts, dim, before))
+            count += 1
+    return count
+
+
+def _part_of(node: Node, dim: int) -> _Part | None:
+    """What it is a part of, if all that was done to it keeps the positions of ``dim`` apart."""
+    if node.target is not aten.slice.Tensor:
+        parts = {_part_of(x, dim) for x in _operands_along(node, dim)}
+        return parts.pop() if len(parts) == 1 else None
+    args = bound_args(node)
+    whole: Node = args["self"]
+    shape = value_of(whole).shape
+    if args["dim"] % len(shape) != dim or args["step"] != 1:
+        return None
+    start, stop, _ = slice(args["start"], args["end"]).indices(shape[dim])
+    return _Part(whole, start, stop)
+
+
+def _operands_along(node: Node, dim: int) -> list[Node]:
+    """The operands of a pointwise op that have the positions of ``dim``; none where it is no such op.
+
+    Of a single position, an operand that is no part is one value for all.
+    """
+    if not isinstance(node.target, OpOverload) or torch.Tag.pointwise not in node.target.tags:
+        return []
+    if torch.Tag.nondeterministic_seeded in node.target.tags or not isinstance(node.meta["val"], Tensor):
+        return []
+    shape = value_of(node).shape
+    single = shape[dim] == 1
+    have = [x for x in node.all_input_nodes if len(value_of(x).shape) >= len(shape) - dim]
+    along = [x for x in have if single or value_of(x).shape[dim - len(shape)] != 1]
+    if single:
+        along = [x for x in along if _part_of(x, dim) is not None]
+    return along if all(value_of(x).ndim == len(shape) for x in along) else []
+
+
+def _is_worth_it(tensors: Sequence[Node], parts: Sequence[_Part], dim: int) -> bool:
+    """Are they all of one value, in order, with something done to some?"""
+    ends = [0, *(part.stop for part in parts)]
+    in_order = [part.start for part in parts] == ends[:-1] and ends[-1] == value_of(parts[0].value).shape[dim]
+    one = len({part.value for part in parts}) == len({value_of(x).dtype for x in tensors}) == 1
+    return one and in_order and len(parts) > 1 and any(x.target is not aten.slice.Tensor for x in tensors)
+
+
+def _chosen(
+    node: Node, tensors: Sequence[Node], parts: Sequence[_Part], dim: int, before: dict[tuple[object, ...], Node]
+) -> Node:
+    whole = value_of(parts[0].value)
+    result, *rest = [_done(node, x, part, dim) for x, part in zip(reversed(tensors), reversed(parts), strict=True)]
+    for made, part in zip(rest, reversed(parts[:-1]), strict=True):
+        key = (whole.shape[dim], whole.ndim - dim, whole.device, part.stop)
+        if key not in before:
+            at = emit(node, aten.arange.default, whole.shape[dim], device=whole.device)
+            at = emit(node, aten.view.default, at, [-1, *[1] * (whole.ndim - 1 - dim)])
+            before[key] = emit(node, aten.lt.Scalar, at, part.stop)
+        result = emit(node, aten.where.self, before[key], made, result)
+    return result
+
+
+def _done(before: Node, node: Node, part: _Part, dim: int) -> Node:
+    """What was done to a part, done to all."""
+    if node.target is aten.slice.Tensor:
+        return part.value
+    made = {x: _done(before, x, part, dim) for x in _operands_along(node, dim)}
+    args: Any = map_arg((node.args, node.kwargs), partial(_replaced, made))
+    return emit(before, node.target, *args[0], **args[1])  # type: ignore[arg-type]
+
+
+def _replaced(by: Mapping[Node, Node], x: Node) -> Node:
+    return by.get(x, x)
