@@ -7,7 +7,7 @@ BIN    := $(VENV)/bin
 READY  := $(VENV)/.ready
 TRITON := $(VENV)/triton/.ready
 
-.PHONY: demo test gpu-test faults models lint cpp cpp-tests install clean
+.PHONY: demo test gpu-test faults models models-part lint cpp cpp-tests install clean
 
 # The C++ runner: its core with tests, and with TENSORRT_INCLUDE=path, the folder of NvInferVersion.h, mdtrt_run.
 CPP_TESTS   := build/cpp-tests
@@ -29,6 +29,10 @@ faults: $(READY)
 # Writes docs/models.md: which models of the installed transformers and diffusers verify under their own plans.
 models: $(READY)
 	$(BIN)/python benchmarks/model_matrix.py -o docs/models.md
+
+# One of 24 parts of it, beside what the page says.
+models-part: $(READY)
+	$(BIN)/python benchmarks/model_matrix.py --part 1/24 --check docs/models.md
 
 lint: $(READY)
 	$(BIN)/ruff check .

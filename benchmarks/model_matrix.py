@@ -3,6 +3,7 @@
     python benchmarks/model_matrix.py --ranks 2 --ranks 4 -o docs/models.md
     python benchmarks/model_matrix.py --ranks 2 --only LlamaForCausalLM
     python benchmarks/model_matrix.py --part 1/4 --results found.jsonl     # a quarter of the models; four make a page
+    python benchmarks/model_matrix.py --part 1/4 --check docs/models.md    # fails where the page says otherwise
 
 Models of transformers are the causal language models with a tensor-parallel plan that it maps configurations to, made
 from a small configuration (small_configs.py).  Those of diffusers are all classes with a plan, called as their
@@ -10,17 +11,20 @@ pipelines call them (small_diffusers.py), in each strategy of a split sequence a
 plans; its transformers without a plan for a split sequence, by plans given by hand, and those without a tensor-parallel
 one by a plan made of the names of their layers (small_diffusers_plans.py).
 Weights are random.  What does not verify is written down with the first line of the error, or with that of the
-library, where the model does not run by itself.
+library, where the model does not run by itself.  Of the classes some go on to an engine of TensorRT, every
+``SAMPLE``-th in the order of their names.
 """
 
 from __future__ import annotations
 
 import argparse
+import functools
 import json
 import multiprocessing
 import os
 import subprocess
 import sys
+import tempfile
 import textwrap
 import time
 import traceback
@@ -38,6 +42,7 @@ from benchmarks import small_diffusers, small_diffusers_plans, without_loops  # 
 from benchmarks.small_configs import TOKENS, small  # noqa: E402
 
 LIMIT_S = 600.0
+SAMPLE = 12
 BY_NAMES = "tensor, by names"
 SAID = "in the library: "  # what library_tp.py says begins so
 # Fields without which the library's own default does not run.
@@ -66,6 +71,8 @@ class Outcome:
         graphs: how many the program has; one serves all ranks.
         seconds: that it took.
         parallel: "tensor", the same by a plan made of names, or the strategy of a split sequence.
+        built: "yes" where rank 0's program was built as TensorRT engines, too, or why it was not; "" if that was not
+            tried.
         library: of a model of transformers that failed, what became of it in the library itself (library_tp.py).
     """
 
@@ -77,6 +84,7 @@ class Outcome:
     seconds: float = 0.0
     parallel: str = "tensor"
     library: str = ""
+    built: str = ""
 
 
 def models() -> list[str]:
@@ -154,7 +162,7 @@ def outcome(name: str, ranks: int, parallel: str = "tensor") -> Outcome:
     from torchtrt_md.verification import verify
 
     begin = time.perf_counter()
-    stage, graphs = "model", 0
+    stage, graphs, built = "model", 0, ""
     try:
         model, args, kwargs = small_diffusers_plans.made(name) if _planned(name, parallel) else made(name)
         with torch.no_grad():
@@ -167,11 +175,35 @@ def outcome(name: str, ranks: int, parallel: str = "tensor") -> Outcome:
         stage = "verify"
         report = verify(lowered, model, args, kwargs)
         stage, line = "", f"{report.error:.1e}"
+        if parallel in ("tensor", "ulysses") and _is_sampled(name):
+            built = _built_of(lowered)
     except Exception as error:  # whatever it is, it goes into the table
         line = f"{type(error).__name__}: " + next(iter(str(error).strip().splitlines()), "")
         if os.environ.get("MATRIX_TRACE"):
             traceback.print_exc()
-    return Outcome(name, ranks, stage, line, graphs, time.perf_counter() - begin, parallel)
+    return Outcome(name, ranks, stage, line, graphs, time.perf_counter() - begin, parallel, built=built)
+
+
+def _built_of(lowered: Any) -> str:
+    import torchtrt_md as md
+
+    try:
+        with tempfile.TemporaryDirectory() as folder:
+            md.build(lowered, folder, ranks=[0])
+    except md.MDError as error:
+        return f"{type(error).__name__}: {str(error).splitlines()[0]}"
+    return "yes"
+
+
+def _is_sampled(call: str) -> bool:
+    """Whether the class of a call is one of those that go on to engines."""
+    return _names().index(call.partition(", ")[0]) % SAMPLE == 0
+
+
+@functools.cache
+def _names() -> list[str]:
+    """All classes, in the order of their names."""
+    return sorted({*models(), *small_diffusers.classes(), *small_diffusers_plans.classes()})
 
 
 def _along(name: str, parallel: Any, model: Any) -> Any:
@@ -285,6 +317,7 @@ def page(outcomes: Sequence[Outcome], versions: str) -> str:
             *_wrapped("Not tried, since no call of them is written: " + ", ".join(without) + "."),
             "",
             *(_of_classes(planned, r) for r in sorted({o.ranks for o in planned})),
+            *_built(planned),
             *_wide_table(planned),
         ]
     if by_names:
@@ -344,6 +377,7 @@ def _table(outcomes: Sequence[Outcome], columns: Sequence[str]) -> list[str]:
     lines = [
         "",
         *(f"- {r} ranks: {sum(not o.stage for o in of[r])} of {len(of[r])}" for r in ranks),
+        *_built(outcomes),
         "",
         "| " + " | ".join([*columns, *(f"{r} ranks" for r in ranks)]) + " |",
         "|---" * (len(columns) + len(ranks)) + "|",
@@ -352,6 +386,24 @@ def _table(outcomes: Sequence[Outcome], columns: Sequence[str]) -> list[str]:
         cells = [_cell(by[*row, r]) if (*row, r) in by else "" for r in ranks]
         lines.append("| " + " | ".join([*row[: len(columns)], *cells]) + " |")
     return lines
+
+
+def _built(outcomes: Sequence[Outcome]) -> list[str]:
+    """Which went on to engines."""
+    tried = sorted((o for o in outcomes if o.built), key=lambda o: (o.model.lower(), o.parallel, o.ranks))
+    told = {"yes": "- built as TensorRT engines of rank 0, too: "}
+    lines = []
+    for why in dict.fromkeys(["yes", *(o.built for o in tried)]):
+        names = dict.fromkeys(o.model for o in tried if o.built == why)
+        if names:
+            lines.append(told.get(why, f"- not built whole, by {why.replace('|', ' ')}: ") + "; ".join(names))
+    return lines
+
+
+def differences(outcomes: Sequence[Outcome], text: str) -> list[str]:
+    """The rows that a page has otherwise."""
+    there = set(text.splitlines())
+    return [row for row in page(outcomes, "").splitlines() if row.startswith("| ") and row not in there]
 
 
 def _cell(o: Outcome) -> str:
@@ -369,14 +421,14 @@ def main() -> None:
     parser.add_argument("--jobs", type=int, default=2)
     parser.add_argument("--results", type=Path, help="a file of results: what is in it is not run again")
     parser.add_argument("-o", "--out", type=Path, help="the page to write")
+    parser.add_argument("--check", type=Path, help="a page whose rows are to be those that are found")
     options = parser.parse_args()
     import diffusers
     import torch
     import transformers
 
     first, count = map(int, options.part.split("/"))
-    names = list(dict.fromkeys([*models(), *small_diffusers.classes(), *small_diffusers_plans.classes()]))
-    chosen = [name for name in names if not options.only or name in options.only][first - 1 :: count]
+    chosen = [name for name in _names() if not options.only or name in options.only][first - 1 :: count]
     tasks = tasks_of(chosen, options.ranks or [2, 4])
     outcomes = []
     if options.results and options.results.exists():
@@ -402,6 +454,8 @@ def main() -> None:
         modules = (torch, transformers, diffusers)
         versions = ", ".join(f"{module.__name__} {module.__version__}" for module in modules)
         options.out.write_text(page(outcomes, versions))
+    if options.check and (rows := differences(outcomes, options.check.read_text())):
+        sys.exit("\n".join([f"{options.check} has these rows otherwise:", *rows]))
 
 
 if __name__ == "__main__":

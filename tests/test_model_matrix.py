@@ -51,6 +51,23 @@ def test_experts_that_loop_verify_without_the_loop() -> None:
     assert f"| {name} | ok |" in model_matrix.page([found], "versions")
 
 
+def test_a_page_is_compared_row_by_row() -> None:
+    found = [model_matrix.Outcome("LlamaForCausalLM", r, "", "1e-7", built="yes") for r in (2, 4)]
+    page = model_matrix.page(found, "versions")
+    assert "- built as TensorRT engines of rank 0, too: LlamaForCausalLM" in page
+    assert model_matrix.differences(found, page) == []
+    worse = [found[0], model_matrix.Outcome("LlamaForCausalLM", 4, "verify", "wrong", built="BuildError: too large")]
+    assert model_matrix.differences(worse, page) == ["| LlamaForCausalLM | ok | verify: wrong |"]
+    assert "- not built whole, by BuildError: too large: LlamaForCausalLM" in model_matrix.page(worse, "versions")
+
+
+def test_some_models_go_on_to_engines() -> None:
+    sampled = [name for name in model_matrix._names() if model_matrix._is_sampled(name)]
+    assert len(sampled) == -(-len(model_matrix._names()) // model_matrix.SAMPLE)
+    assert model_matrix.outcome("CohereForCausalLM", 2).built == "yes"
+    assert model_matrix.outcome("LlamaForCausalLM", 2).built == ""
+
+
 def test_a_model_whose_rows_alternate_in_the_checkpoint() -> None:
     found = model_matrix.outcome("Inkling2ForCausalLM", 4)
     assert (found.stage, found.graphs) == ("", 1)
