@@ -41,6 +41,7 @@ from torch.distributed.device_mesh import DeviceMesh
 
 from torchtrt_md.errors import CollectiveError, MeshError
 from torchtrt_md.lowering.attention_math import ring_attention_block
+from torchtrt_md.mesh import axis_names
 
 NAMESPACE = "torchtrt_md"
 REDUCE_OPS = ("sum", "avg", "max", "min", "product")
@@ -72,7 +73,13 @@ def _group(axis: str, size: int) -> dist.ProcessGroup:
             f"a collective on axis {axis!r} was run with no mesh",
             fix="run the graph under torchtrt_md.lowering.ops.use_device_mesh(...)",
         )
-    group = device_mesh.get_group(axis)
+    names = axis_names(device_mesh)  # also of a mesh whose dims have none
+    if axis not in names:
+        raise MeshError(
+            f"the mesh has no axis {axis!r}; it has {', '.join(map(repr, names))}",
+            fix="name one of these, or run the graph on the mesh that it was made for",
+        )
+    group = device_mesh.get_group(names.index(axis))
     if group.size() != size:
         raise MeshError(
             f"the graph was made for {size} ranks on axis {axis!r}, the mesh has {group.size()}",

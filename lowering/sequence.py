@@ -57,7 +57,7 @@ from torch.fx import GraphModule, Node
 
 from torchtrt_md.errors import ShardingError
 from torchtrt_md.graph.rewrite import emit, substitute
-from torchtrt_md.graph.source import source_line
+from torchtrt_md.graph.source import source_line, user_name
 from torchtrt_md.lowering.localize import localize
 from torchtrt_md.lowering.ops import OF_PARTS, bound_args, is_sequence_mark
 from torchtrt_md.lowering.passes import PassContext
@@ -239,7 +239,9 @@ class _Analysis:
         mask_state = call.state(mask)
         at = None if mask_state is None else mask_state.dim + 4 - value_of(mask).ndim
         if at in (0, 1):
-            call.refuse(f"has a mask ({mask.name}) that is split by batches or heads, unlike its queries", _SPLIT_ALIKE)
+            call.refuse(
+                f"has a mask ({user_name(mask)}) that is split by batches or heads, unlike its queries", _SPLIT_ALIKE
+            )
         if q and k and v:
             self._over_sequence(call, q, k, v)
             return 1

@@ -21,7 +21,7 @@ from torch import Tensor
 from torch.fx import Node
 
 from torchtrt_md.errors import ShardingError
-from torchtrt_md.graph.source import source_line
+from torchtrt_md.graph.source import source_line, user_name
 from torchtrt_md.lowering.ops import bound_args
 from torchtrt_md.program import value_of
 
@@ -183,13 +183,13 @@ class Call:
 def _describe(node: Node, state: Result, size: int) -> str:
     value = node.meta.get("val")
     if not isinstance(value, Tensor):
-        return node.name
+        return user_name(node)
     if not isinstance(state, Sharded):
-        return f"{node.name} {list(value.shape)}, equal on all ranks"
+        return f"{user_name(node)} {list(value.shape)}, equal on all ranks"
     held = " + ".join(f"{part.held}{' (all)' if part.is_whole else ''}" for part in state.parts(size))
     pieces = f" as parts of {held} per rank" if len(state.pieces) > 1 else ""
     part, whole = local_shape(value.shape, state), list(value.shape)
-    return f"{node.name} {part}, this rank's part of {whole} on dim {state.dim}{pieces}"
+    return f"{user_name(node)} {part}, this rank's part of {whole} on dim {state.dim}{pieces}"
 
 
 def local_shape(whole: Sequence[int], state: State) -> list[int]:
@@ -229,7 +229,9 @@ def combine(call: Call, *operands: tuple[object, Dims], across: str = "mixes pos
         if isinstance(operand, Node) and call.state(operand) is None:
             part = _part_beside(call, operand, dims, result)
             if needed.setdefault(operand, part) != part:
-                call.refuse(f"uses {operand.name} both whole and as this rank's part", "pass a copy of it in one place")
+                call.refuse(
+                    f"uses {user_name(operand)} both whole and as this rank's part", "pass a copy of it in one place"
+                )
     call.to_split.update({operand: part for operand, part in needed.items() if part is not None})
     return result
 
@@ -242,7 +244,7 @@ def _part_beside(call: Call, operand: Node, dims: Dims, result: Sharded) -> Stat
     extent, whole = value_of(operand).shape[dim], result.whole(call.size)
     if extent != whole:
         call.refuse(
-            f"uses {extent} entries of {operand.name} beside a sharded dim of {whole}",
+            f"uses {extent} entries of {user_name(operand)} beside a sharded dim of {whole}",
             "use as many entries of one as of the other",
         )
     return replace(result, dim=dim)

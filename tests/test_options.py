@@ -6,7 +6,7 @@ from typing import Any
 
 import pytest
 
-from torchtrt_md import ContextParallel, Mesh, TensorParallel
+from torchtrt_md import ContextParallel, Gather, Mesh, Split, TensorParallel
 from torchtrt_md.errors import MDError, OptionError
 from torchtrt_md.lowering.passes import Exchange
 from torchtrt_md.options import CHOICES, Options
@@ -72,3 +72,19 @@ def test_a_wrong_value_names_the_allowed(name: str, value: object, allowed: str)
         Options.of({name: value})
     assert f"the option {name!r} cannot be" in str(raised.value)
     assert allowed in str(raised.value)
+
+
+def test_what_ranks_compare_tells_a_plan_entry_by_entry() -> None:
+    plan = {"": {"x": Split(1)}, "out": [None, Gather(1)]}
+    told = Options(mesh=Mesh(cp=2), parallel=ContextParallel("cp", "ring", plan), cache="/mine").told()
+    assert told["mesh"] == "cp=2"
+    assert told["parallel"] == "ContextParallel('cp')"
+    assert told["parallel.strategy"] == "'ring'"
+    assert told["parallel.plan['']['x']"] == repr(Split(1))
+    assert told["parallel.plan['out'][0]"] == "None"
+    assert told["parallel.plan['out'][1]"] == repr(Gather(1))
+    assert told["placement"] == "'auto'"
+    assert not {"cache", "report"} & told.keys(), "each rank has its own"
+    several = Options(parallel=[ContextParallel("cp"), TensorParallel("tp")]).told()
+    assert several["parallel[1]"] == "TensorParallel('tp')"
+    assert several["parallel[1].plan"] == "None"

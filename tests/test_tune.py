@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import gc
+import importlib
 import unittest.mock
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any, NamedTuple
 
 import models
@@ -15,17 +17,20 @@ from rank_processes import Ranks
 from torch import Tensor, nn
 
 import torchtrt_md as md
+from torchtrt_md.build.flavour import Flavour
 from torchtrt_md.choices import Choices, Transport
 from torchtrt_md.errors import ConversionError
 from torchtrt_md.launch import Launch
-from torchtrt_md.launch.agree import Ballot, Failure, _verdict
+from torchtrt_md.launch.agree import Alone, Ballot, Failure, _verdict
+from torchtrt_md.lowering.passes import Exchange
 from torchtrt_md.options import Options
-from torchtrt_md.road import Built
+from torchtrt_md.program import ShardedProgram
+from torchtrt_md.road import Built, Road
 from torchtrt_md.runtime.executor import Executor
 from torchtrt_md.runtime.steps import Key
 from torchtrt_md.segment import Part
 from torchtrt_md.session import Session
-from torchtrt_md.tune import _keep, _read, _Tuner, candidates, tune
+from torchtrt_md.tune import _keep, _key, _read, _Tuner, candidates, tune
 
 PLAN = {"": {"x": md.Split(1)}, "out": md.Gather(1)}
 
@@ -394,3 +399,74 @@ def test_what_a_short_search_found_is_not_taken_for_that_of_a_long_one(ranks: Ra
         assert short > 0
         assert long > 0
         assert short_again == 0
+
+
+class Hosts(Alone):
+    """Ranks on these hosts, one behind the other."""
+
+    def __init__(self, hosts: Sequence[int]) -> None:
+        self.hosts = hosts
+
+    def gather(self, value: Any, about: str, /) -> list[Any]:
+        return [(host, value[1]) for host in self.hosts]
+
+
+@pytest.fixture(scope="module")
+def deep_program() -> ShardedProgram:
+    parallel = md.ContextParallel("cp", "auto", PLAN)
+    return md.capture(models.Deep(1).eval(), (torch.randn(1, 8, 32),), mesh=md.Mesh(cp=2), parallel=parallel)
+
+
+def key_of(program: ShardedProgram, hosts: Sequence[int] = (0, 0), **options: Any) -> str:
+    asked = Options(mesh=md.Mesh(cp=2), **options)
+    launch = SimpleNamespace(hosts=hosts, rank=0, device=torch.device("cpu"), agreement=Hosts(hosts))
+    session: Any = SimpleNamespace(program=program, options=asked, launch=launch, road=Road(program, asked, ranks=[0]))
+    return _key(session, EAGER)
+
+
+def converter(*_: Any) -> None: ...
+
+
+@pytest.mark.parametrize(
+    "options",
+    [
+        {"hosts": (0, 1)},
+        {"transport": "store"},
+        {"overlap": False},
+        {"placement": "split"},
+        {"target": "sm120"},
+        {"tune": True},
+        {"tune_seconds": 30.0},
+        {"compute": "inductor"},
+        {"fullgraph": True},
+        {"transpose_weights": False},
+        {"exchange": Exchange("ulysses")},
+    ],
+    ids=lambda options: next(iter(options)),
+)
+def test_choices_are_of_what_was_asked_for_and_of_where_the_ranks_are(
+    options: dict[str, Any], deep_program: ShardedProgram
+) -> None:
+    assert key_of(deep_program) == key_of(deep_program)
+    assert key_of(deep_program) != key_of(deep_program, **options)
+
+
+@pytest.mark.parametrize(
+    ("home", "name", "value"),
+    [
+        ("torch", "__version__", "9.9"),
+        ("torchtrt_md", "__version__", "9.9"),
+        ("torchtrt_md.build.cache", "torch_tensorrt_version", lambda: "9.9"),
+        ("torchtrt_md.build.cache", "user_converters", lambda: [("aten.addmm.default", converter)]),
+        ("torchtrt_md.build.cache", "_sources", lambda: "other"),
+        ("torchtrt_md.build.flavour", "flavour", lambda: Flavour("TensorRT-RTX", "9.9", torch)),
+    ],
+)
+def test_choices_are_of_these_versions(
+    home: str, name: str, value: Any, deep_program: ShardedProgram, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    before = key_of(deep_program)
+    without = key_of(deep_program, compute="inductor")
+    monkeypatch.setattr(importlib.import_module(home), name, value)  # md.build is a function, too
+    assert key_of(deep_program) != before
+    assert (key_of(deep_program, compute="inductor") != without) == (home in ("torch", "torchtrt_md"))

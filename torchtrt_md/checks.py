@@ -6,6 +6,7 @@ argument and says what to pass.
 
 from __future__ import annotations
 
+import os
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -80,6 +81,7 @@ def check_lower(program: object, placement: object, exchanges: object, dump: obj
             check_type("exchanges", value, Exchange, "a lowering.passes.Exchange for each attention_key")
     if dump is not None:
         check_folder("dump", dump)
+        check_place("dump", Path(dump), folder=True)  # type: ignore[arg-type]
 
 
 def check_verify(program: object, model: object, args: object, kwargs: object) -> None:
@@ -147,6 +149,7 @@ def check_export(
     check_choice("strip_weights", strip_weights, (True, False))
     if dump is not None:
         check_folder("dump", dump)
+        check_place("dump", Path(dump), folder=True)  # type: ignore[arg-type]
     if not callable(progress):
         raise refused("progress", _shown(progress), "a function that takes (stage, detail, seconds)")
 
@@ -161,6 +164,20 @@ def check_program(program: object) -> None:
 def check_folder(name: str, value: object) -> None:
     """A folder, as text or a path."""
     check_type(name, value, (str, Path), "a folder, as text or a pathlib.Path")
+
+
+def check_place(name: str, path: Path, *, folder: bool) -> None:
+    """A path at which a folder, or a file, is or can come into being, with the folders above it."""
+    if path.exists() and path.is_dir() != folder:
+        raise OptionError(
+            f"{name!r} cannot be {path}, which is a {'file' if folder else 'folder'}",
+            fix=f"give the name of a {'folder' if folder else 'file'}, which need not be there yet",
+        )
+    above = next(p for p in (path, *path.absolute().parents) if p.exists())
+    if above != path and not above.is_dir():
+        raise OptionError(f"{name!r} cannot be {path}: {above} is a file", fix="give a place in a folder")
+    if not os.access(above, os.W_OK):
+        raise OptionError(f"{name!r} cannot be {path}: {above} cannot be written to", fix="give another place")
 
 
 def check_choice(name: str, value: object, choices: Any) -> None:

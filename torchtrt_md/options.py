@@ -3,14 +3,14 @@
 from __future__ import annotations
 
 import difflib
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, fields
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Literal, Self
+from typing import TYPE_CHECKING, Any, Literal, Self, TypeGuard
 
 from torchtrt_md.checks import PLACEMENTS, TRANSPORTS
 from torchtrt_md.errors import OptionError
-from torchtrt_md.mesh import Mesh
+from torchtrt_md.mesh import Mesh, axis_names
 from torchtrt_md.parallel import PARALLELS, Gather, Parallel, Split
 
 if TYPE_CHECKING:
@@ -123,16 +123,22 @@ class Options:
         assert isinstance(self.parallel, tuple)
         return self.parallel
 
-    def told(self) -> str:
-        """What all ranks must have in common, as text: all but where each keeps its cache."""
-        own = {field.name: getattr(self, field.name) for field in fields(self) if field.name not in ("cache", "report")}
-        if self.mesh is not None and not isinstance(self.mesh, Mesh):
-            own["mesh"] = (self.mesh.mesh_dim_names, tuple(self.mesh.mesh.shape))
-        own["parallel"] = [
-            (type(p).__name__, p.axis, getattr(p, "strategy", ""), _told(getattr(p, "plan", None)))
-            for p in self.parallels
-        ]
-        return ", ".join(f"{name}={value!r}" for name, value in own.items())
+    def told(self) -> dict[str, str]:
+        """What all ranks must have in common, as texts by name: all but where each keeps its cache."""
+        own: dict[str, Any] = {f.name: getattr(self, f.name) for f in fields(self) if f.name not in ("cache", "report")}
+        if self.mesh is not None:
+            mesh = self.mesh
+            names, shape = (
+                (mesh.names, mesh.shape) if isinstance(mesh, Mesh) else (axis_names(mesh), tuple(mesh.mesh.shape))
+            )
+            own["mesh"] = ", ".join(f"{name}={size}" for name, size in zip(names, shape, strict=True))
+        told = {name: str(own[name]) if name == "mesh" else repr(own[name]) for name in own if name != "parallel"}
+        for index, p in enumerate(self.parallels):
+            name = f"parallel[{index}]" if len(self.parallels) > 1 else "parallel"
+            told[name] = f"{type(p).__name__}({p.axis!r})"
+            told[f"{name}.strategy"] = repr(getattr(p, "strategy", None))
+            told |= _told(f"{name}.plan", getattr(p, "plan", None))
+        return told
 
     def _check_types(self) -> None:
         from torch.distributed.device_mesh import DeviceMesh
@@ -162,17 +168,29 @@ class Options:
                 raise _refused(name, getattr(self, name), allowed)
 
 
-def _is_number(value: object) -> bool:
+def seconds(timeout: object) -> float:
+    """The seconds that a rank waits while the options are read, of which ``timeout`` may be the wrong one."""
+    return float(timeout) if _is_number(timeout) and timeout > 0 else Options.timeout
+
+
+def _is_number(value: object) -> TypeGuard[float]:
     return isinstance(value, (int, float)) and not isinstance(value, bool)
 
 
-def _told(entry: Any) -> Any:
-    """A plan without the addresses of its objects."""
+def _told(name: str, entry: Any) -> dict[str, str]:
+    """A plan without the addresses of its objects: each of its entries by its place in it."""
     if isinstance(entry, Mapping):
-        return {key: _told(value) for key, value in entry.items()}
-    if isinstance(entry, (list, tuple)):
-        return [_told(value) for value in entry]
-    return repr(entry) if entry is None or isinstance(entry, (str, Split, Gather)) else type(entry).__name__
+        nested: Iterable[tuple[Any, Any]] = entry.items()
+    elif isinstance(entry, (list, tuple)):
+        nested = enumerate(entry)
+    else:
+        plain = entry is None or isinstance(entry, (str, Split, Gather))
+        return {name: repr(entry) if plain else type(entry).__name__}
+    # Itself too: an empty one is not none.
+    told = {name: f"a {type(entry).__name__}"}
+    for key, value in nested:
+        told |= _told(f"{name}[{key!r}]", value)
+    return told
 
 
 def _refused(name: str, value: object, allowed: str) -> OptionError:

@@ -178,9 +178,11 @@ def _key(session: Session, default: Choices) -> str:
     gpu = torch.cuda.get_device_name(launch.device) if launch.device.type == "cuda" else "cpu"
     flavour: tuple[str, ...] = ()
     if options.compute == "tensorrt":
+        from torchtrt_md.build.cache import versions
         from torchtrt_md.build.flavour import flavour as installed
 
-        flavour = (installed().name, installed().version)
+        # As an engine's key has them: other converters leave other ops to PyTorch, and make other engines.
+        flavour = (installed().name, installed().version, *versions())
     parts = (
         graph_digest(session.road.lower(replace(default, placement="split")).graphs[launch.rank]),
         sorted(session.program.strategies.items()),

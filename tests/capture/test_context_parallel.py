@@ -97,8 +97,8 @@ def test_results_lists_wildcards_and_positions() -> None:
         ({"block.0": {"x": md.Split(1)}}, "module 'block.0'", "'blocks.0'"),
         ({"blocks.0": {"z": md.Split(1)}}, "argument 'z' of module 'blocks.0', which takes x, pair, flag", "name one"),
         ({"": {"x": md.Split(3)}}, "argument 'x' of the model has 3 dims", "correct the plan"),
-        ({"": {"x": "split"}}, "'split' does not say how", "md.Split"),
-        ({"blocks.0": "gather"}, "does not say where to gather", "md.Gather"),
+        ({"": {"x": "split"}}, "'split' for argument 'x' of the model, which does not say how", "md.Split"),
+        ({"blocks.0": "gather"}, "'gather' for module 'blocks.0', which does not say where to gather", "md.Gather"),
     ],
 )
 def test_plans_that_do_not_fit(plan: dict[str, Any], problem: str, fix: str) -> None:

@@ -9,6 +9,7 @@ import models
 import pytest
 import torch
 from torch import Tensor, nn
+from torch.distributed.tensor.parallel import ColwiseParallel
 
 import torchtrt_md as md
 from torchtrt_md.errors import PlanError, PlanWarning
@@ -83,6 +84,42 @@ WHOLE = {"": {"x": md.Split(1)}, "proj": md.Gather(1)}
         ),
         ({"": {"x": [md.Split(1, output=True)]}}, "does not say how to split a list", "one md.Split"),
         ({}, "the plan splits nothing of Model", 'md.split(x, dim, "cp")'),
+        (
+            {**WHOLE, "blocks.0": md.Split(1)},
+            r"md.Split\(1\) for module 'blocks.0', and not for one of its arguments or results; it takes x, mask\n",
+            'write {"blocks.0": {"x": md.Split(1)}} to split an argument, or {"blocks.0": {0: md.Split(1, output=True)',
+        ),
+        ({"": md.Split(1, ndim=3)}, r"for the model, .*; it takes x, y\n", '{"": {"x": md.Split(1, ndim=3)}}'),
+        ({"": [None, md.Split(1)]}, r"for the model, .*; it takes x, y\n", 'or {"": {1: md.Split(1, output=True)}}'),
+        (
+            {**WHOLE, "blocks.*": md.Split(1, output=True)},
+            r"module 'blocks.\*', and not",
+            'write {"blocks.*": {0: md.Split(1, output=True)}} to split result 0',
+        ),
+        (
+            {**WHOLE, "proj": {0: md.Gather(1)}},
+            "gathers result 0 of module 'proj' in a dict, which is for splits",
+            'write {"proj": md.Gather(1)}',
+        ),
+        (
+            {**WHOLE, "blocks.0": {1: md.Gather(1)}},
+            "gathers result 1 of module 'blocks.0' in a dict",
+            'write {"blocks.0": [None, md.Gather(1)]}',
+        ),
+        ({**WHOLE, "proj": {"input": md.Gather(-2)}}, "gathers argument 'input' of module 'proj'", "md.Gather(-2)}"),
+        (
+            {"x": md.Split(1), "proj": md.Gather(1)},
+            "a module 'x' that Model does not have; 'x' is an argument of the model",
+            'write {"": {"x": md.Split(1)}}',
+        ),
+        ({"": {"x": 1}}, "the plan has 1 for argument 'x' of the model, which does not say how", "md.Split(dim)"),
+        ({"": {"x": [md.Split(1), "y"]}}, "has 'y' for a part of argument 'x' of the model", "md.Split(dim)"),
+        (
+            {**WHOLE, "proj": 1},
+            "the plan has 1 for module 'proj', which does not say where to gather",
+            '{"proj": {"input": md.Split',
+        ),
+        ({**WHOLE, "blocks.0": {0: md.Split(1)}}, "is no argument's name; it takes x, mask\n", "output=True"),
     ],
 )
 def test_entries_that_cannot_apply(plan: dict[str, Any], problem: str, fix: str) -> None:
@@ -207,6 +244,35 @@ def test_a_hint_in_the_models_own_names() -> None:
     with pytest.raises(PlanError) as caught:
         md.capture(model, args, mesh=md.Mesh(tp=2), parallel=md.TensorParallel("tp"))
     assert 'TensorParallel("tp", plan={"up": "colwise", "down": "rowwise"})' in caught.value.fix
+
+
+class Projections(nn.Module):
+    """Layers of which no two are a pair for certain, but those that ``pair`` adds."""
+
+    def __init__(self, pair: bool = False) -> None:
+        super().__init__()
+        self.qkv, self.q, self.k, self.out = nn.Linear(8, 24), nn.Linear(8, 8), nn.Linear(8, 8), nn.Linear(8, 8)
+        self.gated = nn.ModuleDict({"gate": nn.Linear(8, 32), "up": nn.Linear(8, 32), "down": nn.Linear(32, 8)})
+        self.mlp = nn.Sequential(nn.Linear(8, 32), nn.GELU(), nn.Linear(32, 8) if pair else nn.Linear(32, 4))
+
+    def forward(self, x: Tensor) -> Tensor:
+        return x
+
+
+def test_a_hint_names_two_layers_only_where_they_are_a_pair() -> None:
+    for pair in (False, True):
+        with pytest.raises(PlanError) as caught:
+            md.capture(Projections(pair), (X,), mesh=md.Mesh(tp=2), parallel=md.TensorParallel("tp"))
+        assert ('plan={"mlp.0": "colwise", "mlp.2": "rowwise"}' in caught.value.fix) == pair
+        assert "qkv" not in caught.value.fix
+        assert '"colwise"' in caught.value.fix
+
+
+def test_the_class_of_a_style_is_no_style() -> None:
+    parallel = md.TensorParallel("tp", plan={"proj": ColwiseParallel})
+    with pytest.raises(PlanError, match="module 'proj' the class ColwiseParallel, and not a style") as caught:
+        md.capture(Model(), (X,), mesh=md.Mesh(tp=2), parallel=parallel)
+    assert "ColwiseParallel()" in caught.value.fix
 
 
 class ClassToken(nn.Module):

@@ -11,7 +11,7 @@ import torch.nn.functional as F
 from torch import nn
 from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.tensor import Replicate
-from torch.distributed.tensor.parallel import ColwiseParallel, RowwiseParallel, parallelize_module
+from torch.distributed.tensor.parallel import ColwiseParallel, ParallelStyle, RowwiseParallel, parallelize_module
 
 import torchtrt_md as md
 from torchtrt_md.capture.torch_private import fake_ranks
@@ -74,6 +74,38 @@ def test_a_model_that_the_user_parallelized() -> None:
     with pytest.raises(CaptureError, match=r"holds rank 0's shard only, and rank 1's is needed") as error:
         alone.weights.local(weight, TP2, 1)
     assert "weights=" in error.value.fix
+
+
+@pytest.mark.parametrize(
+    ("plan", "what"),
+    [
+        ({"up": "colwise", "down": "rowwise"}, "module 'up', which is sharded already"),
+        ({"down": RowwiseParallel()}, "module 'down', which is sharded already"),
+        ({"up.weight": "colwise"}, "parameter 'up.weight', which is sharded already"),
+    ],
+)
+def test_a_plan_for_what_the_user_has_parallelized(plan: dict[str, Any], what: str) -> None:
+    sharded, args, _ = models.mlp()
+    with fake_ranks(2):
+        parallelize_module(sharded, init_device_mesh("cpu", (2,), mesh_dim_names=("tp",)), PLAN, src_data_rank=None)
+        with pytest.raises(PlanError, match=what) as error:
+            md.capture(sharded, args, mesh=TP2, parallel=md.TensorParallel("tp", plan=plan))
+    assert "leave out parallel" in error.value.fix
+
+
+@pytest.mark.parametrize("names", [("tp",), None])
+def test_a_plan_beside_what_the_user_has_parallelized(names: tuple[str, ...] | None) -> None:
+    dense, args, _ = models.mlp()
+    sharded = models.MLP().eval()
+    sharded.load_state_dict(dense.state_dict())
+    axis = names[0] if names else "dim0"
+    own: dict[str, ParallelStyle] = {"up": ColwiseParallel(output_layouts=Replicate())}
+    parallel = md.TensorParallel(axis, plan={"down": RowwiseParallel(input_layouts=Replicate())})
+    with fake_ranks(2):
+        parallelize_module(sharded, init_device_mesh("cpu", (2,), mesh_dim_names=names), own, src_data_rank=None)
+        mesh = md.Mesh({axis: 2})
+        program = md.capture(sharded, args, mesh=mesh, parallel=parallel, weights=dense.state_dict())
+    assert md.verify(program, dense, args).error <= 1e-5
 
 
 def test_heads_that_do_not_divide() -> None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import subprocess
 import sys
+import time
 import unittest.mock
 from collections.abc import Sequence
 from pathlib import Path
@@ -96,22 +97,29 @@ def test_what_is_compiled_computes_what_the_model_computes(name: str, ranks: Ran
         assert "placement: split, nothing runs in TensorRT" in summary
 
 
-def compile_a_sharded_model(rank: int) -> tuple[float, str]:
+def compile_a_sharded_model(rank: int, names: tuple[str, ...] | None) -> tuple[float, float, str]:
+    """By md.compile and by torch.compile: their errors; and the mesh."""
     dense, (x,), _ = models.mlp()
     sharded = models.MLP().eval()
     sharded.load_state_dict(dense.state_dict())
-    mesh = init_device_mesh("cpu", (2,), mesh_dim_names=("tp",))
+    mesh = init_device_mesh("cpu", (2,), mesh_dim_names=names)
     parallelize_module(sharded, mesh, {"up": ColwiseParallel(), "down": RowwiseParallel()})
+    torch.compiler.reset()
+    by_backend = torch.compile(sharded, backend="torchtrt_md", options=OPTIONS)
     with md.compile(sharded, (x,), **OPTIONS) as runner, torch.no_grad():
-        return relative_error(runner(x), dense(x)), str(runner.manifest.mesh)
+        want = dense(x)
+        return relative_error(runner(x), want), relative_error(by_backend(x), want), str(runner.manifest.mesh)
 
 
-def test_a_sharded_model_brings_its_mesh(ranks: Ranks) -> None:
-    for outcome in ranks(compile_a_sharded_model):
+@pytest.mark.parametrize(("names", "named"), [(("tp",), "tp"), (None, "dim0")])
+def test_a_sharded_model_brings_its_mesh_with_names_or_without(
+    names: tuple[str, ...] | None, named: str, ranks: Ranks
+) -> None:
+    for outcome in ranks(compile_a_sharded_model, names):
         assert not outcome.error, outcome.message
-        error, mesh = outcome.value
-        assert error < 1e-5
-        assert mesh == "{'tp': 2}"
+        *errors, mesh = outcome.value
+        assert max(errors) < 1e-5
+        assert mesh == f"{{'{named}': 2}}"
 
 
 def deep(depth: int) -> nn.Module:
@@ -133,14 +141,16 @@ def test_another_model_on_one_rank_is_the_same_error_on_all(ranks: Ranks) -> Non
     assert "rank 1" in first.message
 
 
-def compile_with_a_wrong_argument(rank: int) -> None:
-    model, args, _ = models.attention(tokens=16 if rank == 0 else 1)  # fewer than ranks
+def compile_a_model_that_one_rank_cannot_trace(rank: int) -> None:
+    model, args, _ = models.attention()
+    if rank == 1:
+        model.out = nn.Linear(7, 32)
     parallel = md.ContextParallel("cp", "ulysses", PLAN)
     md.compile(model, args, mesh=md.Mesh(cp=2), parallel=parallel, check=False, **OPTIONS)
 
 
 def test_what_fails_on_one_rank_fails_on_all(ranks: Ranks) -> None:
-    first, second = ranks(compile_with_a_wrong_argument)
+    first, second = ranks(compile_a_model_that_one_rank_cannot_trace)
     assert first == second
     assert first.error
     assert "rank 1: " in first.message
@@ -218,6 +228,94 @@ def test_a_mesh_that_is_missing_or_does_not_fit(ranks: Ranks) -> None:
         assert "has 4 ranks and the launch has 2" in outcome.message
 
 
+# What one rank alone gets wrong, in the arguments of md.compile.
+WRONG: dict[str, tuple[dict[str, Any], str, str]] = {
+    "value": ({"placement": "splti"}, "OptionError", "the option 'placement' cannot be 'splti'"),
+    "name": ({"cudagraph": True}, "OptionError", "there is no option 'cudagraph'"),
+    "timeout": ({"timeout": "long"}, "OptionError", "the option 'timeout' cannot be 'long'"),
+    "no mesh": ({"mesh": None}, "LaunchError", "compile needs a mesh"),
+}
+
+
+def compile_with_a_wrong_option(rank: int, name: str) -> tuple[list[str], float, float]:
+    """What both doors said, in how many seconds, and the error of a compilation behind them."""
+    model, (x,), _ = models.attention()
+    fine: dict[str, Any] = {**OPTIONS, "mesh": md.Mesh(cp=2), "parallel": md.ContextParallel("cp", plan=PLAN)}
+    wrong = {**fine, **(WRONG[name][0] if rank else {})}
+    start, said = time.monotonic(), []
+    for call in (
+        lambda: md.compile(model, (x,), **wrong),
+        lambda: torch.compile(model, backend="torchtrt_md", options=wrong)(x),
+    ):
+        torch.compiler.reset()
+        try:
+            with torch.no_grad():
+                call()
+        except md.MDError as error:
+            said.append(f"{type(error).__name__}: {error}")
+    seconds = time.monotonic() - start
+    with md.compile(model, (x,), **fine) as runner, torch.no_grad():
+        return said, seconds, relative_error(runner(x), model(x))
+
+
+@pytest.mark.parametrize("name", WRONG)
+def test_a_wrong_option_on_one_rank_is_the_same_error_on_all_at_once(name: str, ranks: Ranks) -> None:
+    first, second = ranks(compile_with_a_wrong_option, name)
+    assert not first.error, first.message
+    assert first.value[0] == second.value[0]
+    said, seconds, error = first.value
+    _, kind, problem = WRONG[name]
+    assert len(said) == 2
+    assert said[0].startswith(f"{kind}: rank 1: {problem}")
+    assert "rank 1" in said[1]
+    assert seconds < 60, "nobody waits for the timeout"
+    assert error < 1e-5, "the launch can be used behind it"
+
+
+class Scaled(models.SelfAttention):
+    def forward(self, x: Tensor, scale: float = 1.0) -> Tensor:
+        return super().forward(x) * scale
+
+
+def compile_apart(rank: int, what: str) -> None:
+    _, (x,), kwargs = models.attention()
+    torch.manual_seed(0)
+    model = Scaled().eval()
+    options = {**OPTIONS, "mesh": md.Mesh(cp=2), "parallel": md.ContextParallel("cp", plan=PLAN)}
+    if rank and what == "option":
+        options["overlap"] = False
+    if rank and what == "plan":
+        options["parallel"] = md.ContextParallel("cp", plan={"": {"x": md.Split(1)}, "out": md.Gather(-2)})
+    if rank and what == "shape":
+        x = x[:, :8]
+    if what == "value":
+        kwargs = {"scale": 2.0 + rank}
+    md.compile(model, (x,), kwargs, **options)
+
+
+@pytest.mark.parametrize(
+    ("what", "problem"),
+    [
+        ("option", "the ranks differ in their options: overlap: rank 0 has True, rank 1 has False"),
+        (
+            "plan",
+            "the ranks differ in their options: parallel.plan['out']: rank 0 has Gather(dim=1), rank 1 has"
+            " Gather(dim=-2)",
+        ),
+        (
+            "shape",
+            "the ranks differ in their example inputs: x: rank 0 has float32 [2, 16, 32], rank 1 has float32"
+            " [2, 8, 32]",
+        ),
+        ("value", "the ranks differ in their example inputs: scale: rank 0 has 2.0, rank 1 has 3.0"),
+    ],
+)
+def test_what_differs_between_ranks_is_said_and_nothing_else(what: str, problem: str, ranks: Ranks) -> None:
+    for outcome in ranks(compile_apart, what):
+        assert outcome.error == "RankMismatchError"
+        assert outcome.message.splitlines()[0] == problem
+
+
 # --- real engines, built on the CPU ---
 
 
@@ -274,7 +372,7 @@ class TestParts:
         parts, first = built
         cache = EngineCache(first.folder)
         again = build_parts(flux_parts.parts[1], cache)
-        assert (cache.hits, cache.misses) == (first.misses, 0)
+        assert (cache.hits, cache.misses) == (first.hits + first.misses, 0)
         assert [part.engine for part in again] == [part.engine for part in parts]
 
     def test_another_target_is_another_engine(self, built: tuple[list[Part], EngineCache]) -> None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import gc
 import tomllib
+import warnings
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -19,7 +20,7 @@ from torch import Tensor, nn
 from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.tensor.parallel import parallelize_module
 
-from torchtrt_md import ContextParallel, Gather, Mesh, Split
+from torchtrt_md import ContextParallel, DataParallel, Gather, Mesh, PlanWarning, Split
 from torchtrt_md.doors.dynamo import compile_graph
 from torchtrt_md.errors import CaptureError, OptionError, VerificationError
 from torchtrt_md.program import ShardedProgram
@@ -143,7 +144,7 @@ def test_the_backend_by_its_name(ranks: Ranks) -> None:
         assert not outcome.error, outcome.message
         errors, (message,) = outcome.value
         assert max(errors) < 1e-5
-        assert message.startswith("OptionError: there is no option 'placment'")
+        assert message.startswith("OptionError: every rank: there is no option 'placment'")
 
 
 def test_the_entry_point() -> None:
@@ -151,6 +152,88 @@ def test_the_entry_point() -> None:
     entry = project["project"]["entry-points"]["torch_dynamo_backends"]
     assert entry == {"torchtrt_md": "torchtrt_md.doors.dynamo:backend"}
     assert "torchtrt_md" in torch._dynamo.list_backends(exclude_tags=())
+
+
+class Broken(nn.Module):
+    """A model in two graphs, of which the second communicates."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.a, self.b = nn.Linear(8, 8), nn.Linear(8, 8)
+
+    def forward(self, x: Tensor) -> Tensor:
+        y = self.a(x)
+        torch._dynamo.graph_break()
+        world: Any = torch.distributed.group.WORLD
+        result: Tensor = funcol.all_reduce(self.b(y), "sum", world)
+        return result
+
+
+def launches_that_nothing_uses(rank: int) -> dict[str, tuple[list[str], str]]:
+    """Of each case the warnings, and the error."""
+    options: dict[str, Any] = {"compute": "inductor", "report": False}
+    meshed = {**options, "mesh": Mesh(unused=2)}  # by any test of this session
+    mlp, (x,), _ = models.mlp()
+    sharded = parallelize_module(models.MLP().eval(), init_device_mesh("cpu", (2,), mesh_dim_names=("tp",)), TP_PLAN)
+    each = {**options, "mesh": Mesh(dp=2), "parallel": DataParallel("dp")}
+    shared = {**options, "mesh": Mesh(tp=2)}
+    said = {}
+    for name, model, given, example in (
+        ("dense", mlp, options, x),
+        ("dense, mesh", mlp, meshed, x),
+        ("a function, mesh", lambda x: x * 2, dict(meshed), x),
+        ("data", mlp, each, x),
+        ("sharded", sharded, {**options, "mesh": Mesh(tp=2)}, x),
+        ("broken, mesh", Broken().eval(), {**options, "mesh": Mesh(broken=2)}, torch.randn(2, 8)),
+        ("a part, behind one that is sharded", sharded, shared, x),
+        ("a part that is dense", models.MLP().eval(), shared, x),
+    ):
+        torch.compiler.reset()
+        call: Any = torch.compile(model, backend="torchtrt_md", options=given)
+        with torch.no_grad(), warnings.catch_warnings(record=True) as caught:
+            warnings.simplefilter("always")
+            message = message_of(partial(call, example))
+        said[name] = [str(w.message) for w in caught if issubclass(w.category, PlanWarning)], message
+    return said
+
+
+def test_a_model_that_every_rank_runs_whole_is_told_of(ranks: Ranks) -> None:
+    for outcome in ranks(launches_that_nothing_uses):
+        assert not outcome.error, outcome.message
+        said = outcome.value
+        (warning,), error = said.pop("dense")
+        assert error == ""
+        assert warning.startswith("each of the 2 ranks runs all of MLP by itself: nothing of MLP is split")
+        for name, what in (("dense, mesh", "MLP"), ("a function, mesh", "the function")):
+            warned, error = said.pop(name)
+            assert not warned
+            assert error.startswith("MeshError: every rank: all 2 ranks of Mesh(unused=2) would do the same work")
+            assert f"nothing of {what} is split" in error
+        assert said == dict.fromkeys(said, ([], ""))
+
+
+def blocks_compiled_one_by_one(rank: int) -> tuple[float, list[str]]:
+    torch.compiler.reset()
+    layers = nn.Sequential(*(models.MLP() for _ in range(3))).eval()
+    torch.manual_seed(1)
+    for parameter in layers.parameters():
+        nn.init.normal_(parameter, std=0.1)
+    x = torch.ones(2, 8, 32)
+    with torch.no_grad(), warnings.catch_warnings(record=True) as caught:
+        warnings.simplefilter("always")
+        want = layers(x)
+        for layer in layers:
+            layer.compile(backend="torchtrt_md", options={"compute": "inductor", "report": False})
+        found = error(layers(x), want)
+    return found, [str(w.message) for w in caught if issubclass(w.category, PlanWarning)]
+
+
+def test_dense_blocks_that_are_compiled_one_by_one_are_right(ranks: Ranks) -> None:
+    for outcome in ranks(blocks_compiled_one_by_one):
+        assert not outcome.error, outcome.message
+        found, warned = outcome.value
+        assert found < 1e-5
+        assert warned
 
 
 # --- one process ---

@@ -2,7 +2,9 @@
 
 import json
 import shutil
+import time
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -100,6 +102,34 @@ def test_without_a_launch(tmp_path: Path) -> None:
 def test_an_unknown_check(tmp_path: Path) -> None:
     with pytest.raises(errors.LaunchError, match="check='never' is not understood"):
         load(tmp_path, check="never")  # type: ignore[arg-type]
+
+
+def load_with_a_wrong_argument(rank: int, folders: list[str], given: dict[str, Any]) -> float:
+    start = time.monotonic()
+    try:
+        load(folders[rank], **{"timeout": 60.0, **(given if rank else {})})
+    except errors.MDError as error:
+        assert time.monotonic() - start < 30, "nobody waits for the timeout"
+        raise error
+    return time.monotonic() - start
+
+
+@pytest.mark.parametrize(
+    ("given", "problem"),
+    [
+        ({"check": "never"}, "rank 1: check='never' is not understood"),
+        ({"timeout": -1.0}, "rank 1: a timeout of -1.0 s leaves no time to agree"),
+        ({"weight_budget": -1}, "rank 1: "),
+        ({"check": "first"}, "the ranks differ in the arguments of load: check: rank 0 has 'always', rank 1 has"),
+    ],
+)
+def test_an_argument_that_is_wrong_on_one_rank(
+    given: dict[str, Any], problem: str, ranks: Ranks, folders: list[str]
+) -> None:
+    first, second = ranks(load_with_a_wrong_argument, folders, given)
+    assert first == second
+    assert first.error in ("LaunchError", "OptionError", "RankMismatchError")
+    assert first.message.startswith(problem)
 
 
 def test_importing_the_runtime_loads_no_tensorrt() -> None:

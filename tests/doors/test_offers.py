@@ -62,10 +62,36 @@ def test_weights_that_are_inputs_are_not_streamed(tmp_path: Path) -> None:
         "check": False,
         "weight_streaming": True,
     }
-    with pytest.raises(BuildError, match=r"this one is \d+ parts, whose weights are inputs"):
+    with pytest.raises(BuildError, match="placement 'split' makes several parts, whose weights are inputs"):
         md.export(model, args, **options)
     with pytest.raises(BuildError, match="weight_streaming is TensorRT's, and compute is 'inductor'"):
         md.export(model, args, **options, compute="inductor")
+    assert not (tmp_path / "out.mdtrt").exists()
+
+
+class Bessel(nn.Module):
+    """A part of it stays in PyTorch, which is seen when it is placed."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.a, self.b = nn.Linear(8, 8), nn.Linear(8, 8)
+
+    def forward(self, x: Tensor) -> Tensor:
+        result: Tensor = self.b(torch.special.bessel_j0(self.a(x)))
+        return result
+
+
+@RTX
+def test_parts_that_nobody_asked_for_are_not_streamed(tmp_path: Path) -> None:
+    with pytest.raises(BuildError, match=r"this one is \d+ parts, whose weights are inputs"):
+        md.export(
+            Bessel().eval(),
+            (torch.randn(2, 8),),
+            mesh=md.Mesh(tp=1),
+            out=tmp_path / "out.mdtrt",
+            weight_streaming=True,
+            check=False,
+        )
     assert not (tmp_path / "out.mdtrt").exists()
 
 

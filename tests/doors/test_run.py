@@ -47,6 +47,26 @@ def test_without_torchrun_the_error_says_how_to_launch(
     assert f"torchrun --nproc_per_node=2 -m torchtrt_md.run {folder}" in said
 
 
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (("--report", "{}"), "'--report' cannot be {}, which is a folder"),
+        (("--report", "{}/file/rep.json"), "{}/file is a file"),
+        (("--verify", "{}/none.py"), "there is no model file '{}/none.py'"),
+        (("--verify", "{}/file", "--model-device", "bogus"), "no model can be made on the device 'bogus'"),
+    ],
+)
+def test_what_rank_0_reads_and_writes_is_looked_at_before_the_launch(
+    arguments: tuple[str, ...], message: str, tmp_path: Path, capsys: pytest.CaptureFixture[str], no_launch: None
+) -> None:
+    folder = bundle_samples.bundle(tmp_path / "model")
+    (tmp_path / "file").write_text("")
+    assert main([str(folder), *(argument.format(tmp_path) for argument in arguments)]) == 1
+    said = capsys.readouterr().err
+    assert message.format(tmp_path) in said
+    assert "Traceback" not in said
+
+
 def test_without_a_bundle(tmp_path: Path, capsys: pytest.CaptureFixture[str], no_launch: None) -> None:
     assert main([str(tmp_path / "nowhere")]) == 1
     assert "BundleError: there is no bundle at" in capsys.readouterr().err

@@ -79,6 +79,24 @@ def test_the_line_of_an_error_that_the_model_raised() -> None:
     assert isinstance(caught.value.__cause__, RuntimeError)
 
 
+@pytest.mark.parametrize(
+    "parallel",
+    [
+        md.ContextParallel("tp", plan={"": {"x": md.Split(0)}}),
+        md.TensorParallel("tp", plan={"inner": "colwise"}),
+    ],
+)
+def test_a_model_that_is_broken_by_itself_is_not_told_to_mend_its_plan(parallel: md.parallel.Parallel) -> None:
+    model = Fails()
+    model.inner = nn.Linear(2, 2)
+    with pytest.raises(CaptureError, match="could not be traced") as caught:
+        md.capture(model, (torch.randn(2),), mesh=ONE, parallel=parallel)
+    assert "it fails without a plan, too" in caught.value.fix
+    assert "ColwiseParallel" not in caught.value.fix
+    assert f"{HERE}:{line_of(viewed)} in viewed" in caught.value.at
+    assert isinstance(caught.value.__cause__, RuntimeError)
+
+
 def test_code_of_pytorch_and_of_python_is_no_users() -> None:
     import copy
 

@@ -7,7 +7,7 @@ import pytest
 import torch
 
 import torchtrt_md as md
-from torchtrt_md.lowering import PASSES, Lowering, lower
+from torchtrt_md.lowering import PASSES, Lowering, lower, split_outputs
 from torchtrt_md.lowering.passes import readable
 from torchtrt_md.parallel import Placement
 from torchtrt_md.program import ShardedProgram
@@ -78,3 +78,18 @@ def test_the_passes_up_to_the_analysis_are_run_once_for_a_placement(
     common, own = names[: names.index("choose_strategy")], names[names.index("choose_strategy") :]
     assert {counts[name] for name in common} == {len(placements)}
     assert {counts[name] for name in own} == {len(placements) * len(candidates("auto"))}
+
+
+def test_errors_call_weights_and_inputs_as_the_model_does() -> None:
+    """Also where the outputs alone are asked for, as torch.compile does before it lowers anything."""
+    model, args, _ = models.attention()
+    for plan, names in (
+        ({"": {"x": md.Split(2)}, "out": md.Gather(1)}, ("q.bias [32], equal on all ranks",)),
+        ({"": {"x": md.Split(0)}, "out": md.Gather(0)}, ("x [2, 16, 32], equal on all ranks",)),
+    ):
+        program = md.capture(model, args, mesh=md.Mesh(cp=4), parallel=md.ContextParallel("cp", plan=plan))
+        for step in (lower, split_outputs):
+            with pytest.raises(md.ShardingError) as caught:
+                step(program)
+            assert all(name in caught.value.problem for name in names), caught.value.problem
+            assert "arg" not in caught.value.problem.split(": ", 1)[1]

@@ -44,7 +44,7 @@ def engine_key(digest: str, *, axis: str | None, size: int, target: str, flavour
         target: what to build for.
         flavour: what builds.
     """
-    parts = (digest, (axis, size), (flavour.name, flavour.version), (target, _gpu(flavour, target)), _versions())
+    parts = (digest, (axis, size), (flavour.name, flavour.version), (target, _gpu(flavour, target)), versions())
     return hashlib.sha256(json.dumps(parts).encode()).hexdigest()
 
 
@@ -55,8 +55,8 @@ def _gpu(flavour: Flavour, target: str) -> str:
     return f"{torch.cuda.get_device_name()} {torch.cuda.get_device_capability()}"
 
 
-def _versions() -> tuple[str, ...]:
-    """Of all that decides what becomes of a graph."""
+def versions() -> tuple[str, ...]:
+    """Of all that decides what becomes of a graph.  It loads Torch-TensorRT."""
     return (torchtrt_md.__version__, str(torch.__version__), torch_tensorrt_version(), _sources(), _converters())
 
 

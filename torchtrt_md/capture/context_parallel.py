@@ -118,18 +118,32 @@ def apply(model: nn.Module, parallel: ContextParallel, size: int) -> AppliedPlan
         if not modules and own:  # it serves other configurations too, as of more layers
             continue
         if not modules:
-            raise _no_module(model, name)
+            raise _no_module(model, name, entry)
         if isinstance(entry, Mapping):
-            hooks.add_splits(modules, name, {key: _splits(s) for key, s in entry.items()})
+            for key, split in entry.items():
+                if _is_gather(split):
+                    raise _gather_in_dict(name, key, _gather(split))
+            hooks.add_splits(
+                modules, name, {key: _splits(s, f"{_what(key)} of {_shown(name)}") for key, s in entry.items()}
+            )
         else:
             gathers = list(entry) if isinstance(entry, (list, tuple)) else [entry]
+            for index, split in enumerate(gathers):
+                if _is_split(split):
+                    raise _bare_split(name, modules[0][1], index, _splits(split, ""))
+                if split is not None and not _is_gather(split):
+                    raise PlanError(
+                        f"the plan has {split!r} for {_shown(name)}, which does not say where to gather its result",
+                        fix=f'write {{"{name}": md.Gather(dim)}} to gather its result, or'
+                        f" {_in_plan(name, _arguments(modules[0][1])[0], 'md.Split(dim)')} to split an argument",
+                    )
             hooks.add_gathers(modules, name, [_gather(g) for g in gathers])
     return AppliedPlan(type(model).__name__, axis, tuple(hooks.entries), own)
 
 
 def _example(model: nn.Module, axis: str) -> str:
     """A plan in the model's own names, for a message."""
-    argument = next(iter(inspect.signature(model.forward).parameters), "x")
+    argument = _arguments(model)[0]
     last = next((name for name, _ in reversed(list(model.named_children()))), "")
     gather = f'"{last}": md.Gather(1)' if last else ""
     splits = f'"": {{"{argument}": md.Split(1)}}'
@@ -148,32 +162,96 @@ def modules_named(model: nn.Module, pattern: str) -> list[tuple[str, nn.Module]]
     ]
 
 
-def _no_module(model: nn.Module, pattern: str) -> PlanError:
+def _arguments(module: nn.Module) -> list[str]:
+    """The names of what a module takes, all that ``**kwargs`` may take left out; ``["x"]`` where it declares none."""
+    parameters = inspect.signature(module.forward).parameters.values()
+    return [p.name for p in parameters if p.kind is not p.VAR_KEYWORD] or ["x"]
+
+
+def _no_module(model: nn.Module, pattern: str, entry: Any) -> PlanError:
+    problem = f"the plan names a module {pattern!r} that {type(model).__name__} does not have"
+    if pattern in inspect.signature(model.forward).parameters:
+        split = _code(_splits(entry, "")) if _is_split(entry) else "md.Split(dim)"
+        return PlanError(
+            f"{problem}; {pattern!r} is an argument of the model", fix=f"write {_in_plan('', pattern, split)}"
+        )
     names = [name for name, _ in model.named_modules() if name]
     close = difflib.get_close_matches(pattern, names, n=3) or names[:3]
     return PlanError(
-        f"the plan names a module {pattern!r} that {type(model).__name__} does not have",
+        problem,
         fix=f"use a name from model.named_modules(), such as {', '.join(map(repr, close))}"
         if close
         else 'the model has no modules in it: name the model itself, as ""',
     )
 
 
-def _splits(entry: Any) -> Nested:
+def _bare_split(name: str, module: nn.Module, index: int, split: Nested) -> PlanError:
+    """A split of a module, and not of one of its arguments or results."""
+    assert isinstance(split, Split)
+    of_argument = _in_plan(name, _arguments(module)[0], _code(Split(split.dim, ndim=split.ndim)))
+    of_result = _in_plan(name, index, _code(Split(split.dim, output=True, ndim=split.ndim)))
+    takes = ", ".join(_arguments(module))
+    return PlanError(
+        f"the plan has {_code(split)} for {_shown(name)}, and not for one of its arguments or results; it takes"
+        f" {takes}",
+        fix=f"write {of_result} to split result {index}"
+        if split.output
+        else f"write {of_argument} to split an argument, or {of_result} to split result {index}",
+    )
+
+
+def _gather_in_dict(name: str, key: Any, gather: Gather | None) -> PlanError:
+    """A gather where the splits of arguments and results are."""
+    assert gather is not None
+    nones = key if isinstance(key, int) and key > 0 else 0
+    listed = f"[{', '.join(['None'] * nones + [f'md.Gather({gather.dim})'])}]" if nones else f"md.Gather({gather.dim})"
+    return PlanError(
+        f"the plan gathers {_what(key)} of {_shown(name)} in a dict, which is for splits",
+        fix=f'write {{"{name}": {listed}}}: results are gathered, in their order',
+    )
+
+
+def _in_plan(name: str, key: str | int, split: str) -> str:
+    shown = key if isinstance(key, int) else f'"{key}"'
+    return f'{{"{name}": {{{shown}: {split}}}}}'
+
+
+def _what(key: Any) -> str:
+    return f"result {key}" if isinstance(key, int) else f"argument {key!r}"
+
+
+def _code(split: Nested) -> str:
+    """A split as the user writes it."""
+    if not isinstance(split, Split):
+        return repr(split)
+    output = ", output=True" if split.output else ""
+    return f"md.Split({split.dim}{output}{'' if split.ndim is None else f', ndim={split.ndim}'})"
+
+
+def _is_split(entry: Any) -> bool:
+    return isinstance(entry, Split) or hasattr(entry, "split_dim")  # the latter of diffusers' ContextParallelInput
+
+
+def _is_gather(entry: Any) -> bool:
+    return isinstance(entry, Gather) or hasattr(entry, "gather_dim")  # and of its ContextParallelOutput
+
+
+def _splits(entry: Any, of: str) -> Nested:
+    """The splits of an argument or a result, which ``of`` names for messages."""
     if isinstance(entry, Split):
         return entry
     if isinstance(entry, (list, tuple)):
-        return [_nested(one, entry) for one in entry]
+        return [_nested(one, entry, of) for one in entry]
     if isinstance(entry, Mapping):
-        return {key: _nested(one, entry) for key, one in entry.items()}
-    if hasattr(entry, "split_dim"):  # diffusers' ContextParallelInput
+        return {key: _nested(one, entry, of) for key, one in entry.items()}
+    if _is_split(entry):
         return Split(entry.split_dim, output=entry.split_output, ndim=entry.expected_dims)
-    raise PlanError(f"{entry!r} does not say how to split", fix="use md.Split(dim)")
+    raise PlanError(f"the plan has {entry!r} for {of}, which does not say how to split it", fix="use md.Split(dim)")
 
 
-def _nested(entry: Any, nest: Any) -> Nested:
+def _nested(entry: Any, nest: Any, of: str) -> Nested:
     """An entry for a part of an argument, which may be left as it is."""
-    found = None if entry is None else _splits(entry)
+    found = None if entry is None else _splits(entry, f"a part of {of}")
     if isinstance(found, Split) and found.output:
         raise PlanError(
             f"{nest!r} does not say how to split a list of tensors",
@@ -183,11 +261,7 @@ def _nested(entry: Any, nest: Any) -> Nested:
 
 
 def _gather(entry: Any) -> Gather | None:
-    if entry is None or isinstance(entry, Gather):
-        return entry
-    if hasattr(entry, "gather_dim"):  # diffusers' ContextParallelOutput
-        return Gather(entry.gather_dim)
-    raise PlanError(f"{entry!r} does not say where to gather", fix="use md.Gather(dim)")
+    return entry if entry is None or isinstance(entry, Gather) else Gather(entry.gather_dim)
 
 
 class _Hooks:
@@ -257,11 +331,11 @@ def _check_key(key: str | int, split: Nested, path: str, module: nn.Module) -> N
     """
     parameters = inspect.signature(module.forward).parameters
     output = isinstance(split, Split) and split.output
-    declared = ", ".join(parameters) or "no arguments"
+    declared = ", ".join(_arguments(module)) if parameters else "no arguments"
     if output and not isinstance(key, int):
         raise PlanError(
             f"the plan splits a result of {_shown(path)} by the name {key!r}; results have an index",
-            fix=f"write {{0: {split}}} for the first result"
+            fix=f"write {{0: {_code(split)}}} for the first result"
             + (f", or leave out output=True to split the argument {key!r}" if key in parameters else ""),
         )
     if isinstance(key, int) and not output:
@@ -272,7 +346,7 @@ def _check_key(key: str | int, split: Nested, path: str, module: nn.Module) -> N
     if isinstance(key, str) and key not in parameters:
         if any(p.kind is p.VAR_KEYWORD for p in parameters.values()):
             return
-        close = difflib.get_close_matches(key, parameters, n=1)
+        close = difflib.get_close_matches(key, _arguments(module), n=1)
         raise PlanError(
             f"the plan splits argument {key!r} of {_shown(path)}, which takes {declared}",
             fix=f"name one of these{f', such as {close[0]!r}' if close else ''}, or say md.Split(dim, output=True) with"
@@ -291,7 +365,7 @@ def _argument_hook(
         for key, (split, entry) in splits.items():
             where = bound.arguments if key in signature.parameters else bound.arguments.get(extra, {})
             if where.get(key) is None:
-                others = f"{_shown(path)} takes {', '.join(signature.parameters)}"
+                others = f"{_shown(path)} takes {', '.join(_arguments(module))}"
                 entry.why = others if entry.undeclared else f"it is {'None' if key in where else 'not passed'}"
             else:
                 where[key] = _split(where[key], split, entry, f"argument {key!r} of {_shown(path)}")

@@ -47,10 +47,10 @@ from torchtrt_md.capture.dynamo_private import (
 from torchtrt_md.capture.torch_private import FakeTensorMode, root_mesh
 from torchtrt_md.capture.trace import LocalWeight, as_placed, fake, recorded
 from torchtrt_md.errors import CaptureError, CollectiveError
-from torchtrt_md.graph.source import source_line
+from torchtrt_md.graph.source import set_user_name, source_line
 from torchtrt_md.lowering.ops import COLLECTIVES, bound_args
 from torchtrt_md.mesh import Mesh, joined
-from torchtrt_md.program import Output, ShardedProgram, Source, Value, Weight, Weights, outputs_of, placeholders
+from torchtrt_md.program import Output, ShardedProgram, Value, Weight, Weights, outputs_of, placeholders
 from torchtrt_md.wrappers import is_wrapper
 
 # Parts of a source's path that say how a module keeps what it has, and not where.
@@ -294,7 +294,9 @@ def capture_graph(
     graph, leaves = _trace(gm, inputs, weights)
     if mesh is None and next(_device_meshes(inputs), None) is None:
         launch = groups_mesh(_group_ranks(graph), launch.size, rank) or launch
-    in_order: list[Source] = [*(w.weight for w in weights), *values]
+    in_order: list[Weight | Value] = [*(w.weight for w in weights), *values]
+    for node, source in zip(placeholders(graph), in_order, strict=True):
+        set_user_name(node, source.name)
     outputs = [node.meta["val"] for node in _returned(graph)]
     prefix = "output" if not any(v.name.startswith("output") for v in values) else "graph_output"
     return ShardedProgram(

@@ -26,10 +26,10 @@ from torchtrt_md.capture.axes import check_axes, check_axes_used, with_one_name
 from torchtrt_md.capture.beside_dtensor import beside_dtensor
 from torchtrt_md.capture.kept_state import KeptState
 from torchtrt_md.capture.marks import Marking, marking
-from torchtrt_md.capture.torch_private import as_written, coordinates, fake_mesh
+from torchtrt_md.capture.torch_private import DEPENDS_ON_VALUES, as_written, coordinates, fake_mesh
 from torchtrt_md.capture.trace import LocalWeight, Trace, same_graph, trace
 from torchtrt_md.checkpoint import Checkpoint, Given, listed
-from torchtrt_md.errors import CaptureError, MeshError, PlanError, WeightsError
+from torchtrt_md.errors import CaptureError, MDError, MeshError, PlanError, WeightsError
 from torchtrt_md.mesh import Mesh, axis_names, joined
 from torchtrt_md.parallel import ContextParallel, Parallel, TensorParallel
 from torchtrt_md.program import ShardedProgram, Value, Weight, Weights
@@ -81,8 +81,11 @@ def _captured(
         beside = beside_dtensor if by_dtensor else nullcontext
         for rank in range(mesh.size if device_mesh is not None else 1):
             here = {axis: mesh.coordinate(rank, axis) for axis in mesh.names}
-            with coordinates(here), kept, marking(marks), beside():
-                traces.append(trace(shadow, arguments, local))
+            try:
+                with coordinates(here), kept, marking(marks), beside():
+                    traces.append(trace(shadow, arguments, local))
+            except CaptureError as error:
+                raise _without_a_plan(model, arguments, error) or error from error.__cause__
         groups = _groups(device_mesh)
     for plan in plans:
         plan.check_used(marks.split)
@@ -90,6 +93,26 @@ def _captured(
     check_axes_used(mesh, parallels, own, traces[0], groups)
     traces = traces if device_mesh is not None else traces * mesh.size
     return _program(traces, mesh, parallels, groups, held, arguments)
+
+
+def _without_a_plan(model: nn.Module, arguments: Arguments, error: CaptureError) -> CaptureError | None:
+    """What to say where the model's own code raised something that it raises without any plan, too; else None."""
+    raised = error.__cause__
+    if raised is None or isinstance(raised, (MDError, *DEPENDS_ON_VALUES)) or own_mesh(model) is not None:
+        return None
+    shadow = _shadow(model, without_memory=False)
+    local = _local_weights(shadow, Mesh(alone=1), arguments.device, tensor_parallel.Parts())
+    try:
+        with KeptState(shadow), marking(Marking({})):
+            trace(shadow, arguments, local)
+    except CaptureError as alone:
+        return CaptureError(
+            alone.problem,
+            fix="make the model run by itself with the example arguments: it fails without a plan, too; it is run on"
+            " tensors without values, so what it does may depend on their shapes only",
+            at=alone.at,
+        )
+    return None
 
 
 def own_mesh(model: nn.Module) -> DeviceMesh | None:

@@ -28,7 +28,7 @@ from torch.distributed.tensor.parallel import (
 
 from torchtrt_md.capture.tensor_styles import STYLES, Axis, Colwise, Cut, Rowwise, Style, style_of
 from torchtrt_md.capture.transformers_private import Reading
-from torchtrt_md.errors import PlanError, PlanWarning
+from torchtrt_md.errors import MeshError, PlanError, PlanWarning
 from torchtrt_md.mesh import Mesh, axis_names
 from torchtrt_md.parallel import TensorParallel
 from torchtrt_md.program import Sharding, UnevenSharding
@@ -151,20 +151,56 @@ def apply(
                 )
     if parallel.plan is not None:
         _tell_missing(shadow, missing, len(missing) == len(plan))
+    for path in taken:
+        _refuse_sharded(path, modules)
     reading = Reading(shadow)
     # In the order of the model, as an outer module's hooks look at what is in it.
     for path, pattern in taken.items():
         style = _style(path, plan[pattern], modules.get(path))
         if isinstance(style, ParallelStyle):
             assert device_mesh is not None
-            names = dict(zip(axis_names(device_mesh), device_mesh.mesh_dim_names or (), strict=True))
             _check_divides(modules[path], path, style, axis)
-            _parallelize(modules[path], path, device_mesh[names[axis.name]], style)
+            _parallelize(modules[path], path, _along(device_mesh, axis.name), style)
         elif path in modules:
             _apply_to_module(modules, path, style, axis, parts, taken)
         else:
             owner, _, name = path.rpartition(".")
             _cut(modules[owner], path, name, _as_read(style, modules[owner], path, reading), axis, parts)
+
+
+def _along(device_mesh: DeviceMesh, axis: str) -> DeviceMesh:
+    """The part of a mesh along one axis.
+
+    Raises:
+        MeshError: it is one dim of several, of which PyTorch takes parts by their names only, and these have none.
+    """
+    if device_mesh.ndim == 1:
+        return device_mesh
+    if device_mesh.mesh_dim_names is None:
+        raise MeshError(
+            f"the DeviceMesh that the model was sharded on has no names for its {device_mesh.ndim} dims",
+            fix='make it with names: init_device_mesh("cuda", (2, 2), mesh_dim_names=("dp", "tp"))',
+        )
+    return device_mesh[device_mesh.mesh_dim_names[axis_names(device_mesh).index(axis)]]
+
+
+def _refuse_sharded(path: str, modules: Mapping[str, nn.Module]) -> None:
+    """
+    Raises:
+        PlanError: what the plan names, a module or a parameter, is in parts before the plan is applied.
+    """
+    owner, _, name = path.rpartition(".")
+    held = dict(modules[path].named_parameters()) if path in modules else {name: modules[owner].get_parameter(name)}
+    placed = next((name for name, parameter in held.items() if isinstance(parameter, DTensor)), None)
+    if placed is not None:
+        what = f"module {path!r}" if path else "the model"
+        if path not in modules:
+            what = f"parameter {path!r}"
+        raise PlanError(
+            f"the plan splits {what}, which is sharded already, as parallelize_module does it: "
+            + (f"its {placed!r} is a DTensor" if path in modules else "it is a DTensor"),
+            fix="leave out parallel: the model brings what is parallel itself; or pass the dense model",
+        )
 
 
 def _as_read(style: Style, module: nn.Module, path: str, reading: Reading) -> Style:
@@ -183,7 +219,7 @@ def _plan(model: nn.Module, parallel: TensorParallel) -> Mapping[str, Any]:
     if not plan:
         raise PlanError(
             f"{type(model).__name__} has no tensor-parallel plan of its own (tp_plan or _tp_plan)",
-            fix=f"pass one: {_example(model, parallel.axis)}",
+            fix=_example(model, parallel.axis),
         )
     return plan
 
@@ -302,10 +338,21 @@ def _parallelize(module: nn.Module, path: str, mesh: DeviceMesh, style: Parallel
 
 
 def _example(model: nn.Module, axis: str) -> str:
-    """A plan in the model's own names, for a message."""
-    linear = [name for name, module in model.named_modules() if isinstance(module, nn.Linear)]
-    up, down = linear[:2] if len(linear) > 1 else ("up", "down")
-    return f'TensorParallel("{axis}", plan={{"{up}": "colwise", "{down}": "rowwise"}})'
+    """A plan in the model's own names where two layers are a pair beyond doubt, for a message."""
+    for path, module in model.named_modules():
+        widths: dict[tuple[int, int], list[str]] = {}
+        for name, child in module.named_children():
+            if isinstance(child, nn.Linear):
+                widths.setdefault((child.in_features, child.out_features), []).append(f"{path}.{name}".lstrip("."))
+        for (inner, outer), ups in widths.items():
+            downs = widths.get((outer, inner), [])
+            if inner < outer and len(ups) == len(downs) == 1:
+                plan = f'{{"{ups[0]}": "colwise", "{downs[0]}": "rowwise"}}'
+                return f'pass one: TensorParallel("{axis}", plan={plan})'
+    return (
+        f'pass one: TensorParallel("{axis}", plan={{...}}), by the names of modules: "colwise" for a layer whose result'
+        ' may be in parts, "rowwise" for the layer that takes it'
+    )
 
 
 def _style(name: str, entry: Any, module: nn.Module | None) -> ParallelStyle | Style:
@@ -316,6 +363,11 @@ def _style(name: str, entry: Any, module: nn.Module | None) -> ParallelStyle | S
     named = style_of(entry, module)
     if named is not None:
         return named
+    if isinstance(entry, type) and issubclass(entry, ParallelStyle):
+        raise PlanError(
+            f"the plan gives module {name!r} the class {entry.__name__}, and not a style",
+            fix=f"make one of it: {entry.__name__}()",
+        )
     raise PlanError(
         f"the plan gives module {name!r} the style {entry if isinstance(entry, str) else type(entry).__name__!r},"
         " which is not known",

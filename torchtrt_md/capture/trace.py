@@ -28,7 +28,7 @@ from torchtrt_md.capture.written_collectives import refuse_written
 from torchtrt_md.errors import CaptureError, MDError
 from torchtrt_md.graph.functional import functional, mutates
 from torchtrt_md.graph.private import lazy_modules
-from torchtrt_md.graph.source import error_line, source_line
+from torchtrt_md.graph.source import error_line, set_user_name, source_line
 from torchtrt_md.program import Output, Source, Value, Weight, placeholders
 from torchtrt_md.wrappers import wrapped
 
@@ -82,9 +82,10 @@ def trace(shadow: nn.Module, arguments: Arguments, weights: Sequence[LocalWeight
     graph = recorded(call, [*fake_weights, *fake_inputs], type(shadow).__name__)
     sources: dict[str, Source] = {}
     values = [Value(name, tuple(t.shape), t.dtype) for name, t in arguments.tensors.items()]
-    in_order: list[Source] = [*(w.weight for w in weights), *values]
+    in_order: list[Weight | Value] = [*(w.weight for w in weights), *values]
     for node, source in zip(placeholders(graph), in_order, strict=True):
         sources[node.name] = source
+        set_user_name(node, source.name)
     (output,) = graph.graph.find_nodes(op="output")
     outputs = [node.meta["val"] for node in output.args[0]]
     return Trace(graph, sources, outputs, structure[0], tuple(leaves))

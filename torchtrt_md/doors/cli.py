@@ -15,10 +15,11 @@ from rich.table import Table
 
 # What imports PyTorch, which takes seconds, is imported behind the first line of output.
 import torchtrt_md
-from torchtrt_md.checks import FORMATS, PLACEMENTS, TRANSPORTS, check_choice
+from torchtrt_md.checks import FORMATS, PLACEMENTS, TRANSPORTS, check_choice, check_place
+from torchtrt_md.doors.flags import in_flags
 from torchtrt_md.errors import LaunchError, MDError, PlanError
 from torchtrt_md.mesh import Mesh
-from torchtrt_md.parallel import ContextParallel, DataParallel, Parallel, Strategy, TensorParallel
+from torchtrt_md.parallel import STRATEGIES, ContextParallel, DataParallel, Parallel, Strategy, TensorParallel
 
 if TYPE_CHECKING:
     from torchtrt_md.bundle.manifest import Manifest
@@ -59,13 +60,19 @@ def export(
     format: Annotated[
         str, typer.Option(help="bundle, or a model for Triton, made of one: triton-python or triton")
     ] = "bundle",
-    strategy: Annotated[str, typer.Option(help="context parallel attention: ulysses, allgather_kv, ring or auto")] = "",
+    strategy: Annotated[
+        str,
+        typer.Option(
+            help="context parallel attention: ulysses, allgather_kv, ring or auto",
+            show_default="the file's, else ulysses",
+        ),
+    ] = "",
     placement: Annotated[str, typer.Option(help="where attention runs: engine, split or auto")] = "auto",
     transport: Annotated[
         str, typer.Option(help="what does the exchanges between engines: nccl, or store (GPUs of one host)")
     ] = "nccl",
     target: Annotated[
-        str, typer.Option(help="GPU to build for: sm80, sm86, sm89, sm120, portable, current")
+        str, typer.Option(help="GPU to build for: sm75, sm80, sm86, sm89, sm120, sm121, portable, current")
     ] = "portable",
     verify: Annotated[bool, typer.Option(help="prove the program against the dense model first")] = True,
     weights: Annotated[
@@ -89,18 +96,31 @@ def export(
     check_choice("placement", placement, PLACEMENTS)
     check_choice("transport", transport, TRANSPORTS)
     check_choice("format", format, FORMATS)
+    if strategy:
+        check_choice("strategy", strategy, STRATEGIES)
+    for name, path, folder in (("out", out, True), ("dump", dump, True), ("report", report, False)):
+        # What replaces a bundle asks more of its folder, below.
+        if path is not None and not (name == "out" and path.exists()):
+            check_place(f"--{name}", path, folder=folder)
     if out is None and not dry_run:
         raise PlanError("there is no place for the bundle", fix="pass -o BUNDLE, or --dry-run to build nothing")
     console.print(f"torchtrt-md {torchtrt_md.__version__}: {file} on {sizes}")
 
+    from torchtrt_md.build.flavour import flavour
     from torchtrt_md.bundle.write import check_destination
+    from torchtrt_md.checkpoint import Checkpoint
     from torchtrt_md.doors.export import Stages, prove
     from torchtrt_md.doors.export import export as run
     from torchtrt_md.doors.triton import check_new
-    from torchtrt_md.doors.user_file import read_user_file
+    from torchtrt_md.doors.user_file import check_user_file, read_user_file
 
     if out is not None:
         (check_destination if format == "bundle" else check_new)(out)
+    check_user_file(file, model_device)
+    if not dry_run:
+        flavour().check_target(target)
+    if weights is not None:
+        Checkpoint(weights)  # reads what the files say of themselves
     user = read_user_file(file, seed, model_device)
     parallel = _parallel(sizes, user.parallel, strategy)
     parameters = sum(p.numel() for p in user.model.parameters())
@@ -149,6 +169,9 @@ def inspect(
     rank: Annotated[int, typer.Option(min=0, help="whose engines --layers shows")] = 0,
 ) -> None:
     """What a bundle is: its mesh, inputs, segments, engines, collectives and versions.  Needs no GPU."""
+    if not as_json:
+        console.print(f"torchtrt-md {torchtrt_md.__version__}: {bundle}")
+
     from torchtrt_md.bundle.manifest import encode
     from torchtrt_md.bundle.read import read_manifest
 
@@ -173,6 +196,8 @@ def triton(
 ) -> None:
     """Make a bundle a model that Triton Inference Server loads; needs no GPU."""
     check_choice("format", format, FORMATS[1:])
+    console.print(f"torchtrt-md {torchtrt_md.__version__}: {bundle}")
+
     from torchtrt_md.doors.triton import triton as run
 
     _print_model(run(bundle, out, format=format, python=python))  # type: ignore[arg-type]
@@ -256,6 +281,7 @@ def _write_report(exported: Exported, path: Path) -> None:
         "dense_error": measured and measured.dense_error,
         "structure_error": measured and measured.structure_error,
     }
+    path.parent.mkdir(parents=True, exist_ok=True)
     path.write_bytes(msgspec.json.format(msgspec.json.encode(content), indent=2) + b"\n")
 
 
@@ -345,7 +371,7 @@ def main() -> None:
         app()
     except MDError as error:
         Console(stderr=True, highlight=False, soft_wrap=True).print(f"[red]{type(error).__name__}[/]: ", end="")
-        print(error, file=sys.stderr)
+        print(MDError(error.problem, fix=in_flags(error.fix), at=error.at), file=sys.stderr)
         sys.exit(1)
 
 

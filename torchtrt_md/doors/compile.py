@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
+import torch
 import torch.distributed as dist
 from torch import nn
 
@@ -12,11 +13,14 @@ from torchtrt_md.capture import capture
 from torchtrt_md.capture.model import own_mesh
 from torchtrt_md.capture.torch_private import root_mesh
 from torchtrt_md.checkpoint import Given
+from torchtrt_md.doors.agreed import agreed_options, check_fit
 from torchtrt_md.errors import LaunchError
 from torchtrt_md.launch import Launch
+from torchtrt_md.launch.agree import check_same
 from torchtrt_md.mesh import Mesh
 from torchtrt_md.options import Options
-from torchtrt_md.program import ShardedProgram
+from torchtrt_md.parallel import DataParallel
+from torchtrt_md.program import ShardedProgram, dtype_name
 from torchtrt_md.road import Verify
 from torchtrt_md.runtime.graphs import Budget
 from torchtrt_md.runtime.runner import Runner
@@ -54,7 +58,13 @@ def compile(
         WeightsError: what ``weights`` gives is not the model's.
         MDError: of the stage that failed, the same on every rank.
     """
-    chosen = Options.of(options)
+
+    def read() -> Options:
+        asked = Options.of(options)
+        _mesh(asked, model)
+        return asked
+
+    chosen = agreed_options(options.get("timeout"), read)
     mesh = _mesh(chosen, model)
 
     def captured() -> ShardedProgram:
@@ -84,6 +94,13 @@ def _mesh(options: Options, model: nn.Module) -> Mesh:
     return mesh if isinstance(mesh, Mesh) else Mesh.from_device_mesh(root_mesh(mesh))
 
 
+def _given(program: ShardedProgram, options: Options) -> dict[str, str]:
+    """The example arguments, in words, by name: tensors, and what is built in, which data of a rank's own may be."""
+    own = any(isinstance(p, DataParallel) for p in options.parallels)
+    told = {} if own else {name: repr(value) for name, value in program.constants.items()}
+    return told | {v.name: f"{dtype_name(v.dtype)} {list(v.shape)}" for v in program.inputs}
+
+
 def compile_program(
     captured: Callable[[], ShardedProgram],
     options: Options,
@@ -97,7 +114,7 @@ def compile_program(
 
     Args:
         captured: makes the program of which this rank's graph is compiled.
-        options: how.
+        options: how; the same on all ranks, as :func:`~torchtrt_md.doors.agreed.agreed_options` has them.
         verify: compares a lowered program with the model, where ``options.check`` is on.  Every rank calls it.
         name: of the model, for the summary.
         budget: of CUDA graphs, shared with other programs.
@@ -107,7 +124,9 @@ def compile_program(
         MDError: of the stage that failed, the same on every rank.
     """
     launch = Launch.join(options.timeout, cpu=options.compute == "inductor")
-    launch.agreement.same(options.told(), "their options")
+    on_gpu = launch.device.type == "cuda"
+    capability = torch.cuda.get_device_capability(launch.device) if on_gpu else None
+    launch.together("checking the options", lambda: check_fit(options, capability=capability))
 
     def step() -> ShardedProgram:
         if options.compute == "inductor" or options.tune is True:
@@ -119,6 +138,8 @@ def compile_program(
     program = launch.together("capturing the model", step)
     # A rank may have made it of its own groups, and the axes' communicators are made by all together.
     launch.agreement.same(str(program.mesh), "the mesh that their groups make")
+    if options.parallels:  # one model, called with the same everywhere; other graphs may get inputs of their own
+        check_same(launch.agreement, _given(program, options), "their example inputs")
     if options.check:
         check_equal(program, launch.agreement)
     session = Session(launch, program, options, store_weights=store_weights)

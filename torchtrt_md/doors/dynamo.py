@@ -11,10 +11,12 @@ It is for inference: a graph whose result would need gradients is refused.
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager, nullcontext
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any, Protocol
+from weakref import WeakSet
 
 import msgspec
 import torch
@@ -46,12 +48,15 @@ from torchtrt_md.capture.dynamo_private import (
     outside_dynamo,
     passed_on,
 )
+from torchtrt_md.capture.model import own_mesh
 from torchtrt_md.capture.torch_private import root_mesh
+from torchtrt_md.doors.agreed import agreed_options
 from torchtrt_md.doors.flat_call import Compiled, FlatCall, check_apart
-from torchtrt_md.errors import CaptureError, MDError, OptionError, PlanError, VerificationError
+from torchtrt_md.errors import CaptureError, MDError, MeshError, OptionError, PlanError, PlanWarning, VerificationError
 from torchtrt_md.launch import communicator
 from torchtrt_md.lowering import split_outputs, uninitialized
-from torchtrt_md.lowering.ops import use_device_mesh
+from torchtrt_md.lowering.ops import is_collective, use_device_mesh
+from torchtrt_md.mesh import Mesh
 from torchtrt_md.options import Options
 from torchtrt_md.program import Coordinate, Output, ShardedProgram, Value, Weight, outputs_of, part, placeholders
 from torchtrt_md.verification.compare import relative_error
@@ -136,14 +141,20 @@ def compile_graph(
     **other: Any,
 ) -> Callable[..., list[Any]]:
     """:func:`backend`, with what builds the program given."""
-    try:
+
+    def read() -> Options:
         if other:
             raise OptionError(
                 f"the backend torchtrt_md takes no {', '.join(other)}", fix="pass options={...} to torch.compile"
             )
-        chosen = Options.of(options or {})
+        return Options.of(options or {})
+
+    if _is_of_numbers(gm):  # a rank may have one alone
+        return lambda *flat: list(gm(*flat))
+    try:
         with outside_dynamo(), torch.no_grad():
-            return _compiled(gm, example_inputs, chosen, build, _budget(options, chosen))
+            chosen = agreed_options((options or {}).get("timeout"), read)
+            return _compiled(gm, example_inputs, chosen, build, _budget(options, chosen), options)
     except MDError as error:
         raise passed_on(error) from error.__cause__
 
@@ -166,10 +177,13 @@ def _budget(options: Mapping[str, Any] | None, chosen: Options) -> Budget | None
 
 
 def _compiled(
-    gm: GraphModule, example_inputs: Sequence[Any], options: Options, build: Build, budget: Budget | None
+    gm: GraphModule,
+    example_inputs: Sequence[Any],
+    options: Options,
+    build: Build,
+    budget: Budget | None,
+    given: Mapping[str, Any] | None,
 ) -> Callable[..., list[Any]]:
-    if not any(isinstance(node.meta.get("example_value"), Tensor) for node in outputs_of(gm)) and not _writes(gm):
-        return lambda *flat: list(gm(*flat))  # numbers only
     autocast = Autocast()
     found: list[_Captured] = []
 
@@ -178,6 +192,8 @@ def _compiled(
             _refuse_gradients(gm)
             inputs = graph_inputs(gm, example_inputs)
             found.append((_of_model if options.parallels else _of_graph)(gm, inputs, options, autocast))
+            if not options.parallels:
+                _check_launch_used(gm, found[0], options, given, call)
         return found[0].program
 
     call = call_in_progress()
@@ -190,6 +206,11 @@ def _compiled(
             budget=budget,
         )
     return _callable(found[0], runner, autocast, gm)
+
+
+def _is_of_numbers(gm: GraphModule) -> bool:
+    """Does the graph neither return nor write to a tensor?"""
+    return not any(isinstance(node.meta.get("example_value"), Tensor) for node in outputs_of(gm)) and not _writes(gm)
 
 
 def _writes(gm: GraphModule) -> bool:
@@ -271,6 +292,75 @@ def _of_graph(gm: GraphModule, inputs: Sequence[GraphInput], options: Options, a
     weights = {i: [each.name] for i, each in enumerate(inputs) if each.kind == "weight"}
     results = program.out_leaves[: len(program.out_leaves) - len(written)]
     return _Captured(inputs, program, feeds, weights, {}, results, written, verify)
+
+
+# What was compiled in several graphs, or used the launch: modules, and of functions the options.
+_modules_in_parts: WeakSet[nn.Module] = WeakSet()
+_functions_in_parts: list[Mapping[str, Any]] = []  # held, so that they stay the objects that they are
+_used_meshes: set[Mesh] = set()  # a model may be compiled block by block, of which some are dense
+
+
+def _check_launch_used(
+    gm: GraphModule, captured: _Captured, options: Options, given: Mapping[str, Any] | None, call: Call | None
+) -> None:
+    """Tell of a model that every rank would run whole: of one graph, since of several others may communicate.
+
+    Raises, warns:
+        as :func:`_tell_unused`.
+    """
+    program = captured.program
+    if call is None and given is None:
+        return
+    if _uses_launch(captured, call):
+        _used_meshes.add(program.mesh)
+    elif graph_break(gm) is None:
+        parts = any(each is given for each in _functions_in_parts) if call is None else call.module in _modules_in_parts
+        if not parts and (options.mesh is None or program.mesh not in _used_meshes):
+            _tell_unused(program, options, call)
+        return
+    if call is not None:
+        _modules_in_parts.add(call.module)
+    elif given is not None:
+        _functions_in_parts.append(given)
+
+
+def _tell_unused(program: ShardedProgram, options: Options, call: Call | None) -> None:
+    """
+    Raises:
+        MeshError: a mesh was given for it.
+
+    Warns:
+        PlanWarning: none was.
+    """
+    what = "the function" if call is None else type(call.module).__name__
+    problem = f"nothing of {what} is split over ranks, and it does not communicate"
+    fix = (
+        "say what is parallel, as in options={'mesh': Mesh(cp=2), 'parallel': ContextParallel('cp')}, or shard the"
+        " model with parallelize_module; where each rank has data of its own, options={'mesh': Mesh(dp=2), 'parallel':"
+        " DataParallel('dp')}"
+    )
+    if options.mesh is not None:
+        raise MeshError(
+            f"all {program.mesh.size} ranks of {program.mesh} would do the same work: {problem}",
+            fix=f"leave out the option 'mesh'; or {fix}",
+        )
+    warnings.warn(
+        f"each of the {program.mesh.size} ranks runs all of {what} by itself: {problem}; {fix}",
+        PlanWarning,
+        stacklevel=2,
+    )
+
+
+def _uses_launch(captured: _Captured, call: Call | None) -> bool:
+    program = captured.program
+    return (
+        program.mesh.size == 1
+        or bool(program.groups)
+        or any(isinstance(source, Weight) and source.shardings for source in program.sources.values())
+        or any(isinstance(i.example, (DTensor, DeviceMesh)) for i in captured.inputs)
+        or any(is_collective(node) for graph, _ in program.distinct() for node in graph.graph.nodes)
+        or (call is not None and own_mesh(call.module) is not None)
+    )
 
 
 def _run_graph(gm: GraphModule, inputs: Sequence[GraphInput]) -> list[Any]:

@@ -23,6 +23,7 @@ from torchtrt_md.capture import capture
 from torchtrt_md.checkpoint import Given
 from torchtrt_md.checks import check_export
 from torchtrt_md.choices import Choices, Transport
+from torchtrt_md.doors.agreed import check_fit
 from torchtrt_md.doors.triton import check_new, triton
 from torchtrt_md.errors import BuildError
 from torchtrt_md.graph.json import graph_to_json
@@ -149,24 +150,29 @@ def export(
         check_destination(out)
     else:
         check_new(out)
-    if compute == "tensorrt":
+    options = Options(
+        mesh=mesh, parallel=parallel, placement=placement, compute=compute, transport=transport, target=target
+    )
+    where = check_fit(options, choices)
+    if format == "triton" and compute == "tensorrt":
         from torchtrt_md.build.flavour import flavour
 
-        flavour().check_target(target)
-        if format == "triton":
-            check_flavour(flavour().name, flavour().version)
+        check_flavour(flavour().name, flavour().version)
     elif format == "triton":
         check_flavour("", "")
-    elif weight_streaming:
+    elif weight_streaming and compute == "inductor":
         raise BuildError("weight_streaming is TensorRT's, and compute is 'inductor'", fix="leave one of them out")
     if weight_streaming and strip_weights:
         raise BuildError("weights that are not in an engine cannot be streamed by it", fix="leave one of them out")
+    if weight_streaming and where == "split":
+        raise BuildError(
+            "weight_streaming is for programs that are one engine with its weights inside, and placement 'split' makes"
+            " several parts, whose weights are inputs",
+            fix='use placement="engine" and a strategy that an engine can hold, or leave weight_streaming out',
+        )
     coordinates_inside |= format == "triton"
     stages = Stages(progress)
     with workspace(out) as folder:
-        options = Options(
-            mesh=mesh, parallel=parallel, placement=placement, compute=compute, transport=transport, target=target
-        )
         later = set(plain((dense or model).state_dict().items())) if strip_weights else set()
         how = (check, choices, dense, weights, later, coordinates_inside, dump, stages)
         proven = _prove(model, args, kwargs, options, *how)

@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Literal, get_args
 
 import torch
+import torch.distributed as dist
 from torch import Tensor
 
 from torchtrt_md.bundle.given import given_weights
@@ -25,8 +26,9 @@ from torchtrt_md.checkpoint import Given
 from torchtrt_md.errors import LaunchError
 from torchtrt_md.graph.json import check_bindings, graph_from_json
 from torchtrt_md.launch import Launch
-from torchtrt_md.launch.agree import Agreement, grouped
+from torchtrt_md.launch.agree import Agreement, check_same, grouped
 from torchtrt_md.mesh import Mesh
+from torchtrt_md.options import seconds
 from torchtrt_md.runtime.bring_up import bring_up
 from torchtrt_md.runtime.graphs import Budget
 from torchtrt_md.runtime.offers import Offers
@@ -77,11 +79,21 @@ def load(
         MDError: on every rank, naming the ranks that failed: BundleError (damaged, or built with another
             TensorRT), MeshError (a launch of another size), CommunicatorError, LaunchError (all else).
     """
-    if check not in get_args(Check):
-        raise LaunchError(f"check={check!r} is not understood", fix=f"give one of {', '.join(get_args(Check))}")
-    offers = Offers.of(weight_budget, kernel_cache)
-    folder = Path(folder)
-    manifest = read_together(folder, Agreement(timeout))
+
+    def asked_for() -> Offers:
+        if not timeout > 0:
+            raise LaunchError(f"a timeout of {timeout} s leaves no time to agree", fix="give seconds, more than 0")
+        if check not in get_args(Check):
+            raise LaunchError(f"check={check!r} is not understood", fix=f"give one of {', '.join(get_args(Check))}")
+        return Offers.of(weight_budget, kernel_cache)
+
+    if not dist.is_initialized():
+        asked_for()  # what is wrong here comes before that there is no launch
+    folder, agreement = Path(folder), Agreement(seconds(timeout))
+    manifest = read_together(folder, agreement, asked_for)
+    offers = asked_for()
+    asked = {"check": check, "cuda_graph": cuda_graph, "max_graphs": max_graphs}  # the ranks vote by these
+    check_same(agreement, {name: repr(value) for name, value in asked.items()}, "the arguments of load")
     engines = any(segment.runs == "engine" for segments in manifest.ranks for segment in segments)
     launch = Launch.join(timeout, device=device, cpu=not engines)
     mesh, segments = mesh_of(manifest), manifest.ranks[launch.rank]
@@ -134,8 +146,10 @@ def _check_given(manifest: Manifest, mesh: Mesh, read: Mapping[str, Tensor], lau
         check_parts(mesh, {name: axes[name] for name in names}, sums, launch.agreement)
 
 
-def read_together(folder: Path, agreement: Agreement) -> Manifest:
+def read_together(folder: Path, agreement: Agreement, first: Callable[[], object] = lambda: None) -> Manifest:
     """The manifest, once every rank has found its bundle whole, of the installed TensorRT and equal to the others'.
+
+    ``first`` is what else a rank may find wrong, before it.
 
     Raises:
         MDError: on every rank, naming the ranks that failed or differ.
@@ -146,8 +160,12 @@ def read_together(folder: Path, agreement: Agreement) -> Manifest:
         check_versions(manifest)
         check_files(folder, manifest, rank_files(manifest, agreement.rank))
 
+    def read() -> tuple[Manifest, str]:
+        first()
+        return read_unchanged(folder, check)
+
     # Its path may differ between hosts.
-    manifest, digest = agreement.together("reading the bundle", lambda: read_unchanged(folder, check))
+    manifest, digest = agreement.together("reading the bundle", read)
     digests = agreement.gather(digest, "the bundle's hash")
     if len(set(digests)) > 1:
         raise LaunchError(

@@ -22,7 +22,10 @@ from torch import Tensor
 
 from torchtrt_md.bundle.read import manifest_digest, read_manifest
 from torchtrt_md.bundle.structure import mesh_of
+from torchtrt_md.checks import check_place
+from torchtrt_md.doors.flags import in_flags
 from torchtrt_md.doors.load import load
+from torchtrt_md.doors.user_file import check_user_file, load_user_file
 from torchtrt_md.errors import BundleError, InputError, LaunchError, MDError, OptionError, VerificationError
 from torchtrt_md.program import Value, part
 from torchtrt_md.runtime.report import RankReport, Timing, rank_report, report, show_steps
@@ -102,7 +105,8 @@ def run(
             kernel_cache=kernel_cache or False,
         )
     except MDError as error:
-        print(f"[rank {os.environ.get('RANK', '-')}] {type(error).__name__}: {error}", file=sys.stderr, flush=True)
+        shown = MDError(error.problem, fix=in_flags(error.fix), at=error.at)
+        print(f"[rank {os.environ.get('RANK', '-')}] {type(error).__name__}: {shown}", file=sys.stderr, flush=True)
         raise typer.Exit(1) from error
     except Exception as error:
         traceback.print_exc()
@@ -129,6 +133,11 @@ def run_bundle(
     Raises:
         MDError: on every rank.  VerificationError: an output is too far from the dense model's.
     """
+    if os.environ.get("RANK", "0") == "0":  # which alone reads and writes these
+        if report_file is not None:
+            check_place("--report", report_file, folder=False)
+        if verify is not None:
+            check_user_file(verify, model_device)
     device = join_launch(bundle, timeout)
     stripped = bool(read_manifest(bundle).given)
     runner = load(
@@ -278,7 +287,6 @@ def _compare(
         if runner.rank != 0:
             return {}
         from torchtrt_md.capture.arguments import Arguments
-        from torchtrt_md.doors.user_file import load_user_file
 
         model, args, kwargs = load_user_file(file, seed, model_device)
         if weights is not None and not stripped and not is_on_meta(model):

@@ -1,6 +1,7 @@
 """Load a model file: a Python file with a function ``model`` that returns (model, args, kwargs).
 
-A list ``parallel`` beside it, of ``ContextParallel`` and ``TensorParallel``, serves models without a plan of their own.
+A ``parallel`` beside it, a ``ContextParallel``, a ``TensorParallel`` or a list of such, serves models without a plan of
+their own.
 """
 
 from __future__ import annotations
@@ -14,7 +15,8 @@ from typing import Any
 import torch
 from torch import nn
 
-from torchtrt_md.errors import CaptureError
+from torchtrt_md.checks import as_parallels
+from torchtrt_md.errors import CaptureError, OptionError, first_line
 from torchtrt_md.graph.source import error_line
 from torchtrt_md.parallel import Parallel
 
@@ -47,10 +49,10 @@ def read_user_file(path: str | Path, seed: int = 0, device: str = "cpu") -> User
 
     Raises:
         CaptureError: no such file or function, or it returns something else.
+        OptionError: a device that is not here, or a list ``parallel`` of other things.
     """
     path = Path(path)
-    if not path.is_file():
-        raise CaptureError(f"there is no model file {str(path)!r}", fix="give the path of a Python file")
+    check_user_file(path, device)
     sys.path.insert(0, str(path.parent.resolve()))  # as python FILE does
     try:
         torch.manual_seed(seed)
@@ -78,5 +80,35 @@ def read_user_file(path: str | Path, seed: int = 0, device: str = "cpu") -> User
         or not isinstance(result[2], dict)
     ):
         raise CaptureError(f"{FUNCTION}() of {path} returned {type(result).__name__}, not a triple", fix=_FORM)
-    parallel = namespace.get("parallel")
-    return UserFile(result[0], tuple(result[1]), result[2], None if parallel is None else list(parallel))
+    return UserFile(result[0], tuple(result[1]), result[2], _parallel(path, namespace.get("parallel")))
+
+
+def check_user_file(path: Path, device: str) -> None:
+    """What can be known of the file before it is run.
+
+    Raises:
+        CaptureError: it is not there.
+        OptionError: PyTorch has no such device here.
+    """
+    if not path.is_file():
+        raise CaptureError(f"there is no model file {str(path)!r}", fix="give the path of a Python file")
+    try:
+        torch.empty(1, device=device)
+    except (RuntimeError, AssertionError) as error:  # the latter of a PyTorch that was built without it
+        raise OptionError(
+            f"no model can be made on the device {device!r}: {first_line(error)}",
+            fix="give --model-device a device that PyTorch has here, such as cpu",
+        ) from error
+
+
+def _parallel(path: Path, own: object) -> list[Parallel] | None:
+    """The file's own list, or the one thing that it has in its place."""
+    if own is None:
+        return None
+    try:
+        return list(as_parallels(own))
+    except OptionError as error:
+        raise OptionError(
+            f"`parallel` of {path}: {error.problem}",
+            fix='let it be md.ContextParallel("cp"), md.TensorParallel("tp"), md.DataParallel("dp"), or a list of such',
+        ) from None

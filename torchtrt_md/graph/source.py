@@ -1,4 +1,4 @@
-"""The user's own source line of a graph node or an error, for messages."""
+"""The user's own source line of a graph node or an error, and the model's name of an input, for messages."""
 
 from __future__ import annotations
 
@@ -26,6 +26,7 @@ MACHINERY = re.compile(
     + r"|[/\\]torch_tensorrt[/\\]|[/\\]torchao[/\\]|[/\\]typing_extensions\.py$|^<frozen |^<eval_with_key>"
     + r"|[/\\](?:site|dist)-packages[/\\](?:typer|click)[/\\]"  # the command line's, between it and a stage
 )
+_NAME = "user_name"  # in a placeholder's meta
 T = TypeVar("T")
 # The code is missing where Python cannot read the file, as for what was typed into a shell.
 _FRAME = re.compile(
@@ -40,6 +41,16 @@ def source_line(node: torch.fx.Node) -> str:
     follows: ``... (called from file:line in forward)``.  Capture records these frames on every node (:func:`told_now`).
     """
     return _line_of(node.stack_trace or "")
+
+
+def user_name(node: torch.fx.Node) -> str:
+    """The model's own name of a weight or an input, which capture notes on its placeholder; else the node's."""
+    return str(node.meta.get(_NAME, node.name))
+
+
+def set_user_name(node: torch.fx.Node, name: str) -> None:
+    """Let messages call a placeholder so."""
+    node.meta[_NAME] = name
 
 
 def error_line(error: BaseException) -> str:

@@ -457,13 +457,33 @@ def combined(failures: Mapping[int, Failure], size: int, gone: str = "") -> MDEr
     return cast(MDError, kind(problem, fix="; ".join(fixes), at="; ".join(places)))
 
 
-def grouped(values: Sequence[object]) -> str:
+def check_same(agreement: Together, items: Mapping[str, str], about: str) -> None:
+    """Refuse named texts that differ between ranks.  Collective.
+
+    Raises:
+        RankMismatchError: on every rank, with who has what of those that differ, and nothing of the others.
+        MDError: as :meth:`Agreement.vote`.
+    """
+    found = agreement.gather(dict(items), about)
+    names = dict.fromkeys(name for of in found for name in of)
+    apart = {name: [of.get(name, "none") for of in found] for name in names}
+    told = [f"{name}: {grouped(texts, str)}" for name, texts in apart.items() if len(set(texts)) > 1]
+    if told:
+        raise _agreed(
+            RankMismatchError(
+                f"the ranks differ in {about}: {'; '.join(told)}",
+                fix="compile and call the same, with the same options and inputs, on every rank",
+            )
+        )
+
+
+def grouped(values: Sequence[object], show: Callable[[object], str] = repr) -> str:
     """Ranks by what they have: ``rank 0 has 'a', ranks 1, 2 have 'b'``."""
     ranks: dict[object, list[int]] = {}
     for rank, value in enumerate(values):
         ranks.setdefault(value, []).append(rank)
     return ", ".join(
-        f"{_who(members, 0)} {'has' if len(members) == 1 else 'have'} {value!r}" for value, members in ranks.items()
+        f"{_who(members, 0)} {'has' if len(members) == 1 else 'have'} {show(value)}" for value, members in ranks.items()
     )
 
 

@@ -153,7 +153,7 @@ class Signature:
             raise InputError(
                 f"input {name!r} has shape {list(value.shape)} and the engines take {list(shape)}"
                 + _chunk_note(tensor, self.mesh),
-                fix="pass that shape, or export a bundle for this one",
+                fix="pass that shape, or compile or export the model for this one",
             )
         if value.requires_grad and torch.is_grad_enabled():
             raise InputError(
