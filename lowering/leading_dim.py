@@ -5,8 +5,7 @@
     before    y = all_to_all(x, a, b)             after    x = P parts of dim a, moved to dim 0
                                                            y = all_to_all(x, 0, 0), dim 0 moved to dim b
 
-``gather`` is as ``all_gather``, ``scatter`` as ``reduce_scatter``.  Where the dims in front are of size 1, what is
-left of a move is a reshape.
+Where the dims in front are of size 1, what is left of a move is a reshape.
 """
 
 from __future__ import annotations
@@ -27,9 +26,9 @@ aten, md = torch.ops.aten, torch.ops.torchtrt_md
 def run(graph: GraphModule, context: PassContext) -> int:
     count = 0
     for node in list(graph.graph.nodes):
-        if node.target in (md.all_gather.default, md.gather.default):
+        if node.target is md.all_gather.default:
             new = _gather(node, bound_args(node))
-        elif node.target in (md.reduce_scatter.default, md.scatter.default):
+        elif node.target is md.reduce_scatter.default:
             new = _scatter(node, bound_args(node))
         elif node.target is md.all_to_all.default:
             new = _all_to_all(node, bound_args(node))

@@ -8,9 +8,6 @@ its shapes depend on and holds no process group.  Semantics, for the ``size`` ra
     reduce_scatter(x, op, dim)               rank i: chunk i, on dim, of x of all ranks, reduced
     all_to_all(x, split_dim, concat_dim)     rank i: chunk i, on split_dim, of every rank, concatenated on concat_dim
     broadcast(x, src)                        every rank: x of rank src of the group
-    reduce(x, op, dst)                       rank dst: x of all ranks, reduced; undefined elsewhere
-    gather(x, dim, dst)                      rank dst: x of all ranks, concatenated on dim; undefined elsewhere
-    scatter(x, dim, src)                     rank i: chunk i, on dim, of x of rank src
     permute_tensor(x, shift)                 rank i: x of rank i - shift, counted round the group
     shard(x, dim)                            rank i: chunk i, on dim, of its own x; no communication
     split_sequence(x, dim)                   x, whole: from here on each rank shall have chunk i of dim only
@@ -188,42 +185,6 @@ def broadcast(x: Tensor, src: int, axis: str, size: int) -> Tensor:
 @broadcast.register_fake
 def _(x: Tensor, src: int, axis: str, size: int) -> Tensor:
     return torch.empty_like(x, memory_format=torch.contiguous_format)
-
-
-@torch.library.custom_op(f"{NAMESPACE}::reduce", mutates_args=())
-def reduce(x: Tensor, op: str, dst: int, axis: str, size: int) -> Tensor:
-    check_reduction(op, x.dtype)
-    return _wait(_c10d.all_reduce(x.contiguous(), op, _group(axis, size).group_name))
-
-
-@reduce.register_fake
-def _(x: Tensor, op: str, dst: int, axis: str, size: int) -> Tensor:
-    check_reduction(op, x.dtype)
-    return torch.empty_like(x, memory_format=torch.contiguous_format)
-
-
-@torch.library.custom_op(f"{NAMESPACE}::gather", mutates_args=())
-def gather(x: Tensor, dim: int, dst: int, axis: str, size: int) -> Tensor:
-    out = _wait(_c10d.all_gather_into_tensor(x.contiguous(), size, _group(axis, size).group_name))
-    return torch.cat(out.chunk(size), dim) if dim else out
-
-
-@gather.register_fake
-def _(x: Tensor, dim: int, dst: int, axis: str, size: int) -> Tensor:
-    return _resized(x, dims={dim: x.shape[dim] * size})
-
-
-@torch.library.custom_op(f"{NAMESPACE}::scatter", mutates_args=())
-def scatter(x: Tensor, dim: int, src: int, axis: str, size: int) -> Tensor:
-    group = _group(axis, size)
-    whole = x.clone(memory_format=torch.contiguous_format)
-    dist.broadcast(whole, group=group, group_src=src)
-    return whole.chunk(size, dim)[dist.get_rank(group)].clone(memory_format=torch.contiguous_format)
-
-
-@scatter.register_fake
-def _(x: Tensor, dim: int, src: int, axis: str, size: int) -> Tensor:
-    return _resized(x, dims={dim: chunk_size(x.shape[dim], size, f"scatter on dim {dim}")})
 
 
 @torch.library.custom_op(f"{NAMESPACE}::permute_tensor", mutates_args=())
@@ -428,9 +389,6 @@ COLLECTIVES = frozenset(
         _ops.reduce_scatter.default,
         _ops.all_to_all.default,
         _ops.broadcast.default,
-        _ops.reduce.default,
-        _ops.gather.default,
-        _ops.scatter.default,
         _ops.permute_tensor.default,
     }
 )

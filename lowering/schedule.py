@@ -18,10 +18,7 @@ def collective(op: str, axis: str, ranks: int, dtype: torch.dtype, elements: int
         "all_gather": operand * others,
         "reduce_scatter": operand * others // ranks,
         "all_to_all": operand * others // ranks,
-        "scatter": operand * others // ranks,
         "broadcast": operand,
-        "reduce": operand,
-        "gather": operand,
         "permute_tensor": operand,
         "ring_attention": operand * others,
     }[op]

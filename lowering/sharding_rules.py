@@ -266,7 +266,7 @@ RULES: dict[Any, Rule] = {
     md.split_sequence: ir.split_sequence,
     md.gather_sequence: ir.gather_sequence,
     **dict.fromkeys((md.all_reduce, md.all_gather, md.reduce_scatter, md.all_to_all), ir.collective),
-    **dict.fromkeys((md.broadcast, md.reduce, md.gather, md.scatter, md.shard), ir.collective),
+    **dict.fromkeys((md.broadcast, md.shard), ir.collective),
     md.attention: ir.attention,
     md.context_attention: ir.context_attention,
 }

@@ -23,14 +23,13 @@ RING = "ring_attention"
 RING_SIZES = (8, 8, 256, 128)
 WIDTH = 8  # elements of each chunk of dim 0
 MODULUS = 251  # the sum of any 4096 operands is exact in float32
-ROOT = 0  # of ops that have one
-SUMS = ("all_reduce", "reduce", "reduce_scatter")
-ROOTED = ("broadcast", "reduce", "gather", "scatter")
+ROOT = 0  # of the op that has one
+SUMS = ("all_reduce", "reduce_scatter")
 # Op -> chunks of the result, for P ranks: 1, P, or P * P.
 _CHUNKS = {
-    **dict.fromkeys(("all_reduce", "all_to_all", "broadcast", "reduce"), 1),
-    **dict.fromkeys(("all_gather", "gather"), 2),
-    **dict.fromkeys(("reduce_scatter", "scatter"), 0),
+    **dict.fromkeys(("all_reduce", "all_to_all", "broadcast"), 1),
+    "all_gather": 2,
+    "reduce_scatter": 0,
 }
 OPS = (*_CHUNKS, RING)
 RING_DTYPES = (torch.float16, torch.bfloat16)
@@ -79,23 +78,18 @@ def operand(ranks: int, rank: int) -> Tensor:
     return ((count * rank + torch.arange(count)) % MODULUS).float().view(ranks, WIDTH)
 
 
-def expected(op: str, ranks: int, rank: int) -> Tensor | None:
-    """What a rank must get; None where the op leaves its result undefined there.
+def expected(op: str, ranks: int, rank: int) -> Tensor:
+    """What a rank must get.
 
     Args:
         op: any of ``OPS`` but a ring.
     """
     whole = torch.stack([operand(ranks, r) for r in range(ranks)])  # [rank, chunk, WIDTH]
-    if op in ("reduce", "gather") and rank != ROOT:
-        return None
     results = {
         "all_reduce": lambda: whole.sum(0),
-        "reduce": lambda: whole.sum(0),
         "reduce_scatter": lambda: whole.sum(0)[rank : rank + 1],
         "all_gather": lambda: whole.flatten(0, 1),
-        "gather": lambda: whole.flatten(0, 1),
         "all_to_all": lambda: whole[:, rank],
         "broadcast": lambda: whole[ROOT],
-        "scatter": lambda: whole[ROOT, rank : rank + 1],
     }
     return results[op]()

@@ -245,9 +245,9 @@ def test_every_collective_is_a_layer_that_builds() -> None:
             net = b.create_network(probes.network_flags(f))
             x = net.add_input("x", getattr(f.trt.DataType, dtype), (8, 16))
             reduce_op = "sum" if "reduce" in op else None
-            root = 0 if op in ("broadcast", "reduce", "gather", "scatter") else -1
+            root = 0 if op == "broadcast" else -1
             out = layers.add_collective(f, net, x, op, 4, reduce_op=reduce_op, root=root)
-            rows = {"all_gather": 32, "gather": 32, "reduce_scatter": 2, "scatter": 2}.get(op, 8)
+            rows = {"all_gather": 32, "reduce_scatter": 2}.get(op, 8)
             assert tuple(out.shape) == (rows, 16), op
             net.mark_output(out)
             assert b.build_serialized_network(net, probes.builder_config(f, b)) is not None, (op, dtype)

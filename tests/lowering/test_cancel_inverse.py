@@ -96,8 +96,6 @@ def test_the_first_stays_for_others() -> None:
         lambda x: shard(shard(x, 0), 0),
         lambda x: shard(exchange(x, 0, 1), 1),
         lambda x: md.all_gather(md.reduce_scatter(x, "sum", 0, "cp", 2), 0, "cp", 2),
-        lambda x: shard(md.gather(x, 0, 0, "cp", 2), 0),
-        lambda x: md.scatter(gather(x, 0), 0, 1, "cp", 2),
     ],
 )
 def test_what_is_not_the_inverse_stays(forward: Callable[[Tensor], Tensor]) -> None:

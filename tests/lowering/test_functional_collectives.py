@@ -156,11 +156,9 @@ def test_a_wait_alone_goes_too(launch: DeviceMesh) -> None:
     ("call", "same"),
     [
         (lambda x: md.all_gather(x, -1, "tp", 3), ("all_gather", 2, "tp", 3)),
-        (lambda x: md.gather(x, dim=-3, dst=2, axis="tp", size=3), ("gather", 0, 2, "tp", 3)),
         (lambda x: md.all_to_all(x, 1, -2, "tp", 3), ("all_to_all", 1, 1, "tp", 3)),
         (lambda x: md.all_to_all(x, split_dim=-3, concat_dim=-1, axis="tp", size=3), ("all_to_all", 0, 2, "tp", 3)),
         (lambda x: md.reduce_scatter(x, "sum", -1, "tp", 3), ("reduce_scatter", "sum", 2, "tp", 3)),
-        (lambda x: md.scatter(x, -2, 1, "tp", 3), ("scatter", 1, 1, "tp", 3)),
     ],
 )
 def test_dims_of_the_ir_are_counted_from_the_first(

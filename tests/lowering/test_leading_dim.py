@@ -18,9 +18,7 @@ SHAPES = [(6, 6, 6), (1, 6, 12), (6, 1, 6), (12, 18), (6, 2, 6, 1)]
 # What is called on dim a (and b) of x, over P ranks.
 CALLS: dict[str, Callable[[Tensor, int, int, int], Tensor]] = {
     "all_gather": lambda x, a, b, size: md.all_gather(x, a, "cp", size),
-    "gather": lambda x, a, b, size: md.gather(x, a, size - 1, "cp", size),
     "reduce_scatter": lambda x, a, b, size: md.reduce_scatter(x, "sum", a, "cp", size),
-    "scatter": lambda x, a, b, size: md.scatter(x, a, size - 1, "cp", size),
     "all_to_all": lambda x, a, b, size: md.all_to_all(x, a, b, "cp", size),
 }
 
@@ -31,7 +29,7 @@ CALLS: dict[str, Callable[[Tensor, int, int, int], Tensor]] = {
 def test_every_dim(name: str, shape: tuple[int, ...], mesh: Mesh) -> None:
     size, call = mesh.axis_size("cp"), CALLS[name]
     xs = graphs.per_rank(mesh, *shape, dtype=torch.int32)
-    splits = name not in ("all_gather", "gather")
+    splits = name != "all_gather"
     dims = [
         (a, b)
         for a in range(len(shape))
@@ -44,9 +42,7 @@ def test_every_dim(name: str, shape: tuple[int, ...], mesh: Mesh) -> None:
     found = graphs.collectives(graph)
     arguments = {
         "all_gather": (0, "cp", size),
-        "gather": (0, size - 1, "cp", size),
         "reduce_scatter": ("sum", 0, "cp", size),
-        "scatter": (0, size - 1, "cp", size),
         "all_to_all": (0, 0, "cp", size),
     }
     assert found == [(name, *arguments[name])] * len(dims)
@@ -56,9 +52,7 @@ def test_every_dim(name: str, shape: tuple[int, ...], mesh: Mesh) -> None:
     "call",
     [
         lambda x: md.all_gather(x, 1, "cp", 2),
-        lambda x: md.gather(x, 1, 0, "cp", 2),
         lambda x: md.reduce_scatter(x, "sum", 1, "cp", 2),
-        lambda x: md.scatter(x, 1, 0, "cp", 2),
         lambda x: md.all_to_all(x, 1, 1, "cp", 2),
     ],
 )
@@ -77,7 +71,7 @@ def test_collectives_without_a_dim_stay() -> None:
     mesh = Mesh(cp=2)
     xs = graphs.per_rank(mesh, 3, 5)
     graph = graphs.trace(
-        lambda x: md.all_reduce(md.broadcast(md.reduce(x, "max", 1, "cp", 2), 1, "cp", 2), "avg", "cp", 2), xs[0]
+        lambda x: md.all_reduce(md.broadcast(md.all_reduce(x, "max", "cp", 2), 1, "cp", 2), "avg", "cp", 2), xs[0]
     )
     before = graphs.ops(graph)
     assert graphs.check(leading_dim.run, graph, mesh, xs) == 0

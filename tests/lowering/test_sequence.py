@@ -307,9 +307,6 @@ def test_gathering_what_is_not_one_part() -> None:
         (md.reduce_scatter, ("sum", 2)),
         (md.all_to_all, (2, 1)),
         (md.broadcast, (0,)),
-        (md.reduce, ("sum", 0)),
-        (md.gather, (1, 0)),
-        (md.scatter, (2, 0)),
     ],
 )
 def test_other_collectives_along_the_axis(op: Callable[..., Tensor], args: tuple[object, ...]) -> None:
@@ -329,14 +326,11 @@ def test_other_collectives_along_the_axis(op: Callable[..., Tensor], args: tuple
         (md.all_gather, (2,), (1,)),
         (md.reduce_scatter, ("sum", -1), ("sum", 1)),
         (md.all_to_all, (2, 0), (2, 1)),
-        (md.gather, (0, 0), (-2, 0)),
-        (md.scatter, (2, 0), (1, 0)),
         (md.shard, (2,), (1,)),
         (md.split_sequence, (2,), (1,)),
         (md.gather_sequence, (0,), (1,)),
         (md.all_reduce, ("sum",), None),
         (md.broadcast, (0,), None),
-        (md.reduce, ("sum", 0), None),
     ],
 )
 def test_collectives_along_another_axis(

@@ -1,4 +1,4 @@
-"""The simulator: lockstep on any mesh, hangs found, undefined results poisoned, precision widened."""
+"""The simulator: lockstep on any mesh, hangs found, precision widened."""
 
 from __future__ import annotations
 
@@ -79,7 +79,6 @@ def test_different_collectives() -> None:
         (lambda x: gather(x, 0), lambda x: gather(x, 1), ["dim=0", "dim=1"]),
         (lambda x: total(x, "sum"), lambda x: total(x, "max"), ["op=sum", "op=max"]),
         (lambda x: md.broadcast(x, 0, "cp", 2), lambda x: md.broadcast(x, 1, "cp", 2), ["src=0", "src=1"]),
-        (lambda x: md.reduce(x, "sum", 0, "cp", 2), lambda x: md.reduce(x, "sum", 1, "cp", 2), ["dst=0", "dst=1"]),
         (lambda x: gather(total(x)), lambda x: total(gather(x)), ["all_reduce", "all_gather"]),
         (
             lambda x: md.permute_tensor(x, 1, "cp", 2),
@@ -199,33 +198,6 @@ def test_each_rank_gets_its_own_result() -> None:
     first[1].fill_(7)
     assert second[0].eq(2).all()
     assert second[1].eq(1).all()
-
-
-@pytest.mark.parametrize(
-    "dtype", [torch.float32, torch.bfloat16, torch.int64, torch.uint8, torch.bool, torch.complex64], ids=str
-)
-@pytest.mark.parametrize("where", [0, 1, 2])
-def test_what_is_undefined_is_poisoned(where: int, dtype: torch.dtype) -> None:
-    """Nowhere does it equal what rank dst has, so a program that relies on it fails to verify."""
-    mesh = Mesh(cp=3)
-    xs = [torch.tensor([rank, 0, 1]).to(dtype) for rank in range(3)]
-
-    def forward(x: Tensor) -> list[Tensor]:
-        return [md.reduce(x, "sum", where, "cp", 3), md.gather(x, 0, where, "cp", 3)]
-
-    results = graphs.run_ranks(graphs.trace(forward, xs[0]), mesh, xs)
-    for output, expected in enumerate([torch.stack(xs).sum(0).to(dtype), torch.cat(xs)]):
-        for rank in range(3):
-            result = results[rank][output]
-            assert (result.dtype, result.shape) == (dtype, expected.shape)
-            assert result.equal(expected) if rank == where else result.ne(expected).all()
-
-
-def test_poison_spreads() -> None:
-    xs = graphs.per_rank(CP, 3)
-    graph = graphs.trace(lambda x: md.all_reduce(md.reduce(x, "sum", 0, "cp", 2), "sum", "cp", 2), xs[0])
-    for (result,) in graphs.run_ranks(graph, CP, xs):
-        assert result.isnan().all()
 
 
 WIDE = Precision(torch.float64)

@@ -184,7 +184,7 @@ def _forms(c: Collective) -> list[tuple[str, int, str, int, int]]:
     """The (op, ranks, dtype, elements in, elements out) that this collective's layer may have."""
     dtype = trt_dtype(torch.float32 if c.dtype == torch.float64 else c.dtype)  # _settings truncates
     whole, part = c.elements * c.ranks, c.elements // c.ranks
-    after = {"all_gather": whole, "gather": whole, "reduce_scatter": part, "scatter": part}.get(c.op, c.elements)
+    after = {"all_gather": whole, "reduce_scatter": part}.get(c.op, c.elements)
     forms = [(c.op, c.ranks, dtype, c.elements, after)]
     if c.op == "all_gather":
         forms.append(("all_to_all", c.ranks, dtype, whole, whole))  # layers.add_all_gather_by_exchange

@@ -72,7 +72,7 @@ def _collective(op: str) -> Callable[..., Any]:
             op,
             size,
             reduce_op=values.get("op"),
-            root=next((values[root] for root in ("src", "dst") if root in values), layers.NO_ROOT),
+            root=values.get("src", layers.NO_ROOT),
         )
 
     return convert

@@ -22,9 +22,6 @@ OPERATIONS = {
     "reduce_scatter": "REDUCE_SCATTER",
     "all_to_all": "ALL_TO_ALL",
     "broadcast": "BROADCAST",
-    "reduce": "REDUCE",
-    "gather": "GATHER",
-    "scatter": "SCATTER",
 }
 _REDUCE_OPS = {"sum": "SUM", "product": "PROD", "max": "MAX", "min": "MIN", "avg": "AVG"}
 NO_ROOT = -1

@@ -15,7 +15,7 @@ from torchtrt_md.build.flavour import Flavour, flavour, trt_dtype
 from torchtrt_md.build.torch_trt import load
 from torchtrt_md.errors import BuildError
 from torchtrt_md.segment import Part, Segment
-from torchtrt_md.selftest import RING, ROOT, ROOTED, SUMS
+from torchtrt_md.selftest import RING, ROOT, SUMS
 
 
 def build_self_tests(tests: Sequence[Segment], target: str, cache: EngineCache) -> list[Part]:
@@ -69,7 +69,7 @@ def self_test_network(f: Flavour, builder: Any, test: Segment) -> tuple[Any, lis
         out = layers.add_attention(f, network, q, k, v, None, False, scale, ranks=c.ranks)
     else:
         reduce_op = "sum" if c.op in SUMS else None
-        root = ROOT if c.op in ROOTED else layers.NO_ROOT
+        root = ROOT if c.op == "broadcast" else layers.NO_ROOT
         out = layers.add_collective(f, network, inputs[0], c.op, c.ranks, reduce_op=reduce_op, root=root)
     out.name = result.name
     network.mark_output(out)

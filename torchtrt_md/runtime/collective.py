@@ -40,7 +40,7 @@ def runner_of(node: Node, groups: Mapping[str, dist.ProcessGroup]) -> Run:
 
 def is_in_place(node: Node) -> bool:
     """Does the result of this collective fit where its operand is, so that no copy is needed?"""
-    return str(node.target).split(".")[1] in ("all_reduce", "reduce", "broadcast")
+    return str(node.target).split(".")[1] in ("all_reduce", "broadcast")
 
 
 def _copied(out: Tensor, x: Tensor) -> None:
@@ -108,25 +108,11 @@ def _broadcast(args: Mapping[str, Any], group: dist.ProcessGroup) -> Run:
     return run
 
 
-def _scatter(args: Mapping[str, Any], group: dist.ProcessGroup) -> Run:
-    me = dist.get_rank(group)
-
-    def run(out: Tensor, x: Tensor) -> None:
-        whole = x.clone()
-        dist.broadcast(whole, group=group, group_src=args["src"])
-        out.copy_(whole.chunk(args["size"])[me])
-
-    return run
-
-
 _RUNS: dict[str, Callable[[Mapping[str, Any], dist.ProcessGroup], Run]] = {
     "all_reduce": _all_reduce,
-    "reduce": _all_reduce,
     "all_gather": _all_gather,
-    "gather": _all_gather,
     "reduce_scatter": _reduce_scatter,
     "all_to_all": _all_to_all,
     "permute_tensor": _permute_tensor,
     "broadcast": _broadcast,
-    "scatter": _scatter,
 }

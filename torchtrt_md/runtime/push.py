@@ -51,7 +51,7 @@ def push_of(node: Node, me: int) -> Push | None:
     size = args["size"]
     if name == "all_to_all":
         return Push(lambda x, results: _exchanged(x.chunk(size), results, me))
-    if name in ("all_gather", "gather"):
+    if name == "all_gather":
         return Push(lambda x, results: _exchanged([x] * size, results, me))
     if name == "permute_tensor":
         to = (me + args["shift"]) % size

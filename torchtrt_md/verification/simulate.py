@@ -346,13 +346,6 @@ def _reduced(xs: list[Tensor], op: str) -> Tensor:
     return reduce(_REDUCTIONS[op], xs)
 
 
-def _only(where: int, result: Tensor, count: int) -> list[Tensor]:
-    """The result on one rank; what others hold is undefined, so a program that uses it must fail to verify."""
-    inexact = result.is_floating_point() or result.is_complex()
-    poison = torch.full_like(result, float("nan")) if inexact else ~result
-    return [result if rank == where else poison for rank in range(count)]
-
-
 def _all_to_all(xs: list[Tensor], split_dim: int, concat_dim: int) -> list[Tensor]:
     parts = [x.chunk(len(xs), split_dim) for x in xs]
     return [torch.cat([part[rank] for part in parts], concat_dim) for rank in range(len(xs))]
@@ -383,9 +376,6 @@ _RULES: dict[str, Callable[..., Sequence[Tensor]]] = {
     "reduce_scatter": lambda xs, op, dim: _reduced(xs, op).chunk(len(xs), dim),
     "all_to_all": _all_to_all,
     "broadcast": lambda xs, src: [xs[src]] * len(xs),
-    "reduce": lambda xs, op, dst: _only(dst, _reduced(xs, op), len(xs)),
-    "gather": lambda xs, dim, dst: _only(dst, torch.cat(xs, dim), len(xs)),
-    "scatter": lambda xs, dim, src: xs[src].chunk(len(xs), dim),
     "permute_tensor": lambda xs, shift: [xs[(rank - shift) % len(xs)] for rank in range(len(xs))],
     "context_attention": _context_attention,
 }

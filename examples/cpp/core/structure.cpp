@@ -107,9 +107,8 @@ void check_all_names(const Manifest& manifest, const Described& described) {
 }
 
 void check_collective(const Collective& c, const std::string& where) {
-    static const std::set<std::string> kOps = {"all_reduce",     "all_gather",    "reduce_scatter", "all_to_all",
-                                               "broadcast",      "reduce",        "gather",         "scatter",
-                                               "permute_tensor", "ring_attention"};
+    static const std::set<std::string> kOps = {"all_reduce", "all_gather",     "reduce_scatter", "all_to_all",
+                                               "broadcast",  "permute_tensor", "ring_attention"};
     if (!kOps.count(c.op)) throw refused(where + " has the collective " + in_quotes(c.op) + ", which is not known");
     check_shape({c.elements}, c.dtype, "the operand of a " + c.op + " of " + where);
     if (c.bytes_sent < 0 || c.bytes_sent / c.ranks > kMaxTensorBytes ||

@@ -246,14 +246,13 @@ Json numbers(const std::vector<float>& values) {
 
 // Of each op over this many ranks: what each rank puts in, and must get.
 int self_tests(int ranks) {
-    for (const char* op : {"all_reduce", "all_to_all", "broadcast", "reduce", "all_gather", "gather", "reduce_scatter",
-                           "scatter"})
+    for (const char* op : {"all_reduce", "all_to_all", "broadcast", "all_gather", "reduce_scatter"})
         for (int rank = 0; rank < ranks; ++rank) {
             auto right = expected(op, ranks, rank);
             std::cout << Json(Json::Object{{"op", std::string(op)},
                                            {"rank", int64_t{rank}},
                                            {"operand", numbers(operand(ranks, rank))},
-                                           {"expected", right ? numbers(*right) : Json(nullptr)}})
+                                           {"expected", numbers(right)}})
                              .text()
                       << "\n";
         }
