@@ -37,6 +37,9 @@ The largest or the least number of a split value, as what a quantization scales 
     a = amax(x, [0, 1, 2])
     a' = amax(torchtrt_md.all_gather(unsqueeze(a, 0), 0, "cp", 2), [0])
 
+What a rank has behind the end, where the ranks do not divide the sequence, is hidden from it
+(:mod:`torchtrt_md.lowering.behind_end`).
+
 Queries of a part of the sequence over replicated keys (cross attention) need nothing.  Every node gets
 ``meta["sharding"]``: axis -> :class:`~torchtrt_md.lowering.sharding.Sharded`, or a list of such dicts
 where the node has several results; an axis that is not in it is one along which the value is replicated.
@@ -58,6 +61,7 @@ from torch.fx import GraphModule, Node
 from torchtrt_md.errors import ShardingError
 from torchtrt_md.graph.rewrite import emit, substitute
 from torchtrt_md.graph.source import source_line, user_name
+from torchtrt_md.lowering.behind_end import BehindEnd
 from torchtrt_md.lowering.localize import localize
 from torchtrt_md.lowering.ops import OF_PARTS, bound_args, is_sequence_mark
 from torchtrt_md.lowering.passes import PassContext
@@ -106,6 +110,10 @@ class _Analysis:
         self.states: dict[Node, Result] = {}
         # What was made of a value once serves all of its users: layers have their tables and masks in common.
         self.made: dict[tuple[object, ...], Node] = {}
+        # Once a view has joined positions, what lies behind the end need be no copy of any.
+        self.joins = False
+        # What reads across the end: the op, the name of its operand, how that is split, and what stands behind the end.
+        self.hidden: list[tuple[Node, str, Sharded, float | bool]] = []
 
     def run(self) -> int:
         count = 0
@@ -124,11 +132,15 @@ class _Analysis:
                 elif node.target in OF_PARTS and call.sharded and self.states[node] is None:
                     self.compared(call)
                     count += 1
+                self.joins |= self._joins(call)
             for operand, wanted in call.to_split.items():
                 node.replace_input_with(operand, self.part(node, operand, wanted))
         localize(self.graph, self.axis, self.size, self.states)
         for node, result in self.states.items():
             _record(node, self.axis, result)
+        behind_end = BehindEnd(self.axis, self.size)
+        for node, name, state, fill in self.hidden:
+            behind_end.hide(node, name, state, fill)
         return count
 
     def emitted(self, before: Node, state: State, target: torch._ops.OpOverload, x: Node, *args: Any) -> Node:
@@ -199,6 +211,15 @@ class _Analysis:
         ]
         return pieces[0] if len(pieces) == 1 else self.emitted(before, None, aten.cat.default, pieces, dim)  # type: ignore[arg-type]
 
+    def _joins(self, call: Call) -> bool:
+        """Does it make one position of several, in a part that the ranks do not divide?"""
+        after = self.states[call.node]
+        if not isinstance(after, Sharded) or not after.totals:
+            return False
+        before = [state for n in call.node.all_input_nodes if isinstance(state := self.states[n], Sharded)]
+        known = {part for state in before for part in state.parts(self.size)}
+        return bool(known) and any(not part.is_whole and part not in known for part in after.parts(self.size))
+
     def compared(self, call: Call) -> None:
         """The largest, or least, of a rank's part -> that of all parts.
 
@@ -206,13 +227,8 @@ class _Analysis:
         """
         node = call.node
         state = call.sole(call.args["self"])
-        # What precedes this op is lowered, along this axis or an earlier one.
-        if state.totals and _any_causal(self.graph, md.attention.default, md.context_attention.default):
-            call.refuse(
-                "compares what causal attention may have made of positions behind the end, as the ranks do not divide"
-                f" {', '.join(map(str, state.totals))}",
-                "use a length that the ranks divide, or gather the sequence before this op",
-            )
+        if state.totals:  # what lies behind the end need be no copy, and could be the largest
+            self.hidden.append((node, "self", state, _passed_over(node)))
         users = list(node.users)
         row = self.emitted(node.next, None, aten.unsqueeze.default, node, 0)
         rows = self.emitted(row.next, None, md.all_gather.default, row, 0, self.axis, self.size)
@@ -295,7 +311,8 @@ class _Analysis:
         mask = call.args["mask"]
         if mask is not None:
             mask = self._mask(before, mask, split_q, split_k)
-        # Keys behind the end of a part are hidden by the mask, or by the order where attention is causal.
+        # Keys behind the end of a part are hidden by the mask, or by the order where attention is causal; what is
+        # hidden so counts nothing times what it is, which is NaN where that is no number.
         hides = mask is not None or call.args["is_causal"] or not split_k.totals
         lengths = None if hides else [n for part in split_k.parts(self.size) for n in part]
         rest = [call.args[name] for name in ("is_causal", "scale", "enable_gqa")]
@@ -303,6 +320,8 @@ class _Analysis:
         args = (*operands[1:], *rest, self.strategy, self.axis, self.size, *hides_any)
         y = self.emitted(before, split_q, md.context_attention.default, operands[0], *args)
         y.meta["sharding"] = dict(before.meta["sharding"])
+        if self.joins and split_k.totals and lengths is None:
+            self.hidden += [(y, name, split_k, 0.0) for name in ("k", "v")]
         substitute(before, self._as_before(before, y, q, split_q))
 
     def _all_split(self, call: Call, state: Sharded) -> Sharded:
@@ -403,6 +422,16 @@ class _Analysis:
             last = self.emitted(before, None, aten.full_like.default, last, _hidden(value_of(x)))
         copies = self.emitted(before, None, aten.expand.default, last, shape)
         return self.emitted(before, None, aten.cat.default, [x, copies], dim)  # type: ignore[arg-type]
+
+
+def _passed_over(node: Node) -> float | bool:
+    """What the largest of some numbers, or the least, is never; or what changes nothing where it is."""
+    dtype, of_largest = value_of(node).dtype, OF_PARTS[node.target] is aten.amax.default
+    if dtype is torch.bool:
+        return not of_largest
+    if not dtype.is_floating_point:
+        return torch.iinfo(dtype).min if of_largest else torch.iinfo(dtype).max
+    return -math.inf if of_largest else math.inf
 
 
 def _hidden(mask: torch.Tensor) -> bool | float:

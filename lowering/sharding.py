@@ -23,9 +23,11 @@ from torch.fx import Node
 from torchtrt_md.errors import ShardingError
 from torchtrt_md.graph.source import source_line, user_name
 from torchtrt_md.lowering.ops import bound_args
+from torchtrt_md.mesh import shown
 from torchtrt_md.program import value_of
 
 # What to do about an op that needs the whole sequence.
+ACROSS = "mixes positions across the shard"
 GATHER_FIRST = "gather the sequence before this op (md.Gather in the plan), or leave this op's module out of the split"
 
 
@@ -36,7 +38,7 @@ class Sharded:
     A part of a sequence is split over the ranks, in equal chunks, or every rank has all of it, as of text tokens beside
     those of an image that is split.  Where the ranks do not divide a part, its last entry is repeated until they do:
     what lies behind the end is a copy of that entry, through every op that keeps positions apart and all attention that
-    is not causal.
+    is not causal, up to a view that makes one position of several.
 
     Attributes:
         dim: the tensor dimension, counted from the left.
@@ -197,7 +199,7 @@ def local_shape(whole: Sequence[int], state: State) -> list[int]:
     return [state.extent if state and d == state.dim else n for d, n in enumerate(whole)]
 
 
-def combine(call: Call, *operands: tuple[object, Dims], across: str = "mixes positions across the shard") -> State:
+def combine(call: Call, *operands: tuple[object, Dims], across: str = ACROSS) -> State:
     """The sharding of an op's result, from where each operand's dims go in it.
 
     Replicated operands that have the dim too, such as a table of positions, are to be split like the sharded ones
@@ -216,6 +218,12 @@ def combine(call: Call, *operands: tuple[object, Dims], across: str = "mixes pos
         if to is None:
             call.refuse(across)
         moved = replace(state, dim=to)
+        if result is not None and result.dim != moved.dim:
+            call.refuse(
+                f"takes operands that are split differently: on dims {result.dim} and {moved.dim} of its result",
+                "split all of them on the same dim; where each position meets each other, as in a mask made of x[:, :,"
+                f" None] == x[:, None, :], gather one of the operands: md.gather(x, dim, {shown(call.axis)})",
+            )
         if result is not None and result != moved:
             call.refuse(
                 "takes operands that are split differently, so their local positions are not those of each other",

@@ -19,6 +19,8 @@ from torchtrt_md.lowering import sharding_ir as ir
 from torchtrt_md.lowering import sharding_moves as moves
 from torchtrt_md.lowering.ops import OF_PARTS
 from torchtrt_md.lowering.sharding import (
+    ACROSS,
+    GATHER_FIRST,
     Call,
     Dims,
     Result,
@@ -34,6 +36,10 @@ Rule: TypeAlias = Callable[[Call], Result]
 
 aten, md = torch.ops.aten, ir.md
 
+_EXPERTS = (
+    "where it sorts tokens by their experts, use a form of the experts that does not: in transformers,"
+    " model.set_experts_implementation('batched_mm')"
+)
 _ATTEND = (
     "use torch.nn.functional.scaled_dot_product_attention so that the attention is seen, and communicates by itself"
 )
@@ -121,6 +127,15 @@ def along(call: Call) -> Result:
     """Reads across one dim, which the result has too."""
     x = call.args["self"]
     return combine(call, (x, keeping(value_of(x).ndim, [call.args["dim"]])))
+
+
+def sort(call: Call) -> Result:
+    """As :func:`along`; what is sorted across a sequence is mostly the tokens of all experts."""
+    x = call.args["self"]
+    state = call.sole(x)
+    if state.dim == int(call.args.get("dim", -1)) % max(value_of(x).ndim, 1):
+        call.refuse(ACROSS, f"{GATHER_FIRST}; {_EXPERTS}")
+    return along(call)
 
 
 def along_dims(call: Call) -> Result:
@@ -250,7 +265,8 @@ RULES: dict[Any, Rule] = {
     **dict.fromkeys((aten.norm, aten.linalg_vector_norm, aten.median, aten.mode, aten.kthvalue), reduction),
     **dict.fromkeys((aten.softmax, aten._softmax, aten._safe_softmax, aten.log_softmax, aten._log_softmax), along),
     **dict.fromkeys((aten.cumsum, aten.cumprod, aten.cummax, aten.cummin, aten.logcumsumexp), along),
-    **dict.fromkeys((aten.sort, aten.argsort, aten.topk, aten.glu), along),
+    **dict.fromkeys((aten.sort, aten.argsort, aten.topk), sort),
+    aten.glu: along,
     **dict.fromkeys((aten.flip, aten.roll), along_dims),
     **dict.fromkeys((aten.tril, aten.triu), along_last_two),
     aten.constant_pad_nd: pad,

@@ -10,8 +10,9 @@ all that the sequence analysis accepts does the same to every position, wherever
 show the order, and are refused: a chunk border inside of what a view made one position (or a length that 2P does not
 divide), a causal attention by another strategy, and an output that is left split.
 
-Collectives along the axis, other than gathers of a chunk, were refused by the analysis.  An attention that is not
-causal may have any strategy: the order of its keys does not matter, and that of its queries is that of its result.
+Other collectives along the axis were refused by the analysis, or are its own: a gather of what each rank found in its
+part, as its largest number, is of no sequence and stays as it is.  An attention that is not causal may have any
+strategy: the order of its keys does not matter, and that of its queries is that of its result.
 
 Over several axes the ring is along the first, and P its ranks: the ranks of the others hold the two chunks between
 them, in order.
@@ -129,12 +130,12 @@ def _reorder(graph: GraphModule, axis: str, size: int) -> int:
     count = 0
     for node in _nodes(graph, md.shard.default):
         args = bound_args(node)
-        if args["axis"] == axis:
+        if args["axis"] == axis and _held(node, axis):
             node.replace_input_with(args["x"], _chunks(node, args["x"], args["dim"], order))
             count += 1
     for node in _nodes(graph, md.all_gather.default):
         args = bound_args(node)
-        if args["axis"] == axis:
+        if args["axis"] == axis and _held(args["x"], axis):
             gathered = emit(node, md.all_gather.default, *args.values())
             substitute(node, _chunks(node, gathered, args["dim"], back))
             count += 1

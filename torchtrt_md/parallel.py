@@ -20,7 +20,8 @@ class Split:
 
     Args:
         dim: the dimension, counted from the end where negative.
-        output: split a result, which the plan names by its index: ``{0: Split(1, output=True)}``.
+        output: split a result, which the plan names by its index, ``{0: Split(1, output=True)}``, or by its name where
+            the module returns a dict.
         ndim: split only a tensor of this many dims, as diffusers' ``expected_dims``.
 
     Raises:
@@ -56,7 +57,8 @@ class Gather:
 
 
 NestedSplit: TypeAlias = "Split | Sequence[NestedSplit | None] | Mapping[str, NestedSplit | None]"
-ModulePlan: TypeAlias = "Mapping[str | int, NestedSplit] | Gather | Sequence[Gather | None]"
+NestedGather: TypeAlias = "Gather | Sequence[NestedGather | None] | Mapping[str | int, NestedGather | None]"
+ModulePlan: TypeAlias = "Mapping[str | int, NestedSplit] | NestedGather"
 ContextPlan: TypeAlias = "Mapping[str, ModulePlan]"
 
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from typing import TYPE_CHECKING, NamedTuple
 
@@ -31,13 +31,15 @@ class UnevenSharding(NamedTuple):
 
     The dim is made of ``blocks``, one after the other, given by their relative sizes, each of which is cut by itself,
     as where gate and up projections are joined.  Each is cut into as many chunks as there are groups of ``copies``
-    ranks that hold the same; where it does not divide by these, it is filled up with zeros at its end.
+    ranks that hold the same; where it does not divide by these, it is filled up at its end: with copies of the last
+    entry, of which no op makes what it makes of no other, or with ``zeros``.
     """
 
     dim: int
     axis: str
     blocks: tuple[int, ...] = (1,)
     copies: int = 1
+    zeros: bool = False
 
     def extents(self, whole: int, size: int) -> list[int]:
         """How much of each block of a dim each of ``size`` ranks holds."""
@@ -96,6 +98,18 @@ class Output:
 Source = Weight | Value | Coordinate
 
 
+@dataclass(frozen=True)
+class Constant:
+    """A tensor that the model's code holds and that is no weight: the graphs have what it was when it was captured.
+
+    ``read`` gives what is in its place now, where that is known.
+    """
+
+    name: str
+    tensor: Tensor
+    read: Callable[[], object] | None = None
+
+
 @dataclass
 class Weights:
     """The model's weights by name, whole where this process has them, else as this process's DTensor shards.
@@ -103,7 +117,8 @@ class Weights:
     What is whole is the model's own parameter or buffer.  ``unrelated`` are names of weights of which nothing says that
     they are equal on all ranks: plain tensors of a model that communicates by itself.  ``given`` are the names of those
     that are in ``checkpoint``, and under which name there; each part of them is read when it is asked for.  ``holders``
-    are of what a tensor subclass holds: which object, and as which attribute.
+    are of what a tensor subclass holds: which object, and as which attribute.  ``constants`` are no weights, and may
+    not change either.
     """
 
     whole: Mapping[str, Tensor]
@@ -113,6 +128,7 @@ class Weights:
     given: Mapping[str, str] = field(default_factory=dict)
     checkpoint: Checkpoint | None = None
     holders: Mapping[str, tuple[Tensor, str]] = field(default_factory=dict)
+    constants: Sequence[Constant] = ()
 
     def check_values(self, weights: Iterable[Weight]) -> None:
         """Refuse weights on meta of which nothing says what they are.  Ask before they are wanted one by one.
@@ -251,7 +267,8 @@ def _uneven_part(whole: Tensor, s: UnevenSharding, size: int, coordinate: int) -
         if there < extent:
             missing = list(whole.shape)
             missing[s.dim] = extent - there
-            found.append(whole.new_zeros(missing))
+            last = block.narrow(s.dim, block.shape[s.dim] - 1, 1)
+            found.append(whole.new_zeros(missing) if s.zeros else last.expand(missing))
     return found[0] if len(found) == 1 else torch.cat(found, s.dim)
 
 

@@ -13,7 +13,7 @@ from torchtrt_md.bundle.from_program import manifest_of
 from torchtrt_md.choices import Choices
 from torchtrt_md.launch import Launch
 from torchtrt_md.options import Options
-from torchtrt_md.program import Output, ShardedProgram
+from torchtrt_md.program import Output, ShardedProgram, Weights
 from torchtrt_md.road import Built, Road, summary_of
 from torchtrt_md.runtime.bring_up import Known, bring_up
 from torchtrt_md.runtime.executor import Executor
@@ -93,11 +93,15 @@ class Session:
             static_outputs=self.options.static_outputs,
             budget=budget or Budget(self.options.max_graphs),
             nest=lambda outputs: _nested(lowered, outputs),
-            guard=WeightGuard({**lowered.weights.shards, **lowered.weights.whole}, lowered.weights.holders).check,
+            guard=_guard(lowered.weights).check,
             name=name,
             summary=summary_of(name, built, rank),
             choices=built.choices,
         )
+
+
+def _guard(weights: Weights) -> WeightGuard:
+    return WeightGuard({**weights.shards, **weights.whole}, weights.holders, weights.constants)
 
 
 def _nested(program: ShardedProgram, outputs: Mapping[str, Tensor]) -> Any:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import warnings
+from dataclasses import dataclass
 from typing import Any, NamedTuple
 
 import models
@@ -10,6 +11,7 @@ import pytest
 import torch
 from torch import Tensor, nn
 from torch.distributed.tensor.parallel import ColwiseParallel
+from transformers.utils import ModelOutput
 
 import torchtrt_md as md
 from torchtrt_md.errors import PlanError, PlanWarning
@@ -54,7 +56,7 @@ WHOLE = {"": {"x": md.Split(1)}, "proj": md.Gather(1)}
 @pytest.mark.parametrize(
     ("plan", "problem", "fix"),
     [
-        ({"": {"x": md.Split(1, output=True)}}, "a result of the model by the name 'x'", "leave out output=True"),
+        ({"": {"x": md.Split(1, output=True)}}, "result 'x' of the model, .* one tensor", "leave out output=True"),
         ({"": {0: md.Split(1)}}, "splits 0 of the model, which is no argument's name; it takes x, y", "output=True"),
         (
             {**WHOLE, "": {"x": md.Split(1), 5: md.Split(1, output=True)}},
@@ -97,16 +99,11 @@ WHOLE = {"": {"x": md.Split(1)}, "proj": md.Gather(1)}
             'write {"blocks.*": {0: md.Split(1, output=True)}} to split result 0',
         ),
         (
-            {**WHOLE, "proj": {0: md.Gather(1)}},
-            "gathers result 0 of module 'proj' in a dict, which is for splits",
-            'write {"proj": md.Gather(1)}',
+            {**WHOLE, "blocks.0": {"x": md.Split(1), 0: md.Gather(1)}},
+            "gathers result 0 of module 'blocks.0' in a dict that splits others",
+            "gather it at another module",
         ),
-        (
-            {**WHOLE, "blocks.0": {1: md.Gather(1)}},
-            "gathers result 1 of module 'blocks.0' in a dict",
-            'write {"blocks.0": [None, md.Gather(1)]}',
-        ),
-        ({**WHOLE, "proj": {"input": md.Gather(-2)}}, "gathers argument 'input' of module 'proj'", "md.Gather(-2)}"),
+        ({**WHOLE, "proj": {"input": md.Gather(-2)}}, "gathers result 'input' of module 'proj'", "counted from 0"),
         (
             {"x": md.Split(1), "proj": md.Gather(1)},
             "a module 'x' that Model does not have; 'x' is an argument of the model",
@@ -141,6 +138,103 @@ def test_entries_that_did_not_apply_in_this_call_are_warned_of(entries: dict[str
     with pytest.warns(PlanWarning, match=warning) as caught:
         capture({**WHOLE, **entries})
     assert len(caught) == 1
+
+
+@dataclass
+class Result(ModelOutput):  # type: ignore[misc]
+    sample: Tensor | None = None
+    aux: Tensor | None = None
+    extra: Tensor | None = None
+
+
+class Returning(nn.Module):
+    """A linear layer whose result comes in a form."""
+
+    def __init__(self, form: str) -> None:
+        super().__init__()
+        self.linear, self.form = nn.Linear(4, 4), form
+
+    def forward(self, x: Tensor) -> Any:
+        y = self.linear(x)
+        forms = {
+            "dict": {"sample": y, "aux": y * 2},
+            "output": Result(sample=y, extra=y * 2),
+            "tuple": (y, y * 2),
+            "nested": ({"sample": y, "none": None}, [y * 2, {"a": y}]),
+        }
+        return forms[self.form]
+
+
+class TwoForms(nn.Module):
+    def __init__(self, form: str) -> None:
+        super().__init__()
+        self.first, self.last = Returning(form), Returning(form)
+
+    def forward(self, x: Tensor) -> Any:
+        found = self.first(x)
+        found = found[0] if isinstance(found, tuple) else found
+        y = found if isinstance(found, Tensor) else found["sample"]
+        return self.last(y - y.amax(1, True))
+
+
+SPLIT = {"x": md.Split(1)}
+FIRST = {0: md.Split(1, output=True)}
+
+
+@pytest.mark.parametrize(
+    ("form", "split", "gathers"),
+    [
+        ("dict", FIRST, [md.Gather(1), md.Gather(1)]),
+        ("dict", {"sample": md.Split(1, output=True)}, {"sample": md.Gather(1), "aux": md.Gather(1)}),
+        ("output", FIRST, {"sample": md.Gather(1), "extra": md.Gather(1)}),
+        ("output", {"sample": md.Split(1, output=True)}, [md.Gather(1), md.Gather(1)]),
+        ("tuple", FIRST, {0: md.Gather(1), 1: md.Gather(1)}),
+        ("nested", SPLIT, [{"sample": md.Gather(1)}, [md.Gather(1), {"a": md.Gather(1)}]]),
+        ("nested", SPLIT, {1: [md.Gather(1), {"a": md.Gather(1)}], 0: {"sample": md.Gather(1), "none": None}}),
+    ],
+)
+def test_results_by_name_and_in_nests(form: str, split: Any, gathers: Any) -> None:
+    model, mesh = TwoForms(form).eval(), CP2
+    plan = {"first": split, "last": gathers}
+    with warnings.catch_warnings():
+        warnings.simplefilter("error", PlanWarning)
+        program = md.capture(model, (X,), mesh=mesh, parallel=md.ContextParallel("cp", plan=plan))
+    assert md.verify(program, model, (X,)).structure_error < 1e-12
+    lowered = md.lower(program)
+    assert not any(value.sharding for value in lowered.outputs)
+
+
+@pytest.mark.parametrize(
+    ("form", "gathers", "problem", "fix"),
+    [
+        (
+            "dict",
+            {"samples": md.Gather(1)},
+            "'samples' of module 'last', which returns a dict of 'sample', 'aux'",
+            "name",
+        ),
+        ("output", [None, None, md.Gather(1)], "result 2 .* a Result of 'sample', 'extra'", "name one of"),
+        (
+            "tuple",
+            {"sample": md.Gather(1)},
+            "gathers result 'sample' of module 'last', which returns 2 values",
+            "from 0",
+        ),
+        ("nested", md.Gather(1), "result 0 of module 'last' is a dict, not a tensor", "name a tensor"),
+        (
+            "nested",
+            [{"x": md.Gather(1)}],
+            "is a dict of 'sample', 'none', and the plan gathers 'x' of it",
+            "the result",
+        ),
+        ("nested", [None, [md.Gather(1)]], "result 1 of module 'last' is 2 values, and the plan has 1 gathers", "None"),
+    ],
+)
+def test_results_that_are_not_there(form: str, gathers: Any, problem: str, fix: str) -> None:
+    plan = {"first": SPLIT, "last": gathers}
+    with pytest.raises(PlanError, match=problem) as caught:
+        md.capture(TwoForms(form).eval(), (X,), mesh=CP2, parallel=md.ContextParallel("cp", plan=plan))
+    assert fix in caught.value.fix
 
 
 class Rotated(nn.Module):

@@ -37,6 +37,9 @@ def sharding_of(program: ShardedProgram, name: str) -> tuple[Any, ...]:
     return source.shardings
 
 
+PLAN = {"up": "colwise", "down": "rowwise"}
+
+
 class MLP(nn.Module):
     def __init__(self, hidden: int, act: Callable[[Tensor], Tensor] = F.silu) -> None:
         super().__init__()
@@ -50,7 +53,7 @@ class MLP(nn.Module):
 @pytest.mark.parametrize("hidden", [64, 66, 33, 3])
 @pytest.mark.parametrize("size", SIZES)
 def test_widths_that_do_and_do_not_divide(hidden: int, size: int) -> None:
-    """What fills up a width becomes exp(0) = 1 here, and must not reach the result."""
+    """What fills up a width is a copy of its last, and must not reach the result."""
     model, x = MLP(hidden, torch.exp).eval(), torch.randn(5, 16)
     program = programmed(model, (x,), size, {"up": "colwise", "down": "rowwise"})
     even = hidden % size == 0
@@ -60,7 +63,36 @@ def test_widths_that_do_and_do_not_divide(hidden: int, size: int) -> None:
     parts = [program.weights.local(source, program.mesh, rank) for rank in range(size)]
     assert len({p.shape for p in parts}) == 1
     assert torch.equal(torch.cat(parts)[:hidden], model.up.weight)
-    assert not torch.cat(parts)[hidden:].any()
+    for copy in torch.cat(parts)[hidden:]:
+        assert torch.equal(copy, model.up.weight[-1])
+    source = next(s for s in program.sources.values() if isinstance(s, Weight) and s.name == "down.weight")
+    parts = [program.weights.local(source, program.mesh, rank) for rank in range(size)]
+    assert torch.equal(torch.cat(parts, 1)[:, :hidden], model.down.weight)
+    assert not torch.cat(parts, 1)[:, hidden:].any()
+
+
+ACTS: list[Callable[[Tensor], Tensor]] = [
+    lambda t: 1 / t,
+    lambda t: t.square().log(),
+    lambda t: t.abs().rsqrt(),
+    lambda t: t / t.norm(dim=0),
+]
+
+
+@pytest.mark.parametrize("act", ACTS)
+@pytest.mark.parametrize("hidden", [33, 5])
+def test_a_width_that_does_not_divide_and_ops_that_take_no_zero(hidden: int, act: Callable[[Tensor], Tensor]) -> None:
+    """Filled up with zeros, it would have infinities, of which zero times is NaN."""
+    programmed(MLP(hidden, act).eval(), (torch.randn(5, 16),), 4, PLAN)
+
+
+def test_what_reads_across_a_part_of_a_width_has_a_way_out_of_its_own() -> None:
+    with pytest.raises(md.VerificationError, match="does not compute what MLP computes") as raised:
+        programmed(MLP(32, lambda t: t - t.mean(-1, True)).eval(), (torch.randn(5, 16),), 2, PLAN)
+    assert "colwise_gather_output" in raised.value.fix
+    assert "sequence" not in raised.value.fix
+    gathered = {"up": "colwise_gather_output", "down": "rowwise_split_input"}
+    programmed(MLP(32, lambda t: t - t.mean(-1, True)).eval(), (torch.randn(5, 16),), 2, gathered)
 
 
 @pytest.mark.parametrize("size", SIZES)
@@ -97,7 +129,7 @@ def test_packed_weights_of_diffusers(size: int, blocks: list[int] | None) -> Non
     plan = {"up": PackedColwiseParallel(blocks), "down": PackedRowwiseParallel()}
     program = programmed(Packed(8).eval(), (torch.randn(3, 16),), size, plan)
     assert sharding_of(program, "up.weight") == (UnevenSharding(0, "tp", (1, 1, 2)),)
-    assert sharding_of(program, "down.weight") == (UnevenSharding(1, "tp", (1, 2)),)
+    assert sharding_of(program, "down.weight") == (UnevenSharding(1, "tp", (1, 2), zeros=True),)
 
 
 def test_packed_weights_of_diffusers_that_do_not_say_how() -> None:
@@ -223,7 +255,9 @@ def test_experts_of_which_a_rank_has_a_part_each(form: str, transposed: bool, si
         "experts": "moe_tp_experts",
     }
     program = programmed(MoE(form, transposed).eval(), (torch.randn(7, 16),), size, plan)
-    assert sharding_of(program, "experts.gate_up") == (UnevenSharding(2 if transposed else 1, "tp", (1, 1)),)
+    assert sharding_of(program, "experts.gate_up") == (
+        UnevenSharding(2 if transposed else 1, "tp", (1, 1), zeros=True),
+    )
     assert sharding_of(program, "experts.down") == (Sharding(1 if transposed else 2, "tp"),)
 
 
@@ -247,6 +281,7 @@ def test_a_loop_over_the_experts_that_were_chosen_is_refused_with_the_way_out() 
     with pytest.raises(CaptureError, match=r"MoE calls aten.nonzero.default, whose result's size") as error:
         programmed(MoE("loop").eval(), (torch.randn(7, 16),), 2, plan)
     assert "set_experts_implementation('grouped_mm')" in error.value.fix
+    assert "where the model's experts do not take it, give them a forward without a loop" in error.value.fix
     assert "torch.where(chosen == expert)" in error.value.at
 
 
@@ -269,7 +304,7 @@ def test_weights_that_transformers_reads_from_several_tensors(size: int) -> None
     plan = {f"{experts}.gate_up_proj": "colwise", f"{experts}.down_proj": "rowwise", experts: "moe_tp_experts"}
     tokens, kwargs = torch.arange(7)[None], {"use_cache": False}
     program = md.capture(mixtral, (tokens,), kwargs, mesh=md.Mesh(tp=size), parallel=md.TensorParallel("tp", plan=plan))
-    assert sharding_of(program, f"{experts}.gate_up_proj") == (UnevenSharding(1, "tp", (1, 1)),)
+    assert sharding_of(program, f"{experts}.gate_up_proj") == (UnevenSharding(1, "tp", (1, 1), zeros=True),)
     assert sharding_of(program, f"{experts}.down_proj") == (Sharding(2, "tp"),)
     assert md.verify(program, mixtral, (tokens,), kwargs).error <= 1e-5
     reading = Reading(mixtral)
@@ -386,8 +421,10 @@ def test_styles_that_do_not_fit() -> None:
 @pytest.mark.parametrize(
     ("sharding", "parts"),
     [
-        (UnevenSharding(0, "tp"), [[0, 1, 2, 3], [4, 5, 6, 0]]),
-        (UnevenSharding(0, "tp", (3, 4)), [[0, 1, 3, 4], [2, 0, 5, 6]]),
+        (UnevenSharding(0, "tp"), [[0, 1, 2, 3], [4, 5, 6, 6]]),
+        (UnevenSharding(0, "tp", zeros=True), [[0, 1, 2, 3], [4, 5, 6, 0]]),
+        (UnevenSharding(0, "tp", (3, 4)), [[0, 1, 3, 4], [2, 2, 5, 6]]),
+        (UnevenSharding(0, "tp", (3, 4), zeros=True), [[0, 1, 3, 4], [2, 0, 5, 6]]),
         (UnevenSharding(0, "tp", copies=2), [[0, 1, 2, 3, 4, 5, 6]] * 2),
     ],
 )

@@ -97,6 +97,35 @@ def test_what_is_compiled_computes_what_the_model_computes(name: str, ranks: Ran
         assert "placement: split, nothing runs in TensorRT" in summary
 
 
+class ScaledByATensor(nn.Module):
+    """By a plain tensor, which is no weight."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.out, self.scale = nn.Linear(32, 32), torch.ones(32)
+
+    def forward(self, x: Tensor) -> Tensor:
+        result: Tensor = self.out(x * self.scale)
+        return result
+
+
+def change_what_is_no_weight(rank: int) -> str:
+    torch.manual_seed(0)
+    model, x = ScaledByATensor().eval(), torch.randn(1, 8, 32)
+    how = {**OPTIONS, "mesh": md.Mesh(cp=2), "parallel": md.ContextParallel("cp", plan=PLAN), "check": False}
+    with md.compile(model, (x,), **how) as runner, torch.no_grad():
+        torch.testing.assert_close(runner(x), model(x))
+        model.scale.mul_(2)
+        runner(x)
+    return "no error"
+
+
+def test_what_a_model_holds_beside_its_weights_does_not_change(ranks: Ranks) -> None:
+    for outcome in ranks(change_what_is_no_weight):
+        assert outcome.error == "InputError"
+        assert "the tensor 'scale', which is no parameter and no buffer, was changed" in outcome.message
+
+
 def compile_a_sharded_model(rank: int, names: tuple[str, ...] | None) -> tuple[float, float, str]:
     """By md.compile and by torch.compile: their errors; and the mesh."""
     dense, (x,), _ = models.mlp()

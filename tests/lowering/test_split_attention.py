@@ -343,3 +343,37 @@ def test_repeats_make_the_ranks_divide_the_heads(heads: tuple[int, int, int]) ->
     times = kv_repeats(count, kv, size)
     assert count % (kv * times) == 0
     assert times == 1 or (kv * times) % size == 0 or times == count // kv
+
+
+@pytest.mark.parametrize("strategy", STRATEGIES)
+@pytest.mark.parametrize("length", [8, 7])
+def test_a_mask_of_each_position_beside_each_other(length: int, strategy: str) -> None:
+    """As of documents that are packed into one sequence.  The refusal names the way that is then taken."""
+    x, documents = values(2, length, WIDTH), torch.arange(length).div(3, rounding_mode="floor").expand(2, -1)
+
+    def packed(attend: Any, x: Tensor, documents: Tensor, gathers: bool) -> tuple[Tensor, ...]:
+        x, rows = md.split(x, 1, "cp"), md.split(documents, 1, "cp")
+        columns = md.gather(rows, 1, "cp") if gathers else rows
+        mask = (rows[:, :, None] == columns[:, None, :])[:, None]
+        return (md.gather(attend(x, attn_mask=mask), 1, "cp"),)
+
+    refused = Attended(functools.partial(packed, gathers=False))
+    with pytest.raises(ShardingError, match="split differently: on dims 1 and 2 of its result") as raised:
+        lowered(refused, (x, documents), 2, strategy)
+    assert 'gather one of the operands: md.gather(x, dim, "cp")' in raised.value.fix
+    model = Attended(functools.partial(packed, gathers=True))
+    program = lowered(model, (x, documents), 2, strategy)
+    for outputs in simulate(program, dict(zip((v.name for v in program.inputs), (x, documents), strict=True))):
+        torch.testing.assert_close(outputs, model(x, documents))
+
+
+def test_what_sorts_tokens_by_their_experts_has_a_way_out() -> None:
+    """As transformers' grouped products do."""
+
+    def grouped(attend: Any, x: Tensor) -> tuple[Tensor, ...]:
+        flat = md.split(x, 1, "cp").flatten(0, 1)
+        return (flat[flat.argmax(-1).argsort()],)
+
+    with pytest.raises(ShardingError, match=r"sort.* mixes positions across the shard") as raised:
+        lowered(Attended(grouped), (values(1, 8, WIDTH),), 2, "ulysses")
+    assert "model.set_experts_implementation('batched_mm')" in raised.value.fix

@@ -188,4 +188,6 @@ def _forms(c: Collective) -> list[tuple[str, int, str, int, int]]:
     forms = [(c.op, c.ranks, dtype, c.elements, after)]
     if c.op == "all_gather":
         forms.append(("all_to_all", c.ranks, dtype, whole, whole))  # layers.add_all_gather_by_exchange
+    if c.dtype == torch.int64 and c.op in layers.MOVES:
+        forms.append((c.op, c.ranks, trt_dtype(torch.int32), 2 * c.elements, 2 * after))  # layers.add_in_words
     return forms

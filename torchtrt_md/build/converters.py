@@ -58,6 +58,9 @@ def _collective(op: str) -> Callable[..., Any]:
         dims = [values[d] for d in ("dim", "split_dim", "concat_dim") if d in values]
         assert not any(dims), f"{name} acts on dims {dims}; lowering moves collectives to dim 0"
         dtype = x.dtype.name
+        if dtype == "INT64" and op in layers.MOVES and not probes.moves(op, dtype):
+            root = next((values[root] for root in ("src", "dst") if root in values), layers.NO_ROOT)
+            return _in_words(ctx, x, op, size, root, name)
         if op == "all_to_all" and not probes.exchanges(dtype):
             raise BuildError(
                 f"{flavour().name} {flavour().version} has no ALL_TO_ALL in {dtype}",
@@ -76,6 +79,13 @@ def _collective(op: str) -> Callable[..., Any]:
         )
 
     return convert
+
+
+def _in_words(ctx: Any, x: Any, op: str, size: int, root: int, name: str) -> Any:
+    """Integers of 64 bits are sent as two of 32, side by side in one collective."""
+    constants = (torch.tensor([[value]]) for value in (layers.WORD, layers.WORD // 2))
+    word, half = (_operand(ctx, c, f"{name}_{what}") for c, what in zip(constants, ("word", "half"), strict=True))
+    return layers.add_in_words(flavour(), ctx.net, x, op, size, root, word, half)
 
 
 def _reaches_attention(node: Node) -> bool:

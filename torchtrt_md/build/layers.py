@@ -25,6 +25,9 @@ OPERATIONS = {
 }
 _REDUCE_OPS = {"sum": "SUM", "product": "PROD", "max": "MAX", "min": "MIN", "avg": "AVG"}
 NO_ROOT = -1
+# Of these, which compute nothing, some TensorRTs have none in INT64.
+MOVES = ("all_gather", "all_to_all", "broadcast", "gather", "scatter")
+WORD = 1 << 32
 
 
 def add_collective(
@@ -49,6 +52,43 @@ def add_all_gather_by_exchange(flavour: Flavour, network: Any, x: Any, size: int
     copies = network.add_concatenation([x] * size)
     copies.axis = 0
     return add_collective(flavour, network, copies.get_output(0), "all_to_all", size)
+
+
+def add_in_words(flavour: Flavour, network: Any, x: Any, op: str, size: int, root: int, word: Any, half: Any) -> Any:
+    """A collective that moves INT64, as one that moves INT32 of twice as many elements.
+
+    With ``word`` 2**32 and ``half`` 2**31, an integer is ``high * word + low + half``, and both fit in 32 bits::
+
+        high = floor(x / word)        low = (x - high * word) - half
+
+    They stand beside each other on dim 1, so that the collective acts on dim 0 of both.
+    """
+    trt = flavour.trt
+    ops = trt.ElementWiseOperation
+
+    def computed(a: Any, b: Any, operation: Any) -> Any:
+        return network.add_elementwise(a, b, operation).get_output(0)
+
+    def viewed(a: Any, shape: tuple[int, ...]) -> Any:
+        shuffle = network.add_shuffle(a)
+        shuffle.reshape_dims = shape
+        return shuffle.get_output(0)
+
+    rows, *rest = tuple(x.shape)
+    width = math.prod(rest)
+    x = viewed(x, (rows, width))
+    high = computed(x, word, ops.FLOOR_DIV)
+    low = computed(computed(x, computed(high, word, ops.PROD), ops.SUB), half, ops.SUB)
+    words = network.add_concatenation(
+        [network.add_cast(part, trt.DataType.INT32).get_output(0) for part in (high, low)]
+    )
+    words.axis = 1
+    moved = add_collective(flavour, network, words.get_output(0), op, size, root=root)
+    moved = network.add_cast(moved, trt.DataType.INT64).get_output(0)
+    rows, _ = tuple(moved.shape)
+    high, low = (network.add_slice(moved, (0, at), (rows, width), (1, 1)).get_output(0) for at in (0, width))
+    found = computed(computed(high, word, ops.PROD), computed(low, half, ops.SUM), ops.SUM)
+    return viewed(found, (rows, *rest))
 
 
 def add_attention(

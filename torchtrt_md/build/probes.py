@@ -12,7 +12,7 @@ from typing import Any
 import torch
 
 from torchtrt_md.build.flavour import Flavour, flavour
-from torchtrt_md.build.layers import add_attention, add_collective
+from torchtrt_md.build.layers import NO_ROOT, add_attention, add_collective
 
 _RANKS = 2
 
@@ -35,10 +35,16 @@ def gathers_beside_attention(dtype: str) -> bool:
 @functools.cache
 def exchanges(dtype: str) -> bool:
     """Does ALL_TO_ALL build in this dtype?  TensorRT 11.1 has none in bfloat16."""
+    return moves("all_to_all", dtype)
+
+
+@functools.cache
+def moves(op: str, dtype: str) -> bool:
+    """Does this collective, which computes nothing, build in this dtype?  TensorRT-RTX 1.6.1 has few in INT64."""
 
     def network(f: Flavour, net: Any) -> Any:
         x = net.add_input("x", getattr(f.trt.DataType, dtype), (2 * _RANKS, 64))
-        return add_collective(f, net, x, "all_to_all", _RANKS)
+        return add_collective(f, net, x, op, _RANKS, root=0 if op in ("broadcast", "gather", "scatter") else NO_ROOT)
 
     return _builds(network)
 

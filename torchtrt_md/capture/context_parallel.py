@@ -13,10 +13,11 @@ import fnmatch
 import inspect
 import warnings
 from collections.abc import Callable, Collection, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, is_dataclass
 from typing import Any, TypeAlias
 
 from torch import Tensor, nn
+from torch.utils import _pytree as pytree
 
 from torchtrt_md.capture.marks import mark_gathered, mark_split
 from torchtrt_md.errors import PlanError, PlanWarning
@@ -24,8 +25,8 @@ from torchtrt_md.graph.source import running_line
 from torchtrt_md.mesh import joined, shown
 from torchtrt_md.parallel import ContextParallel, Gather, Split
 
-# What a plan says of one argument: a split, nothing, or a nest of these in the form of the argument.
-Nested: TypeAlias = "Split | list[Nested] | dict[str, Nested] | None"
+# What a plan says of one argument or result: a split or gather, nothing, or a nest of these in the form of the value.
+Nested: TypeAlias = "Split | Gather | list[Nested] | dict[str, Nested] | None"
 
 
 @dataclass
@@ -119,25 +120,26 @@ def apply(model: nn.Module, parallel: ContextParallel, size: int) -> AppliedPlan
             continue
         if not modules:
             raise _no_module(model, name, entry)
-        if isinstance(entry, Mapping):
+        if isinstance(entry, Mapping) and not _all_gathers(entry):
             for key, split in entry.items():
                 if _is_gather(split):
-                    raise _gather_in_dict(name, key, _gather(split))
+                    raise _gather_in_dict(name, key, split)
             hooks.add_splits(
                 modules, name, {key: _splits(s, f"{_what(key)} of {_shown(name)}") for key, s in entry.items()}
             )
-        else:
-            gathers = list(entry) if isinstance(entry, (list, tuple)) else [entry]
-            for index, split in enumerate(gathers):
-                if _is_split(split):
-                    raise _bare_split(name, modules[0][1], index, _splits(split, ""))
-                if split is not None and not _is_gather(split):
-                    raise PlanError(
-                        f"the plan has {split!r} for {_shown(name)}, which does not say where to gather its result",
-                        fix=f'write {{"{name}": md.Gather(dim)}} to gather its result, or'
-                        f" {_in_plan(name, _arguments(modules[0][1])[0], 'md.Split(dim)')} to split an argument",
-                    )
-            hooks.add_gathers(modules, name, [_gather(g) for g in gathers])
+            continue
+        listed = entry if isinstance(entry, (list, tuple)) else [entry]
+        gathers = entry if isinstance(entry, Mapping) else dict(enumerate(listed))
+        for key, gather in gathers.items():
+            if _is_split(gather):
+                raise _bare_split(name, modules[0][1], key, _splits(gather, ""))
+            if gather is not None and not _all_gathers(gather):
+                raise PlanError(
+                    f"the plan has {gather!r} for {_shown(name)}, which does not say where to gather its result",
+                    fix=f'write {{"{name}": md.Gather(dim)}} to gather its result, or'
+                    f" {_in_plan(name, _arguments(modules[0][1])[0], 'md.Split(dim)')} to split an argument",
+                )
+        hooks.add_gathers(modules, name, {key: _gather(gather) for key, gather in gathers.items()})
     return AppliedPlan(type(model).__name__, axis, tuple(hooks.entries), own)
 
 
@@ -200,14 +202,11 @@ def _bare_split(name: str, module: nn.Module, index: int, split: Nested) -> Plan
     )
 
 
-def _gather_in_dict(name: str, key: Any, gather: Gather | None) -> PlanError:
-    """A gather where the splits of arguments and results are."""
-    assert gather is not None
-    nones = key if isinstance(key, int) and key > 0 else 0
-    listed = f"[{', '.join(['None'] * nones + [f'md.Gather({gather.dim})'])}]" if nones else f"md.Gather({gather.dim})"
+def _gather_in_dict(name: str, key: Any, gather: Any) -> PlanError:
+    """A gather among splits of arguments and results."""
     return PlanError(
-        f"the plan gathers {_what(key)} of {_shown(name)} in a dict, which is for splits",
-        fix=f'write {{"{name}": {listed}}}: results are gathered, in their order',
+        f"the plan gathers {_what(key)} of {_shown(name)} in a dict that splits others",
+        fix="a module has splits or gathers: gather it at another module, such as the one that takes it",
     )
 
 
@@ -260,8 +259,27 @@ def _nested(entry: Any, nest: Any, of: str) -> Nested:
     return found
 
 
-def _gather(entry: Any) -> Gather | None:
-    return entry if entry is None or isinstance(entry, Gather) else Gather(entry.gather_dim)
+def _all_gathers(entry: Any) -> bool:
+    """Do all leaves gather, those that do anything?"""
+    leaves = [leaf for leaf in pytree.tree_leaves(_as_nest(entry)) if leaf is not None]
+    return bool(leaves) and all(map(_is_gather, leaves))
+
+
+def _as_nest(entry: Any) -> Any:
+    """A nest of lists and dicts alone, which are all that pytree has to know."""
+    if isinstance(entry, Mapping):
+        return {key: _as_nest(one) for key, one in entry.items()}
+    return [_as_nest(one) for one in entry] if isinstance(entry, (list, tuple)) else entry
+
+
+def _gather(entry: Any) -> Nested:
+    if entry is None or isinstance(entry, Gather):
+        return entry
+    if isinstance(entry, Mapping):
+        return {key: _gather(one) for key, one in entry.items()}
+    if isinstance(entry, (list, tuple)):
+        return [_gather(one) for one in entry]
+    return Gather(entry.gather_dim)  # diffusers' ContextParallelOutput
 
 
 class _Hooks:
@@ -276,15 +294,15 @@ class _Hooks:
         self, modules: Sequence[tuple[str, nn.Module]], pattern: str, splits: Mapping[str | int, Nested]
     ) -> None:
         of_arguments: dict[str, tuple[Nested, Entry]] = {}
-        of_results: dict[int, tuple[Split, Entry]] = {}
+        of_results: dict[int | str, tuple[Nested, Entry]] = {}
         for key, split in splits.items():
             for path, module in modules:
                 self._take(path, key, pattern, splits=True)
                 _check_key(key, split, path, module)
-            if isinstance(key, int):
-                assert isinstance(split, Split)
-                of_results[key] = split, self._entry(f"result {key} of {_shown(pattern)}", splits=True)
+            if isinstance(split, Split) and split.output:
+                of_results[key] = split, self._entry(f"result {key!r} of {_shown(pattern)}", splits=True)
             else:
+                assert isinstance(key, str), "_check_key has refused it"
                 undeclared = not any(key in inspect.signature(m.forward).parameters for _, m in modules)
                 entry = self._entry(f"argument {key!r} of {_shown(pattern)}", splits=True, undeclared=undeclared)
                 of_arguments[key] = split, entry
@@ -294,19 +312,19 @@ class _Hooks:
                 hook = _argument_hook(module, path, of_arguments)
                 module.register_forward_pre_hook(hook, with_kwargs=True, prepend=True)
             if of_results:
-                module.register_forward_hook(_result_hook(path, of_results, _split))
+                module.register_forward_hook(_result_hook(path, of_results))
 
     def add_gathers(
-        self, modules: Sequence[tuple[str, nn.Module]], pattern: str, gathers: Sequence[Gather | None]
+        self, modules: Sequence[tuple[str, nn.Module]], pattern: str, gathers: Mapping[int | str, Nested]
     ) -> None:
-        of_results: dict[int, tuple[Gather, Entry]] = {}
-        for index, gather in enumerate(gathers):
+        of_results: dict[int | str, tuple[Nested, Entry]] = {}
+        for key, gather in gathers.items():
             if gather is not None:
                 for path, _ in modules:
-                    self._take(path, index, pattern, splits=False)
-                of_results[index] = gather, self._entry(f"result {index} of {_shown(pattern)}", splits=False)
+                    self._take(path, key, pattern, splits=False)
+                of_results[key] = gather, self._entry(f"result {key!r} of {_shown(pattern)}", splits=False)
         for path, module in modules:
-            module.register_forward_hook(_result_hook(path, of_results, _gathered))
+            module.register_forward_hook(_result_hook(path, of_results))
 
     def _entry(self, name: str, splits: bool, undeclared: bool = False) -> Entry:
         self.entries.append(Entry(name, self.axis, self.size, splits, undeclared))
@@ -315,7 +333,7 @@ class _Hooks:
     def _take(self, path: str, key: str | int, pattern: str, splits: bool) -> None:
         other = self._taken.setdefault((path, key, splits), pattern)
         if other != pattern:
-            what = f"argument {key!r}" if isinstance(key, str) else f"result {key}"
+            what = f"argument {key!r}" if isinstance(key, str) and splits else f"result {key!r}"
             raise PlanError(
                 f"the plan {'splits' if splits else 'gathers'} {what} of {_shown(path)} twice: by {other!r} and by"
                 f" {pattern!r}",
@@ -324,7 +342,7 @@ class _Hooks:
 
 
 def _check_key(key: str | int, split: Nested, path: str, module: nn.Module) -> None:
-    """An argument is named by its name, a result by its index.
+    """An argument is named by its name, a result by its index, or its name where it has one.
 
     Raises:
         PlanError: the module does not take the argument, or the other of the two is meant.
@@ -332,12 +350,8 @@ def _check_key(key: str | int, split: Nested, path: str, module: nn.Module) -> N
     parameters = inspect.signature(module.forward).parameters
     output = isinstance(split, Split) and split.output
     declared = ", ".join(_arguments(module)) if parameters else "no arguments"
-    if output and not isinstance(key, int):
-        raise PlanError(
-            f"the plan splits a result of {_shown(path)} by the name {key!r}; results have an index",
-            fix=f"write {{0: {_code(split)}}} for the first result"
-            + (f", or leave out output=True to split the argument {key!r}" if key in parameters else ""),
-        )
+    if output:
+        return
     if isinstance(key, int) and not output:
         raise PlanError(
             f"the plan splits {key} of {_shown(path)}, which is no argument's name; it takes {declared}",
@@ -368,75 +382,101 @@ def _argument_hook(
                 others = f"{_shown(path)} takes {', '.join(_arguments(module))}"
                 entry.why = others if entry.undeclared else f"it is {'None' if key in where else 'not passed'}"
             else:
-                where[key] = _split(where[key], split, entry, f"argument {key!r} of {_shown(path)}")
+                where[key] = _changed(where[key], split, entry, f"argument {key!r} of {_shown(path)}")
         return bound.args, bound.kwargs
 
     return split_arguments
 
 
-def _result_hook(
-    path: str, entries: Mapping[int, tuple[Any, Entry]], change: Callable[..., Any]
-) -> Callable[[nn.Module, Any, Any], Any]:
+def _result_hook(path: str, entries: Mapping[int | str, tuple[Nested, Entry]]) -> Callable[[nn.Module, Any, Any], Any]:
     """Change the results of a module that have an entry."""
 
     def change_results(_: nn.Module, args: Any, result: Any) -> Any:
-        if not isinstance(result, (Tensor, tuple, list)):
+        if not isinstance(result, (Tensor, tuple, list, Mapping)):
             raise PlanError(
-                f"{_shown(path)} returns a {type(result).__name__}, not a tensor or a tuple of them",
+                f"{_shown(path)} returns a {type(result).__name__}, not a tensor, a tuple or a dict of them",
                 fix="split or gather at a module that returns tensors; models of diffusers and transformers do with"
                 " return_dict=False",
                 at=running_line(),
             )
-        results = [result] if isinstance(result, Tensor) else list(result)
-        for index, (what, entry) in entries.items():
-            if not 0 <= index < len(results):
+        names = list(result) if isinstance(result, Mapping) else list(getattr(result, "_fields", ()))
+        values = [result] if isinstance(result, Tensor) else list(_values(result))
+        for key, (what, entry) in entries.items():
+            index = names.index(key) if key in names else key
+            if not isinstance(index, int) or not 0 <= index < len(values):
                 raise PlanError(
-                    f"the plan {'splits' if entry.splits else 'gathers'} result {index} of {_shown(path)}, which"
-                    f" returns {'one tensor' if isinstance(result, Tensor) else f'{len(results)} values'}",
-                    fix="results are counted from 0" + ("" if len(results) > 1 else ": the plan's first is the only"),
+                    f"the plan {_does(entry)} result {key!r} of {_shown(path)}, which returns {_returned(result)}",
+                    fix=_results_fix(entry, key, result),
                     at=running_line(),
                 )
-            results[index] = change(results[index], what, entry, f"result {index} of {_shown(path)}")
-        if isinstance(result, Tensor):
-            return results[0]
-        return type(result)(*results) if hasattr(result, "_fields") else type(result)(results)
+            values[index] = _changed(values[index], what, entry, f"result {key!r} of {_shown(path)}")
+        return values[0] if isinstance(result, Tensor) else _rebuilt(result, values)
 
     return change_results
 
 
-def _gathered(value: Any, gather: Gather, entry: Entry, what: str) -> Any:
-    dim = _dim(value, gather.dim, what)
-    entry.applied = True
-    return mark_gathered(value, dim, entry.axis, entry.size)
+def _results_fix(entry: Entry, key: int | str, result: Any) -> str:
+    only = isinstance(result, Tensor) or len(result) == 1
+    fix = "results are counted from 0" + (": the plan's first is the only" if only else "")
+    if isinstance(result, Mapping):
+        fix = f"name one of {', '.join(map(repr, result))}"
+    argument = isinstance(key, str) and entry.splits
+    return f"{fix}; or leave out output=True, to split the argument {key!r}" if argument else fix
 
 
-def _split(value: Any, split: Nested, entry: Entry, what: str) -> Any:
-    if split is None:
+def _returned(result: Any) -> str:
+    if isinstance(result, Mapping):
+        return f"a {type(result).__name__} of {', '.join(map(repr, result))}"
+    return "one tensor" if isinstance(result, Tensor) else f"{len(result)} values"
+
+
+def _does(entry: Entry) -> str:
+    return "splits" if entry.splits else "gathers"
+
+
+def _values(nest: Any) -> Any:
+    return nest.values() if isinstance(nest, Mapping) else nest
+
+
+def _rebuilt(nest: Any, values: Sequence[Any]) -> Any:
+    """A nest of the same class with other values."""
+    if isinstance(nest, Mapping):
+        items = dict(zip(nest, values, strict=True))
+        return type(nest)(**items) if is_dataclass(nest) else type(nest)(items)  # type: ignore[call-arg]
+    return type(nest)(*values) if hasattr(nest, "_fields") else type(nest)(values)
+
+
+def _changed(value: Any, form: Nested, entry: Entry, what: str) -> Any:
+    """The value with what the plan says of it, or of parts of it, done."""
+    if form is None:
         return value
-    if isinstance(split, dict):
-        if not isinstance(value, Mapping) or not split.keys() <= value.keys():
+    if isinstance(form, dict):
+        if not isinstance(value, Mapping) or not form.keys() <= value.keys():
             keys = f"a dict of {', '.join(map(repr, value))}" if isinstance(value, Mapping) else _kind(value)
             raise PlanError(
-                f"{what} is {keys}, and the plan splits {', '.join(map(repr, split))} of it",
-                fix="write the entry in the form of the argument",
+                f"{what} is {keys}, and the plan {_does(entry)} {', '.join(map(repr, form))} of it",
+                fix=f"write the entry in the form of the {what.partition(' ')[0]}",
                 at=running_line(),
             )
-        new = {k: _split(value[k], s, entry, f"{k!r} of {what}") for k, s in split.items()}
-        return type(value)({**value, **new})  # type: ignore[call-arg]
-    if isinstance(split, list):
-        if not isinstance(value, (tuple, list)) or len(value) != len(split):
+        return _rebuilt(value, [_changed(v, form.get(k), entry, f"{k!r} of {what}") for k, v in value.items()])
+    if isinstance(form, list):
+        if not isinstance(value, (tuple, list)) or len(value) != len(form):
             found = f"{len(value)} values" if isinstance(value, (tuple, list)) else _kind(value)
             raise PlanError(
-                f"{what} is {found}, and the plan has {len(split)} splits for it",
-                fix="give one md.Split for each, or None for those that stay whole",
+                f"{what} is {found}, and the plan has {len(form)} {_does(entry)} for it",
+                fix=f"give one md.{'Split' if entry.splits else 'Gather'} for each, or None for those that stay"
+                f" {'whole' if entry.splits else 'as they are'}",
                 at=running_line(),
             )
-        values = [_split(v, s, entry, what) for v, s in zip(value, split, strict=True)]
-        return type(value)(*values) if hasattr(value, "_fields") else type(value)(values)
-    if split.ndim is not None and isinstance(value, Tensor) and value.dim() != split.ndim:
-        entry.why = f"it has {value.dim()} dims, and the plan splits it where it has {split.ndim}"
+        return _rebuilt(value, [_changed(v, one, entry, what) for v, one in zip(value, form, strict=True)])
+    if isinstance(form, Gather):
+        dim = _dim(value, form.dim, what)
+        entry.applied = True
+        return mark_gathered(value, dim, entry.axis, entry.size)
+    if form.ndim is not None and isinstance(value, Tensor) and value.dim() != form.ndim:
+        entry.why = f"it has {value.dim()} dims, and the plan splits it where it has {form.ndim}"
         return value
-    dim = _dim(value, split.dim, what)
+    dim = _dim(value, form.dim, what)
     entry.applied = True
     return mark_split(value, dim, entry.axis, entry.size)
 

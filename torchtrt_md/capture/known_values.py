@@ -7,6 +7,7 @@
 Fake tensors have no values, so an op whose result's size, or whose plain result, depends on values would end the trace.
 What depends on neither inputs nor weights is therefore computed beside it, on the CPU.  Where such an op asks, it gets
 the answer, which enters the graph as a constant: it is the same for all inputs of these shapes, and on all ranks.
+So do tensors with values that an op takes, since the model's code holds them; :attr:`KnownValues.met` are those.
 """
 
 from __future__ import annotations
@@ -16,6 +17,7 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch.nn import Parameter
 from torch.utils import _pytree as pytree
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.weak import WeakTensorKeyDictionary
@@ -37,6 +39,7 @@ class KnownValues(TorchDispatchMode):
     def __init__(self) -> None:
         super().__init__()  # type: ignore[no-untyped-call]
         self._known: Any = WeakTensorKeyDictionary()
+        self.met: dict[int, Tensor] = {}  # by id, which is the tensor's own while it is kept here
         # The memory of known values into which something unknown was written; kept, so that no other has its address.
         self._lost: dict[int, Tensor] = {}
 
@@ -60,6 +63,8 @@ class KnownValues(TorchDispatchMode):
         if func is torch.ops.prim.device.default and isinstance(args[0], FakeTensor):
             return args[0].device  # PyTorch asks for it nearly as often as all ops are called, and no mode adds to it
         kwargs = kwargs or {}
+        if func is not aten.lift_fresh.default:  # which takes what the code wrote as numbers
+            self._meet(args, kwargs)
         if func is not aten.index.Tensor and not func._schema.is_mutable and any(map(self._is_unknown, args)):
             return func(*args, **kwargs)  # as most are
         if func is aten.index.Tensor:
@@ -85,6 +90,13 @@ class KnownValues(TorchDispatchMode):
         for tensor, value in zip(made, found or (), strict=found is not None):
             self._known[tensor] = value
         return result
+
+    def _meet(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+        """Keep the tensors with values among the operands."""
+        for operand in (*args, *kwargs.values()):
+            for leaf in operand if isinstance(operand, (list, tuple)) else (operand,):
+                if type(leaf) is Tensor or type(leaf) is Parameter:
+                    self.met[id(leaf)] = leaf
 
     def _without_masks(self, indices: list[Tensor | None]) -> list[Tensor | None]:
         """Indices with positions in place of masks that are known: there are then as many as the shape says."""

@@ -24,6 +24,7 @@ from torchtrt_md.capture import context_parallel, tensor_parallel
 from torchtrt_md.capture.arguments import Arguments
 from torchtrt_md.capture.axes import check_axes, check_axes_used, with_one_name
 from torchtrt_md.capture.beside_dtensor import beside_dtensor
+from torchtrt_md.capture.held_tensors import constants, originals
 from torchtrt_md.capture.kept_state import KeptState
 from torchtrt_md.capture.marks import Marking, marking
 from torchtrt_md.capture.torch_private import DEPENDS_ON_VALUES, as_written, coordinates, fake_mesh
@@ -64,7 +65,7 @@ def _captured(
     own = own_mesh(model)
     by_dtensor = any(isinstance(p, TensorParallel) and tensor_parallel.needs_mesh(model, p) for p in parallels)
     with _device_mesh(mesh, by_dtensor, own, arguments.device.type) as device_mesh:
-        shadow = _shadow(model, without_memory=any(isinstance(p, TensorParallel) for p in parallels))
+        shadow, copied = _shadow(model, without_memory=any(isinstance(p, TensorParallel) for p in parallels))
         plans: list[context_parallel.AppliedPlan] = []
         parts = tensor_parallel.Parts()
         # Tensor parallelism first: the other's hooks go around DTensor's.
@@ -91,6 +92,7 @@ def _captured(
         plan.check_used(marks.split)
     marks.check_used()
     check_axes_used(mesh, parallels, own, traces[0], groups)
+    held.constants = constants(model, [t for trace in traces for t in trace.met], copied)
     traces = traces if device_mesh is not None else traces * mesh.size
     return _program(traces, mesh, parallels, groups, held, arguments)
 
@@ -100,7 +102,7 @@ def _without_a_plan(model: nn.Module, arguments: Arguments, error: CaptureError)
     raised = error.__cause__
     if raised is None or isinstance(raised, (MDError, *DEPENDS_ON_VALUES)) or own_mesh(model) is not None:
         return None
-    shadow = _shadow(model, without_memory=False)
+    shadow, _ = _shadow(model, without_memory=False)
     local = _local_weights(shadow, Mesh(alone=1), arguments.device, tensor_parallel.Parts())
     try:
         with KeptState(shadow), marking(Marking({})):
@@ -145,8 +147,10 @@ def _groups(device_mesh: DeviceMesh | None) -> dict[str, str]:
     return {device_mesh.get_group(dim).group_name: name for dim, name in enumerate(axis_names(device_mesh))}
 
 
-def _shadow(model: nn.Module, without_memory: bool) -> nn.Module:
+def _shadow(model: nn.Module, without_memory: bool) -> tuple[nn.Module, dict[int, Tensor]]:
     """A copy of the modules that shares all parameters and buffers, or holds their shapes only.
+
+    And of what else they hold, by the ids of the copies, the originals.
 
     Raises:
         CaptureError: a module holds what cannot be copied.
@@ -156,8 +160,9 @@ def _shadow(model: nn.Module, without_memory: bool) -> nn.Module:
     links = {
         id(v): v for m in model.modules() for v in vars(m).values() if isinstance(v, (dist.ProcessGroup, DeviceMesh))
     }
+    memo: dict[int, Any] = {**shared, **links}
     try:
-        shadow = copy.deepcopy(model, {**shared, **links})
+        shadow = copy.deepcopy(model, memo)
     except Exception as error:  # any class may refuse to be copied, in its own way
         raise _uncopied(model, {**shared, **links}, error) from error
     if without_memory:
@@ -170,7 +175,7 @@ def _shadow(model: nn.Module, without_memory: bool) -> nn.Module:
             for name, parameter in module._parameters.items():
                 if parameter is not None:
                     module.register_parameter(name, empty[id(parameter)])
-    return shadow
+    return shadow, originals(memo)
 
 
 def _uncopied(model: nn.Module, shared: Mapping[int, object], error: Exception) -> CaptureError:

@@ -5,8 +5,11 @@ runs on its rank's part of the weights, all tensors being plain ones.  What diff
 rank's rows of a vocabulary begin, is computed from ``shard``, which lowering turns into an input.  So one graph serves
 all ranks, however many there are.
 
-A dim that does not divide is filled up with zeros at its end.  What zeros in a weight make reaches the result in two
-ways only: through a product whose weight is zero there as well, or in a gathered result, from which it is cut off.
+A dim that does not divide is filled up at its end.  What a rank computes by the rows that fill up a ``colwise`` weight
+reaches the result in two ways only: through a product whose weight is zero there, or in a gathered result, from which
+it is cut off.  They are copies of the last row, and only the columns of a ``rowwise`` weight are filled up with zeros:
+what becomes of a copy is as finite as what becomes of the last, and zero times that is zero.  Parameters of no linear
+layer are filled up with zeros all, since it is not known which of their dims is summed over.
 """
 
 from __future__ import annotations
@@ -67,12 +70,13 @@ class Cut:
     dim: int
     blocks: tuple[int, ...] = (1,)
     copies: int = 1
+    zeros: bool = False
 
     def sharding(self, shape: Sequence[int], axis: Axis) -> Sharding | UnevenSharding:
         """As the program has it; a plain one where the parts are views of the whole."""
         if len(self.blocks) == self.copies == 1 and shape[self.dim] % axis.size == 0:
             return Sharding(self.dim, axis.name)
-        return UnevenSharding(self.dim, axis.name, self.blocks, self.copies)
+        return UnevenSharding(self.dim, axis.name, self.blocks, self.copies, self.zeros)
 
     def extents(self, shape: Sequence[int], axis: Axis) -> list[int]:
         """How much of each block a rank has."""
@@ -128,7 +132,8 @@ class Colwise(Style):
     def cut(self, module: nn.Module, name: str, shape: tuple[int, ...]) -> Cut | None:
         if isinstance(module, nn.Embedding):
             return Cut(1)
-        return Cut(max(len(shape) - 2, 0), self.blocks, self.copies)
+        # Of a parameter of no linear layer, such as those of experts, this dim may be the one that is summed over.
+        return Cut(max(len(shape) - 2, 0), self.blocks, self.copies, zeros=not isinstance(module, nn.Linear))
 
     def hooks(self, module: nn.Module, axis: Axis) -> Hooks | None:
         extent = getattr(module, "out_features", getattr(module, "embedding_dim", None))
@@ -150,7 +155,7 @@ class Rowwise(Style):
     def cut(self, module: nn.Module, name: str, shape: tuple[int, ...]) -> Cut | None:
         if isinstance(module, nn.Embedding):
             return Cut(0)
-        return None if name == "bias" else Cut(len(shape) - 1, self.blocks)
+        return None if name == "bias" else Cut(len(shape) - 1, self.blocks, zeros=True)
 
     def hooks(self, module: nn.Module, axis: Axis) -> Hooks | None:
         if isinstance(module, nn.Embedding):

@@ -51,6 +51,7 @@ class Trace:
     outputs: Sequence[Tensor]
     out_spec: pytree.TreeSpec
     out_leaves: tuple[object, ...]
+    met: Sequence[Tensor]  # those with values: no inputs, and no weights
 
 
 def trace(shadow: nn.Module, arguments: Arguments, weights: Sequence[LocalWeight]) -> Trace:
@@ -64,12 +65,13 @@ def trace(shadow: nn.Module, arguments: Arguments, weights: Sequence[LocalWeight
     fake_inputs = [mode.from_tensor(t.detach()) for t in arguments.tensors.values()]
     structure: list[pytree.TreeSpec] = []
     leaves: list[object] = []
+    known = KnownValues()
 
     def call(*flat: Tensor) -> tuple[Tensor, ...]:
         held = {w.weight.name: as_placed(w.tensor, t) for w, t in zip(weights, flat, strict=False)}
         named = {name: wrapped(name, t, held) for name, t in [*shadow.named_parameters(), *shadow.named_buffers()]}
         args, kwargs = arguments.call_with(dict(zip(arguments.tensors, flat[len(weights) :], strict=True)))
-        with WholeAttention(), KnownValues(), torch.no_grad():
+        with WholeAttention(), known, torch.no_grad():
             result = torch.func.functional_call(shadow, named, args, kwargs)
         flat_result, spec = pytree.tree_flatten(result)
         _check_result(shadow, flat_result)
@@ -88,7 +90,7 @@ def trace(shadow: nn.Module, arguments: Arguments, weights: Sequence[LocalWeight
         set_user_name(node, source.name)
     (output,) = graph.graph.find_nodes(op="output")
     outputs = [node.meta["val"] for node in output.args[0]]
-    return Trace(graph, sources, outputs, structure[0], tuple(leaves))
+    return Trace(graph, sources, outputs, structure[0], tuple(leaves), tuple(known.met.values()))
 
 
 def recorded(
@@ -131,7 +133,8 @@ def recorded(
             fix="make the model's forward depend on shapes only; where the values are the same in all calls, as those"
             " of a mask may be, let a module hold them as a plain tensor, no buffer, so that they are known; where it"
             " is a loop over the experts that were chosen, use a form without one: in transformers,"
-            " model.set_experts_implementation('grouped_mm'), or 'batched_mm' for a few tokens",
+            " model.set_experts_implementation('grouped_mm'), or 'batched_mm' for a few tokens and for a sequence that"
+            " is split; where the model's experts do not take it, give them a forward without a loop",
             at=(line or error_line)(error),
         ) from error
     except Exception as error:  # whatever the model's code raised, the user's line is what helps

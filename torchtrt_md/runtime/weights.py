@@ -10,6 +10,7 @@ from __future__ import annotations
 import math
 from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
+from functools import partial
 from operator import attrgetter
 
 import torch
@@ -18,7 +19,7 @@ from torch import Tensor
 from torchtrt_md.errors import InputError, RankMismatchError
 from torchtrt_md.launch.agree import Agreement
 from torchtrt_md.mesh import Mesh
-from torchtrt_md.program import ShardedProgram, Weight
+from torchtrt_md.program import Constant, ShardedProgram, Weight
 from torchtrt_md.runtime.signature import prepared
 from torchtrt_md.runtime.steps import Key, source_key
 from torchtrt_md.segment import Segment
@@ -102,19 +103,34 @@ _version = attrgetter("_version")
 class WeightGuard:
     """Tells when a weight was written to in place, of which engines may hold a copy laid out for them.
 
+    Or a tensor that the model holds besides, of which they have what it was.
+
     Args:
         weights: name -> the model's tensor.  Inference tensors count no writes, and are left out.
         holders: name -> the tensor subclass that holds it, and the attribute.  ``model.to()`` gives it another, whose
             writes are counted from then on, if its values are still those.
+        constants: what the model holds beside its weights, of which graphs have the values; the same holds for these.
     """
 
-    def __init__(self, weights: Mapping[str, Tensor], holders: Mapping[str, tuple[Tensor, str]] | None = None) -> None:
-        self._held = [(name, *holders[name], w) for name, w in weights.items() if holders and name in holders]
+    def __init__(
+        self,
+        weights: Mapping[str, Tensor],
+        holders: Mapping[str, tuple[Tensor, str]] | None = None,
+        constants: Sequence[Constant] = (),
+    ) -> None:
+        held = holders or {}
+        # What it is called, what reads what is in its place now, and what was.
+        self._held: list[tuple[str, Callable[[], object], Tensor]] = [
+            *((_weight(name), partial(getattr, *held[name]), w) for name, w in weights.items() if name in held),
+            *((_constant(c), c.read, c.tensor) for c in constants if c.read is not None),
+        ]
         self._names: list[str] = []
         self._counted: list[Tensor] = []
         self._versions: list[int] = []
         for name, weight in weights.items():
-            self._count(name, weight)
+            self._count(_weight(name), weight)
+        for constant in constants:
+            self._count(_constant(constant), constant.tensor)
 
     def _count(self, name: str, weight: Tensor) -> None:
         if not weight.is_inference():
@@ -124,13 +140,14 @@ class WeightGuard:
 
     def check(self) -> None:
         """Raises InputError: a weight was changed.  What is written through ``.data`` is not seen."""
-        for index, (name, holder, attribute, weight) in enumerate(self._held):
-            now: Tensor = getattr(holder, attribute)
+        for index, (name, read, weight) in enumerate(self._held):
+            now = read()
             if now is not weight:
-                alike = (now.dtype, now.shape) == (weight.dtype, weight.shape)
-                if not alike or not (now.is_meta or checksum(now) == checksum(weight)):
+                if not isinstance(now, Tensor) or (now.dtype, now.shape) != (weight.dtype, weight.shape):
                     raise self._changed(name)
-                self._held[index] = name, holder, attribute, now
+                if not (now.is_meta or checksum(now) == checksum(weight)):
+                    raise self._changed(name)
+                self._held[index] = name, read, now
                 self._count(name, now)
         if list(map(_version, self._counted)) == self._versions:
             return
@@ -139,9 +156,17 @@ class WeightGuard:
 
     def _changed(self, name: str) -> InputError:
         return InputError(
-            f"the weight {name!r} was changed after the model was compiled, and engines may hold what it was",
+            f"the {name} was changed after the model was compiled, and engines may hold what it was",
             fix="compile the model again",
         )
+
+
+def _weight(name: str) -> str:
+    return f"weight {name!r}"
+
+
+def _constant(constant: Constant) -> str:
+    return f"tensor {constant.name!r}, which is no parameter and no buffer,"
 
 
 def check_equal(program: ShardedProgram, agreement: Agreement) -> None:

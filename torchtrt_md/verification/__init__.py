@@ -8,7 +8,8 @@ Two questions, answered apart because 16-bit rounding would hide a wrong answer 
 
 ``compare`` says what a part is, and how an element's error is measured where terms cancel.  ``dense`` says how the
 model is run in fp64, and what happens where it cannot be.  ``draw`` says which inputs tell programs apart; where the
-given ones do not, structure is asked of both, and rounding of those that were drawn.
+given ones do not, structure is asked of both, and rounding of those that were drawn.  Where ranks compare the largest
+numbers that each found, structure is asked with those at the end, too.
 """
 
 from __future__ import annotations
@@ -27,7 +28,8 @@ from torchtrt_md.capture.arguments import Arguments
 from torchtrt_md.checks import check_verify
 from torchtrt_md.errors import VerificationError
 from torchtrt_md.lowering import lower
-from torchtrt_md.program import Output, ShardedProgram, Value, Weight, Weights, dtype_name, part
+from torchtrt_md.lowering.ops import OF_PARTS, bound_args
+from torchtrt_md.program import Output, ShardedProgram, Value, Weight, Weights, dtype_name, part, value_of
 from torchtrt_md.verification.compare import rounding, structure, structure_tolerance
 from torchtrt_md.verification.dense import (
     Sample,
@@ -41,7 +43,7 @@ from torchtrt_md.verification.dense import (
     widest,
     with_given,
 )
-from torchtrt_md.verification.draw import draw
+from torchtrt_md.verification.draw import draw, largest_last
 from torchtrt_md.verification.simulate import Precision, interpret, simulate
 
 
@@ -194,14 +196,36 @@ def _trials(proof: _Proof) -> tuple[list[_Trial], list[str]]:
     given = proof.arguments.tensors
     drawn = draw(proof.dense, given)
     if not drawn:
-        return [_trial(proof, given)], []
+        return [_trial(proof, given), *_outlying(proof)], []
     names = ", ".join(map(repr, drawn))
     try:
         first = _reference(proof, {**given, **drawn})
     except VerificationError as error:  # a model need not take what was drawn
         return [_trial(proof, given)], [f"{names} cannot tell programs apart, and others do not fit: {error.problem}"]
     note = f"{names} cannot tell programs apart, so others were drawn too"
-    return [_with_program(proof, *first), _trial(proof, given, draws=False)], [note]
+    return [_with_program(proof, *first), _trial(proof, given, draws=False), *_outlying(proof)], [note]
+
+
+def _outlying(proof: _Proof) -> list[_Trial]:
+    """With the largest numbers at the end, where ranks may have to compare theirs.  A model need not take them."""
+    inputs = largest_last(proof.arguments.tensors) if _compares(proof.dense) else {}
+    if not inputs:
+        return []
+    try:
+        return [_trial(proof, {**proof.arguments.tensors, **inputs}, draws=False)]
+    except VerificationError:
+        return []
+
+
+def _compares(dense: ShardedProgram) -> bool:
+    """Does the model look for the largest, or least, of more than each row by itself?  Those may be of all tokens."""
+    for node in dense.graphs[0].graph.nodes:
+        if node.target in OF_PARTS:
+            args = bound_args(node)
+            ndim = value_of(args["self"]).ndim
+            if {d % max(ndim, 1) for d in args.get("dim") or range(ndim)} - {ndim - 1}:
+                return True
+    return False
 
 
 def _trial(proof: _Proof, inputs: Mapping[str, Tensor], *, draws: bool = True) -> _Trial:
@@ -254,11 +278,24 @@ def _structure(proof: _Proof, trial: _Trial) -> _Found:
                 f"the program does not compute what {proof.name} computes: in"
                 f" {precision_name(trial.precision)}, {place}, an error of {difference.error:.3g}, relative, where"
                 f" {tolerance:g} is rounding",
-                fix="look at the plan: every tensor with a sequence must be split, and gathered where it is returned",
+                fix=_way_out(proof.program),
             )
         if difference.error >= worst.error:
             worst = _Found(difference.error, place)
     return worst
+
+
+def _way_out(program: ShardedProgram) -> str:
+    """Where to look, by what is parallel."""
+    of_sequence = "every tensor with a sequence must be split, and gathered where it is returned"
+    of_width = (
+        "between a colwise layer and the rowwise one that sums its parts, the model may do nothing that reads across"
+        " the features, of which a rank has a part, as a norm, a softmax or a mean does: give the first the style"
+        " colwise_gather_output and the second rowwise_split_input, or leave both out"
+    )
+    cut = any(isinstance(source, Weight) and source.shardings for source in program.sources.values())
+    looked_at = [text for text, there in ((of_sequence, bool(program.strategies)), (of_width, cut)) if there]
+    return f"look at the plan: {'; '.join(looked_at or [of_sequence])}"
 
 
 def _rounding(proof: _Proof, trial: _Trial) -> tuple[list[list[_Found]], float]:

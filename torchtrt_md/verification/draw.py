@@ -8,6 +8,10 @@ is drawn anew, from a fixed seed, so that it is as valid as it was:
     integers    from the range of the example; where the model does nothing with them but look something up, from all
                 that can be looked up
     booleans    as they are
+
+The largest number of a sequence is right wherever a program looks for it, unless it is where the program does not look;
+and programs forget the last position, or count it twice.  So where a model looks for such numbers, structure is asked
+once more, with the largest numbers of its inputs at the end (:func:`largest_last`).
 """
 
 from __future__ import annotations
@@ -21,6 +25,8 @@ from torch.fx import Node
 from torchtrt_md.program import ShardedProgram, Value, placeholders, value_of
 
 _SEED = 0
+_OUTLIES = 4.0  # times the largest of the others
+_SCALED = (torch.float64, torch.float32, torch.bfloat16, torch.float16)
 aten = torch.ops.aten
 # What hands on the same numbers.
 _MOVES = {
@@ -63,6 +69,27 @@ def draw(dense: ShardedProgram, inputs: Mapping[str, Tensor]) -> dict[str, Tenso
             if not repeats(new) or not torch.equal(new.cpu(), example.cpu()):
                 drawn[source.name] = new
     return drawn
+
+
+def largest_last(inputs: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """The inputs of floating dtypes with larger numbers at their ends than elsewhere; empty if there are none.
+
+    The last row is multiplied by one number, and the last of it by another, so that zeros stay, as masks have them.
+
+    Args:
+        inputs: by name.
+    """
+    return {name: _with_largest_last(t.detach()) for name, t in inputs.items() if t.dtype in _SCALED and t.numel() > 1}
+
+
+def _with_largest_last(example: Tensor) -> Tensor:
+    found = example.clone(memory_format=torch.contiguous_format)
+    rows = found.view(-1, found.shape[-1])
+    for end in (rows[-1], rows[-1, -1:]):
+        largest, own = (float(t[t.isfinite()].abs().max()) if t.isfinite().any() else 0.0 for t in (found, end))
+        if own:
+            end.mul_(_OUTLIES * largest / own)
+    return found
 
 
 def repeats(tensor: Tensor) -> bool:

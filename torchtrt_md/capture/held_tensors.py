@@ -1,0 +1,66 @@
+"""Tensors that a model's code holds and that are no weights, such as a mask or a table: a graph has what they were.
+
+The trace meets them as they are, and not as inputs: they become constants, or answer what the code asks about values.
+So a program says which these were (:class:`torchtrt_md.program.Constant`), for its runner to notice that one was
+changed.  Capture traces a copy of the modules (the shadow); what is watched is what the user's own modules hold.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from functools import partial
+from typing import Any
+
+from torch import Tensor, nn
+
+from torchtrt_md.program import Constant
+
+# What PyTorch keeps on every module: weights, submodules, hooks.
+_INTERNAL = frozenset(vars(nn.Module()))
+
+
+def originals(memo: Mapping[int, Any]) -> dict[int, Tensor]:
+    """By the id of a tensor that ``copy.deepcopy`` made, what it is a copy of; ``memo`` is what it was given."""
+    kept: list[Any] = memo.get(id(memo), [])  # where deepcopy keeps what it copied
+    return {id(memo[id(t)]): t for t in kept if isinstance(t, Tensor)}
+
+
+def constants(model: nn.Module, met: Iterable[Tensor], copied: Mapping[int, Tensor]) -> tuple[Constant, ...]:
+    """What is to be watched of the tensors that a trace met, each in all places where the model's modules have it.
+
+    Args:
+        model: the user's.
+        met: tensors with values, of the shadow or of the code itself.
+        copied: from :func:`originals`, of the shadow.
+    """
+    own = {id(t): t for t in (copied.get(id(t), t) for t in met)}
+    found = [Constant(name, own[id(t)], read) for name, t, read in _places(model) if id(t) in own]
+    placed = {id(constant.tensor) for constant in found}
+    return (*found, *(Constant(_described(t), t) for key, t in own.items() if key not in placed))
+
+
+def _described(tensor: Tensor) -> str:
+    return f"{str(tensor.dtype).removeprefix('torch.')} {list(tensor.shape)} of the model's code"
+
+
+def _places(model: nn.Module) -> Iterator[tuple[str, Tensor, Callable[[], object]]]:
+    """Name, value and what reads it again, of the plain tensors among the attributes of all modules."""
+    for path, module in model.named_modules():
+        for name, value in vars(module).items():
+            if name not in _INTERNAL:
+                yield from _within(f"{path}.{name}".lstrip("."), value, partial(vars(module).get, name))
+
+
+def _within(name: str, value: object, read: Callable[[], Any]) -> Iterator[tuple[str, Tensor, Callable[[], object]]]:
+    if isinstance(value, Tensor):
+        yield name, value, read
+    elif isinstance(value, (list, tuple, dict)):
+        for key, item in value.items() if isinstance(value, dict) else enumerate(value):
+            yield from _within(f"{name}[{key!r}]", item, partial(_entry, read, key))
+
+
+def _entry(read: Callable[[], Any], key: object) -> object:
+    try:
+        return read()[key]
+    except (LookupError, TypeError):  # it is gone, or what held it is
+        return None
