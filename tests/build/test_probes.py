@@ -52,7 +52,7 @@ class Moved(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         ops = torch.ops.torchtrt_md
-        arguments = {"all_gather": (0,), "all_to_all": (0, 0), "broadcast": (0,), "gather": (0, 0), "scatter": (0, 0)}
+        arguments = {"all_gather": (0,), "all_to_all": (0, 0), "broadcast": (0,)}
         result: Tensor = getattr(ops, self.op)(x, *arguments[self.op], "tp", 2)
         return result
 

@@ -57,9 +57,8 @@ def _collective(op: str) -> Callable[..., Any]:
         x, size = _operand(ctx, values["x"], f"{name}_operand"), values["size"]
         dims = [values[d] for d in ("dim", "split_dim", "concat_dim") if d in values]
         assert not any(dims), f"{name} acts on dims {dims}; lowering moves collectives to dim 0"
-        dtype = x.dtype.name
+        dtype, root = x.dtype.name, values.get("src", layers.NO_ROOT)
         if dtype == "INT64" and op in layers.MOVES and not probes.moves(op, dtype):
-            root = next((values[root] for root in ("src", "dst") if root in values), layers.NO_ROOT)
             return _in_words(ctx, x, op, size, root, name)
         if op == "all_to_all" and not probes.exchanges(dtype):
             raise BuildError(
@@ -75,7 +74,7 @@ def _collective(op: str) -> Callable[..., Any]:
             op,
             size,
             reduce_op=values.get("op"),
-            root=values.get("src", layers.NO_ROOT),
+            root=root,
         )
 
     return convert

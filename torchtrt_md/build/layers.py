@@ -26,7 +26,7 @@ OPERATIONS = {
 _REDUCE_OPS = {"sum": "SUM", "product": "PROD", "max": "MAX", "min": "MIN", "avg": "AVG"}
 NO_ROOT = -1
 # Of these, which compute nothing, some TensorRTs have none in INT64.
-MOVES = ("all_gather", "all_to_all", "broadcast", "gather", "scatter")
+MOVES = ("all_gather", "all_to_all", "broadcast")
 WORD = 1 << 32
 
 

@@ -44,7 +44,7 @@ def moves(op: str, dtype: str) -> bool:
 
     def network(f: Flavour, net: Any) -> Any:
         x = net.add_input("x", getattr(f.trt.DataType, dtype), (2 * _RANKS, 64))
-        return add_collective(f, net, x, op, _RANKS, root=0 if op in ("broadcast", "gather", "scatter") else NO_ROOT)
+        return add_collective(f, net, x, op, _RANKS, root=0 if op == "broadcast" else NO_ROOT)
 
     return _builds(network)
 
