@@ -21,9 +21,6 @@ CALLS: dict[str, Callable[[Tensor], Tensor]] = {
     "reduce_scatter": lambda x: md.reduce_scatter(x, "max", 1, "tp", 2),
     "all_to_all": lambda x: md.all_to_all(x, 0, 1, "tp", 2),
     "broadcast": lambda x: md.broadcast(x, 1, "tp", 2),
-    "reduce": lambda x: md.reduce(x, "sum", 1, "tp", 2),
-    "gather": lambda x: md.gather(x, 0, 1, "tp", 2),
-    "scatter": lambda x: md.scatter(x, 0, 1, "tp", 2),
     "shard": lambda x: md.shard(x, 0, "tp", 2),
 }
 
@@ -56,7 +53,6 @@ def test_a_chain_and_what_follows_it() -> None:
         lambda x: md.all_gather(x, 0, "cp", 2),
         lambda x: md.all_gather(x, 1, "tp", 2),
         lambda x: md.all_gather(x + 1, 0, "tp", 2),
-        lambda x: md.gather(x, 0, 0, "tp", 2),
         lambda x: torch.cat([md.all_reduce(x, "max", "tp", 2), md.all_reduce(x, "min", "tp", 2)]),
         lambda x: torch.cat([md.broadcast(x, 0, "tp", 2), md.broadcast(x, 1, "tp", 2)]),
         lambda x: torch.cat([md.all_to_all(x, 0, 1, "tp", 2), md.all_to_all(x, 0, 0, "tp", 2).view(1, 4)]),
