@@ -40,49 +40,101 @@ def run(graph: GraphModule, context: PassContext) -> int:
     """Number of joins that became choices."""
     if not any(map(is_sequence_mark, graph.graph.nodes)):
         return 0
-    count = 0
-    before: dict[tuple[object, ...], Node] = {}  # which positions are in front of one: blocks have these in common
+    parts, count = _Parts(), 0
     for node in graph.graph.find_nodes(op="call_function", target=aten.cat.default):
         args, ndim = bound_args(node), value_of(node).ndim
         dim = args["dim"] % ndim
-        found = [_part_of(x, dim) for x in args["tensors"]]
-        parts = [part for part in found if part is not None]
-        if dim < ndim - 1 and len(parts) == len(found) and _is_worth_it(args["tensors"], parts, dim):
-            substitute(node, _chosen(node, args["tensors"], parts, dim, before))
+        if dim == ndim - 1:
+            continue
+        found = [parts.of(x, dim) for x in args["tensors"]]
+        known = [part for part in found if part is not None]
+        if len(known) == len(found) and _is_worth_it(args["tensors"], known, dim):
+            substitute(node, parts.chosen(node, args["tensors"], known, dim))
             count += 1
     return count
 
 
-def _part_of(node: Node, dim: int) -> _Part | None:
-    """What it is a part of, if all that was done to it keeps the positions of ``dim`` apart."""
-    if node.target is not aten.slice.Tensor:
-        parts = {_part_of(x, dim) for x in _operands_along(node, dim)}
-        return parts.pop() if len(parts) == 1 else None
-    args = bound_args(node)
-    whole: Node = args["self"]
-    shape = value_of(whole).shape
-    if args["dim"] % len(shape) != dim or args["step"] != 1:
-        return None
-    start, stop, _ = slice(args["start"], args["end"]).indices(shape[dim])
-    return _Part(whole, start, stop)
+class _Parts:
+    """Which values of a graph are parts of others, and what was made of it once for all joins."""
 
+    def __init__(self) -> None:
+        self.found: dict[tuple[Node, int], _Part | None] = {}
+        self.before: dict[tuple[object, ...], Node] = {}  # which positions are in front of one
 
-def _operands_along(node: Node, dim: int) -> list[Node]:
-    """The operands of a pointwise op that have the positions of ``dim``; none where it is no such op.
+    def of(self, node: Node, dim: int) -> _Part | None:
+        """What it is a part of, if all that was done to it keeps the positions of ``dim`` apart."""
+        pending = [node]
+        while pending:  # operands first
+            last = pending[-1]
+            missing = [x for x in self._candidates(last, dim) if (x, dim) not in self.found]
+            if missing:
+                pending += missing
+            else:
+                self.found[last, dim] = self._part(last, dim)
+                pending.pop()
+        return self.found[node, dim]
 
-    Of a single position, an operand that is no part is one value for all.
-    """
-    if not isinstance(node.target, OpOverload) or torch.Tag.pointwise not in node.target.tags:
-        return []
-    if torch.Tag.nondeterministic_seeded in node.target.tags or not isinstance(node.meta["val"], Tensor):
-        return []
-    shape = value_of(node).shape
-    single = shape[dim] == 1
-    have = [x for x in node.all_input_nodes if len(value_of(x).shape) >= len(shape) - dim]
-    along = [x for x in have if single or value_of(x).shape[dim - len(shape)] != 1]
-    if single:
-        along = [x for x in along if _part_of(x, dim) is not None]
-    return along if all(value_of(x).ndim == len(shape) for x in along) else []
+    def _candidates(self, node: Node, dim: int) -> list[Node]:
+        """The operands of a pointwise op that may have the positions of ``dim``; none where it is no such op."""
+        if not isinstance(node.target, OpOverload) or torch.Tag.pointwise not in node.target.tags:
+            return []
+        if torch.Tag.nondeterministic_seeded in node.target.tags or not isinstance(node.meta["val"], Tensor):
+            return []
+        shape = value_of(node).shape
+        have = [x for x in node.all_input_nodes if len(value_of(x).shape) >= len(shape) - dim]
+        return [x for x in have if shape[dim] == 1 or value_of(x).shape[dim - len(shape)] != 1]
+
+    def _along(self, node: Node, dim: int) -> list[Node]:
+        """Those that do.  Of a single position, an operand that is no part is one value for all."""
+        ndim, along = value_of(node).ndim, self._candidates(node, dim)
+        if value_of(node).shape[dim : dim + 1] == (1,):
+            along = [x for x in along if self.found[x, dim] is not None]
+        return along if all(value_of(x).ndim == ndim for x in along) else []
+
+    def _part(self, node: Node, dim: int) -> _Part | None:
+        if node.target is not aten.slice.Tensor:
+            parts = {self.found[x, dim] for x in self._along(node, dim)}
+            return parts.pop() if len(parts) == 1 else None
+        args = bound_args(node)
+        whole: Node = args["self"]
+        shape = value_of(whole).shape
+        if args["dim"] % len(shape) != dim or args["step"] != 1:
+            return None
+        start, stop, _ = slice(args["start"], args["end"]).indices(shape[dim])
+        return _Part(whole, start, stop)
+
+    def chosen(self, node: Node, tensors: Sequence[Node], parts: Sequence[_Part], dim: int) -> Node:
+        """What stands in the place of a join."""
+        whole = value_of(parts[0].value)
+        result, *rest = [self._done(node, x, dim) for x in reversed(tensors)]
+        for made, part in zip(rest, reversed(parts[:-1]), strict=True):
+            key = (whole.shape[dim], whole.ndim - dim, whole.device, part.stop)
+            if key not in self.before:
+                at = emit(node, aten.arange.default, whole.shape[dim], device=whole.device)
+                at = emit(node, aten.view.default, at, [-1, *[1] * (whole.ndim - 1 - dim)])
+                self.before[key] = emit(node, aten.lt.Scalar, at, part.stop)
+            result = emit(node, aten.where.self, self.before[key], made, result)
+        return result
+
+    def _done(self, before: Node, node: Node, dim: int) -> Node:
+        """What was done to a part, done to all."""
+        made: dict[Node, Node] = {}
+        pending = [node]
+        while pending:
+            last = pending[-1]
+            missing = [x for x in self._operands(last, dim) if x not in made]
+            if missing:
+                pending += missing
+                continue
+            pending.pop()
+            part = self.found[last, dim]
+            assert part is not None, f"{last} is no part"
+            if last not in made:
+                made[last] = part.value if last.target is aten.slice.Tensor else _again(before, last, made)
+        return made[node]
+
+    def _operands(self, node: Node, dim: int) -> list[Node]:
+        return [] if node.target is aten.slice.Tensor else self._along(node, dim)
 
 
 def _is_worth_it(tensors: Sequence[Node], parts: Sequence[_Part], dim: int) -> bool:
@@ -93,26 +145,8 @@ def _is_worth_it(tensors: Sequence[Node], parts: Sequence[_Part], dim: int) -> b
     return one and in_order and len(parts) > 1 and any(x.target is not aten.slice.Tensor for x in tensors)
 
 
-def _chosen(
-    node: Node, tensors: Sequence[Node], parts: Sequence[_Part], dim: int, before: dict[tuple[object, ...], Node]
-) -> Node:
-    whole = value_of(parts[0].value)
-    result, *rest = [_done(node, x, part, dim) for x, part in zip(reversed(tensors), reversed(parts), strict=True)]
-    for made, part in zip(rest, reversed(parts[:-1]), strict=True):
-        key = (whole.shape[dim], whole.ndim - dim, whole.device, part.stop)
-        if key not in before:
-            at = emit(node, aten.arange.default, whole.shape[dim], device=whole.device)
-            at = emit(node, aten.view.default, at, [-1, *[1] * (whole.ndim - 1 - dim)])
-            before[key] = emit(node, aten.lt.Scalar, at, part.stop)
-        result = emit(node, aten.where.self, before[key], made, result)
-    return result
-
-
-def _done(before: Node, node: Node, part: _Part, dim: int) -> Node:
-    """What was done to a part, done to all."""
-    if node.target is aten.slice.Tensor:
-        return part.value
-    made = {x: _done(before, x, part, dim) for x in _operands_along(node, dim)}
+def _again(before: Node, node: Node, made: Mapping[Node, Node]) -> Node:
+    """The same op on what was made of its operands."""
     args: Any = map_arg((node.args, node.kwargs), partial(_replaced, made))
     return emit(before, node.target, *args[0], **args[1])  # type: ignore[arg-type]
 

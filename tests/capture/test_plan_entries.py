@@ -103,7 +103,7 @@ WHOLE = {"": {"x": md.Split(1)}, "proj": md.Gather(1)}
             "gathers result 0 of module 'blocks.0' in a dict that splits others",
             "gather it at another module",
         ),
-        ({**WHOLE, "proj": {"input": md.Gather(-2)}}, "gathers result 'input' of module 'proj'", "counted from 0"),
+        ({**WHOLE, "proj": {"input": md.Gather(-2)}}, "gathers result 'input' of module 'proj'", "as {0: ...}"),
         (
             {"x": md.Split(1), "proj": md.Gather(1)},
             "a module 'x' that Model does not have; 'x' is an argument of the model",
@@ -218,7 +218,7 @@ def test_results_by_name_and_in_nests(form: str, split: Any, gathers: Any) -> No
             "tuple",
             {"sample": md.Gather(1)},
             "gathers result 'sample' of module 'last', which returns 2 values",
-            "from 0",
+            "as {0: ...}",
         ),
         ("nested", md.Gather(1), "result 0 of module 'last' is a dict, not a tensor", "name a tensor"),
         (

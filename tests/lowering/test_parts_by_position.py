@@ -62,6 +62,20 @@ def test_what_is_done_to_parts(name: str) -> None:
     assert lowered(BODIES[name]).counts["parts_by_position"] == (2 if name == "twice" else 1)
 
 
+def squared(x: Tensor, times: int) -> Tensor:
+    for _ in range(times):
+        x = x * x.sigmoid()
+    return x
+
+
+@pytest.mark.parametrize("end", [1, 5])
+def test_what_many_ops_read_is_done_once(end: int) -> None:
+    program = lowered(lambda x, s: torch.cat([squared(x[:, :end], 40), x[:, end:]], 1))
+    assert program.counts["parts_by_position"] == 1
+    (graph, _), *_ = program.distinct()
+    assert len(graph.graph.find_nodes(op="call_function", target=torch.ops.aten.sigmoid.default)) == 40
+
+
 def test_blocks_share_which_positions_are_in_front() -> None:
     program = lowered(BODIES["twice"])
     (graph, _), *_ = program.distinct()

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import replace
+from typing import Any
 
 import models
 import pytest
@@ -13,6 +14,7 @@ from rank_processes import Ranks
 from torch import Tensor
 
 import torchtrt_md as md
+from torchtrt_md.lowering.ops import use_device_mesh
 from torchtrt_md.place import place
 from torchtrt_md.program import Weight
 from torchtrt_md.runtime.executor import Executor
@@ -216,6 +218,47 @@ def test_a_sum_is_written_over_what_nothing_else_reads(ranks: Ranks) -> None:
         assert alone == [2.0, 6.0, 10.0, 14.0]
         assert read == [2.0 - 2 * rank + 2 * x for x in range(4)]
         assert right
+
+
+class Summed(torch.nn.Module):
+    """A sum over ranks of a constant, or of a part of what is computed, as it lies."""
+
+    def __init__(self, kind: str) -> None:
+        super().__init__()
+        torch.manual_seed(0)
+        self.linear, self.kind, self.table = torch.nn.Linear(4, 4), kind, torch.arange(4.0)
+
+    def forward(self, x: Tensor) -> Tensor:
+        h = self.linear(x)
+        over: dict[str, Tensor] = {
+            "table": self.table,
+            "table, seen": self.table.view(2, 2),
+            "slice": h[:, 1:3],
+            "transposed": h.t(),
+            "expanded": h[:, None].expand(-1, 3, -1),
+            "reshaped": h.reshape(2, 6),
+        }
+        total: Tensor = torch.ops.torchtrt_md.all_reduce(over[self.kind], "sum", "p", 2)
+        result: Tensor = total.sin() + h.sum()
+        return result
+
+
+def call_thrice(rank: int, kind: str) -> tuple[list[Tensor], Tensor]:
+    model, x = Summed(kind).eval(), torch.randn(3, 4, generator=torch.Generator().manual_seed(1))
+    options: dict[str, Any] = {"mesh": md.Mesh(p=2), "compute": "inductor", "placement": "split", "report": False}
+    with torch.no_grad(), md.compile(model, (x,), check=False, **options) as runner:
+        found = [runner(x).clone() for _ in range(3)]
+        with use_device_mesh(md.Mesh(p=2).to_device_mesh("cpu")):
+            return found, model(x)
+
+
+@pytest.mark.parametrize("kind", ["table", "table, seen", "slice", "transposed", "expanded", "reshaped"])
+def test_a_sum_of_what_lies_otherwise_or_is_the_graphs_own(kind: str, ranks: Ranks) -> None:
+    for outcome in ranks(call_thrice, kind):
+        assert not outcome.error, outcome.message
+        found, expected = outcome.value
+        for each in found:
+            torch.testing.assert_close(each, expected)
 
 
 def test_a_function_that_returns_an_operand_gets_memory_of_its_own() -> None:

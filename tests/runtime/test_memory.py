@@ -56,6 +56,10 @@ def view(name: str, read: str) -> Step:
     return Step(name, (read,), nothing, (name,), looks=True, aliases=True)
 
 
+def constant(name: str) -> Step:
+    return Step(name, (), nothing, (name,), looks=True, aliases=True)
+
+
 def reshape(name: str, read: str) -> Step:
     """A copy, or not."""
     return Step(name, (read,), nothing, (name,), aliases=True)
@@ -164,9 +168,12 @@ class Checker:
                 # What reads it through the result reads what it is to read.
                 readers = [s for s in self.steps if not s.looks and base in self._seen_before(s, value)]
                 assert readers == [step], f"{base} is written over by {value}, and read by others"
-            roots = [b for b in self.memory_of[value] if b != value and not self.steps[self.makers[b]].aliases]
-            assert roots, "what is written over is an input's, or a weight's"
-            aliased = {b for b in self.memory_of[value] - {value} if self.steps[self.makers[b]].aliases}
+            makers = {b: self.steps[self.makers[b]] for b in self.memory_of[value] - {value}}
+            assert not any(maker.aliases and not maker.reads for maker in makers.values()), "a constant's"
+            assert not all(maker.aliases for maker in makers.values()), (
+                "what is written over is an input's, or a weight's"
+            )
+            aliased = {b for b, maker in makers.items() if maker.aliases}
             sources = {r for b in aliased for r in self.steps[self.makers[b]].reads}
             assert sources <= self.makers.keys(), f"{sources - self.makers.keys()} is written over"
 
@@ -395,6 +402,12 @@ class TestASumOverItsOperand:
             assert not planned(seen, ["c"]).over
             assert not planned([reshape("seen", source), *seen[1:]], ["c"]).over
 
+    def test_a_constant_of_the_graph(self) -> None:
+        for more in ((), (view("seen", "a"),), (reshape("seen", "a"),)):
+            read = "seen" if more else "a"
+            steps = [constant("a"), *more, collective("b", read, in_place=True, sums=None), op("c", "b")]
+            assert not planned(steps, ["c"]).over
+
     def test_what_an_engine_made_lies_in_a_block(self) -> None:
         steps = [engine("a", "input:x"), collective("b", "a", in_place=True, sums=None), op("c", "b")]
         plan = planned(steps, ["c"])
@@ -409,7 +422,8 @@ def programs(draw: st.DrawFn) -> tuple[list[Step], list[str]]:
     values = ["input:x", "weight:w"]
     sizes = {"input:x": 8, "weight:w": 8}
     for index in range(draw(st.integers(1, 14))):
-        kind = draw(st.sampled_from(["engine", "collective", "collective", "all_reduce", "op", "view", "reshape"]))
+        kinds = ["engine", "collective", "collective", "all_reduce", "op", "view", "reshape", "constant"]
+        kind = draw(st.sampled_from(kinds))
         recent = values[-5:] if draw(st.booleans()) else values
         reads = draw(st.lists(st.sampled_from(recent), min_size=1, max_size=3, unique=True))
         name, size = f"v{index}", draw(st.sampled_from([8, 16, 32]))
@@ -427,6 +441,9 @@ def programs(draw: st.DrawFn) -> tuple[list[Step], list[str]]:
             case "op":
                 names = [name]
                 steps.append(op(name, *reads))
+            case "constant":
+                names = [name]
+                steps.append(constant(name))
             case _:
                 names, size = [name], sizes[reads[0]]
                 steps.append(view(name, reads[0]) if kind == "view" else reshape(name, reads[0]))

@@ -15,7 +15,7 @@ import torchtrt_md as md
 from torchtrt_md.build.part import with_transposed_weights
 from torchtrt_md.errors import InputError
 from torchtrt_md.place import place
-from torchtrt_md.program import ShardedProgram, Sharding, Weight, Weights
+from torchtrt_md.program import Constant, ShardedProgram, Sharding, Weight, Weights
 from torchtrt_md.runtime.steps import Key, source_key
 from torchtrt_md.runtime.weights import ModelWeights, WeightGuard, laid_out
 from torchtrt_md.segment import Binding, Segment, Wire
@@ -188,6 +188,20 @@ class TestWeightGuard:
         lay_out(model, torch.randn(2, 8, 32))
         assert {name: p.data_ptr() for name, p in model.named_parameters()} != before
         guard.check()
+
+    def test_what_was_replaced_by_its_equal_is_not_watched_any_more(self) -> None:
+        held = {"table": torch.ones(4)}
+        first = held["table"]
+        guard = WeightGuard({}, constants=[Constant("table", first, lambda: held["table"])])
+        for _ in range(10):
+            held["table"] = torch.ones(4)
+            guard.check()
+        assert len(guard._counted) == 1
+        first.zero_()
+        guard.check()
+        held["table"].zero_()
+        with pytest.raises(InputError, match="the tensor 'table'"):
+            guard.check()
 
     def test_a_thousand_weights_cost_well_under_a_third_of_a_millisecond(self) -> None:
         guard = WeightGuard({str(i): nn.Parameter(torch.zeros(1)) for i in range(1000)})

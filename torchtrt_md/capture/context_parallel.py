@@ -420,6 +420,8 @@ def _results_fix(entry: Entry, key: int | str, result: Any) -> str:
     fix = "results are counted from 0" + (": the plan's first is the only" if only else "")
     if isinstance(result, Mapping):
         fix = f"name one of {', '.join(map(repr, result))}"
+    elif isinstance(key, str):
+        fix = "results have names where a module returns a dict; write the entry for the first as {0: ...}"
     argument = isinstance(key, str) and entry.splits
     return f"{fix}; or leave out output=True, to split the argument {key!r}" if argument else fix
 
@@ -482,14 +484,17 @@ def _changed(value: Any, form: Nested, entry: Entry, what: str) -> Any:
 
 
 def _kind(value: object) -> str:
-    return "one tensor" if isinstance(value, Tensor) else f"a {type(value).__name__}"
+    if isinstance(value, Tensor):
+        return "one tensor"
+    name = type(value).__name__
+    return f"{'an' if name[0] in 'aeiouAEIOU' else 'a'} {name}"
 
 
 def _dim(value: Any, dim: int, what: str) -> int:
     """The plan's dim of a value, counted from the left."""
     if not isinstance(value, Tensor):
         raise PlanError(
-            f"{what} is a {type(value).__name__}, not a tensor",
+            f"{what} is {_kind(value)}, not a tensor",
             fix="name a tensor in the plan; for a list of tensors, give a list",
             at=running_line(),
         )

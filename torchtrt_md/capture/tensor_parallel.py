@@ -369,10 +369,15 @@ def _style(name: str, entry: Any, module: nn.Module | None) -> ParallelStyle | S
             fix=f"make one of it: {entry.__name__}()",
         )
     raise PlanError(
-        f"the plan gives module {name!r} the style {entry if isinstance(entry, str) else type(entry).__name__!r},"
-        " which is not known",
+        f"the plan gives module {name!r} the style {_name_of(entry)!r}, which is not known",
         fix=f"use a ParallelStyle, or one of {', '.join((*STYLES, *_BY_DTENSOR))}; or leave the module out",
     )
+
+
+def _name_of(entry: object) -> str:
+    if isinstance(entry, str):
+        return entry
+    return entry.__name__ if isinstance(entry, type) else type(entry).__name__
 
 
 def _check_divides(module: nn.Module, path: str, style: ParallelStyle, axis: Axis) -> None:

@@ -320,7 +320,7 @@ def _check_launch_used(
         return
     if call is not None:
         _modules_in_parts.add(call.module)
-    elif given is not None:
+    elif given is not None and not any(each is given for each in _functions_in_parts):
         _functions_in_parts.append(given)
 
 

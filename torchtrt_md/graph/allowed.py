@@ -150,9 +150,8 @@ def check_call(node: Node) -> None:
                     f"calls {node.target} with {name}={leaf}, and a bundle runs on {' and '.join(_DEVICES)}",
                     fix="trace the model there",
                 )
-    for name in ("src", "dst"):
-        if node.target in _IR and name in given and given[name] not in range(given.get("size", 0)):
-            raise BundleError(f"calls {node.target} with {name}={given[name]}, which is no rank of it", fix=_OTHER)
+    if node.target in _IR and "src" in given and given["src"] not in range(given.get("size", 0)):
+        raise BundleError(f"calls {node.target} with src={given['src']}, which is no rank of it", fix=_OTHER)
     # Batch norms write to their running statistics in training, whatever their schemas say.
     if given.get("training") and any(given.get(name) is not None for name in ("running_mean", "running_var")):
         raise BundleError(

@@ -85,6 +85,7 @@ def _pass_attention_as_written(graph: GraphModule, is_eager: Callable[[Node], bo
     q -> q' = q as [B, S, H, D], which attention sees as [B, H, S, D], where an engine or Inductor makes q.
     y = attention(...) -> y' = y as [B, S, H, D], which readers see as [B, H, S, D]: kernels lay it out like q.
     """
+    queries: dict[Node, Node] = {}  # as they are passed
     for node in list(graph.graph.nodes):
         if node.target is not md.attention.default or not is_eager(node) or value_of(node).ndim != 4:
             continue
@@ -92,9 +93,10 @@ def _pass_attention_as_written(graph: GraphModule, is_eager: Callable[[Node], bo
         assert isinstance(q, Node)
         maker = base_of(q)
         if maker.op == "call_function" and not (is_eager(maker) or is_collective(maker)):
-            passed = _as_bshd(node, q)
-            passed.meta[_PASSES] = True
-            node.args = (permute(node, passed, _BSHD), *node.args[1:])
+            if q not in queries:
+                queries[q] = _as_bshd(node, q)
+                queries[q].meta[_PASSES] = True
+            node.args = (permute(node, queries[q], _BSHD), *node.args[1:])
         behind = node.next
         passed = emit(behind, aten.permute.default, node, _BSHD)
         seen = permute(behind, passed, _BSHD)

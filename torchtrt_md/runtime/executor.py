@@ -152,7 +152,7 @@ class Executor:
             shared.add_up(values[landing.name], values[step.slots[0].name], step.push.scale)
 
     def _provide(self, step: Step, values: Values) -> None:
-        """Memory for what the step writes and the call returns; all else has its own already."""
+        """Memory for what the step writes over its operand, and for what the call returns; all else has its own."""
         for slot in step.slots:
             if slot.name in self.plan.over:
                 values[slot.name] = values[step.reads[0]].view(slot.shape)

@@ -180,7 +180,7 @@ def _blocks(
 def _over_operands(steps: Sequence[Step], bases: Mapping[Key, tuple[Key, ...]], free_at: Mapping[Key, int]) -> set[Key]:
     """The slots that may be written over what their steps read: that PyTorch made, and nobody else reads."""
     made = {value for step in steps if not step.aliases for value in step.writes}
-    seen_as = {value for step in steps if step.aliases for value in step.writes}
+    seen_as = {value for step in steps if step.aliases and step.reads for value in step.writes}  # no constant
     readers: dict[Key, list[Step]] = {}
     for step in steps:
         for base in {base for value in step.reads for base in bases.get(value, (value,))}:

@@ -64,7 +64,7 @@ class Step:
         communicates: it is a collective, and may run on a stream of its own.
         looks: it only looks at what it reads: nothing is enqueued.
         aliases: its result may be the memory of what it reads.
-        in_place: the slot may be the memory of the only value that it reads.
+        in_place: the slot may be the memory of the only value that it reads, which is contiguous.
         push: of a collective: how the ranks can do it by writing into each other's memory.
         axis: of a collective.
         engine: what it is, where it is one.
@@ -210,7 +210,7 @@ def _step(
             communicate,
             slots=(slot,),
             communicates=True,
-            in_place=collective.is_in_place(node),
+            in_place=collective.is_in_place(node) and _is_in_one_piece(node.all_input_nodes[0]),
             push=push_of(node, coordinates[bound_args(node)["axis"]]),
             axis=bound_args(node)["axis"],
         )
@@ -230,6 +230,13 @@ def _step(
     views = node.target is operator.getitem or any(r.alias_info is not None for r in target._schema.returns)
     looks = views and not may_copy
     return Step(name[1], reads, call, (name,), looks=looks, aliases=views)
+
+
+def _is_in_one_piece(node: Node) -> bool:
+    """Is this surely contiguous: what another part passes, or that in another shape?"""
+    while node.target in (aten.view.default, aten.reshape.default, aten._unsafe_view.default):
+        node = node.all_input_nodes[0]
+    return node.op == "placeholder"
 
 
 def _attention(

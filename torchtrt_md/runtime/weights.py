@@ -138,6 +138,12 @@ class WeightGuard:
             self._counted.append(weight)
             self._versions.append(_version(weight))
 
+    def _forget(self, name: str, weight: Tensor) -> None:
+        entries = zip(self._names, self._counted, strict=True)
+        at = next((i for i, (named, held) in enumerate(entries) if named == name and held is weight), None)
+        if at is not None:
+            del self._names[at], self._counted[at], self._versions[at]
+
     def check(self) -> None:
         """Raises InputError: a weight was changed.  What is written through ``.data`` is not seen."""
         for index, (name, read, weight) in enumerate(self._held):
@@ -148,6 +154,7 @@ class WeightGuard:
                 if not (now.is_meta or checksum(now) == checksum(weight)):
                     raise self._changed(name)
                 self._held[index] = name, read, now
+                self._forget(name, weight)
                 self._count(name, now)
         if list(map(_version, self._counted)) == self._versions:
             return

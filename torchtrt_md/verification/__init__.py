@@ -196,25 +196,27 @@ def _trials(proof: _Proof) -> tuple[list[_Trial], list[str]]:
     given = proof.arguments.tensors
     drawn = draw(proof.dense, given)
     if not drawn:
-        return [_trial(proof, given), *_outlying(proof)], []
+        outlying, said = _outlying(proof, given)
+        return [_trial(proof, given), *outlying], said
     names = ", ".join(map(repr, drawn))
     try:
         first = _reference(proof, {**given, **drawn})
     except VerificationError as error:  # a model need not take what was drawn
         return [_trial(proof, given)], [f"{names} cannot tell programs apart, and others do not fit: {error.problem}"]
     note = f"{names} cannot tell programs apart, so others were drawn too"
-    return [_with_program(proof, *first), _trial(proof, given, draws=False), *_outlying(proof)], [note]
+    outlying, said = _outlying(proof, {**given, **drawn})
+    return [_with_program(proof, *first), _trial(proof, given, draws=False), *outlying], [note, *said]
 
 
-def _outlying(proof: _Proof) -> list[_Trial]:
-    """With the largest numbers at the end, where ranks may have to compare theirs.  A model need not take them."""
-    inputs = largest_last(proof.arguments.tensors) if _compares(proof.dense) else {}
+def _outlying(proof: _Proof, given: Mapping[str, Tensor]) -> tuple[list[_Trial], list[str]]:
+    """With the largest numbers at the end, where ranks may have to compare theirs; and what there is to say."""
+    inputs = largest_last(given) if _compares(proof.dense) else {}
     if not inputs:
-        return []
+        return [], []
     try:
-        return [_trial(proof, {**proof.arguments.tensors, **inputs}, draws=False)]
-    except VerificationError:
-        return []
+        return [_trial(proof, {**given, **inputs}, draws=False)], []
+    except VerificationError as error:  # a model need not take these
+        return [], [f"inputs whose largest numbers are at the end do not fit: {error.problem}"]
 
 
 def _compares(dense: ShardedProgram) -> bool:
