@@ -39,7 +39,7 @@ def lowered(body: Body, ranks: int = 2, strategy: Any = "ulysses", tokens: int =
 
 
 @pytest.mark.parametrize("strategy", ["ulysses", "allgather_kv", "ring"])
-@pytest.mark.parametrize("end", [1, 5, 6, 7, 11])
+@pytest.mark.parametrize("end", [1, 6, 7])
 @pytest.mark.parametrize(("ranks", "tokens"), [(2, 12), (2, 13), (4, 14)])
 def test_a_border_anywhere(strategy: str, end: int, ranks: int, tokens: int) -> None:
     program = lowered(lambda x, s: torch.cat([x[:, :end] * s, x[:, end:]], 1), ranks, strategy, tokens)

@@ -453,7 +453,7 @@ def programs(draw: st.DrawFn) -> tuple[list[Step], list[str]]:
     return steps, keep
 
 
-@settings(max_examples=400, deadline=None)
+@settings(max_examples=300, deadline=None)
 @given(programs(), st.booleans())
 def test_no_plan_of_a_random_program_has_a_race(program: tuple[list[Step], list[str]], push: bool) -> None:
     Checker(*program, push).check()
