@@ -10,7 +10,7 @@ programs that split a sequence.
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from functools import partial
 from typing import Any, NamedTuple
 
@@ -63,15 +63,8 @@ class _Parts:
 
     def of(self, node: Node, dim: int) -> _Part | None:
         """What it is a part of, if all that was done to it keeps the positions of ``dim`` apart."""
-        pending = [node]
-        while pending:  # operands first
-            last = pending[-1]
-            missing = [x for x in self._candidates(last, dim) if (x, dim) not in self.found]
-            if missing:
-                pending += missing
-            else:
-                self.found[last, dim] = self._part(last, dim)
-                pending.pop()
+        for x in _operands_first(node, lambda x: self._candidates(x, dim), lambda x: (x, dim) in self.found):
+            self.found[x, dim] = self._part(x, dim)
         return self.found[node, dim]
 
     def _candidates(self, node: Node, dim: int) -> list[Node]:
@@ -119,22 +112,27 @@ class _Parts:
     def _done(self, before: Node, node: Node, dim: int) -> Node:
         """What was done to a part, done to all."""
         made: dict[Node, Node] = {}
-        pending = [node]
-        while pending:
-            last = pending[-1]
-            missing = [x for x in self._operands(last, dim) if x not in made]
-            if missing:
-                pending += missing
-                continue
-            pending.pop()
-            part = self.found[last, dim]
-            assert part is not None, f"{last} is no part"
-            if last not in made:
-                made[last] = part.value if last.target is aten.slice.Tensor else _again(before, last, made)
+        for x in _operands_first(node, lambda x: self._along(x, dim), made.__contains__):
+            part = self.found[x, dim]
+            assert part is not None, f"{x} is no part"
+            made[x] = part.value if x.target is aten.slice.Tensor else _again(before, x, made)
         return made[node]
 
-    def _operands(self, node: Node, dim: int) -> list[Node]:
-        return [] if node.target is aten.slice.Tensor else self._along(node, dim)
+
+def _operands_first(
+    node: Node, operands: Callable[[Node], list[Node]], is_done: Callable[[Node], bool]
+) -> Iterator[Node]:
+    """What a value is made of and then the value, each once; a long chain of ops is no deep recursion."""
+    pending = [node]
+    while pending:
+        last = pending[-1]
+        missing = [x for x in operands(last) if not is_done(x)]
+        if missing:
+            pending += missing
+            continue
+        pending.pop()
+        if not is_done(last):
+            yield last
 
 
 def _is_worth_it(tensors: Sequence[Node], parts: Sequence[_Part], dim: int) -> bool:

@@ -90,15 +90,14 @@ def run(graph: GraphModule, context: PassContext) -> int:
         # A single rank has the whole of everything.
         if size > 1 and any(is_sequence_mark(node) and bound_args(node)["axis"] == axis for node in graph.graph.nodes):
             # A causal ring gives each rank two chunks of the sequence.
-            causal = _any_causal(graph)
-            unit = 2 if strategy == "ring" and context.placement == "split" and causal else 1
+            unit = 2 if strategy == "ring" and context.placement == "split" and _any_causal(graph) else 1
             count += _Analysis(graph, axis, strategy, size, unit).run()
     return count
 
 
 def _any_causal(graph: GraphModule) -> bool:
-    found = graph.graph.find_nodes(op="call_function", target=md.attention.default)
-    return any(bound_args(node)["is_causal"] for node in found)
+    attentions = graph.graph.find_nodes(op="call_function", target=md.attention.default)
+    return any(bound_args(node)["is_causal"] for node in attentions)
 
 
 class _Analysis:

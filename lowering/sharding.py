@@ -27,7 +27,6 @@ from torchtrt_md.mesh import shown
 from torchtrt_md.program import value_of
 
 # What to do about an op that needs the whole sequence.
-ACROSS = "mixes positions across the shard"
 GATHER_FIRST = "gather the sequence before this op (md.Gather in the plan), or leave this op's module out of the split"
 
 
@@ -199,11 +198,17 @@ def local_shape(whole: Sequence[int], state: State) -> list[int]:
     return [state.extent if state and d == state.dim else n for d, n in enumerate(whole)]
 
 
-def combine(call: Call, *operands: tuple[object, Dims], across: str = ACROSS) -> State:
+def combine(
+    call: Call,
+    *operands: tuple[object, Dims],
+    across: str = "mixes positions across the shard",
+    fix: str = GATHER_FIRST,
+) -> State:
     """The sharding of an op's result, from where each operand's dims go in it.
 
     Replicated operands that have the dim too, such as a table of positions, are to be split like the sharded ones
-    (``call.to_split``).  ``across`` says in the error what the op does with the dims that it reads across.
+    (``call.to_split``).  ``across`` says in the error what the op does with the dims that it reads across,
+    and ``fix`` what to do instead.
 
     Raises:
         ShardingError: a sharded dim is read across, operands are sharded differently, or an operand has another
@@ -216,7 +221,7 @@ def combine(call: Call, *operands: tuple[object, Dims], across: str = ACROSS) ->
             continue
         to = dims[state.dim]
         if to is None:
-            call.refuse(across)
+            call.refuse(across, fix)
         moved = replace(state, dim=to)
         if result is not None and result.dim != moved.dim:
             call.refuse(

@@ -19,7 +19,6 @@ from torchtrt_md.lowering import sharding_ir as ir
 from torchtrt_md.lowering import sharding_moves as moves
 from torchtrt_md.lowering.ops import OF_PARTS
 from torchtrt_md.lowering.sharding import (
-    ACROSS,
     GATHER_FIRST,
     Call,
     Dims,
@@ -132,10 +131,8 @@ def along(call: Call) -> Result:
 def sort(call: Call) -> Result:
     """As :func:`along`; what is sorted across a sequence is mostly the tokens of all experts."""
     x = call.args["self"]
-    state = call.sole(x)
-    if state.dim == int(call.args.get("dim", -1)) % max(value_of(x).ndim, 1):
-        call.refuse(ACROSS, f"{GATHER_FIRST}; {_EXPERTS}")
-    return along(call)
+    dims = keeping(value_of(x).ndim, [call.args["dim"]])
+    return combine(call, (x, dims), fix=f"{GATHER_FIRST}; {_EXPERTS}")
 
 
 def along_dims(call: Call) -> Result:

@@ -12,12 +12,11 @@ import difflib
 import fnmatch
 import inspect
 import warnings
-from collections.abc import Callable, Collection, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from dataclasses import dataclass, is_dataclass
 from typing import Any, TypeAlias
 
 from torch import Tensor, nn
-from torch.utils import _pytree as pytree
 
 from torchtrt_md.capture.marks import mark_gathered, mark_split
 from torchtrt_md.errors import PlanError, PlanWarning
@@ -261,15 +260,16 @@ def _nested(entry: Any, nest: Any, of: str) -> Nested:
 
 def _all_gathers(entry: Any) -> bool:
     """Do all leaves gather, those that do anything?"""
-    leaves = [leaf for leaf in pytree.tree_leaves(_as_nest(entry)) if leaf is not None]
+    leaves = [leaf for leaf in _leaves(entry) if leaf is not None]
     return bool(leaves) and all(map(_is_gather, leaves))
 
 
-def _as_nest(entry: Any) -> Any:
-    """A nest of lists and dicts alone, which are all that pytree has to know."""
-    if isinstance(entry, Mapping):
-        return {key: _as_nest(one) for key, one in entry.items()}
-    return [_as_nest(one) for one in entry] if isinstance(entry, (list, tuple)) else entry
+def _leaves(entry: Any) -> Iterator[Any]:
+    if isinstance(entry, (Mapping, list, tuple)):
+        for one in _values(entry):
+            yield from _leaves(one)
+    else:
+        yield entry
 
 
 def _gather(entry: Any) -> Nested:
@@ -348,11 +348,10 @@ def _check_key(key: str | int, split: Nested, path: str, module: nn.Module) -> N
         PlanError: the module does not take the argument, or the other of the two is meant.
     """
     parameters = inspect.signature(module.forward).parameters
-    output = isinstance(split, Split) and split.output
     declared = ", ".join(_arguments(module)) if parameters else "no arguments"
-    if output:
+    if isinstance(split, Split) and split.output:
         return
-    if isinstance(key, int) and not output:
+    if isinstance(key, int):
         raise PlanError(
             f"the plan splits {key} of {_shown(path)}, which is no argument's name; it takes {declared}",
             fix=f"write md.Split(dim, output=True) to split result {key}, or name the argument",

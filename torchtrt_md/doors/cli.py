@@ -16,7 +16,7 @@ from rich.table import Table
 # What imports PyTorch, which takes seconds, is imported behind the first line of output.
 import torchtrt_md
 from torchtrt_md.checks import FORMATS, PLACEMENTS, TRANSPORTS, check_choice, check_place
-from torchtrt_md.doors.flags import in_flags
+from torchtrt_md.doors.flags import for_command_line
 from torchtrt_md.errors import LaunchError, MDError, PlanError
 from torchtrt_md.mesh import Mesh
 from torchtrt_md.parallel import STRATEGIES, ContextParallel, DataParallel, Parallel, Strategy, TensorParallel
@@ -371,7 +371,7 @@ def main() -> None:
         app()
     except MDError as error:
         Console(stderr=True, highlight=False, soft_wrap=True).print(f"[red]{type(error).__name__}[/]: ", end="")
-        print(MDError(error.problem, fix=in_flags(error.fix), at=error.at), file=sys.stderr)
+        print(for_command_line(error), file=sys.stderr)
         sys.exit(1)
 
 

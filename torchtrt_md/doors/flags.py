@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import re
 
+from torchtrt_md.errors import MDError
+
 _ARGUMENT = re.compile(r"""(?P<name>[a-z_]+)=(?:"(?P<one>\w+)"|'(?P<other>\w+)'|(?P<rest>True|False|\.{3}))""")
 # What no option stands for: the plan is in the model's file.
 _IN_FILE = {
@@ -18,6 +20,11 @@ _OPTIONS = frozenset(
         *("weight_budget", "kernel_cache"),
     }
 )
+
+
+def for_command_line(error: MDError) -> MDError:
+    """The same error, its hint in the words of the command line."""
+    return MDError(error.problem, fix=in_flags(error.fix), at=error.at)
 
 
 def in_flags(hint: str) -> str:

@@ -23,7 +23,7 @@ from torch import Tensor
 from torchtrt_md.bundle.read import manifest_digest, read_manifest
 from torchtrt_md.bundle.structure import mesh_of
 from torchtrt_md.checks import check_place
-from torchtrt_md.doors.flags import in_flags
+from torchtrt_md.doors.flags import for_command_line
 from torchtrt_md.doors.load import load
 from torchtrt_md.doors.user_file import check_user_file, load_user_file
 from torchtrt_md.errors import BundleError, InputError, LaunchError, MDError, OptionError, VerificationError
@@ -105,7 +105,7 @@ def run(
             kernel_cache=kernel_cache or False,
         )
     except MDError as error:
-        shown = MDError(error.problem, fix=in_flags(error.fix), at=error.at)
+        shown = for_command_line(error)
         print(f"[rank {os.environ.get('RANK', '-')}] {type(error).__name__}: {shown}", file=sys.stderr, flush=True)
         raise typer.Exit(1) from error
     except Exception as error:

@@ -11,7 +11,7 @@ The parts of a placement:
 from __future__ import annotations
 
 import operator
-from collections.abc import Collection, Iterator, Mapping
+from collections.abc import Collection, Mapping
 from dataclasses import replace
 
 import msgspec
@@ -22,7 +22,7 @@ from torchtrt_md.errors import BuildError
 from torchtrt_md.graph.source import source_line
 from torchtrt_md.lowering.ops import is_collective
 from torchtrt_md.parallel import Placement
-from torchtrt_md.place.partition import ATTENTION, is_own_row, is_view, partition
+from torchtrt_md.place.partition import ATTENTION, is_own_row, partition, readers
 from torchtrt_md.place.parts import Kept, PlacedProgram
 from torchtrt_md.program import ShardedProgram, dtype_name, outputs_of, placeholders, value_of
 from torchtrt_md.segment import Part, Runs
@@ -139,7 +139,7 @@ def _outside(graph: GraphModule, parts: tuple[Part, ...], boundary: Collection[t
         for placeholder in placeholders(part.graph):
             dtype = value_of(placeholder).dtype
             if dtype not in boundary:
-                for user in _readers(placeholder):
+                for user in readers(placeholder):
                     if user.name in nodes and user.op == "call_function":
                         found[user.name] = f"it takes {dtype_name(dtype)}, which an engine cannot be given"
         for value in outputs_of(part.graph):
@@ -147,15 +147,6 @@ def _outside(graph: GraphModule, parts: tuple[Part, ...], boundary: Collection[t
             if dtype not in boundary and value.name in nodes and value.op == "call_function":
                 found[value.name] = f"it gives {dtype_name(dtype)}, which an engine cannot return"
     return found
-
-
-def _readers(node: Node) -> Iterator[Node]:
-    """What reads a value, directly or through views, which are repeated wherever they are read."""
-    for user in node.users:
-        if is_view(user):
-            yield from _readers(user)
-        else:
-            yield user
 
 
 __all__ = ["Kept", "PlacedProgram", "place"]

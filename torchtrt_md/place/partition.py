@@ -21,7 +21,7 @@ whole, contiguous tensors.  Attention reads queries and returns its result as [B
 from __future__ import annotations
 
 import operator
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from typing import Any
 
 import torch
@@ -314,21 +314,13 @@ def _last_apart(nodes: Sequence[Node]) -> list[list[Node]]:
     stack = list(reached)
     while stack:
         node = stack.pop()
-        near = {n for x in node.all_input_nodes for n in [base_of(x)]} | _readers(node)
+        near = {*map(base_of, node.all_input_nodes), *readers(node)}
         stack += (near & mine) - reached
         reached |= near & mine
     others = [node for node in nodes if node not in reached]
     if not any(node.target in _PRODUCTS for node in others):
         return [list(nodes)]
     return [others, [node for node in nodes if node in reached]]
-
-
-def _readers(node: Node) -> set[Node]:
-    """What reads a value, directly or through views."""
-    found: set[Node] = set()
-    for user in node.users:
-        found |= _readers(user) if is_view(user) else {user}
-    return found
 
 
 def _bindings(name: str, nodes: Iterable[Node], wires: Iterable[Wire]) -> tuple[Binding, ...]:
@@ -344,6 +336,15 @@ def base_of(node: Node) -> Node:
     while is_view(node):
         node = node.all_input_nodes[0]
     return node
+
+
+def readers(node: Node) -> Iterator[Node]:
+    """What reads a value, directly or through views, which are repeated wherever they are read."""
+    for user in node.users:
+        if is_view(user):
+            yield from readers(user)
+        else:
+            yield user
 
 
 def _is_surely_view(node: Node, mine: set[Node]) -> bool:
