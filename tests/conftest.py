@@ -25,6 +25,18 @@ def pytest_configure() -> None:
     gc.set_threshold(*COLLECT)
 
 
+@pytest.fixture(scope="session", autouse=True)
+def engine_cache(tmp_path_factory: pytest.TempPathFactory) -> None:
+    """A cache of built engines that is empty when the tests begin, for this process and all that it starts."""
+    os.environ["TORCHTRT_MD_CACHE"] = str(tmp_path_factory.mktemp("engines"))
+
+
+@pytest.fixture
+def own_cache(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    """A cache of a test's own, of tests in which something must be built."""
+    monkeypatch.setenv("TORCHTRT_MD_CACHE", str(tmp_path / "engine cache"))
+
+
 @pytest.fixture(scope="session")
 def ranks(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Ranks]:
     """Two processes, started by the first test that needs them."""

@@ -85,8 +85,8 @@ class Road:
         share: this rank's number among those who share its cache, and how many they are: each builds some engines.
 
     Attributes:
-        inside: a folder for engines: a program that is one engine becomes one that holds its weights.  None where all
-            weights are to be inputs, and engines are kept in the user's cache.
+        inside: a folder for engines that hold their weights, which a program that is one engine becomes.  None where
+            all weights are to be inputs.
         strip: let all weights be inputs of engines, also where ``inside`` is a folder.
         streaming: let the weights inside engines be streamed from host memory when they run.
         progress: called with a line for each engine that is begun.
@@ -120,8 +120,7 @@ class Road:
         if self._cache is None:
             from torchtrt_md.build.cache import EngineCache
 
-            own = None if self.options.cache is None else Path(self.options.cache)
-            self._cache = EngineCache(own if self.inside is None else self.inside / "engines")
+            self._cache = EngineCache(None if self.options.cache is None else Path(self.options.cache))
         return self._cache
 
     def default(self, capability: tuple[int, int] | None = None) -> Choices:
@@ -337,7 +336,9 @@ class Road:
     def _whole(self, placed: PlacedProgram, choices: Choices, folder: Path) -> Built:
         from torchtrt_md.build.program import build_whole
 
-        engines = build_whole(placed, folder, self.options.target, self.ranks, self.progress, streaming=self.streaming)
+        engines = build_whole(
+            placed, folder, self.cache, self.options.target, self.ranks, self.progress, streaming=self.streaming
+        )
         parts: list[tuple[Part, ...]] = [()] * placed.program.mesh.size
         for engine in engines:
             for rank in engine.ranks:

@@ -1,7 +1,9 @@
-"""Small files that several processes keep and read: each appears whole or not at all."""
+"""Files that several processes keep and read: each appears whole or not at all."""
 
 from __future__ import annotations
 
+import os
+import shutil
 import uuid
 from contextlib import suppress
 from pathlib import Path
@@ -22,3 +24,18 @@ def write_whole(file: Path, data: bytes) -> None:
         with suppress(OSError):
             unfinished.unlink(missing_ok=True)
         raise
+
+
+def link_or_copy(source: Path, target: Path) -> None:
+    """A second name for the same bytes, unless there is one already; a copy only across file systems.
+
+    Raises:
+        OSError: it cannot be written.
+    """
+    if target.exists():
+        return
+    target.parent.mkdir(parents=True, exist_ok=True)
+    try:
+        os.link(source.resolve(), target)
+    except OSError:
+        shutil.copyfile(source, target)

@@ -4,10 +4,12 @@ from __future__ import annotations
 
 from typing import Any
 
+import msgspec
+
 import torchtrt_md as md
 from torchtrt_md.build import builder, converters
 from torchtrt_md.build.decompose import bind_weights, decompose
-from torchtrt_md.build.program import without_weights
+from torchtrt_md.build.program import named_as_the_program
 from torchtrt_md.place import place
 from torchtrt_md.program import ShardedProgram, Weight, placeholders
 from torchtrt_md.segment import Segment
@@ -25,7 +27,8 @@ def network(program: ShardedProgram) -> tuple[Any, Segment, Any]:
         for source in program.sources.values()
         if isinstance(source, Weight) and source.name == old.weight
     }
-    segment = without_weights(part)
+    segment = named_as_the_program(part).segment
+    segment = msgspec.structs.replace(segment, inputs=tuple(b for b in segment.inputs if b.weight is None))
     interpreter = builder._convert(bind_weights(decompose(part.graph), held), segment)
     return interpreter.ctx.net, segment, interpreter
 

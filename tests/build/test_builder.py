@@ -20,6 +20,8 @@ from torchtrt_md.build.flavour import flavour
 from torchtrt_md.errors import BuildError, TargetError
 from torchtrt_md.lowering.schedule import schedule
 
+pytestmark = pytest.mark.usefixtures("own_cache")  # each test builds what it needs
+
 MLP_PLAN = {"up": ColwiseParallel(), "down": RowwiseParallel()}
 
 

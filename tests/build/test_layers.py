@@ -16,6 +16,8 @@ from torchtrt_md.build.flavour import flavour
 from torchtrt_md.errors import BuildError
 from torchtrt_md.program import ShardedProgram
 
+pytestmark = pytest.mark.usefixtures("own_cache")  # each test builds what it needs
+
 
 class Attention(nn.Module):
     def __init__(self, scale: float | None = None) -> None:

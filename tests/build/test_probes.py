@@ -16,6 +16,8 @@ from torchtrt_md.build import layers, probes
 from torchtrt_md.build.flavour import flavour
 from torchtrt_md.errors import BuildError
 
+pytestmark = pytest.mark.usefixtures("own_cache")  # each test builds what it needs
+
 DTYPES = {"BF16": torch.bfloat16, "HALF": torch.float16, "FLOAT": torch.float32}
 
 

@@ -12,6 +12,8 @@ from torch import Tensor, nn
 
 import torchtrt_md as md
 
+pytestmark = pytest.mark.usefixtures("own_cache")  # each test builds what it needs
+
 
 class Joint(nn.Module):
     """Whole text beside a split image, 6 heads, and a mask of the keys or none."""

@@ -25,7 +25,7 @@ RTX = pytest.mark.skipif(flavour().name != "TensorRT-RTX", reason="TensorRT buil
 
 
 @pytest.fixture
-def configs(monkeypatch: pytest.MonkeyPatch) -> list[Any]:
+def configs(monkeypatch: pytest.MonkeyPatch, own_cache: None) -> list[Any]:
     """TensorRT's own configs, as the builder was given them."""
     made: list[Any] = []
     real = probes.builder_config

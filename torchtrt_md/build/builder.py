@@ -6,7 +6,6 @@ inputs and outputs, and the same collectives in the same order.
 
 from __future__ import annotations
 
-import time
 from collections.abc import Sequence
 from itertools import zip_longest
 from pathlib import Path
@@ -27,8 +26,8 @@ from torchtrt_md.selftest import RING
 
 def build_engine(
     graph: GraphModule, segment: Segment, file: Path, target: str, *, what: str, streaming: bool = False
-) -> tuple[int, float]:
-    """Build one decomposed graph into an engine file; the number of its layers, and the seconds it took.
+) -> None:
+    """Build one decomposed graph into an engine file.
 
     Args:
         graph: its placeholders are the segment's inputs and it returns its outputs, in order.
@@ -42,7 +41,6 @@ def build_engine(
         ConversionError: naming the node of the lowered graph that cannot be converted.
         BuildError: TensorRT cannot build it.
     """
-    start = time.perf_counter()
     converters.register()
     f = flavour()
     if any(c.op == RING for c in segment.collectives):
@@ -70,7 +68,6 @@ def build_engine(
             f"{f.name} {f.version} could not build the engine of {what} for target {target!r}",
             fix="its log above says why; lower(program, dump=...) writes the graph that was converted",
         )
-    return network.num_layers, time.perf_counter() - start
 
 
 def write_engine(f: Flavour, builder: Any, network: Any, config: Any, file: Path) -> bool:

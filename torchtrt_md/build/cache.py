@@ -17,7 +17,7 @@ import os
 import shutil
 import time
 import uuid
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -35,16 +35,19 @@ _RECENT_SECONDS = 600.0
 _ENGINE, _UNFINISHED = ".engine", ".unfinished"
 
 
-def engine_key(digest: str, *, axis: str | None, size: int, target: str, flavour: Flavour) -> str:
-    """The key of an engine whose weights are inputs, in hexadecimal.
+def engine_key(
+    digest: str, *, axis: str | None, size: int, target: str, flavour: Flavour, inside: Sequence[str] = ()
+) -> str:
+    """The key of an engine, in hexadecimal.
 
     Args:
         digest: of the graph that will be converted (:func:`torchtrt_md.graph.text.graph_digest`).
         axis: the mesh axis of the engine's communicator, of ``size`` ranks; None where it needs none.
         target: what to build for.
         flavour: what builds.
+        inside: what else an engine with its weights inside depends on: the weights, and the names of its bindings.
     """
-    parts = (digest, (axis, size), (flavour.name, flavour.version), (target, _gpu(flavour, target)), versions())
+    parts = (digest, (axis, size), (flavour.name, flavour.version), (target, _gpu(flavour, target)), versions(), inside)
     return hashlib.sha256(json.dumps(parts).encode()).hexdigest()
 
 

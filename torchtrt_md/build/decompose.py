@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from typing import Any
+from weakref import WeakKeyDictionary
 
 import torch
 from torch import Tensor, nn
@@ -36,6 +37,9 @@ aten = torch.ops.aten
 _WHOLE = (aten.scatter_add.default, aten.scatter_reduce.two)
 
 
+_decomposed: WeakKeyDictionary[GraphModule, GraphModule] = WeakKeyDictionary()
+
+
 def _decompositions() -> dict[Any, Any]:
     table = {op: rule for op, rule in load().get_decompositions().items() if op not in _WHOLE}
     return {**table, aten.eye.default: _eye, aten.eye.m: _eye}
@@ -51,9 +55,18 @@ def _eye(n: int, m: int | None = None, *, dtype: torch.dtype | None = None, **op
 def decompose(graph: GraphModule) -> GraphModule:
     """The same graph in the ops that Torch-TensorRT has converters for; placeholders keep their names.
 
+    It is done once for a graph: whether all of it converts is asked before an engine is built, and a graph may be
+    built once for each class of ranks.  Neither graph is to be changed.
+
     Raises:
         BuildError: an op fails to decompose, with the user's line where it is known.
     """
+    if graph not in _decomposed:
+        _decomposed[graph] = _decompose(graph)
+    return _decomposed[graph]
+
+
+def _decompose(graph: GraphModule) -> GraphModule:
     mode = FakeTensorMode(allow_non_fake_inputs=True)
     fakes = []
     for node in placeholders(graph):

@@ -18,13 +18,11 @@ class BuiltEngine:
         segment: its bindings, named as the program's inputs and outputs are where it is the whole program, the axis of
             its communicator, and its collectives in order.
         target: what it was built for.
-        layers: of its network.
-        seconds: that building it took.
+        seconds: that building it took; next to none where it was in the cache.
     """
 
     ranks: tuple[int, ...]
     file: Path
     segment: Segment
     target: str
-    layers: int
     seconds: float

@@ -1,24 +1,26 @@
 """Build one part of a placed program: one engine file for all parts that are equal.
 
-The weights are inputs of these engines, not part of them.  So equal blocks of a model, at all depths and on all ranks,
-are one engine; it is built in seconds; and the weights stay where PyTorch has them.
+Where weights are inputs of the engine, equal blocks of a model, at all depths and on all ranks, are one engine; it is
+built in seconds; and the weights stay where PyTorch has them.  Where they are inside, equal parts have equal weights.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
 
 import msgspec
 import torch
+from torch import Tensor
 from torch.fx import GraphModule, Node
 
 from torchtrt_md.build import converters
 from torchtrt_md.build.builder import build_engine, without_converter
 from torchtrt_md.build.cache import EngineCache, engine_key
-from torchtrt_md.build.decompose import decompose, origin
+from torchtrt_md.build.decompose import bind_weights, decompose, origin
 from torchtrt_md.build.flavour import QUANTIZED, flavour
 from torchtrt_md.graph.functional import copied
+from torchtrt_md.graph.text import fingerprint
 from torchtrt_md.program import dtype_name, placeholders, value_of
 from torchtrt_md.segment import Part
 
@@ -47,7 +49,10 @@ def build_part(
     target: str,
     cache: EngineCache,
     *,
+    weights: Mapping[str, Tensor] | None = None,
     transpose_weights: bool = True,
+    streaming: bool = False,
+    what: str = "",
     progress: Callable[[str], None] = lambda message: None,
 ) -> Part:
     """The part with its engine's file, where it is one; equal parts get one file.
@@ -56,7 +61,10 @@ def build_part(
         part: as ``place`` made it.
         target: as for :func:`torchtrt_md.build`.
         cache: where engines of earlier builds are, and this will be.
-        transpose_weights: engines take the weights of products as [K,N], which TensorRT-RTX runs faster than [N,K].
+        weights: all that it reads, by their names: they go inside.  None to take weights as inputs.
+        transpose_weights: inputs that are weights of products are [K,N], which TensorRT-RTX runs faster than [N,K].
+        streaming: let the weights inside be streamed from host memory when the engine runs, as far as its loader asks.
+        what: whose engine it is, for messages; by default the segment's name.
         progress: called with a line where an engine is built.
 
     Raises:
@@ -65,16 +73,28 @@ def build_part(
     """
     if part.runs != "engine":
         return part
-    if transpose_weights:
-        part = with_transposed_weights(part)
+    held: dict[str, Tensor] = {}
+    inside: list[str] = []
+    if weights is None:
+        part = with_transposed_weights(part) if transpose_weights else part
+    else:
+        assert part.graph is not None
+        bound = zip(placeholders(part.graph), part.segment.inputs, strict=True)
+        held = {node.name: weights[b.weight] for node, b in bound if b.weight is not None}
+        segment = msgspec.structs.replace(part.segment, inputs=tuple(b for b in part.segment.inputs if not b.weight))
+        part = replace(part, segment=segment)
+        names = [binding.name for binding in (*segment.inputs, *segment.outputs)]
+        inside = [f"streaming: {streaming}", *names, *(f"{node} {fingerprint(w)}" for node, w in held.items())]
     assert part.graph is not None
-    key = _key(part, target)
+    key = _key(part, target, inside)
     found = cache.find(key)
     if found is None:
+        what = what or part.segment.name
         ops = sum(n.op == "call_function" for n in part.graph.graph.nodes)
-        progress(f"engine of {part.segment.name}: {ops} ops")
+        progress(f"engine of {what}: {ops} ops")
+        graph = bind_weights(decompose(part.graph), held)
         with cache.unfinished() as file:
-            build_engine(decompose(part.graph), part.segment, file, target, what=part.segment.name)
+            build_engine(graph, part.segment, file, target, what=what, streaming=streaming)
             found = cache.store(key, file)
     return replace(part, engine=found)
 
@@ -94,9 +114,9 @@ def as_built(part: Part, built: Part) -> Part:
     return replace(part, segment=segment, graph=built.graph, engine=built.engine)
 
 
-def _key(part: Part, target: str) -> str:
+def _key(part: Part, target: str, inside: Sequence[str] = ()) -> str:
     size = next((c.ranks for c in part.segment.collectives), 1)
-    return engine_key(part.digest, axis=part.segment.axis, size=size, target=target, flavour=flavour())
+    return engine_key(part.digest, axis=part.segment.axis, size=size, target=target, flavour=flavour(), inside=inside)
 
 
 def with_transposed_weights(part: Part) -> Part:

@@ -4,21 +4,26 @@ from __future__ import annotations
 
 import ctypes
 import gc
+import time
 from collections.abc import Callable, Collection
+from contextlib import suppress
+from dataclasses import replace
 from pathlib import Path
 
 import msgspec
 
-from torchtrt_md.build.builder import build_engine
-from torchtrt_md.build.decompose import bind_weights, decompose
+from torchtrt_md.build.cache import EngineCache
 from torchtrt_md.build.engine import BuiltEngine
 from torchtrt_md.build.flavour import boundary_dtypes, flavour
+from torchtrt_md.build.part import build_part
 from torchtrt_md.errors import BuildError
 from torchtrt_md.place import PlacedProgram, place
-from torchtrt_md.program import ShardedProgram, Weight, placeholders
-from torchtrt_md.segment import Binding, Part, Segment
+from torchtrt_md.program import ShardedProgram, Weight
+from torchtrt_md.segment import Binding, Part
+from torchtrt_md.whole_file import link_or_copy
 
 _LONGEST_NAME = 1024  # bytes; TensorRT's own limit is 4096
+_ENGINES_KEPT = 4  # an engine whose weights would take more than this part of the cache does not go into it
 
 
 def build_program(
@@ -27,12 +32,13 @@ def build_program(
     """Build a lowered program, all of which must be engines; see :func:`torchtrt_md.build`."""
     flavour().check_target(target)
     _check_dtypes(program)
-    return build_whole(place(program, "engine", ranks=ranks), folder, target, ranks, progress)
+    return build_whole(place(program, "engine", ranks=ranks), folder, EngineCache(), target, ranks, progress)
 
 
 def build_whole(
     placed: PlacedProgram,
     folder: Path,
+    cache: EngineCache,
     target: str,
     ranks: Collection[int],
     progress: Callable[[str], None],
@@ -44,6 +50,7 @@ def build_whole(
     Args:
         placed: of which all parts are engines: one, or those that a program over several axes is cut into.
         folder: for the engine files.
+        cache: where engines of earlier builds are, and these will be, unless they would fill it.
         ranks: whose engines are wanted.
         streaming: let their weights be streamed from host memory when they run.
 
@@ -52,52 +59,46 @@ def build_whole(
         BuildError: TensorRT cannot build an engine.
     """
     program, engines = placed.program, []
+    sources = {s.name: s for s in program.sources.values() if isinstance(s, Weight)}
     for parts, members in placed.distinct():
         classes = [c for c in program.equal_ranks(members) if set(ranks).intersection(c)]
-        if not classes:
-            continue
-        sources = {s.name: s for s in program.sources.values() if isinstance(s, Weight)}
         for number, part in enumerate(parts):
-            assert part.graph is not None
-            decomposed = decompose(part.graph)
-            ops = sum(n.op == "call_function" for n in decomposed.graph.nodes)
-            weights = {
-                node.name: binding.source.name
-                for node, binding in zip(placeholders(part.graph), part.segment.inputs, strict=True)
-                if binding.weight is not None
-            }
-            segment = without_weights(part) if len(parts) == 1 else _one_of_several(part)
+            named = named_as_the_program(part) if len(parts) == 1 else part
             for equal in classes:
+                start = time.perf_counter()
                 what = f"rank{'s' if len(equal) > 1 else ''} {', '.join(map(str, equal))}"
                 what += f", engine {number + 1} of {len(parts)}" if len(parts) > 1 else ""
-                progress(f"{what}: {ops} ops")
-                held = {node: program.weights.local(sources[w], program.mesh, equal[0]) for node, w in weights.items()}
-                file = folder / (f"rank{equal[0]}.{number}.engine" if len(parts) > 1 else f"rank{equal[0]}.engine")
-                layers, seconds = build_engine(
-                    bind_weights(decomposed, held), segment, file, target, what=what, streaming=streaming
+                held = {w: program.weights.local(sources[w], program.mesh, equal[0]) for w in part.segment.weights}
+                large = sum(w.nbytes for w in held.values()) > cache.max_bytes // _ENGINES_KEPT
+                built = build_part(
+                    named,
+                    target,
+                    EngineCache(folder / "uncached") if large else cache,
+                    weights=held,
+                    streaming=streaming,
+                    what=what,
+                    progress=progress,
                 )
-                engines.append(BuiltEngine(equal, file, segment, target, layers, seconds))
+                file = folder / (f"rank{equal[0]}.{number}.engine" if len(parts) > 1 else f"rank{equal[0]}.engine")
+                _put(built, file, keep=not large)
+                engines.append(BuiltEngine(equal, file, built.segment, target, time.perf_counter() - start))
                 del held
                 _release_memory()
     return engines
 
 
-def _one_of_several(part: Part) -> Segment:
-    """The segment of an engine that holds its weights, its bindings named by position: what passes between engines may
-    have the name of an input."""
-    return msgspec.structs.replace(part.segment, inputs=tuple(b for b in part.segment.inputs if b.weight is None))
-
-
-def without_weights(part: Part) -> Segment:
-    """The segment of an engine that holds its weights, its bindings named as the program's inputs and outputs are.
+def named_as_the_program(part: Part) -> Part:
+    """A part that is a whole program, its bindings named as the program's inputs and outputs are.
 
     A rank's coordinate has a name that none of these has; what TensorRT would not take as a name is counted instead.
     """
     s = part.segment
-    inputs = [b for b in s.inputs if b.weight is None]
-    taken = {b.source.name for b in (*inputs, *s.outputs) if b.source.kind != "coordinate"}
+    bindings = [b for b in (*s.inputs, *s.outputs) if b.weight is None]
+    taken = {b.source.name for b in bindings if b.source.kind != "coordinate"}
 
     def named(binding: Binding) -> Binding:
+        if binding.weight is not None:
+            return binding
         kind, name = binding.source
         if kind == "coordinate" or not name.isprintable() or len(name.encode()) > _LONGEST_NAME:
             name = f"coordinate_{name}" if kind == "coordinate" else binding.name
@@ -106,7 +107,22 @@ def without_weights(part: Part) -> Segment:
             taken.add(name)
         return msgspec.structs.replace(binding, name=name)
 
-    return msgspec.structs.replace(s, inputs=tuple(map(named, inputs)), outputs=tuple(map(named, s.outputs)), name="")
+    segment = msgspec.structs.replace(
+        s, inputs=tuple(map(named, s.inputs)), outputs=tuple(map(named, s.outputs)), name=""
+    )
+    return replace(part, segment=segment)
+
+
+def _put(built: Part, file: Path, *, keep: bool) -> None:
+    """Let the engine be this file, too, or move it there."""
+    assert built.engine is not None
+    file.unlink(missing_ok=True)  # of an earlier build
+    if keep:
+        link_or_copy(built.engine, file)
+    else:
+        built.engine.replace(file)
+        with suppress(OSError):  # of another export, which is not done
+            built.engine.parent.rmdir()
 
 
 def _release_memory() -> None:

@@ -21,6 +21,7 @@ from torchtrt_md.bundle.manifest import MANIFEST, Manifest, encode
 from torchtrt_md.bundle.structure import check_structure
 from torchtrt_md.errors import BundleError
 from torchtrt_md.segment import Segment
+from torchtrt_md.whole_file import link_or_copy
 
 _ENGINES, _GRAPHS, _WEIGHTS = "engines/{}.engine", "graphs/{}.json", "weights/{}.safetensors"
 _UNFINISHED = ".unfinished"
@@ -67,7 +68,7 @@ def write_bundle(folder: Path | str, manifest: Manifest, files: Mapping[str, Pat
 
     with workspace(folder) as unfinished, writing(folder):
         for key, path in files.items():
-            _link_or_copy(path, unfinished / names[key])
+            link_or_copy(path, unfinished / names[key])
         (unfinished / MANIFEST).write_bytes(text)
         for path in unfinished.rglob("*"):
             _sync(path)
@@ -185,17 +186,6 @@ def _digest(path: Path) -> str:
             return hashlib.file_digest(file, "sha256").hexdigest()
     except OSError as error:
         raise BundleError(f"the file {path} cannot be read: {error.strerror or error}", fix="export again") from error
-
-
-def _link_or_copy(source: Path, target: Path) -> None:
-    """A second name for the same bytes, so that the first survives a crash; a copy only across file systems."""
-    if target.exists():
-        return
-    target.parent.mkdir(exist_ok=True)
-    try:
-        os.link(source.resolve(), target)
-    except OSError:
-        shutil.copyfile(source, target)
 
 
 @contextmanager

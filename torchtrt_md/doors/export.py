@@ -38,6 +38,7 @@ from torchtrt_md.runtime.weights import ModelWeights
 from torchtrt_md.segment import Part, Segment
 from torchtrt_md.serve.config import check_flavour, check_values
 from torchtrt_md.verification import Report, verify
+from torchtrt_md.whole_file import link_or_copy
 from torchtrt_md.wrappers import plain
 
 Progress = Callable[[str, str, float | None], None]
@@ -304,7 +305,7 @@ def _segments(built: Built, folder: Path) -> tuple[list[list[Segment]], list[Seg
 
     def file_of(part: Part) -> str:
         if id(part) not in made:
-            made[id(part)] = part.engine or _graph_file(part, folder)
+            made[id(part)] = _graph_file(part, folder) if part.engine is None else _engine_file(part.engine, folder)
         files[made[id(part)].name] = made[id(part)]
         return made[id(part)].name
 
@@ -359,6 +360,13 @@ def _graph_file(part: Part, folder: Path) -> Path:
     data = graph_to_json(part.graph)
     file = folder / f"{hashlib.sha256(data).hexdigest()}.json"
     file.write_bytes(data)
+    return file
+
+
+def _engine_file(engine: Path, folder: Path) -> Path:
+    """The engine in this folder, from which it is moved into the bundle: the cache keeps its own."""
+    file = folder / engine.name
+    link_or_copy(engine, file)
     return file
 
 
