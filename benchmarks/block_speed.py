@@ -105,7 +105,7 @@ class Candidate:
     kind: str
     made_of: str
     summary: str = ""
-    call: peers.Call | None = None
+    call: peers.Timed | None = None
     error: str = ""
     relative_error: float | None = None
     wrong: bool = False
@@ -203,7 +203,7 @@ class Bench:
         self.candidates: dict[str, Candidate] = {}
         self.runners: list[Any] = []
 
-    def add(self, name: str, kind: str, made_of: object, make: Callable[[], peers.Call]) -> None:
+    def add(self, name: str, kind: str, made_of: object, make: Callable[[], peers.Timed]) -> None:
         """Make a candidate, if it is wanted, and see whether it is right."""
         if not chosen(name, self.wanted):
             return
@@ -232,7 +232,7 @@ class Bench:
     def add_ours(self, name: str, options: Mapping[str, Any]) -> None:
         made: list[Any] = []
 
-        def make() -> peers.Call:
+        def make() -> peers.Timed:
             runner = compile_ours(self.launch, self.size, self.dense, self.args, options)
             made.append(runner)
             return call_in_place(runner, self.args) if options.get("cuda_graph") else lambda: runner(*self.args)
@@ -268,7 +268,7 @@ class Bench:
         }
 
 
-def _same(call: peers.Call) -> peers.Call:
+def _same(call: peers.Timed) -> peers.Timed:
     return call
 
 
@@ -296,7 +296,7 @@ def choose_forms(
     trials: list[dict[str, Any]] = []
 
     def trial(form: peers.Form) -> float:
-        def made() -> peers.Call:
+        def made() -> peers.Timed:
             call = peers.make(dense, local, form, launch.group)
             return peers.captured(call) if launch.clock.cuda else call
 
@@ -336,7 +336,7 @@ def choose_backend(
     for backend in (SDPBackend.CUDNN_ATTENTION, SDPBackend.FLASH_ATTENTION):
         call = attention_call(launch, local[0].shape[1] * launch.ranks, dense.heads, local[1].shape[1], local[0].dtype)
 
-        def limited(call: peers.Call = call, backend: SDPBackend = backend) -> Tensor:
+        def limited(call: peers.Timed = call, backend: SDPBackend = backend) -> Tensor:
             with sdpa_kernel(backend):
                 return call()
 
@@ -347,7 +347,7 @@ def choose_backend(
     return fastest if times[fastest] < float("inf") else None
 
 
-def attention_call(launch: Launch, tokens: int, heads: int, head_dim: int, dtype: torch.dtype) -> peers.Call:
+def attention_call(launch: Launch, tokens: int, heads: int, head_dim: int, dtype: torch.dtype) -> peers.Timed:
     """Attention over all tokens for this rank's heads, operands strided as they come from the packed exchange."""
     shape = (tokens, 3, heads // launch.ranks, head_dim)
     q, k, v = torch.randn(shape, device=launch.device).to(dtype).unbind(1)
@@ -370,11 +370,11 @@ def time_alone(launch: Launch, size: blocks.Size) -> dict[str, float]:
     return times or {}
 
 
-def alone_ms(launch: Launch, call: peers.Call) -> float:
+def alone_ms(launch: Launch, call: peers.Timed) -> float:
     return measure.quick(launch.clock, peers.captured(call) if launch.clock.cuda else call, _MOST_IN_A_ROW)
 
 
-def exchange_call(sent: Tensor) -> peers.Call:
+def exchange_call(sent: Tensor) -> peers.Timed:
     received = torch.empty_like(sent)
 
     def call() -> Tensor:
@@ -420,7 +420,7 @@ def our_options(ablations: bool) -> dict[str, dict[str, Any]]:
     return options
 
 
-def call_in_place(runner: Any, args: blocks.Args) -> peers.Call:
+def call_in_place(runner: Any, args: blocks.Args) -> peers.Timed:
     """Calls on the tensors that the CUDA graph reads, as the peers' graphs are called."""
     for _ in range(2):
         runner(*args)

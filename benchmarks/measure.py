@@ -22,7 +22,7 @@ import torch.distributed as dist
 from torch import Tensor
 from torch.profiler import ProfilerActivity, profile
 
-Call = Callable[[], Tensor]
+Timed = Callable[[], Tensor]
 
 # First match counts; a kernel that matches none is "other".
 _CLASSES = {
@@ -76,7 +76,7 @@ class Clock:
     def milliseconds(self, begin: Any, end: Any) -> float:
         return float(begin.elapsed_time(end)) if self.cuda else (end - begin) * 1e3
 
-    def once(self, call: Call, calls: int) -> tuple[Any, Any]:
+    def once(self, call: Timed, calls: int) -> tuple[Any, Any]:
         """Stamps around ``calls`` calls in a row, as blocks follow each other in a model.
 
         The host waits for the device first, so that launches which a call cannot hide count against it.
@@ -89,7 +89,7 @@ class Clock:
         return begin, self.stamp()
 
 
-def quick(clock: Clock, call: Call, calls: int = 5) -> float:
+def quick(clock: Clock, call: Timed, calls: int = 5) -> float:
     """Milliseconds per call, the slowest rank's median of three; equal on all ranks."""
     clock.once(call, 1)
     stamps = [clock.once(call, calls) for _ in range(3)]
@@ -100,7 +100,7 @@ def quick(clock: Clock, call: Call, calls: int = 5) -> float:
     return float(worst)
 
 
-def interleaved(clock: Clock, calls: Mapping[str, Call], rounds: int, in_a_row: Mapping[str, int]) -> dict[str, Any]:
+def interleaved(clock: Clock, calls: Mapping[str, Timed], rounds: int, in_a_row: Mapping[str, int]) -> dict[str, Any]:
     """Time all calls in turn, round after round, so that a drift hits all alike.
 
     Args:
@@ -132,7 +132,7 @@ def _spread(times: Sequence[float]) -> dict[str, Any]:
     return {"median": statistics.median(times), "p10": tenths[0], "p90": tenths[-1], "rounds": len(times)}
 
 
-def timeline(clock: Clock, call: Call) -> dict[str, Any]:
+def timeline(clock: Clock, call: Timed) -> dict[str, Any]:
     """The kernels of one call on this rank; see :func:`analysed`.  Every rank profiles, to be slowed alike."""
     if not clock.cuda:
         return {}

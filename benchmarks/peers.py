@@ -28,7 +28,7 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from benchmarks.blocks import EPS, Args, Block, rotary
 
-Call = Callable[[], Tensor]
+Timed = Callable[[], Tensor]
 
 _WARM_UP = 3
 _IN_BLOCK = re.compile(r"(?:blocks|layers)\.\d+\.")
@@ -188,7 +188,7 @@ def local_args(args: Args, rank: int, ranks: int) -> tuple[Tensor, ...]:
     return x.chunk(ranks, dim=1)[rank].contiguous(), cos, sin, turns, modulation
 
 
-def make(dense: Block, args: tuple[Tensor, ...], form: Form, group: dist.ProcessGroup | None) -> Call:
+def make(dense: Block, args: tuple[Tensor, ...], form: Form, group: dist.ProcessGroup | None) -> Timed:
     """A call of the block in one form on this rank's arguments.
 
     Args:
@@ -230,7 +230,7 @@ def quantize_blocks(model: nn.Module) -> None:
         quantize_(model, config, is_in_block)
 
 
-def captured(call: Call) -> Call:
+def captured(call: Timed) -> Timed:
     """The call as a CUDA graph, captured after some calls that warm up; every replay writes the same result."""
     side: torch.cuda.Stream = torch.cuda.Stream()  # type: ignore[no-untyped-call]
     side.wait_stream(torch.cuda.current_stream())

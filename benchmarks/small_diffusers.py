@@ -39,7 +39,7 @@ _FIELDS: tuple[tuple[str, Any], ...] = (
 
 
 @dataclass(frozen=True)
-class Call:
+class PipelineCall:
     """One way in which a pipeline calls a class: fields that differ from the defaults, and the inputs.
 
     ``held``: the inputs whose values are the same in all calls.  A module around the model has them.
@@ -95,7 +95,7 @@ class Holding(torch.nn.Module):
         return self.model(*args, **kwargs, **self.held)
 
 
-def make(c: type[Any], listed: Call) -> tuple[Any, tuple[Any, ...], dict[str, Any]]:
+def make(c: type[Any], listed: PipelineCall) -> tuple[Any, tuple[Any, ...], dict[str, Any]]:
     """A model of a class, small, and one call of it."""
     fields = inspect.signature(c.__init__).parameters
     small = {n: _small(n, p.default) for n, p in fields.items() if n != "self"}
@@ -279,22 +279,25 @@ def _minimax_h3(config: Any) -> dict[str, Any]:
 
 
 # Class -> what is different about a call -> the call.
-CALLS: dict[str, dict[str, Call]] = {
-    "ChronoEditTransformer3DModel": {"": Call(_wan_image, {"image_dim": 48, "added_kv_proj_dim": WIDTH})},
-    "Flux2Transformer2DModel": {"": Call(_flux2)},
-    "FluxTransformer2DModel": {"": Call(_flux), "guidance": Call(_flux, {"guidance_embeds": True})},
-    "HeliosTransformer3DModel": {"": Call(_helios), "amplified history": Call(_helios, {"is_amplify_history": True})},
-    "LTX2VideoTransformer3DModel": {"": Call(_ltx2)},
-    "LTXVideoTransformer3DModel": {"": Call(_ltx)},
-    "MiniMaxH3Transformer3DModel": {"": Call(_minimax_h3)},
-    "QwenImage21Transformer2DModel": {
-        "": Call(_qwen_image21),
-        "what decides sizes is held": Call(_qwen_image21, held=("img_mask",)),
+CALLS: dict[str, dict[str, PipelineCall]] = {
+    "ChronoEditTransformer3DModel": {"": PipelineCall(_wan_image, {"image_dim": 48, "added_kv_proj_dim": WIDTH})},
+    "Flux2Transformer2DModel": {"": PipelineCall(_flux2)},
+    "FluxTransformer2DModel": {"": PipelineCall(_flux), "guidance": PipelineCall(_flux, {"guidance_embeds": True})},
+    "HeliosTransformer3DModel": {
+        "": PipelineCall(_helios),
+        "amplified history": PipelineCall(_helios, {"is_amplify_history": True}),
     },
-    "QwenImageTransformer2DModel": {"": Call(_qwen_image)},
+    "LTX2VideoTransformer3DModel": {"": PipelineCall(_ltx2)},
+    "LTXVideoTransformer3DModel": {"": PipelineCall(_ltx)},
+    "MiniMaxH3Transformer3DModel": {"": PipelineCall(_minimax_h3)},
+    "QwenImage21Transformer2DModel": {
+        "": PipelineCall(_qwen_image21),
+        "what decides sizes is held": PipelineCall(_qwen_image21, held=("img_mask",)),
+    },
+    "QwenImageTransformer2DModel": {"": PipelineCall(_qwen_image)},
     "WanTransformer3DModel": {
-        "": Call(_wan),
-        "an image": Call(_wan_image, {"image_dim": 48, "added_kv_proj_dim": WIDTH}),
-        "a timestep for each token": Call(_wan_timesteps),
+        "": PipelineCall(_wan),
+        "an image": PipelineCall(_wan_image, {"image_dim": 48, "added_kv_proj_dim": WIDTH}),
+        "a timestep for each token": PipelineCall(_wan_timesteps),
     },
 }

@@ -19,7 +19,19 @@ from torch.distributed.tensor.parallel import ColwiseParallel, RowwiseParallel
 
 import torchtrt_md as md
 from benchmarks import small_diffusers
-from benchmarks.small_diffusers import COLUMNS, FRAMES, HEAD_DIM, HEADS, IMAGE, LAYERS, ROWS, TEXT, WIDTH, Call, _kept
+from benchmarks.small_diffusers import (
+    COLUMNS,
+    FRAMES,
+    HEAD_DIM,
+    HEADS,
+    IMAGE,
+    LAYERS,
+    ROWS,
+    TEXT,
+    WIDTH,
+    PipelineCall,
+    _kept,
+)
 
 HEIGHT, BREADTH = 5, 3  # of a picture, in tokens: no ranks divide them
 PICTURE = HEIGHT * BREADTH
@@ -52,7 +64,7 @@ def calls(name: str) -> list[str]:
     return [f"{name}, {what}" if what else name for what in CALLS.get(name, {})]
 
 
-def listed(call: str) -> tuple[Call, dict[str, Any]]:
+def listed(call: str) -> tuple[PipelineCall, dict[str, Any]]:
     """A call, and the plan of its class."""
     name, _, what = call.partition(", ")
     found, plan = CALLS[name][what], PLANS[name]
@@ -627,9 +639,9 @@ _ROTARY = {"use_rotary_positional_embeddings": True}
 _HUNYUAN = {"text_embed_dim": TEXT_WIDTH, "rope_axes_dim": AXES}
 
 # Class -> what is different about a call -> the call.
-CALLS: dict[str, dict[str, Call]] = {
+CALLS: dict[str, dict[str, PipelineCall]] = {
     "AceStepTransformer1DModel": {
-        "": Call(
+        "": PipelineCall(
             _ace_step,
             {
                 "num_hidden_layers": LAYERS,
@@ -641,10 +653,10 @@ CALLS: dict[str, dict[str, Call]] = {
             },
         )
     },
-    "AllegroTransformer3DModel": {"": Call(_allegro, _PIXART)},
-    "AnyFlowTransformer3DModel": {"": Call(_any_flow)},
+    "AllegroTransformer3DModel": {"": PipelineCall(_allegro, _PIXART)},
+    "AnyFlowTransformer3DModel": {"": PipelineCall(_any_flow)},
     "AuraFlowTransformer2DModel": {
-        "": Call(
+        "": PipelineCall(
             _aura_flow,
             {
                 "num_mmdit_layers": LAYERS,
@@ -655,7 +667,7 @@ CALLS: dict[str, dict[str, Call]] = {
         )
     },
     "BriaFibo2Transformer2DModel": {
-        "": Call(
+        "": PipelineCall(
             _bria_fibo2,
             {
                 "in_channels": 8,
@@ -674,18 +686,18 @@ CALLS: dict[str, dict[str, Call]] = {
             },
         )
     },
-    "BriaFiboTransformer2DModel": {"": Call(_bria_fibo, {"text_encoder_dim": TEXT_WIDTH})},
-    "BriaTransformer2DModel": {"": Call(_bria)},
-    "ChromaTransformer2DModel": {"": Call(_chroma, {"approximator_hidden_dim": 32, "approximator_layers": 2})},
-    "CogVideoXTransformer3DModel": {"": Call(_cogvideox, {**_COG, **_ROTARY})},
+    "BriaFiboTransformer2DModel": {"": PipelineCall(_bria_fibo, {"text_encoder_dim": TEXT_WIDTH})},
+    "BriaTransformer2DModel": {"": PipelineCall(_bria)},
+    "ChromaTransformer2DModel": {"": PipelineCall(_chroma, {"approximator_hidden_dim": 32, "approximator_layers": 2})},
+    "CogVideoXTransformer3DModel": {"": PipelineCall(_cogvideox, {**_COG, **_ROTARY})},
     "CogView3PlusTransformer2DModel": {
-        "": Call(_cogview, {"text_embed_dim": TEXT_WIDTH, "condition_dim": 16, "pos_embed_max_size": 8})
+        "": PipelineCall(_cogview, {"text_embed_dim": TEXT_WIDTH, "condition_dim": 16, "pos_embed_max_size": 8})
     },
     "CogView4Transformer2DModel": {
-        "": Call(_cogview, {"text_embed_dim": TEXT_WIDTH, "condition_dim": 16, "rope_axes_dim": (16, 16)})
+        "": PipelineCall(_cogview, {"text_embed_dim": TEXT_WIDTH, "condition_dim": 16, "rope_axes_dim": (16, 16)})
     },
     "ConsisIDTransformer3DModel": {
-        "": Call(
+        "": PipelineCall(
             _consisid,
             {
                 **_COG,
@@ -706,17 +718,17 @@ CALLS: dict[str, dict[str, Call]] = {
         )
     },
     "CosmosTransformer3DModel": {
-        "": Call(
+        "": PipelineCall(
             _cosmos,  # without the padding mask, which torchvision resizes
             {"text_embed_dim": TEXT_WIDTH, "max_size": (8, 12, 12), "adaln_lora_dim": 16, "concat_padding_mask": False},
         )
     },
-    "DiTTransformer2DModel": {"": Call(_dit, {"num_embeds_ada_norm": 10})},
+    "DiTTransformer2DModel": {"": PipelineCall(_dit, {"num_embeds_ada_norm": 10})},
     "DreamLiteTransformer2DModel": {
-        "": Call(_in_a_unet, {"in_channels": WIDTH, "num_layers": LAYERS, "cross_attention_dim": TEXT_WIDTH})
+        "": PipelineCall(_in_a_unet, {"in_channels": WIDTH, "num_layers": LAYERS, "cross_attention_dim": TEXT_WIDTH})
     },
     "EasyAnimateTransformer3DModel": {
-        "": Call(
+        "": PipelineCall(
             _easy_animate,
             {
                 "in_channels": 16,
@@ -727,17 +739,19 @@ CALLS: dict[str, dict[str, Call]] = {
         )
     },
     "ErnieImageTransformer2DModel": {
-        "": Call(_ernie, {"ffn_hidden_size": 96, "in_channels": 8, "text_in_dim": TEXT_WIDTH, "rope_axes_dim": AXES})
+        "": PipelineCall(
+            _ernie, {"ffn_hidden_size": 96, "in_channels": 8, "text_in_dim": TEXT_WIDTH, "rope_axes_dim": AXES}
+        )
     },
-    "Flux3Transformer2DModel": {"": Call(_flux3)},
+    "Flux3Transformer2DModel": {"": PipelineCall(_flux3)},
     "GlmImageTransformer2DModel": {
-        "": Call(
+        "": PipelineCall(
             _glm_image,
             {"text_embed_dim": TEXT_WIDTH, "condition_dim": 16, "prior_vq_quantizer_codebook_size": 32},
         )
     },
     "HiDreamImageTransformer2DModel": {
-        "": Call(
+        "": PipelineCall(
             _hidream,
             {
                 "patch_size": 2,
@@ -750,7 +764,7 @@ CALLS: dict[str, dict[str, Call]] = {
         )
     },
     "HunyuanDiT2DModel": {
-        "": Call(
+        "": PipelineCall(
             _hunyuan_dit,
             {
                 "num_layers": 4,
@@ -766,20 +780,22 @@ CALLS: dict[str, dict[str, Call]] = {
         )
     },
     "HunyuanImageTransformer2DModel": {
-        "": Call(_hunyuan_image, {"text_embed_dim": TEXT_WIDTH, "rope_axes_dim": (8, 8)}),
-        "glyphs": Call(
+        "": PipelineCall(_hunyuan_image, {"text_embed_dim": TEXT_WIDTH, "rope_axes_dim": (8, 8)}),
+        "glyphs": PipelineCall(
             _hunyuan_image_glyphs, {"text_embed_dim": TEXT_WIDTH, "rope_axes_dim": (8, 8), "text_embed_2_dim": 48}
         ),
     },
     "HunyuanVideo15Transformer3DModel": {
-        "": Call(_hunyuan_video15, {**_HUNYUAN, "text_embed_2_dim": 48, "image_embed_dim": 24})
+        "": PipelineCall(_hunyuan_video15, {**_HUNYUAN, "text_embed_2_dim": 48, "image_embed_dim": 24})
     },
     "HunyuanVideoFramepackTransformer3DModel": {
-        "": Call(_framepack, {**_HUNYUAN, "has_image_proj": True, "image_proj_dim": 24, "has_clean_x_embedder": True})
+        "": PipelineCall(
+            _framepack, {**_HUNYUAN, "has_image_proj": True, "image_proj_dim": 24, "has_clean_x_embedder": True}
+        )
     },
-    "HunyuanVideoTransformer3DModel": {"": Call(_hunyuan_video, _HUNYUAN)},
+    "HunyuanVideoTransformer3DModel": {"": PipelineCall(_hunyuan_video, _HUNYUAN)},
     "Ideogram4Transformer2DModel": {
-        "": Call(
+        "": PipelineCall(
             _ideogram4,
             {
                 "in_channels": 8,
@@ -791,11 +807,13 @@ CALLS: dict[str, dict[str, Call]] = {
         )
     },
     "JoyImageEditPlusTransformer3DModel": {
-        "": Call(_joy_image_plus, {"text_dim": TEXT_WIDTH, "rope_dim_list": list(AXES)})
+        "": PipelineCall(_joy_image_plus, {"text_dim": TEXT_WIDTH, "rope_dim_list": list(AXES)})
     },
-    "JoyImageEditTransformer3DModel": {"": Call(_joy_image, {"text_dim": TEXT_WIDTH, "rope_dim_list": list(AXES)})},
+    "JoyImageEditTransformer3DModel": {
+        "": PipelineCall(_joy_image, {"text_dim": TEXT_WIDTH, "rope_dim_list": list(AXES)})
+    },
     "Kandinsky5Transformer3DModel": {
-        "": Call(
+        "": PipelineCall(
             _kandinsky5,
             {
                 "in_text_dim": TEXT_WIDTH,
@@ -810,7 +828,7 @@ CALLS: dict[str, dict[str, Call]] = {
         )
     },
     "Kandinsky6Transformer3DModel": {
-        "": Call(
+        "": PipelineCall(
             _kandinsky6,
             {
                 "in_visual_dim": 4,
@@ -827,7 +845,7 @@ CALLS: dict[str, dict[str, Call]] = {
         )
     },
     "Krea2Transformer2DModel": {
-        "": Call(
+        "": PipelineCall(
             _krea2,
             {
                 "in_channels": 8,
@@ -845,7 +863,7 @@ CALLS: dict[str, dict[str, Call]] = {
         )
     },
     "LatteTransformer3DModel": {
-        "": Call(
+        "": PipelineCall(
             _latte,
             {
                 "num_layers": LAYERS,
@@ -865,14 +883,14 @@ CALLS: dict[str, dict[str, Call]] = {
         )
     },
     "LongCatAudioDiTTransformer": {
-        "": Call(
+        "": PipelineCall(
             _audio_dit,
             {"dit_dim": WIDTH, "dit_depth": LAYERS, "dit_heads": HEADS, "dit_text_dim": TEXT_WIDTH, "latent_dim": 8},
         )
     },
-    "LongCatImageTransformer2DModel": {"": Call(_flux)},
+    "LongCatImageTransformer2DModel": {"": PipelineCall(_flux)},
     "Lumina2Transformer2DModel": {
-        "": Call(
+        "": PipelineCall(
             _lumina2,
             {
                 "num_kv_heads": 2,
@@ -884,18 +902,18 @@ CALLS: dict[str, dict[str, Call]] = {
         )
     },
     "LuminaNextDiT2DModel": {
-        "": Call(
+        "": PipelineCall(
             _lumina_next,
             {"num_kv_heads": 2, "multiple_of": 32, "cross_attention_dim": TEXT_WIDTH, "sample_size": 16},
         )
     },
     "MiniMaxMusic3Transformer1DModel": {
-        "": Call(_music3, {"in_channels": 8, "condition_dim": 16, "ff_inner_dim": 96, "rotary_dim": 8})
+        "": PipelineCall(_music3, {"in_channels": 8, "condition_dim": 16, "ff_inner_dim": 96, "rotary_dim": 8})
     },
-    "MochiTransformer3DModel": {"": Call(_mochi, {"text_embed_dim": TEXT_WIDTH})},
+    "MochiTransformer3DModel": {"": PipelineCall(_mochi, {"text_embed_dim": TEXT_WIDTH})},
     "MotifVideoTransformer3DModel": {
-        "": Call(_motif, _HUNYUAN),
-        "cross-attention and a decoder": Call(
+        "": PipelineCall(_motif, _HUNYUAN),
+        "cross-attention and a decoder": PipelineCall(
             _motif,
             {
                 **_HUNYUAN,
@@ -907,7 +925,7 @@ CALLS: dict[str, dict[str, Call]] = {
         ),
     },
     "NucleusMoEImageTransformer2DModel": {
-        "": Call(
+        "": PipelineCall(
             _nucleus,
             {
                 "in_channels": 16,
@@ -920,7 +938,7 @@ CALLS: dict[str, dict[str, Call]] = {
         )
     },
     "OmniGenTransformer2DModel": {
-        "": Call(
+        "": PipelineCall(
             _omnigen,
             {
                 "num_key_value_heads": HEADS,
@@ -932,14 +950,14 @@ CALLS: dict[str, dict[str, Call]] = {
             },
         )
     },
-    "OvisImageTransformer2DModel": {"": Call(_flux)},
-    "PRXTransformer2DModel": {"": Call(_prx, {"num_heads": HEADS, "depth": LAYERS, "axes_dim": [8, 8]})},
-    "PixArtTransformer2DModel": {"": Call(_pixart, _PIXART)},
-    "PriorTransformer": {"": Call(_prior, {"embedding_dim": TEXT_WIDTH, "num_embeddings": TEXT})},
+    "OvisImageTransformer2DModel": {"": PipelineCall(_flux)},
+    "PRXTransformer2DModel": {"": PipelineCall(_prx, {"num_heads": HEADS, "depth": LAYERS, "axes_dim": [8, 8]})},
+    "PixArtTransformer2DModel": {"": PipelineCall(_pixart, _PIXART)},
+    "PriorTransformer": {"": PipelineCall(_prior, {"embedding_dim": TEXT_WIDTH, "num_embeddings": TEXT})},
     "QwenImage21Transformer2DModel": small_diffusers.CALLS["QwenImage21Transformer2DModel"],
     "SD3Transformer2DModel": {
-        "": Call(_sd3, {"caption_projection_dim": WIDTH, "sample_size": 16, "pos_embed_max_size": 16}),
-        "dual attention": Call(
+        "": PipelineCall(_sd3, {"caption_projection_dim": WIDTH, "sample_size": 16, "pos_embed_max_size": 16}),
+        "dual attention": PipelineCall(
             _sd3,
             {
                 "caption_projection_dim": WIDTH,
@@ -951,17 +969,19 @@ CALLS: dict[str, dict[str, Call]] = {
         ),
     },
     "SanaTransformer2DModel": {
-        "": Call(_sana, {"num_cross_attention_heads": HEADS, "cross_attention_head_dim": HEAD_DIM, "in_channels": 8})
+        "": PipelineCall(
+            _sana, {"num_cross_attention_heads": HEADS, "cross_attention_head_dim": HEAD_DIM, "in_channels": 8}
+        )
     },
     "SanaVideoTransformer3DModel": {
-        "": Call(_sana_video, {"num_cross_attention_heads": HEADS, "cross_attention_head_dim": HEAD_DIM})
+        "": PipelineCall(_sana_video, {"num_cross_attention_heads": HEADS, "cross_attention_head_dim": HEAD_DIM})
     },
     "SkyReelsV2Transformer3DModel": {
-        "": Call(_skyreels),
-        "diffusion forcing": Call(_skyreels_forcing, {"inject_sample_info": True}),
+        "": PipelineCall(_skyreels),
+        "diffusion forcing": PipelineCall(_skyreels_forcing, {"inject_sample_info": True}),
     },
     "StableAudioDiTModel": {
-        "": Call(
+        "": PipelineCall(
             _stable_audio,
             {
                 "in_channels": 8,
@@ -973,8 +993,8 @@ CALLS: dict[str, dict[str, Call]] = {
         )
     },
     "Transformer2DModel": {
-        "": Call(_in_a_unet, {"in_channels": WIDTH, "num_layers": LAYERS, "cross_attention_dim": TEXT_WIDTH}),
-        "linear": Call(
+        "": PipelineCall(_in_a_unet, {"in_channels": WIDTH, "num_layers": LAYERS, "cross_attention_dim": TEXT_WIDTH}),
+        "linear": PipelineCall(
             _in_a_unet,
             {
                 "in_channels": WIDTH,
@@ -984,9 +1004,9 @@ CALLS: dict[str, dict[str, Call]] = {
             },
         ),
     },
-    "TransformerTemporalModel": {"": Call(_temporal, {"in_channels": WIDTH})},
+    "TransformerTemporalModel": {"": PipelineCall(_temporal, {"in_channels": WIDTH})},
     "WanAnimateTransformer3DModel": {
-        "": Call(
+        "": PipelineCall(
             _wan_animate,
             {
                 "image_dim": 48,
@@ -1001,9 +1021,9 @@ CALLS: dict[str, dict[str, Call]] = {
             },
         )
     },
-    "WanVACETransformer3DModel": {"": Call(_vace, {"vace_layers": [0, 1]})},
+    "WanVACETransformer3DModel": {"": PipelineCall(_vace, {"vace_layers": [0, 1]})},
     "ZImageTransformer2DModel": {
-        "": Call(
+        "": PipelineCall(
             _z_image,
             {
                 "dim": WIDTH,

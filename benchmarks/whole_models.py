@@ -47,7 +47,7 @@ from torchtrt_md.verification.compare import ROUNDING_RATIO
 
 _ROUNDS = 20
 _GIB = 2**30
-Call = Callable[[], Tensor]
+Timed = Callable[[], Tensor]
 
 
 @dataclass(frozen=True)
@@ -178,7 +178,7 @@ class Candidate:
 
     peer: bool
     ranks: int
-    call: Call | None = None
+    call: Timed | None = None
     error: str = ""
     relative_error: float | None = None
     first_call_s: float | None = None
@@ -240,7 +240,7 @@ class Bench:
         held = {id(t): t for t in (*self.model.parameters(), *self.model.buffers())}
         return copy.deepcopy(self.model, held)
 
-    def add(self, name: str, make: Callable[[], Call], *, peer: bool = True, ranks: int = 0) -> Call | None:
+    def add(self, name: str, make: Callable[[], Timed], *, peer: bool = True, ranks: int = 0) -> Timed | None:
         """Make a candidate, if it is wanted, and see whether it is right."""
         if not chosen(name, self.wanted):
             return None
@@ -249,7 +249,7 @@ class Bench:
         release()
         held, start = self._used(), time.perf_counter()
 
-        def first() -> tuple[Call, tuple[float, float]]:
+        def first() -> tuple[Timed, tuple[float, float]]:
             call = make()
             return call, errors(first_tensor(call()), self.reference)
 
@@ -277,7 +277,7 @@ class Bench:
         free, whole = torch.cuda.mem_get_info(self.launch.device)
         return whole - free
 
-    def with_graph(self, name: str, make: Callable[[], Call], **about: Any) -> None:
+    def with_graph(self, name: str, make: Callable[[], Timed], **about: Any) -> None:
         """A candidate, and the same in a CUDA graph made by hand."""
         call = self.add(name, make, **about)
         if self.launch.clock.cuda and (call is not None or name not in self.candidates):
@@ -317,7 +317,7 @@ class Bench:
         for name, way in ways.items():
             self.add(name, partial(self.compile_ours, name, {**way, **graph}), peer=False)
 
-    def compile_ours(self, name: str, options: Mapping[str, Any]) -> Call:
+    def compile_ours(self, name: str, options: Mapping[str, Any]) -> Timed:
         tp = self.workload.parallel == "tp"
         mesh = md.Mesh({"tp" if tp else "cp": self.launch.ranks})
         strategy: Any = "auto" if "tune" in options else self.workload.parallel
@@ -378,7 +378,7 @@ class Bench:
             model.compile()
         return model  # type: ignore[no-any-return]
 
-    def call_of(self, model: nn.Module) -> Call:
+    def call_of(self, model: nn.Module) -> Timed:
         for _ in range(2):
             model(**self.kwargs)
         return lambda: first_tensor(model(**self.kwargs))

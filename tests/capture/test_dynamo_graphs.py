@@ -358,7 +358,7 @@ def test_the_reason_of_a_graphs_end_without_which_a_part_is_taken_for_the_whole(
 
 
 def test_the_call_in_progress_without_which_no_plan_fits_a_dense_model() -> None:
-    seen: list[dynamo_private.Call | None] = []
+    seen: list[dynamo_private.CallInProgress | None] = []
 
     def backend(gm: GraphModule, example_inputs: Sequence[Any]) -> Callable[..., Any]:
         seen.append(dynamo_private.call_in_progress())

@@ -31,7 +31,7 @@ class Result:
 
 
 @dataclass
-class Report:
+class SuiteReport:
     """A run of the suite, as far as it has come."""
 
     ranks: int

@@ -37,7 +37,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 import torchtrt_md
 from gpu.case import ROOT, Case
 from gpu.networks import SIZES
-from gpu.report import FAILED, NOT_RUN, PASSED, REFUSED, Report, Result
+from gpu.report import FAILED, NOT_RUN, PASSED, REFUSED, Result, SuiteReport
 
 START_SECONDS = 90.0  # of a launch: imports, and NCCL
 LEAST_SECONDS = 25.0  # with less left, no launch is started
@@ -119,13 +119,13 @@ class Suite:
         self.results = {name: Result(name) for name in self.cases}
         gpus = _lines(["nvidia-smi", "--query-gpu=name", "--format=csv,noheader"]) if device == "cuda" else []
         commit = commit or next(iter(_lines(["git", "-C", str(ROOT), "rev-parse", "HEAD"])), "")
-        self.report = Report(ranks, shlex.join(sys.orig_argv), commit, gpus, list(self.results.values()))
+        self.report = SuiteReport(ranks, shlex.join(sys.orig_argv), commit, gpus, list(self.results.values()))
         self.logs: list[str] = []
         self.launches = 0
         write_dist_info(work / "site")
         (work / "bundles").mkdir()
 
-    def run(self) -> Report:
+    def run(self) -> SuiteReport:
         """Run all cases, launch by launch."""
         self._write()
         with self._exports() as exported:

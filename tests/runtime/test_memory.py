@@ -19,14 +19,14 @@ import torchtrt_md as md
 from torchtrt_md.lowering import attention_keys
 from torchtrt_md.lowering.passes import Exchange
 from torchtrt_md.place import place
-from torchtrt_md.runtime.memory import MemoryPlan, plan_memory
+from torchtrt_md.runtime.memory import MemoryLayout, lay_out
 from torchtrt_md.runtime.push import Push
 from torchtrt_md.runtime.steps import Key, Slot, Step, Values, eager_steps
 from torchtrt_md.segment import Part, Wire
 
 
 def nothing(values: Values) -> None:
-    """These steps are planned, and not run."""
+    """These steps are laid out, and not run."""
 
 
 def engine(name: str, *reads: str, slots: Sequence[str] = (), size: int = 64) -> Step:
@@ -35,7 +35,7 @@ def engine(name: str, *reads: str, slots: Sequence[str] = (), size: int = 64) ->
 
 
 def no_copies(x: Tensor, results: Sequence[Tensor]) -> list[tuple[Tensor, Tensor]]:
-    """These exchanges are planned, and not done."""
+    """These exchanges are laid out, and not done."""
     return []
 
 
@@ -69,7 +69,7 @@ class Checker:
     """What happens before what on two streams, and so what a step may read and write."""
 
     def __init__(self, steps: Sequence[Step], keep: Sequence[Key], push: bool = False) -> None:
-        self.steps, self.keep, self.plan = steps, set(keep), plan_memory(steps, keep, push=push)
+        self.steps, self.keep, self.layout = steps, set(keep), lay_out(steps, keep, push=push)
         self.before = self._before()
         self.makers = {v: i for i, s in enumerate(steps) for v in (*s.writes, *(x.name for x in s.slots))}
         self.memory_of = {value: self._memory(value) for value in self.makers}
@@ -88,10 +88,10 @@ class Checker:
         main: set[int] = set()
         side: set[int] = set()
         reached: dict[int, set[int]] = {-1: set()}
-        for index, (step, moment) in enumerate(zip(self.steps, self.plan.moments, strict=True)):
+        for index, (step, moment) in enumerate(zip(self.steps, self.layout.moments, strict=True)):
             if step.communicates:
                 assert moment.joins is None
-                assert moment.after == -1 or moment.after in self.plan.marks, "no event is recorded there"
+                assert moment.after == -1 or moment.after in self.layout.marks, "no event is recorded there"
                 side |= reached[moment.after]
                 before.append(set(side))
                 side.add(index)
@@ -107,7 +107,7 @@ class Checker:
     def _memory(self, value: Key) -> set[Key]:
         """The values whose memory this one may be looking at, itself among them."""
         maker = self.steps[self.makers[value]]
-        looks = maker.aliases or value in self.plan.over
+        looks = maker.aliases or value in self.layout.over
         looked_at = [r for r in maker.reads if r in self.makers] if looks else []
         return {value}.union(*(self._memory(r) for r in looked_at))
 
@@ -128,11 +128,11 @@ class Checker:
                         assert maker in self.before[index], f"{step.name} reads {made} before it is there"
 
     def _blocks_are_free(self) -> None:
-        placed = self.plan.block_of
+        placed = self.layout.block_of
         slots = {slot.name: slot for step in self.steps for slot in step.slots}
         for value, block in placed.items():
             slot = slots[value]
-            assert slot.shape[0] * slot.dtype.itemsize <= self.plan.blocks[block]
+            assert slot.shape[0] * slot.dtype.itemsize <= self.layout.blocks[block]
             for earlier in placed:
                 if placed[earlier] == block and self.makers[earlier] < self.makers[value]:
                     self._is_over(earlier, self.makers[value])
@@ -140,12 +140,12 @@ class Checker:
             assert all(placed[v] != block for v in others), "two results of one step in one block"
         for value in self.keep & self.makers.keys():
             assert not self.memory_of[value] & placed.keys(), "a result lies in memory that is used again"
-        assert set(placed.values()) == set(range(len(self.plan.blocks))), "a block that nothing lies in"
+        assert set(placed.values()) == set(range(len(self.layout.blocks))), "a block that nothing lies in"
 
     def _memory_of_pytorch_is_free(self) -> None:
         """PyTorch may give what is let go of to whatever asks next; it asks on the main stream."""
-        released = {v: i for i, m in enumerate(self.plan.moments) for v in m.releases}
-        memory = self.plan.block_of.keys() | self.plan.shared_of.keys() | self.plan.over
+        released = {v: i for i, m in enumerate(self.layout.moments) for v in m.releases}
+        memory = self.layout.block_of.keys() | self.layout.shared_of.keys() | self.layout.over
         views = {value for step in self.steps if step.looks for value in step.writes}
         for value in self.makers.keys() - memory - views:
             lookers = [v for v in self.makers if value in self.memory_of[v]]  # each holds on to it
@@ -158,10 +158,10 @@ class Checker:
                         self._is_over(value, index)
 
     def _what_is_written_over_is_nobody_elses(self) -> None:
-        for value in self.plan.over:
+        for value in self.layout.over:
             step = self.steps[self.makers[value]]
             assert step.in_place
-            assert value not in self.plan.block_of.keys() | self.plan.shared_of.keys() | self.keep
+            assert value not in self.layout.block_of.keys() | self.layout.shared_of.keys() | self.keep
             for base in self.memory_of[value] - {value}:
                 assert base not in self.keep, "what is returned is written over"
                 assert not self.steps[self.makers[base]].slots, "the executor gave it its memory, and gives it again"
@@ -184,9 +184,9 @@ class Checker:
 
     def _shared_memory_is_free(self) -> None:
         """Another rank writes a result of ours as soon as we are in the barrier of the exchange before it."""
-        shared = self.plan.shared_of
-        assert not shared.keys() & (self.plan.block_of.keys() | self.keep)
-        for axis, total in self.plan.shared.items():
+        shared = self.layout.shared_of
+        assert not shared.keys() & (self.layout.block_of.keys() | self.keep)
+        for axis, total in self.layout.shared.items():
             lands = {step.landing.name: i for i, step in enumerate(self.steps) if step.landing is not None}
             pushed = sorted(((lands[v], v) for v in shared if shared[v][0] == axis), key=lambda made: made[0])
             for number, (index, value) in enumerate(pushed):
@@ -202,7 +202,7 @@ class Checker:
 
     def _extent(self, value: Key) -> tuple[int, int]:
         (slot,) = (s.landing for s in self.steps if s.landing is not None and s.landing.name == value)
-        offset = self.plan.shared_of[value][1]
+        offset = self.layout.shared_of[value][1]
         return offset, offset + math.prod(slot.shape) * slot.dtype.itemsize
 
     def _is_over(self, value: Key, index: int) -> None:
@@ -214,36 +214,36 @@ class Checker:
         assert not late, f"{self.steps[index].name} writes where {value} lies, which {names} may still use"
 
     def _released_once_and_late_enough(self) -> None:
-        released = [(v, i) for i, m in enumerate(self.plan.moments) for v in m.releases]
+        released = [(v, i) for i, m in enumerate(self.layout.moments) for v in m.releases]
         assert len({v for v, _ in released}) == len(released)
         for value, at in released:
             assert value not in self.keep
             assert all(i <= at for i, step in enumerate(self.steps) if value in step.reads)
 
 
-def planned(steps: Sequence[Step], keep: Sequence[Key], push: bool = False) -> MemoryPlan:
+def laid_out(steps: Sequence[Step], keep: Sequence[Key], push: bool = False) -> MemoryLayout:
     checker = Checker(steps, keep, push)
     checker.check()
-    return checker.plan
+    return checker.layout
 
 
 class TestByHand:
     def test_a_collective_waits_for_what_made_its_operand(self) -> None:
-        found = planned([engine("a", "input:x"), engine("b", "a"), collective("c", "a"), engine("d", "c", "b")], ["d"])
+        found = laid_out([engine("a", "input:x"), engine("b", "a"), collective("c", "a"), engine("d", "c", "b")], ["d"])
         assert found.moments[2].after == 0
         assert found.marks == {0}
 
     def test_a_collective_of_an_input_waits_for_the_start(self) -> None:
-        found = planned([engine("a", "input:x"), collective("c", "input:x"), engine("d", "a", "c")], ["d"])
+        found = laid_out([engine("a", "input:x"), collective("c", "input:x"), engine("d", "a", "c")], ["d"])
         assert found.moments[1].after == -1
 
     def test_a_collective_of_a_collective_waits_for_nothing_more(self) -> None:
-        found = planned([engine("a", "input:x"), collective("c", "a"), collective("d", "c"), op("e", "d")], ["e"])
+        found = laid_out([engine("a", "input:x"), collective("c", "a"), collective("d", "c"), op("e", "d")], ["e"])
         assert found.moments[2].after == -1
         assert found.moments[3].joins == 2
 
     def test_a_collective_of_a_view_waits_for_what_made_what_it_looks_at(self) -> None:
-        found = planned([engine("a", "input:x"), op("b"), view("v", "a"), collective("c", "v"), op("d", "c")], ["d"])
+        found = laid_out([engine("a", "input:x"), op("b"), view("v", "a"), collective("c", "v"), op("d", "c")], ["d"])
         assert found.moments[3].after in (0, 2)  # nothing is enqueued for the view itself
 
     def test_what_lies_between_runs_beside_and_the_reader_joins(self) -> None:
@@ -254,7 +254,7 @@ class TestByHand:
             engine("d", "b"),
             engine("e", "c", "d"),
         ]
-        found = planned(steps, ["e"])
+        found = laid_out(steps, ["e"])
         assert [m.joins for m in found.moments] == [None, None, None, None, 1]
 
     def test_it_is_joined_once_and_with_it_all_before_it(self) -> None:
@@ -265,15 +265,15 @@ class TestByHand:
             op("f", "c", "e"),
             op("g", "d", "f"),
         ]
-        assert [m.joins for m in planned(steps, ["g"]).moments] == [None, None, 1, None, None]
+        assert [m.joins for m in laid_out(steps, ["g"]).moments] == [None, None, 1, None, None]
 
     def test_a_view_of_what_is_under_way_joins_nothing_and_its_reader_does(self) -> None:
-        found = planned([collective("c", "input:x"), view("v", "c"), op("a"), op("b", "v", "a")], ["b"])
+        found = laid_out([collective("c", "input:x"), view("v", "c"), op("a"), op("b", "v", "a")], ["b"])
         assert [m.joins for m in found.moments] == [None, None, None, 0]
 
     def test_memory_is_used_again(self) -> None:
         steps = [engine("a", "input:x"), engine("b", "a"), engine("c", "b"), engine("d", "c"), engine("e", "d")]
-        found = planned(steps, ["e"])
+        found = laid_out(steps, ["e"])
         assert found.block_of == {"a": 0, "b": 1, "c": 0, "d": 1}
         assert found.blocks == [64, 64]
 
@@ -287,7 +287,7 @@ class TestByHand:
             engine("d", "end", size=200),
             op("last", "d"),
         ]
-        found = planned(steps, ["last"])
+        found = laid_out(steps, ["last"])
         assert found.block_of["c"] == found.block_of["b"]
         assert found.blocks == [100, 20, 200]
 
@@ -299,56 +299,56 @@ class TestByHand:
             engine("d", "c"),
             engine("e", "d", "b"),
         ]
-        found = planned(steps, ["e"])
+        found = laid_out(steps, ["e"])
         assert found.block_of["b"] != found.block_of["a"]  # which is being sent
         assert "a" in found.moments[3].releases
 
     def test_a_collective_waits_for_the_last_user_of_its_memory(self) -> None:
         steps = [engine("a", "input:x"), engine("b", "a"), op("u", "b"), collective("c", "input:x"), op("d", "u", "c")]
-        found = planned(steps, ["d"])
+        found = laid_out(steps, ["d"])
         assert found.block_of["c"] == found.block_of["a"]
         assert found.moments[3].after >= 1
 
     def test_results_get_memory_of_their_own(self) -> None:
         steps = [engine("a", "input:x"), engine("output:y", "a"), view("output:z", "a"), collective("output:w", "a")]
-        found = planned(steps, ["output:y", "output:z", "output:w"])
+        found = laid_out(steps, ["output:y", "output:z", "output:w"])
         assert found.block_of == {}  # "a" is what an output looks at
 
     def test_an_all_reduce_takes_its_operands_place_where_nothing_else_reads_it(self) -> None:
         steps = [engine("a", "input:x"), collective("c", "a", in_place=True, sums=None), op("d", "c")]
-        found = planned(steps, ["d"])
+        found = laid_out(steps, ["d"])
         assert found.block_of["c"] == found.block_of["a"]
         shared = [engine("a", "input:x"), collective("c", "a", in_place=True, sums=None), op("d", "c", "a")]
-        found = planned(shared, ["d"])
+        found = laid_out(shared, ["d"])
         assert found.block_of["c"] != found.block_of["a"]
 
     def test_others_write_where_nobody_reads_any_more(self) -> None:
         steps: list[Step] = [op("v0", "input:x")]
         for i in range(4):
             steps += [collective(f"c{i}", f"v{i}", size=512), op(f"v{i + 1}", f"c{i}")]
-        found = planned(steps, ["v4"], push=True)
+        found = laid_out(steps, ["v4"], push=True)
         # the first's memory is its own; when another rank may write "c2" this one may still be reading "c1"
         assert found.shared_of == {"c0": ("cp", 0), "c1": ("cp", 512), "c2": ("cp", 1024), "c3": ("cp", 512)}
         assert found.shared == {"cp": 1536}
         assert not found.block_of
 
     def test_one_exchange_of_a_call_has_no_barrier_before_it(self) -> None:
-        found = planned([op("a", "input:x"), collective("c", "a"), op("b", "c")], ["b"], push=True)
+        found = laid_out([op("a", "input:x"), collective("c", "a"), op("b", "c")], ["b"], push=True)
         assert found.shared_of == {}
         assert found.block_of == {"c": 0}
 
     def test_a_result_lies_in_no_memory_that_others_write(self) -> None:
         steps = [collective("c", "input:x"), op("a", "c"), collective("d", "a"), op("b", "d"), collective("e", "b")]
-        found = planned([*steps, op("f", "d")], ["e", "f"], push=True)
+        found = laid_out([*steps, op("f", "d")], ["e", "f"], push=True)
         assert "e" not in found.shared_of
 
     def test_a_result_of_a_collective_is_not_written_while_its_memory_is_read(self) -> None:
         """It is made by PyTorch, which may give it memory that an op of the main stream has just let go of."""
-        planned([op("a", "input:x"), op("b", "a"), collective("c", "input:x"), op("d", "b")], ["c", "d"])
+        laid_out([op("a", "input:x"), op("b", "a"), collective("c", "input:x"), op("d", "b")], ["c", "d"])
 
     def test_a_value_is_held_until_what_looks_at_it_is_read(self) -> None:
         steps = [engine("a", "input:x"), view("v", "a"), engine("b", "input:x"), engine("c", "v", "b")]
-        found = planned(steps, ["c"])
+        found = laid_out(steps, ["c"])
         assert found.block_of["b"] != found.block_of["a"]
         assert set(found.moments[3].releases) >= {"a", "v", "b"}
 
@@ -362,7 +362,7 @@ class TestByHand:
         ):
             checker = Checker(steps, ["d"])
             checker.check()
-            spoil(checker.plan)
+            spoil(checker.layout)
             checker.before = checker._before()
             with pytest.raises(AssertionError):
                 checker.check()
@@ -374,10 +374,10 @@ class TestASumOverItsOperand:
 
     def test_what_pytorch_made_for_it_alone(self) -> None:
         steps = self.steps(op("c", "b"))
-        plan = planned(steps, ["c"])
+        plan = laid_out(steps, ["c"])
         assert plan.over == {"b"}
         assert not plan.blocks
-        assert planned(steps, ["c"], push=True).over == {"b"}
+        assert laid_out(steps, ["c"], push=True).over == {"b"}
 
     @pytest.mark.parametrize(
         "more",
@@ -389,28 +389,28 @@ class TestASumOverItsOperand:
         ],
     )
     def test_what_another_step_reads(self, more: tuple[Step, ...]) -> None:
-        assert not planned(self.steps(*more), ["c"]).over
+        assert not laid_out(self.steps(*more), ["c"]).over
 
     def test_what_is_returned(self) -> None:
-        assert not planned(self.steps(op("c", "b")), ["c", "seen"]).over
-        assert not planned(self.steps(op("c", "b")), ["c", "a"]).over
-        assert not planned(self.steps(op("c", "b")), ["c", "b"]).over
+        assert not laid_out(self.steps(op("c", "b")), ["c", "seen"]).over
+        assert not laid_out(self.steps(op("c", "b")), ["c", "a"]).over
+        assert not laid_out(self.steps(op("c", "b")), ["c", "b"]).over
 
     def test_an_input_or_a_weight(self) -> None:
         for source in ("input:x", "weight:w"):
             seen = [view("seen", source), collective("b", "seen", in_place=True, sums=None), op("c", "b")]
-            assert not planned(seen, ["c"]).over
-            assert not planned([reshape("seen", source), *seen[1:]], ["c"]).over
+            assert not laid_out(seen, ["c"]).over
+            assert not laid_out([reshape("seen", source), *seen[1:]], ["c"]).over
 
     def test_a_constant_of_the_graph(self) -> None:
         for more in ((), (view("seen", "a"),), (reshape("seen", "a"),)):
             read = "seen" if more else "a"
             steps = [constant("a"), *more, collective("b", read, in_place=True, sums=None), op("c", "b")]
-            assert not planned(steps, ["c"]).over
+            assert not laid_out(steps, ["c"]).over
 
     def test_what_an_engine_made_lies_in_a_block(self) -> None:
         steps = [engine("a", "input:x"), collective("b", "a", in_place=True, sums=None), op("c", "b")]
-        plan = planned(steps, ["c"])
+        plan = laid_out(steps, ["c"])
         assert not plan.over
         assert plan.block_of["a"] == plan.block_of["b"]
 
@@ -506,9 +506,9 @@ def check_real_program(rank: int, name: str) -> list[tuple[int, int, int, int]]:
         found.append(
             (
                 sum(step.communicates for step in steps),
-                sum(moment.joins is not None for moment in checker.plan.moments),
+                sum(moment.joins is not None for moment in checker.layout.moments),
                 sum(math.prod(slot.shape) * slot.dtype.itemsize for slot in slots),
-                sum(checker.plan.blocks) + sum(checker.plan.shared.values()),
+                sum(checker.layout.blocks) + sum(checker.layout.shared.values()),
             )
         )
     return found

@@ -13,7 +13,7 @@ from torch.fx import Graph, Node
 
 from torchtrt_md.launch import Launch
 from torchtrt_md.runtime.bring_up import _agree_where_to_store
-from torchtrt_md.runtime.memory import MemoryPlan, plan_memory
+from torchtrt_md.runtime.memory import MemoryLayout, lay_out
 from torchtrt_md.runtime.push import Push, push_of
 from torchtrt_md.runtime.steps import Slot, Step
 from torchtrt_md.segment import Wire
@@ -126,7 +126,7 @@ def layers(count: int) -> list[Step]:
     return steps
 
 
-def check_writers_find_memory_free(steps: list[Step], made: MemoryPlan) -> None:
+def check_writers_find_memory_free(steps: list[Step], made: MemoryLayout) -> None:
     """Other ranks write a result once they are behind the exchange before it; by then this rank must have read what
     was there, and so in the next call."""
     order = [i for i, step in enumerate(steps) if step.slots[0].name in made.shared_of]
@@ -152,24 +152,24 @@ def check_writers_find_memory_free(steps: list[Step], made: MemoryPlan) -> None:
 @pytest.mark.parametrize("count", [1, 2, 5])
 def test_memory_is_written_only_when_it_was_read(count: int) -> None:
     steps = layers(count)
-    made = plan_memory(steps, [f"x{count - 1}"], push=True)
+    made = lay_out(steps, [f"x{count - 1}"], push=True)
     assert len(made.shared_of) == 2 * count
     check_writers_find_memory_free(steps, made)
 
 
 def test_memory_is_used_again() -> None:
-    made = plan_memory(layers(20), ["x19"], push=True)
+    made = lay_out(layers(20), ["x19"], push=True)
     assert made.shared["cp"] <= 5 * 64 * 4
 
 
 def test_a_single_exchange_is_left_to_nccl() -> None:
     steps = [compute("a", "input:x"), exchange("b", "a"), compute("c", "b")]
-    assert plan_memory(steps, ["c"], push=True).shared_of == {}
+    assert lay_out(steps, ["c"], push=True).shared_of == {}
 
 
 def test_results_that_are_returned_are_left_to_nccl() -> None:
     steps = [*layers(2), exchange("last", "x1")]
-    assert "last" not in plan_memory(steps, ["last"], push=True).shared_of
+    assert "last" not in lay_out(steps, ["last"], push=True).shared_of
 
 
 def test_what_is_summed_is_read_behind_its_own_barrier() -> None:
@@ -177,20 +177,20 @@ def test_what_is_summed_is_read_behind_its_own_barrier() -> None:
     steps: list[Step] = [compute("a", "input:x")]
     for i in range(4):
         steps += [exchange(f"c{i}", "a", sums=2)]
-    made = plan_memory([*steps, compute("b", *(f"c{i}" for i in range(4)))], ["b"], push=True)
+    made = lay_out([*steps, compute("b", *(f"c{i}" for i in range(4)))], ["b"], push=True)
     at = [made.shared_of["landed", f"c{i}"][1] for i in range(4)]
     assert at == [0, 512, 1024, 512]
 
 
 def test_a_sum_that_is_returned_lands_in_shared_memory_all_the_same() -> None:
     steps = [compute("a", "input:x"), exchange("b", "a", sums=2), exchange("c", "a", sums=2)]
-    made = plan_memory(steps, ["b", "c"], push=True)
+    made = lay_out(steps, ["b", "c"], push=True)
     assert set(made.shared_of) == {("landed", "b"), ("landed", "c")}
 
 
 def test_an_axis_on_which_nothing_is_sent_has_no_memory() -> None:
     empty = [replace(exchange(f"c{i}", "a"), slots=(Slot(f"c{i}", (0,), torch.float32),)) for i in range(3)]
-    made = plan_memory([compute("a", "input:x"), *empty, compute("b", "c0", "c1", "c2")], ["b"], push=True)
+    made = lay_out([compute("a", "input:x"), *empty, compute("b", "c0", "c1", "c2")], ["b"], push=True)
     assert (made.shared, made.shared_of) == ({}, {})
 
 
@@ -204,7 +204,7 @@ def agreed(rank: int, differ: bool) -> bool:
 
 def test_ranks_that_plan_otherwise_leave_it_to_nccl(ranks: Ranks) -> None:
     """Each stores at offsets of its own plan, so where plans differ it would store where the others read else."""
-    plans = [plan_memory([*layers(3), *more], ["x2"], push=True) for more in ([], [compute("late", "there0")])]
+    plans = [lay_out([*layers(3), *more], ["x2"], push=True) for more in ([], [compute("late", "there0")])]
     assert plans[0].shared_of != plans[1].shared_of
     for differ in (False, True):
         assert [outcome.value for outcome in ranks(agreed, differ)] == [not differ] * 2

@@ -128,7 +128,7 @@ def read_file(folder: Path | str, manifest: Manifest, name: str, limit: int) -> 
 
 
 def check_versions(manifest: Manifest) -> None:
-    """Refuse a bundle that the installed TensorRT cannot run: a plan runs only under the version that built it.
+    """Refuse a bundle that the installed TensorRT cannot run: an engine runs only under the version that built it.
 
     A bundle of graphs alone needs no TensorRT.
 

@@ -29,7 +29,7 @@ _WRAPPER = ("torch._dynamo.eval_frame", "compile_wrapper")
 _FORWARDS = ("forward", "_call_impl", "_wrapped_call_impl")
 
 
-class Call(NamedTuple):
+class CallInProgress(NamedTuple):
     """The call that is being compiled."""
 
     module: nn.Module
@@ -105,7 +105,7 @@ def passed_on(error: MDError) -> MDError:
     return cast(MDError, raised.with_traceback(error.__traceback__))
 
 
-def call_in_progress() -> Call | None:
+def call_in_progress() -> CallInProgress | None:
     """The module that ``torch.compile`` was given, and the arguments of its call that is being compiled.
 
     None where a function was compiled.  Without it, a plan could not be applied to a dense model: a Dynamo graph has
@@ -126,7 +126,7 @@ def call_in_progress() -> Call | None:
         return None
     if not isinstance(module, nn.Module) or not isinstance(args, tuple) or not isinstance(kwargs, dict):
         return None
-    return Call(module, args, kwargs)
+    return CallInProgress(module, args, kwargs)
 
 
 def group_ranks(name: str) -> Sequence[int]:

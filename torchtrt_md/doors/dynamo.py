@@ -40,7 +40,7 @@ from torchtrt_md.capture.dynamo import (
     launch_mesh,
 )
 from torchtrt_md.capture.dynamo_private import (
-    Call,
+    CallInProgress,
     arrived,
     call_in_progress,
     graph_break,
@@ -301,7 +301,7 @@ _used_meshes: set[Mesh] = set()  # a model may be compiled block by block, of wh
 
 
 def _check_launch_used(
-    gm: GraphModule, captured: _Captured, options: Options, given: Mapping[str, Any] | None, call: Call | None
+    gm: GraphModule, captured: _Captured, options: Options, given: Mapping[str, Any] | None, call: CallInProgress | None
 ) -> None:
     """Tell of a model that every rank would run whole: of one graph, since of several others may communicate.
 
@@ -324,7 +324,7 @@ def _check_launch_used(
         _functions_in_parts.append(given)
 
 
-def _tell_unused(program: ShardedProgram, options: Options, call: Call | None) -> None:
+def _tell_unused(program: ShardedProgram, options: Options, call: CallInProgress | None) -> None:
     """
     Raises:
         MeshError: a mesh was given for it.
@@ -351,7 +351,7 @@ def _tell_unused(program: ShardedProgram, options: Options, call: Call | None) -
     )
 
 
-def _uses_launch(captured: _Captured, call: Call | None) -> bool:
+def _uses_launch(captured: _Captured, call: CallInProgress | None) -> bool:
     program = captured.program
     return (
         program.mesh.size == 1
@@ -484,7 +484,7 @@ def _weights(model: nn.Module, inputs: Sequence[GraphInput]) -> dict[int, list[s
     return found
 
 
-def _verify(program: ShardedProgram, call: Call) -> None:
+def _verify(program: ShardedProgram, call: CallInProgress) -> None:
     """Against the dense model, where this process has it; on one rank, since each has the graphs of all."""
     from torchtrt_md.verification import verify
 
@@ -529,7 +529,7 @@ def _unused(
 
 
 def _results(
-    gm: GraphModule, inputs: Sequence[GraphInput], call: Call, program: ShardedProgram, check: bool
+    gm: GraphModule, inputs: Sequence[GraphInput], call: CallInProgress, program: ShardedProgram, check: bool
 ) -> tuple[object, ...]:
     """For each output of Dynamo's graph the output of the program that it is.
 

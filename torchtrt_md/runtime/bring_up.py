@@ -29,7 +29,7 @@ from torchtrt_md.program import placeholders
 from torchtrt_md.runtime.engine import Engine, deserialize, runtime_cache, scratch_bytes, trt_runtime
 from torchtrt_md.runtime.executor import Executor
 from torchtrt_md.runtime.kernels import KernelCache, kernel_file
-from torchtrt_md.runtime.memory import plan_memory
+from torchtrt_md.runtime.memory import lay_out
 from torchtrt_md.runtime.offers import NOTHING, Offers, stream_weights
 from torchtrt_md.runtime.order import overlapped
 from torchtrt_md.runtime.push import Shared
@@ -135,17 +135,17 @@ def bring_up(
 
 
 def _agree_where_to_store(launch: Launch, steps: Sequence[Step], outputs: Sequence[Wire]) -> bool:
-    """Do all ranks plan alike where each collective lands?  Ranks whose graphs differ may not, and leave it to NCCL.
+    """Does each collective land in the same place on all ranks?  Where graphs differ it may not; NCCL does them then.
 
-    A rank stores into the memory of the others at offsets of its own plan.
+    A rank stores into the memory of the others at offsets of its own layout.
     """
-    plan = plan_memory(steps, outputs, push=True)
+    layout = lay_out(steps, outputs, push=True)
     lands = []
     for step in steps:
         if step.communicates:
             slot = step.landing
-            lands.append((step.axis, slot and (plan.shared_of.get(slot.name), slot.bytes)))
-    told = repr((lands, sorted(plan.shared.items())))
+            lands.append((step.axis, slot and (layout.shared_of.get(slot.name), slot.bytes)))
+    told = repr((lands, sorted(layout.shared.items())))
     alike = len(set(launch.agreement.gather(told, "where collectives land"))) == 1
     if not alike:
         log.info("rank %d: the ranks' programs differ, so NCCL does their collectives", launch.rank)

@@ -168,13 +168,13 @@ def trt_runtime(device: torch.device) -> tuple[Any, Any]:
 
 
 def deserialize(runtime: Any, path: Path, built_for: str) -> Any:
-    """TensorRT's engine from a file, which is mapped, not read: the plan is never in host memory twice.
+    """TensorRT's engine from a file, which is mapped, not read: it is never in host memory twice.
 
     Raises:
         LaunchError: TensorRT refuses the file on this GPU.
     """
-    with path.open("rb") as file, mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ) as plan:
-        loaded = runtime.deserialize_cuda_engine(plan)
+    with path.open("rb") as file, mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ) as mapped:
+        loaded = runtime.deserialize_cuda_engine(mapped)
     if loaded is None:
         raise LaunchError(
             f"TensorRT does not load {path}, an engine built for {built_for}",

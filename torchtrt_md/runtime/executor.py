@@ -8,7 +8,7 @@ from contextlib import AbstractContextManager, nullcontext
 import torch
 from torch import Tensor
 
-from torchtrt_md.runtime.memory import plan_memory
+from torchtrt_md.runtime.memory import lay_out
 from torchtrt_md.runtime.push import Shared
 from torchtrt_md.runtime.steps import Key, Step, Values
 
@@ -45,24 +45,24 @@ class Executor:
     ) -> None:
         self.steps, self.outputs, self.device = list(steps), tuple(outputs), device
         self._after_first = after_first
-        self.plan = plan_memory(self.steps, self.outputs, push=share is not None)
+        self.layout = lay_out(self.steps, self.outputs, push=share is not None)
         self._side: torch.cuda.Stream | None = None
         if overlap and device.type == "cuda" and any(step.communicates for step in steps):
             # of high priority: its kernels are few and short, and the main stream will wait for them
             self._side = torch.cuda.Stream(device, priority=-1)  # type: ignore[no-untyped-call]
-        memory = [torch.empty(size + _ALIGNMENT, dtype=torch.uint8, device=device) for size in self.plan.blocks]
+        memory = [torch.empty(size + _ALIGNMENT, dtype=torch.uint8, device=device) for size in self.layout.blocks]
         self._fixed: Values = dict(fixed)
         for step in self.steps:
             for slot in step.slots:
-                if slot.name in self.plan.block_of:
-                    block = memory[self.plan.block_of[slot.name]]
+                if slot.name in self.layout.block_of:
+                    block = memory[self.layout.block_of[slot.name]]
                     self._fixed[slot.name] = block[: slot.bytes].view(slot.dtype).view(slot.shape)
-        self._shared = {axis: share(axis, size) for axis, size in sorted(self.plan.shared.items())} if share else {}
+        self._shared = {axis: share(axis, size) for axis, size in sorted(self.layout.shared.items())} if share else {}
         self._landings: dict[Key, list[Tensor]] = {}
         for step in self.steps:
             landing = step.landing
-            if landing is not None and landing.name in self.plan.shared_of:
-                axis, offset = self.plan.shared_of[landing.name]
+            if landing is not None and landing.name in self.layout.shared_of:
+                axis, offset = self.layout.shared_of[landing.name]
                 everyones = self._shared[axis].results(offset, landing.shape, landing.dtype)
                 self._landings[landing.name] = everyones
                 self._fixed[landing.name] = everyones[self._shared[axis].me]
@@ -77,7 +77,7 @@ class Executor:
     @property
     def memory(self) -> int:
         """Bytes that are kept for what passes between steps."""
-        return sum(self.plan.blocks) + sum(self.plan.shared.values())
+        return sum(self.layout.blocks) + sum(self.layout.shared.values())
 
     def run(self, inputs: Mapping[Key, Tensor]) -> dict[Key, Tensor]:
         """Enqueue a call on the current stream, which is not the default one.
@@ -103,7 +103,7 @@ class Executor:
         self._run_in_order({**self._fixed, **inputs}, around)
 
     def _run_in_order(self, values: Values, around: Around = lambda index, step: nullcontext()) -> None:
-        for index, (step, moment) in enumerate(zip(self.steps, self.plan.moments, strict=True)):
+        for index, (step, moment) in enumerate(zip(self.steps, self.layout.moments, strict=True)):
             with around(index, step):
                 self._run(step, values)
             for value in moment.releases:
@@ -114,7 +114,7 @@ class Executor:
         reached = {-1: _record(main)}
         ended: dict[int, torch.cuda.Event] = {}
         last = None
-        for index, (step, moment) in enumerate(zip(self.steps, self.plan.moments, strict=True)):
+        for index, (step, moment) in enumerate(zip(self.steps, self.layout.moments, strict=True)):
             if step.communicates:
                 side.wait_event(reached[moment.after])
                 self._provide(step, values)
@@ -125,7 +125,7 @@ class Executor:
                 if moment.joins is not None:
                     main.wait_event(ended[moment.joins])
                 self._run(step, values)
-            if index in self.plan.marks:
+            if index in self.layout.marks:
                 reached[index] = _record(main)
             for value in moment.releases:
                 values.pop(value, None)
@@ -154,7 +154,7 @@ class Executor:
     def _provide(self, step: Step, values: Values) -> None:
         """Memory for what the step writes over its operand, and for what the call returns; all else has its own."""
         for slot in step.slots:
-            if slot.name in self.plan.over:
+            if slot.name in self.layout.over:
                 values[slot.name] = values[step.reads[0]].view(slot.shape)
             elif slot.name not in values:
                 values[slot.name] = torch.empty(slot.shape, dtype=slot.dtype, device=self.device)

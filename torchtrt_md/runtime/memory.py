@@ -34,7 +34,7 @@ class Moment:
 
 
 @dataclass
-class MemoryPlan:
+class MemoryLayout:
     """The moments of all steps, and for each slot the block of memory that it lies in.
 
     ``blocks`` are sizes in bytes.  ``marks`` are the steps of the main stream that a collective waits for.
@@ -52,8 +52,8 @@ class MemoryPlan:
     over: frozenset[Key]
 
 
-def plan_memory(steps: Sequence[Step], keep: Sequence[Key], *, push: bool = False) -> MemoryPlan:
-    """Plan the steps of a rank.
+def lay_out(steps: Sequence[Step], keep: Sequence[Key], *, push: bool = False) -> MemoryLayout:
+    """Say when the steps of a rank run, and where what they write lies.
 
     Args:
         steps: in the order in which they are enqueued.
@@ -74,7 +74,7 @@ def plan_memory(steps: Sequence[Step], keep: Sequence[Key], *, push: bool = Fals
         if index < len(steps):
             moments[index].releases.append(value)
     marks = frozenset(m.after for m, s in zip(moments, steps, strict=True) if s.communicates)
-    return MemoryPlan(moments, block_of, blocks, marks, shared_of, shared, frozenset(over))
+    return MemoryLayout(moments, block_of, blocks, marks, shared_of, shared, frozenset(over))
 
 
 def _made(step: Step) -> tuple[Key, ...]:

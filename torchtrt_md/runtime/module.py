@@ -76,7 +76,7 @@ def as_module(runner: Runner, model: M) -> M:
         return as_module(runner, model._torchtrt_md.model)  # type: ignore[return-value]
     if not isinstance(model, nn.Module):
         raise InputError(f"a {type(model).__name__} is no model", fix="pass the nn.Module that was compiled")
-    call = _Call(runner, model)
+    call = _AsRunnerCall(runner, model)
     own = type(model)
     made = types.new_class(own.__name__, (RunnerModule, own), exec_body=lambda names: names.update(_namespace(own)))
     module: M = object.__new__(made)
@@ -92,7 +92,7 @@ def as_module(runner: Runner, model: M) -> M:
 class RunnerModule(nn.Module):
     """What all modules of :func:`as_module` have in front of their model's class."""
 
-    _torchtrt_md: _Call
+    _torchtrt_md: _AsRunnerCall
 
     __call__ = nn.Module.__call__  # a model's own was captured with it
 
@@ -177,7 +177,7 @@ class RunnerModule(nn.Module):
                 _refuse(self, f"to({str(device)!r})", f"it runs on {own}", f"leave it there; inputs go to {own}, too")
 
 
-class _Call:
+class _AsRunnerCall:
     """A call of the model as a call of its runner.
 
     Pipelines pass every argument, also at its default, and the example arguments may have left it out.  So what the

@@ -1,7 +1,7 @@
 """Collectives without NCCL: each rank stores its parts into the memory of the others.
 
 What arrives lies in memory that the ranks of the axis can write.  They may do so once all of them are behind the
-exchange before it, whose barrier says so, and the plan has seen to it that nobody reads that memory any more by then.
+exchange before it, whose barrier says so, and the layout has seen to it that nobody reads that memory any more by then.
 Behind the copies is a barrier of all ranks of the axis: then everything has arrived everywhere.  For a sum every rank
 then adds up what came, in the order of ranks, so that all have the same bits.
 """
