@@ -3,19 +3,41 @@
 from __future__ import annotations
 
 import os
+import pickle
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
-from typing import Any
+from typing import Any, NamedTuple, Self
 
 import torch
 import torch.distributed as dist
 from torch._subclasses.fake_tensor import FakeTensorMode
+from torch.fx.experimental.proxy_tensor import make_fx
 from torch.fx.experimental.symbolic_shapes import ShapeEnv
+
+_MATMUL = (
+    "fp32_precision",
+    "allow_fp16_reduced_precision_reduction",
+    "allow_bf16_reduced_precision_reduction",
+)
+
+
+class Operand(NamedTuple):
+    """What a graph that is compiled will be given."""
+
+    shape: tuple[int, ...]
+    stride: tuple[int, ...]
+    offset: int
+    dtype: torch.dtype
+
+    @classmethod
+    def like(cls, tensor: torch.Tensor) -> Self:
+        """One like this tensor."""
+        return cls(tuple(tensor.shape), tensor.stride(), int(tensor.storage_offset()), tensor.dtype)
 
 
 @contextmanager
-def compiling(examples: Sequence[torch.Tensor]) -> Iterator[list[torch.Tensor]]:
-    """Compile with Inductor as if nothing else was being compiled, for fake tensors like these, of these shapes.
+def compiling(operands: Sequence[Operand], device: torch.device) -> Iterator[list[torch.Tensor]]:
+    """Compile with Inductor as if nothing else was being compiled, for fake tensors like these.
 
     A Dynamo backend is called inside Dynamo's tracing context, whose fake tensors and parameters are those of the
     whole model; Inductor would take them for those of the part that it is given.  And without fake tensors that have a
@@ -23,7 +45,52 @@ def compiling(examples: Sequence[torch.Tensor]) -> Iterator[list[torch.Tensor]]:
     """
     mode = FakeTensorMode(shape_env=ShapeEnv())
     with torch._guards.tracing(torch._guards.TracingContext(mode)):
-        yield [mode.from_tensor(example, static_shapes=True) for example in examples]
+        with mode:
+            fakes = [_empty(operand, device) for operand in operands]
+        yield fakes
+
+
+def _empty(operand: Operand, device: torch.device) -> torch.Tensor:
+    shape, stride, offset, dtype = operand
+    if not offset:
+        return torch.empty_strided(shape, stride, dtype=dtype, device=device)
+    last = offset + sum((size - 1) * step for size, step in zip(shape, stride, strict=True)) + 1
+    return torch.empty(last, dtype=dtype, device=device).as_strided(shape, stride, offset)
+
+
+def inductor_switches() -> bytes:
+    """What beside a graph decides what Inductor makes of it in this process, for another process to be alike.
+
+    Without it, one that compiles ahead would compile something that nobody looks for.
+    """
+    from torch._inductor import config
+
+    matmul = {name: getattr(torch.backends.cuda.matmul, name) for name in _MATMUL}
+    return pickle.dumps((config.save_config(), matmul, torch.are_deterministic_algorithms_enabled()))
+
+
+def set_inductor_switches(switches: bytes) -> None:
+    """Be as the process that told these."""
+    from torch._inductor import config
+
+    inductor, matmul, deterministic = pickle.loads(switches)
+    config.load_config(inductor)
+    for name, value in matmul.items():
+        if getattr(torch.backends.cuda.matmul, name) != value:
+            setattr(torch.backends.cuda.matmul, name, value)
+    torch.use_deterministic_algorithms(deterministic)
+
+
+def import_inductor(device: torch.device) -> None:
+    """Have Inductor import what it does while it compiles its first graph, which takes seconds.
+
+    It takes nothing from its caches: what finds its graph there imports next to nothing.
+    """
+    with torch._functorch.config.patch(enable_autograd_cache=False), torch.no_grad():
+        graph = make_fx(lambda x, y: [torch.nn.functional.gelu(torch.mm(x, y)).softmax(-1)])(*torch.ones(2, 8, 8))
+        operands = [Operand((8, 8), (8, 1), 0, torch.float32)] * 2
+        with compiling(operands, device) as fakes:
+            torch._inductor.compile(graph, [*fakes], options={"fx_graph_cache": False})
 
 
 def start_compile_workers() -> None:

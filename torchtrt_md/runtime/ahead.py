@@ -1,0 +1,178 @@
+"""Inductor's graphs compiled by several processes at once, ahead of this one, into the cache that it keeps on disk.
+
+Inductor compiles one graph after another, in Python, while the other cores of the host have nothing to do.  A worker
+here compiles a graph as this process would, which then finds it in the cache.  Nothing but time depends on a worker:
+what none has begun, or one failed at, this process compiles.
+"""
+
+from __future__ import annotations
+
+import logging
+import os
+import pickle
+import subprocess
+import sys
+import tempfile
+import threading
+from collections import deque
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager, suppress
+from pathlib import Path
+from typing import IO, NamedTuple
+
+import torch
+
+from torchtrt_md.runtime.private import Operand
+
+log = logging.getLogger(__name__)
+# PyTorch's own switch for the processes in which Inductor compiles Triton kernels.  Each worker has some of its own.
+THREADS = "TORCHINDUCTOR_COMPILE_THREADS"
+READY, DONE = "ready", "done"
+_MOST = 6
+_THREADS = 2  # of a worker
+_LONGEST = 300.0  # seconds that a graph is waited for
+_BYTES = 1 << 30  # of GPU memory that a worker may take: its context, and the kernels that it loads
+
+
+class Job(NamedTuple):
+    """A graph to compile, as JSON, for operands like these, under the switches of this process."""
+
+    graph: bytes
+    operands: Sequence[Operand]
+    switches: bytes
+
+
+@contextmanager
+def working_ahead(device: torch.device, ranks: int, wanted: bool) -> Iterator[Ahead]:
+    """Workers that are ready some seconds later, and are gone behind it.
+
+    Args:
+        device: that graphs are compiled for.
+        ranks: of this host, each of which has workers of its own.
+        wanted: whether Inductor will compile anything.
+    """
+    ahead = Ahead(device, workers(device, ranks) if wanted else 0)
+    try:
+        yield ahead
+    finally:
+        ahead.close()
+
+
+def workers(device: torch.device, ranks: int) -> int:
+    """How many there is room for; none for the CPU, nor where the user wants all compiled in one process."""
+    if device.type != "cuda" or os.environ.get(THREADS, "2") in ("0", "1"):
+        return 0
+    cores = len(os.sched_getaffinity(0)) // ranks
+    free, _ = torch.cuda.mem_get_info(device)
+    return max(0, min(_MOST, cores // (_THREADS + 1), free // _BYTES // 4))
+
+
+class Ahead:
+    """Workers, and what they were given.
+
+    Args:
+        device: that graphs are compiled for.
+        count: of the workers.
+    """
+
+    def __init__(self, device: torch.device, count: int) -> None:
+        self.device = device
+        self.compiled = 0
+        self._folder = tempfile.TemporaryDirectory(prefix="torchtrt_md-") if count else None
+        self._waiting: deque[str] = deque()
+        self._begun: set[str] = set()
+        self._ready = 0  # workers that can begin, or have begun
+        self._changed = threading.Condition()
+        self._closed = False
+        self._processes: list[subprocess.Popen[str]] = []
+        with suppress(OSError):  # the host has no room for more processes
+            while len(self._processes) < count:
+                self._processes.append(self._started())
+        for process in self._processes:
+            threading.Thread(target=self._feed, args=(process,), daemon=True).start()
+
+    def __bool__(self) -> bool:
+        return bool(self._processes)
+
+    def give(self, jobs: Mapping[str, Job]) -> None:
+        """Let these be compiled, in this order, each by its name."""
+        if self._folder is None:
+            return
+        with self._changed:
+            for name, job in jobs.items():
+                (Path(self._folder.name) / name).write_bytes(pickle.dumps(job))
+                self._waiting.append(name)
+            self._changed.notify_all()
+
+    def wait(self, name: str) -> None:
+        """Until a worker is done with what was given by this name, which is next; at once where no worker is ready."""
+        with self._changed:
+            if name in self._waiting and self._ready:
+                self._waiting.remove(name)
+                self._waiting.appendleft(name)
+            if not self._changed.wait_for(lambda: not self._is_under_way(name), _LONGEST):
+                log.warning("what others compile ahead is not waited for any more, after %g s", _LONGEST)
+            if name in self._waiting:
+                self._waiting.remove(name)
+
+    def _is_under_way(self, name: str) -> bool:
+        return name in self._begun or (name in self._waiting and self._ready > 0)
+
+    def close(self) -> None:
+        """End the workers."""
+        with self._changed:
+            self._closed = True
+            self._changed.notify_all()
+        for process in self._processes:
+            process.kill()
+            process.wait()
+        if self._folder is not None:
+            self._folder.cleanup()
+
+    def _started(self) -> subprocess.Popen[str]:
+        command = [sys.executable, "-m", "torchtrt_md.runtime.ahead_worker", str(self.device)]
+        paths = os.pathsep.join(path for path in sys.path if path)  # this package may be on the path only
+        return subprocess.Popen(
+            command,
+            stdin=subprocess.PIPE,
+            stdout=subprocess.PIPE,
+            stderr=None if log.isEnabledFor(logging.DEBUG) else subprocess.DEVNULL,
+            env={**os.environ, THREADS: str(_THREADS), "PYTHONPATH": paths},
+            text=True,
+        )
+
+    def _feed(self, process: subprocess.Popen[str]) -> None:
+        """Give one worker what waits, until it is gone.  In a thread."""
+        assert process.stdin is not None
+        assert process.stdout is not None
+        if process.stdout.readline().strip() != READY:
+            return
+        with self._changed:
+            self._ready += 1
+        while answer := self._compiled_next(process.stdin, process.stdout):
+            if answer == DONE:
+                self.compiled += 1
+            else:
+                log.info("not compiled ahead: %s", answer)
+        with self._changed:
+            self._ready -= 1
+            self._changed.notify_all()
+
+    def _compiled_next(self, questions: IO[str], answers: IO[str]) -> str:
+        """What a worker answers to the next graph; "" where it is gone, or not wanted any more."""
+        assert self._folder is not None
+        with self._changed:
+            self._changed.wait_for(lambda: self._closed or self._waiting)
+            if self._closed:
+                return ""
+            name = self._waiting.popleft()
+            self._begun.add(name)
+        try:
+            print(Path(self._folder.name) / name, file=questions, flush=True)
+            return answers.readline().strip()
+        except OSError:
+            return ""
+        finally:
+            with self._changed:
+                self._begun.remove(name)
+                self._changed.notify_all()
