@@ -20,13 +20,14 @@ import torch.distributed as dist
 from torch import Tensor
 from torch.fx import GraphModule
 
-from torchtrt_md.errors import LaunchError, MDError
+from torchtrt_md.errors import MDError
 from torchtrt_md.graph.functional import copied
 from torchtrt_md.graph.json import graph_to_json
 from torchtrt_md.launch import Launch, communicator
 from torchtrt_md.launch.watchdog import named
 from torchtrt_md.mesh import Mesh
 from torchtrt_md.program import placeholders
+from torchtrt_md.runtime.access import check_access
 from torchtrt_md.runtime.ahead import Ahead, Job
 from torchtrt_md.runtime.engine import Engine, deserialize, runtime_cache, scratch_bytes, trt_runtime
 from torchtrt_md.runtime.executor import Executor
@@ -37,6 +38,7 @@ from torchtrt_md.runtime.order import overlapped
 from torchtrt_md.runtime.private import Operand, inductor_switches
 from torchtrt_md.runtime.push import Shared
 from torchtrt_md.runtime.steps import Key, Step, Values, call_step, eager_steps, engine_step, source_key, to_device
+from torchtrt_md.runtime.two_steps import sum_in_two
 from torchtrt_md.runtime.weights import Stored, WeightOf, laid_out
 from torchtrt_md.segment import Part, Segment, Wire
 from torchtrt_md.verification.compiled import check_compiled
@@ -103,8 +105,8 @@ def bring_up(
     Raises:
         MDError: on every rank, naming the ranks that failed.
     """
-    if transport != "nccl":
-        _check_one_host(mesh, launch, transport)
+    if transport == "store":
+        check_access(launch, mesh)
     groups = launch.connect(mesh)
     check_communication(launch, mesh, groups, self_tests, target)
     loaded = launch.together("loading the engines", lambda: _load_engines(parts, launch.device, target, offers))
@@ -125,6 +127,7 @@ def bring_up(
             device=launch.device,
             weights=laid_out([part.segment for part in parts], weight_of, launch.device, stored),
             known=known or Known(),
+            store=transport == "store",
         ),
     )
     if overlap:
@@ -155,22 +158,6 @@ def _agree_where_to_store(launch: Launch, steps: Sequence[Step], outputs: Sequen
     if not alike:
         log.info("rank %d: the ranks' programs differ, so NCCL does their collectives", launch.rank)
     return alike
-
-
-def _check_one_host(mesh: Mesh, launch: Launch, transport: str) -> None:
-    """Refuse writes between hosts: the GPUs of one cannot write the memory of another's.
-
-    Raises:
-        LaunchError: on every rank, naming the ranks of an axis that are on several hosts.
-    """
-    for axis in mesh.names:
-        for ranks in mesh.groups(axis):
-            if len({launch.hosts[rank] for rank in ranks}) > 1:
-                raise LaunchError(
-                    f"transport={transport!r} is for GPUs of one host, and ranks {', '.join(map(str, ranks))} of axis"
-                    f" {axis!r} are on several",
-                    fix="use transport='nccl', or give each host whole groups of the axis",
-                )
 
 
 def _load_engines(
@@ -298,6 +285,7 @@ def assemble(
     device: torch.device,
     weights: Mapping[Key, Tensor],
     known: Known,
+    store: bool = False,
 ) -> tuple[list[Step], dict[Key, Tensor]]:
     """The steps of these parts, and what is the same in every call: weights and coordinates.
 
@@ -305,6 +293,7 @@ def assemble(
         engines: of the parts that are engines, by their place, bound to their communicators.
         groups: axis -> this rank's group along it.
         weights: as segments read them, of :func:`laid_out`.
+        store: ranks are to store into each other's memory.
     """
     coordinates = {axis: mesh.coordinate(rank, axis) for axis in mesh.names}
     fixed: dict[Key, Tensor] = {**weights}
@@ -333,8 +322,11 @@ def assemble(
                     known.compiled[part.digest] = compile_graph(name, part.graph, examples, device)
             steps.append(call_step(part.segment, known.compiled[part.digest]))
         else:
+            graph = copied(part.graph)
+            if store:
+                sum_in_two(graph)
             steps += eager_steps(
-                part.segment, copied(part.graph), groups=groups, coordinates=coordinates, device=device, index=index
+                part.segment, graph, groups=groups, coordinates=coordinates, device=device, index=index
             )
     return steps, fixed
 

@@ -22,7 +22,7 @@ from torchtrt_md.runtime import private
 
 # (This rank's operand, what all ranks of the axis get, in order) -> what is copied: (to, from).
 Copies = Callable[[Tensor, Sequence[Tensor]], list[tuple[Tensor, Tensor]]]
-_SUMMED = (torch.float32, torch.bfloat16, torch.float16)
+SUMMED = (torch.float32, torch.bfloat16, torch.float16)
 _SMALL = 1 << 20  # bytes
 
 
@@ -58,11 +58,16 @@ def push_of(node: Node, me: int) -> Push | None:
         return Push(lambda x, results: [(results[to], x)])
     if name in ("all_reduce", "reduce_scatter") and args["op"] in ("sum", "avg"):
         held: Tensor = args["x"].meta["val"]
-        whole = name == "all_reduce"  # everything goes to everyone, which for many ranks is more than NCCL sends
-        if held.dtype in _SUMMED and (not whole or size == 2 or held.nbytes <= _SMALL):
+        whole = name == "all_reduce"
+        if held.dtype in SUMMED and (not whole or goes_at_once(held, size)):
             scale = 1 / size if args["op"] == "avg" else 1.0
             return Push(lambda x, parts: _exchanged([x] * size if whole else x.chunk(size), parts, me), size, scale)
     return None
+
+
+def goes_at_once(x: Tensor, size: int) -> bool:
+    """Is a sum one step: everything goes to everyone, which for many ranks is more than NCCL sends?"""
+    return size == 2 or x.nbytes <= _SMALL
 
 
 def _exchanged(parts: Sequence[Tensor], results: Sequence[Tensor], me: int) -> list[tuple[Tensor, Tensor]]:
