@@ -35,7 +35,7 @@ from torchtrt_md.runtime.kernels import KernelCache, kernel_file
 from torchtrt_md.runtime.memory import lay_out
 from torchtrt_md.runtime.offers import NOTHING, Offers, stream_weights
 from torchtrt_md.runtime.order import overlapped
-from torchtrt_md.runtime.private import Operand, inductor_switches
+from torchtrt_md.runtime.private import Operand, inductor_switches, load_inductor
 from torchtrt_md.runtime.push import Shared
 from torchtrt_md.runtime.steps import Key, Step, Values, call_step, eager_steps, engine_step, source_key, to_device
 from torchtrt_md.runtime.two_steps import sum_in_two
@@ -302,6 +302,7 @@ def assemble(
     steps: list[Step] = []
     if known.ahead:
         known.ahead.give(_jobs(parts, fixed, known))
+        load_inductor()  # meanwhile
     for index, part in enumerate(parts):
         name, examples = named(part.segment, index), partial(_examples, part, fixed, device)
         if index in engines:

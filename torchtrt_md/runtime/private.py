@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib
 import os
 import pickle
 from collections.abc import Iterator, Sequence
@@ -79,6 +80,11 @@ def set_inductor_switches(switches: bytes) -> None:
         if getattr(torch.backends.cuda.matmul, name) != value:
             setattr(torch.backends.cuda.matmul, name, value)
     torch.use_deterministic_algorithms(deterministic)
+
+
+def load_inductor() -> None:
+    """Import what Inductor needs to find a graph in its caches, which takes seconds."""
+    importlib.import_module("torch._inductor.compile_fx")
 
 
 def import_inductor(device: torch.device) -> None:
