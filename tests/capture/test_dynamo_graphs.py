@@ -19,7 +19,7 @@ from torch.fx import GraphModule
 
 from torchtrt_md.capture import dynamo_private, torch_private
 from torchtrt_md.capture.dynamo import capture_graph, graph_inputs, groups_mesh
-from torchtrt_md.doors.dynamo import run_rank
+from torchtrt_md.doors.compared import run_rank
 from torchtrt_md.lowering import lower
 from torchtrt_md.lowering.ops import COLLECTIVES
 from torchtrt_md.mesh import Mesh

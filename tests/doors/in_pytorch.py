@@ -14,7 +14,8 @@ from torch import Tensor
 from torch.distributed.tensor.parallel import ColwiseParallel, RowwiseParallel
 
 from torchtrt_md import MDError
-from torchtrt_md.doors.dynamo import Verify, compile_graph, run_rank
+from torchtrt_md.doors.compared import run_rank
+from torchtrt_md.doors.dynamo import Verify, compile_graph
 from torchtrt_md.doors.flat_call import Compiled
 from torchtrt_md.launch.agree import Agreement
 from torchtrt_md.lowering import lower

@@ -11,12 +11,10 @@ It is for inference: a graph whose result would need gradients is refused.
 
 from __future__ import annotations
 
-import warnings
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager, nullcontext
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any, Protocol
-from weakref import WeakSet
 
 import msgspec
 import torch
@@ -24,15 +22,13 @@ import torch.distributed as dist
 from torch import Tensor, nn
 from torch.distributed.device_mesh import DeviceMesh
 from torch.distributed.tensor import DTensor
-from torch.fx import GraphModule, Interpreter
+from torch.fx import GraphModule
 from torch.utils import _pytree as pytree
-from torch.utils._python_dispatch import TorchDispatchMode
 
 from torchtrt_md.capture import capture
 from torchtrt_md.capture.arguments import Arguments
 from torchtrt_md.capture.dynamo import (
     GraphInput,
-    Specialized,
     WrittenInput,
     awaited_inputs,
     capture_graph,
@@ -48,26 +44,20 @@ from torchtrt_md.capture.dynamo_private import (
     outside_dynamo,
     passed_on,
 )
-from torchtrt_md.capture.model import own_mesh
 from torchtrt_md.capture.torch_private import root_mesh
 from torchtrt_md.doors.agreed import agreed_options
+from torchtrt_md.doors.compared import compare_ranks, is_close, limit_of, run_graph
 from torchtrt_md.doors.flat_call import Compiled, FlatCall, check_apart
-from torchtrt_md.errors import CaptureError, MDError, MeshError, OptionError, PlanError, PlanWarning, VerificationError
-from torchtrt_md.launch import communicator
-from torchtrt_md.lowering import split_outputs, uninitialized
-from torchtrt_md.lowering.ops import is_collective, use_device_mesh
-from torchtrt_md.mesh import Mesh
+from torchtrt_md.doors.unused import check_launch_used
+from torchtrt_md.errors import CaptureError, MDError, OptionError, PlanError
+from torchtrt_md.lowering import split_outputs
 from torchtrt_md.options import Options
-from torchtrt_md.program import Coordinate, Output, ShardedProgram, Value, Weight, outputs_of, part, placeholders
-from torchtrt_md.verification.compare import relative_error
+from torchtrt_md.program import Output, ShardedProgram, Value, Weight, outputs_of, part, placeholders
 
 if TYPE_CHECKING:
     from torchtrt_md.runtime.graphs import Budget
 
 Verify = Callable[[ShardedProgram], None]
-# Two runs of the same ops in the same dtype: what differs is the order of sums.
-_TOLERANCE = 1e-5
-_ROUNDINGS = 4
 
 
 class Build(Protocol):
@@ -193,7 +183,7 @@ def _compiled(
             inputs = graph_inputs(gm, example_inputs)
             found.append((_of_model if options.parallels else _of_graph)(gm, inputs, options, autocast))
             if not options.parallels:
-                _check_launch_used(gm, found[0], options, given, call)
+                check_launch_used(gm, found[0].program, found[0].inputs, options, given, call)
         return found[0].program
 
     call = call_in_progress()
@@ -285,120 +275,13 @@ def _of_graph(gm: GraphModule, inputs: Sequence[GraphInput], options: Options, a
         copies = {leaf.name: inputs[feeds[leaf.name]].example.clone() for leaf in written}
         own = [replace(i, example=copies[i.name]) if i.name in copies else i for i in inputs]
         with autocast.as_it_was():
-            expected = [local_tensor(t) for t in _run_graph(gm, own) if isinstance(t, Tensor)]
+            expected = [local_tensor(t) for t in run_graph(gm, own) if isinstance(t, Tensor)]
         expected += [local_tensor(copies[leaf.name]) for leaf in written]
-        _compare(lowered, expected, inputs, _groups_of(inputs, options.mesh))
+        compare_ranks(lowered, expected, inputs, _groups_of(inputs, options.mesh))
 
     weights = {i: [each.name] for i, each in enumerate(inputs) if each.kind == "weight"}
     results = program.out_leaves[: len(program.out_leaves) - len(written)]
     return _Captured(inputs, program, feeds, weights, {}, results, written, verify)
-
-
-# What was compiled in several graphs, or used the launch: modules, and of functions the options.
-_modules_in_parts: WeakSet[nn.Module] = WeakSet()
-_functions_in_parts: list[Mapping[str, Any]] = []  # held, so that they stay the objects that they are
-_used_meshes: set[Mesh] = set()  # a model may be compiled block by block, of which some are dense
-
-
-def _check_launch_used(
-    gm: GraphModule, captured: _Captured, options: Options, given: Mapping[str, Any] | None, call: CallInProgress | None
-) -> None:
-    """Tell of a model that every rank would run whole: of one graph, since of several others may communicate.
-
-    Raises, warns:
-        as :func:`_tell_unused`.
-    """
-    program = captured.program
-    if call is None and given is None:
-        return
-    if _uses_launch(captured, call):
-        _used_meshes.add(program.mesh)
-    elif graph_break(gm) is None:
-        parts = any(each is given for each in _functions_in_parts) if call is None else call.module in _modules_in_parts
-        if not parts and (options.mesh is None or program.mesh not in _used_meshes):
-            _tell_unused(program, options, call)
-        return
-    if call is not None:
-        _modules_in_parts.add(call.module)
-    elif given is not None and not any(each is given for each in _functions_in_parts):
-        _functions_in_parts.append(given)
-
-
-def _tell_unused(program: ShardedProgram, options: Options, call: CallInProgress | None) -> None:
-    """
-    Raises:
-        MeshError: a mesh was given for it.
-
-    Warns:
-        PlanWarning: none was.
-    """
-    what = "the function" if call is None else type(call.module).__name__
-    problem = f"nothing of {what} is split over ranks, and it does not communicate"
-    fix = (
-        "say what is parallel, as in options={'mesh': Mesh(cp=2), 'parallel': ContextParallel('cp')}, or shard the"
-        " model with parallelize_module; where each rank has data of its own, options={'mesh': Mesh(dp=2), 'parallel':"
-        " DataParallel('dp')}"
-    )
-    if options.mesh is not None:
-        raise MeshError(
-            f"all {program.mesh.size} ranks of {program.mesh} would do the same work: {problem}",
-            fix=f"leave out the option 'mesh'; or {fix}",
-        )
-    warnings.warn(
-        f"each of the {program.mesh.size} ranks runs all of {what} by itself: {problem}; {fix}",
-        PlanWarning,
-        stacklevel=2,
-    )
-
-
-def _uses_launch(captured: _Captured, call: CallInProgress | None) -> bool:
-    program = captured.program
-    return (
-        program.mesh.size == 1
-        or bool(program.groups)
-        or any(isinstance(source, Weight) and source.shardings for source in program.sources.values())
-        or any(isinstance(i.example, (DTensor, DeviceMesh)) for i in captured.inputs)
-        or any(is_collective(node) for graph, _ in program.distinct() for node in graph.graph.nodes)
-        or (call is not None and own_mesh(call.module) is not None)
-    )
-
-
-def _run_graph(gm: GraphModule, inputs: Sequence[GraphInput]) -> list[Any]:
-    """What Dynamo's graph gives in PyTorch, over the ranks of the launch where it communicates."""
-    with _Initialized():  # type: ignore[no-untyped-call]
-        return list(Specialized(gm).run(*(i.example for i in inputs)))
-
-
-class _Initialized(TorchDispatchMode):  # type: ignore[no-untyped-call]
-    """Memory is zero before it is written, as in a lowered graph; a graph may return it unwritten at a graph break."""
-
-    def __torch_dispatch__(
-        self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
-    ) -> Any:
-        result = func(*args, **(kwargs or {}))
-        return result.zero_() if func in uninitialized.FILLED else result
-
-
-def _compare(
-    program: ShardedProgram,
-    expected: Sequence[Tensor],
-    inputs: Sequence[GraphInput],
-    device_mesh: DeviceMesh | None,
-) -> None:
-    """Run the lowered program in PyTorch too, over the ranks of the launch.
-
-    Raises:
-        VerificationError: the outputs differ by more than rounding.
-    """
-    limit = _limit(program)
-    given = {i.name: arrived(local_tensor(i.example)) for i in inputs if i.kind == "value"}
-    produced = run_rank(program, given, device_mesh)
-    for value, ours, theirs in zip(program.outputs, produced, expected, strict=True):
-        if not _close(ours, theirs, limit):
-            raise VerificationError(
-                f"{value.name} of the lowered graph is not what the graph returns, by more than rounding",
-                fix="report it, with the model",
-            )
 
 
 def _groups_of(inputs: Sequence[GraphInput], mesh: Any) -> DeviceMesh | None:
@@ -408,26 +291,6 @@ def _groups_of(inputs: Sequence[GraphInput], mesh: Any) -> DeviceMesh | None:
         (m.device_mesh if isinstance(m, DTensor) else m for m in of if isinstance(m, (DTensor, DeviceMesh))), None
     )
     return None if own is None else root_mesh(own)
-
-
-def run_rank(program: ShardedProgram, inputs: Mapping[str, Tensor], device_mesh: DeviceMesh | None) -> list[Tensor]:
-    """This rank's lowered graph in PyTorch, over the process group of the launch."""
-    rank = dist.get_rank() if dist.is_initialized() else 0
-    graph = program.graphs[rank]
-    device = next((t.device for t in (*inputs.values(), *program.weights.shards.values())), torch.device("cpu"))
-    flat: list[Tensor] = []
-    for node in placeholders(graph):
-        source = program.sources[node.name]
-        if isinstance(source, Weight):
-            flat.append(program.weights.local(source, program.mesh, rank))
-        elif isinstance(source, Coordinate):
-            flat.append(torch.tensor([program.mesh.coordinate(rank, source.axis)], dtype=torch.int32, device=device))
-        else:
-            flat.append(inputs[source.name])
-    if device_mesh is None and not dist.is_initialized():
-        return list(Interpreter(graph).run(*flat))
-    with use_device_mesh(device_mesh or communicator.device_mesh(program.mesh, device.type)):
-        return list(Interpreter(graph).run(*flat))
 
 
 # --- a dense model with a plan ---
@@ -544,11 +407,11 @@ def _results(
     results, certain = _matched(theirs, program.outputs, program, _alike)
     if certain and not check:
         return results
-    limit = _limit(program)
-    theirs = _run_graph(gm, inputs)
+    limit = limit_of(program)
+    theirs = run_graph(gm, inputs)
     with torch.compiler.set_stance("force_eager"):
         ours = [t for t in pytree.tree_leaves(call.module(*call.args, **call.kwargs)) if isinstance(t, Tensor)]
-    results, certain = _matched(theirs, ours, program, lambda a, b: _close(a, b, limit))
+    results, certain = _matched(theirs, ours, program, lambda a, b: is_close(a, b, limit))
     if not certain:
         raise CaptureError(
             f"two outputs of {type(call.module).__name__} have the same shape and values, so that those of the graph"
@@ -588,15 +451,3 @@ def _matched(
 
 def _alike(a: Any, b: Any) -> bool:
     return tuple(a.shape) == tuple(b.shape) and a.dtype == b.dtype
-
-
-def _limit(program: ShardedProgram) -> float:
-    """How far two runs of the same ops may be apart, relative, which differ in the order of sums only."""
-    values = [node.meta.get("val") for node in program.graphs[0].graph.nodes]
-    dtypes = {v.dtype for v in values if isinstance(v, Tensor) and v.is_floating_point()}
-    return max([_TOLERANCE, *(_ROUNDINGS * torch.finfo(dtype).eps for dtype in dtypes)])
-
-
-def _close(a: Tensor, b: Tensor, limit: float) -> bool:
-    """Equal up to ``limit`` in every part; what is not finite is equal in place and kind."""
-    return relative_error(a, b) <= (limit if a.is_floating_point() or a.is_complex() else 0.0)

@@ -9,7 +9,9 @@ from __future__ import annotations
 import os
 import pickle
 import sys
+import threading
 from pathlib import Path
+from queue import SimpleQueue
 
 import torch
 
@@ -24,21 +26,33 @@ def main() -> None:
     """Serve standard input."""
     answers = os.fdopen(os.dup(1), "w")
     os.dup2(2, 1)  # what Inductor prints is no answer
+    asked: SimpleQueue[str] = SimpleQueue()
+    threading.Thread(target=_read, args=(asked,), daemon=True).start()
     device = torch.device(sys.argv[1])
     if device.type == "cuda":
         torch.cuda.set_device(device)
     prepare(device)
     private.import_inductor(device)
     print(READY, file=answers, flush=True)
+    while True:
+        print(_answer(Path(asked.get()), device).replace("\n", " "), file=answers, flush=True)
+
+
+def _read(asked: SimpleQueue[str]) -> None:
+    """Pass on what is asked; the end of it is that of this process, whatever is under way."""
     for line in sys.stdin:
-        try:
-            job: Job = pickle.loads(Path(line.strip()).read_bytes())
-            private.set_inductor_switches(job.switches)
-            compiled(graph_from_json(job.graph), job.operands, device)
-            answer = DONE
-        except Exception as error:  # whatever it is, the other one compiles the graph by itself
-            answer = f"{type(error).__name__}: {first_line(error)}"
-        print(answer.replace("\n", " "), file=answers, flush=True)
+        asked.put(line.strip())
+    os._exit(0)
+
+
+def _answer(file: Path, device: torch.device) -> str:
+    try:
+        job: Job = pickle.loads(file.read_bytes())
+        private.set_inductor_switches(job.switches)
+        compiled(graph_from_json(job.graph), job.operands, device)
+    except Exception as error:  # whatever it is, the other one compiles the graph by itself
+        return f"{type(error).__name__}: {first_line(error)}"
+    return DONE
 
 
 if __name__ == "__main__":
