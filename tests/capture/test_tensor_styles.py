@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import warnings
 from collections.abc import Callable, Mapping
+from types import MethodType
 from typing import Any
 
 import models
@@ -194,6 +195,15 @@ def test_an_embedding_whose_own_code_asks_for_ids(size: int) -> None:
     program = programmed(model, (ids,), size, {"0": "embedding_rowwise", "1": "colwise_gather_output"})
     assert sharding_of(program, "0.row") == ()
     assert sharding_of(program, "0.weight") == ((Sharding if size == 2 else UnevenSharding)(0, "tp"),)
+
+
+def test_an_embedding_that_was_given_code_of_its_own() -> None:
+    def own(embedding: Any, ids: Tensor) -> Tensor:
+        return torch.where((ids == 31).unsqueeze(-1), 0.5, nn.Embedding.forward(embedding, ids))
+
+    model = nn.Sequential(nn.Embedding(34, 16), nn.Linear(16, 8)).eval()
+    model[0].forward = MethodType(own, model[0])
+    programmed(model, (torch.arange(34).unsqueeze(0),), 4, {"0": "embedding_rowwise", "1": "colwise_gather_output"})
 
 
 def test_an_embedding_that_reads_its_weight_otherwise() -> None:

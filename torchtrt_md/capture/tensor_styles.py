@@ -278,7 +278,7 @@ def _vocabulary(module: nn.Embedding, axis: Axis) -> Hooks | None:
         return axis.sum(torch.where(there.unsqueeze(-1), y, 0.0))
 
     kept: list[Tensor] = []
-    if type(module).forward is nn.Embedding.forward:
+    if getattr(module.forward, "__func__", None) is nn.Embedding.forward:
         module.padding_idx = None  # says something about gradients only, and is a row of the whole
         return Hooks(before, behind)
     whole: nn.Module = module
