@@ -14,6 +14,7 @@ from transformers import Gemma3TextConfig, JambaConfig, LlamaConfig
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
+import torchtrt_md as md
 from benchmarks import model_matrix, small_diffusers, small_diffusers_plans, small_others
 from benchmarks.small_configs import small
 
@@ -105,6 +106,10 @@ def test_models_of_images_get_one_and_models_around_them_hold_what_decides_sizes
         with pytest.raises(ValueError, match="Image features and image tokens do not match"):
             plain(**whole | more)
     assert "TRANSFORMERS_DISABLE_TORCH_CHECK" not in os.environ
+    held = small_diffusers.Holding(plain, model.held)
+    with pytest.raises(md.CaptureError, match="depends on the values of tensors") as refused:
+        md.capture(held, (), kwargs, mesh=md.Mesh(n=2), parallel=md.TensorParallel("n"))
+    assert "TRANSFORMERS_DISABLE_TORCH_CHECK=1 leaves it out" in refused.value.fix
 
 
 def test_experts_that_loop_verify_without_the_loop() -> None:
