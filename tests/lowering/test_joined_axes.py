@@ -191,6 +191,21 @@ def test_axes_that_are_given_twice_or_are_not_there() -> None:
         lowered(call, "ring", plan=None)
 
 
+@pytest.mark.parametrize("tokens", [3, 4])
+def test_what_is_gathered_of_one_position_on_each_rank_is_in_one_piece(tokens: int) -> None:
+    class Viewed(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.out = nn.Identity()
+
+        def forward(self, x: Tensor) -> Tensor:
+            y: Tensor = self.out(x.sin())
+            return y.view(-1, 32) + 1
+
+    call: models.Call = (Viewed(), (torch.randn(2, tokens, 32),), {})
+    verified(call, "ulysses", md.Mesh(cp=4), "cp")
+
+
 def test_what_a_sequence_is_too_short_for() -> None:
     with pytest.raises(ShardingError, match=r"over axis 'ring\+ulysses' of 4 ranks"):
         lowered(models.attention(tokens=1), "ring")
