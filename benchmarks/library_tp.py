@@ -2,7 +2,8 @@
 
     torchrun --nproc_per_node=2 benchmarks/library_tp.py GemmaForCausalLM
 
-It prints the largest difference of any rank's logits, or the first line of the library's error.
+It prints the largest difference of any rank's logits, or last hidden states where there are none, or the first line of
+the library's error.
 """
 
 from __future__ import annotations
@@ -22,14 +23,23 @@ import torch  # noqa: E402
 import torch.distributed as dist  # noqa: E402
 
 from benchmarks.model_matrix import SAID, made  # noqa: E402
+from benchmarks.small_diffusers import Holding  # noqa: E402
+
+
+def _result(output: Any) -> tuple[torch.Tensor, str]:
+    """What is compared of a model's output, and what to call a number of it."""
+    logits = getattr(output, "logits", None)
+    return (output.last_hidden_state, "number") if logits is None else (logits, "logit")
 
 
 def main(name: str) -> None:
     dist.init_process_group("gloo")
     rank, size = dist.get_rank(), dist.get_world_size()
     model, args, kwargs = made(name)
+    if isinstance(model, Holding):
+        model, kwargs = model.model, {**kwargs, **model.held}
     with torch.no_grad():
-        expected = model(*args, **kwargs).logits
+        expected, what = _result(model(*args, **kwargs))
     folder: list[Any] = [tempfile.mkdtemp() if rank == 0 else None]
     dist.broadcast_object_list(folder)
     if rank == 0:
@@ -39,9 +49,9 @@ def main(name: str) -> None:
         mesh = dist.device_mesh.init_device_mesh("cpu", (size,), mesh_dim_names=("tp",))
         sharded = type(model).from_pretrained(folder[0], tp_plan="auto", device_mesh=mesh).eval()
         with torch.no_grad():
-            found = sharded(*args, **kwargs).logits
+            found, _ = _result(sharded(*args, **kwargs))
         off = float((found - expected).abs().max() / expected.abs().max())
-        said = f"differs by {off:.1e} of the largest logit"
+        said = f"differs by {off:.1e} of the largest {what}"
     except Exception as error:  # whatever it is
         frame = traceback.extract_tb(error.__traceback__)[-1]
         reason = next(iter(str(error).strip().splitlines()), "") or frame.line

@@ -6,10 +6,11 @@
     python benchmarks/model_matrix.py --part 1/4 --check docs/models.md    # fails where the page says otherwise
 
 Models of transformers are the causal language models with a tensor-parallel plan that it maps configurations to, made
-from a small configuration (small_configs.py).  Those of diffusers are all classes with a plan, called as their
-pipelines call them (small_diffusers.py), in each strategy of a split sequence and tensor-parallel, as far as they have
-plans; its transformers without a plan for a split sequence, by plans given by hand, and those without a tensor-parallel
-one by a plan made of the names of their layers (small_diffusers_plans.py).
+from a small configuration (small_configs.py), and one for each other configuration of it with such a plan: parts of
+models, encoders, models of images and of sound (small_others.py).  Those of diffusers are all classes with a plan,
+called as their pipelines call them (small_diffusers.py), in each strategy of a split sequence and tensor-parallel, as
+far as they have plans; its transformers without a plan for a split sequence, by plans given by hand, and those without
+a tensor-parallel one by a plan made of the names of their layers (small_diffusers_plans.py).
 Weights are random.  What does not verify is written down with the first line of the error, or with that of the
 library, where the model does not run by itself.  Of the classes some go on to an engine of TensorRT, every
 ``SAMPLE``-th in the order of their names.
@@ -29,7 +30,7 @@ import textwrap
 import time
 import traceback
 import warnings
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor, as_completed
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
@@ -38,7 +39,7 @@ from typing import Any
 ROOT = Path(__file__).resolve().parents[1]
 sys.path.insert(0, str(ROOT))
 
-from benchmarks import small_diffusers, small_diffusers_plans, without_loops  # noqa: E402
+from benchmarks import small_diffusers, small_diffusers_plans, small_others, without_loops  # noqa: E402
 from benchmarks.small_configs import TOKENS, small  # noqa: E402
 
 LIMIT_S = 600.0
@@ -102,6 +103,9 @@ def tasks_of(names: Sequence[str], ranks: Sequence[int]) -> list[tuple[str, int,
     """What is tried: each class in each call and with each plan that it has, on each number of ranks."""
     tried = []
     for name in dict.fromkeys(names):
+        if small_others.is_one(name):
+            tried += [(call, r, "tensor") for call in small_others.calls(name) for r in ranks]
+            continue
         tried += [(call, r, BY_NAMES) for call in _without_tensor_plan(name) for r in ranks]
         if name in small_diffusers_plans.classes():
             calls, strategies = small_diffusers_plans.calls(name), small_diffusers_plans.STRATEGIES
@@ -139,6 +143,8 @@ def made(name: str) -> tuple[Any, tuple[Any, ...], dict[str, Any]]:
     call, (name, *_) = name, name.split(", ")
     if not hasattr(transformers, name):
         return small_diffusers.made(call)
+    if small_others.is_one(name):
+        return small_others.made(call)
 
     torch.manual_seed(0)
     config_class = getattr(transformers, name).config_class
@@ -197,13 +203,23 @@ def _built_of(lowered: Any) -> str:
 
 def _is_sampled(call: str) -> bool:
     """Whether the class of a call is one of those that go on to engines."""
-    return _names().index(call.partition(", ")[0]) % SAMPLE == 0
+    name = call.partition(", ")[0]
+    return next(names.index(name) for names in (_classes(), _configurations()) if name in names) % SAMPLE == 0
+
+
+def _names() -> list[str]:
+    """All classes, and configurations of other ones, in the order of their names."""
+    return sorted([*_classes(), *_configurations()])
 
 
 @functools.cache
-def _names() -> list[str]:
-    """All classes, in the order of their names."""
+def _classes() -> list[str]:
     return sorted({*models(), *small_diffusers.classes(), *small_diffusers_plans.classes()})
+
+
+@functools.cache
+def _configurations() -> list[str]:
+    return small_others.configurations(models())
 
 
 def _along(name: str, parallel: Any, model: Any) -> Any:
@@ -248,7 +264,7 @@ def _in_child(name: str, ranks: int, parallel: str) -> Outcome:
 def tried(name: str, ranks: int, parallel: str) -> Outcome:
     """What became of one model, and in the library itself where it failed."""
     found = _in_child(name, ranks, parallel)
-    failed = found.stage and found.stage != "model" and name.partition(", ")[0] in models()
+    failed = found.stage and found.stage != "model" and _of_transformers(found)
     return replace(found, library=_in_library(name, ranks)) if failed else found
 
 
@@ -273,7 +289,8 @@ def page(outcomes: Sequence[Outcome], versions: str) -> str:
     """docs/models.md."""
     by_names = [o for o in outcomes if o.parallel == BY_NAMES]
     others = [o for o in outcomes if o.parallel != BY_NAMES]
-    language = [o for o in others if _of_transformers(o)]
+    parts = [o for o in others if _of_configuration(o)]
+    language = [o for o in others if _of_transformers(o) and not _of_configuration(o)]
     generating = [o for o in others if not _of_transformers(o) and not _planned(o.model, o.parallel)]
     planned = [o for o in others if _planned(o.model, o.parallel)]
     lines = [
@@ -292,6 +309,21 @@ def page(outcomes: Sequence[Outcome], versions: str) -> str:
             "Experts in a loop over those that got a token are replaced by some without, in a row of their own",
             "(`benchmarks/without_loops.py`).",
             *_table(language, ("class",)),
+        ]
+    if parts:
+        lines += [
+            "",
+            "## transformers, beside causal language models",
+            "",
+            "Every other configuration with a `base_model_tp_plan`: parts of models, encoders, models of images and of",
+            "sound. The class is the one that the plan is for, called by the input that it mainly takes; a model that",
+            "has a part for images is given one. Where what decides sizes is held, a module around the model has the",
+            "numbers of patches of a picture, or where they are: they are the same in all calls then. Checks of values",
+            "are those of transformers that there are as many places for images as images: its switch",
+            "`TRANSFORMERS_DISABLE_TORCH_CHECK=1` leaves them out. What fails was compared as above, too.",
+            "",
+            *(_of_configurations(parts, r) for r in sorted({o.ranks for o in parts})),
+            *_table(parts, ("configuration", "class"), _with_class),
         ]
     if generating:
         lines += [
@@ -339,6 +371,20 @@ def _of_transformers(found: Outcome) -> bool:
     return hasattr(transformers, found.model.partition(", ")[0])
 
 
+def _of_configuration(found: Outcome) -> bool:
+    return small_others.is_one(found.model.partition(", ")[0])
+
+
+def _with_class(row: tuple[str, str]) -> tuple[str, str]:
+    return row[0], small_others.class_named(row[0].partition(", ")[0])
+
+
+def _of_configurations(outcomes: Sequence[Outcome], ranks: int) -> str:
+    tried = {o.model.partition(", ")[0] for o in outcomes if o.ranks == ranks}
+    right = {o.model.partition(", ")[0] for o in outcomes if o.ranks == ranks and not o.stage}
+    return f"- {ranks} ranks, configurations that verify in a call: {len(right)} of {len(tried)}"
+
+
 def _wrapped(text: str) -> list[str]:
     return textwrap.wrap(text, 118, break_long_words=False, break_on_hyphens=False)
 
@@ -369,7 +415,12 @@ def _wide_table(outcomes: Sequence[Outcome]) -> list[str]:
     return lines
 
 
-def _table(outcomes: Sequence[Outcome], columns: Sequence[str]) -> list[str]:
+def _table(
+    outcomes: Sequence[Outcome],
+    columns: Sequence[str],
+    named: Callable[[tuple[str, str]], Sequence[str]] | None = None,
+) -> list[str]:
+    """A row for each call; ``named`` says what stands in the first columns instead of the call and what is parallel."""
     ranks = sorted({o.ranks for o in outcomes})
     by = {(o.model, o.parallel, o.ranks): o for o in outcomes}
     rows = sorted({(o.model, o.parallel) for o in outcomes}, key=lambda row: (row[0].lower(), row[1]))
@@ -384,7 +435,7 @@ def _table(outcomes: Sequence[Outcome], columns: Sequence[str]) -> list[str]:
     ]
     for row in rows:
         cells = [_cell(by[*row, r]) if (*row, r) in by else "" for r in ranks]
-        lines.append("| " + " | ".join([*row[: len(columns)], *cells]) + " |")
+        lines.append("| " + " | ".join([*(named(row) if named else row[: len(columns)]), *cells]) + " |")
     return lines
 
 

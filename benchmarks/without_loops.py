@@ -13,20 +13,22 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+WITHOUT = "experts without a loop"
+
 
 def calls(name: str) -> list[str]:
-    """The calls of a class in which its experts have no loop."""
-    return [f"{name}, experts without a loop"] if name == "LongcatFlashForCausalLM" else []
+    """The calls of a class, or configuration, in which its experts have no loop."""
+    return [f"{name}, {WITHOUT}"] if name in ("LongcatFlashForCausalLM", "Step3p7TextConfig") else []
 
 
 def replace(model: nn.Module) -> None:
     """Let the experts of this model run without a loop."""
     for module in model.modules():
-        if type(module).__name__ == "LongcatFlashExperts":
-            module.forward = MethodType(_forward, module)
+        if forward := _FORWARDS.get(type(module).__name__):
+            module.forward = MethodType(forward, module)
 
 
-def _forward(experts: Any, x: Tensor, indices: Tensor, weights: Tensor) -> Tensor:
+def _longcat_flash(experts: Any, x: Tensor, indices: Tensor, weights: Tensor) -> Tensor:
     """x [T, D]; indices and weights [T, k].  The last experts give a token back as it is."""
     same = indices >= experts.num_routed_experts
     chosen = indices.clamp(max=experts.num_routed_experts - 1)
@@ -35,3 +37,15 @@ def _forward(experts: Any, x: Tensor, indices: Tensor, weights: Tensor) -> Tenso
     total = (made * weights.masked_fill(same, 0).unsqueeze(-1)).sum(1)
     total += experts.identity_expert(x) * (weights * same).sum(-1, keepdim=True)
     return total
+
+
+def _step3p7(experts: Any, x: Tensor, indices: Tensor, weights: Tensor) -> Tensor:
+    """x [T, D]; indices and weights [T, k].  One behind the last expert stands for those of other ranks."""
+    there = indices < experts.num_experts
+    chosen = indices.clamp(max=experts.num_experts - 1)
+    gated = experts._apply_gate(torch.einsum("tkof,tf->tko", experts.gate_up_proj[chosen], x))
+    made = torch.einsum("tkfo,tko->tkf", experts.down_proj[chosen], gated)
+    return torch.einsum("tkf,tk->tf", made, weights * there)
+
+
+_FORWARDS = {"LongcatFlashExperts": _longcat_flash, "Step3p7Experts": _step3p7}

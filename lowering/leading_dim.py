@@ -47,7 +47,11 @@ def _gather(node: Node, args: dict[str, Any]) -> Node | None:
     args["dim"] = 0
     gathered = emit(node, node.target, x, *args.values())  # type: ignore[arg-type]
     by_rank = view(node, gathered, [size, *value_of(x).shape])
-    return view(node, _move_first_to(node, by_rank, dim), list(value_of(node).shape))
+    whole = view(node, _move_first_to(node, by_rank, dim), list(value_of(node).shape))
+    if value_of(whole).is_contiguous():
+        return whole
+    # Of one entry on each rank the move alone makes the shape, and what views a gather takes it to be in one piece.
+    return emit(node, aten.clone.default, whole, memory_format=torch.contiguous_format)
 
 
 def _scatter(node: Node, args: dict[str, Any]) -> Node | None:

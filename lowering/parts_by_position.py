@@ -74,6 +74,8 @@ class _Parts:
         if torch.Tag.nondeterministic_seeded in node.target.tags or not isinstance(node.meta["val"], Tensor):
             return []
         shape = value_of(node).shape
+        if dim >= len(shape):  # it has fewer dims than what it is used beside, and so is no part
+            return []
         have = [x for x in node.all_input_nodes if len(value_of(x).shape) >= len(shape) - dim]
         return [x for x in have if shape[dim] == 1 or value_of(x).shape[dim - len(shape)] != 1]
 

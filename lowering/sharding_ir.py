@@ -29,10 +29,10 @@ def split_sequence(call: Call) -> Result:
     dim = call.dim("dim", value_of(x).ndim)
     extent = call.shape[dim]
     length = call.held(extent)
-    if extent < call.size or length >= extent:
+    if length >= extent:  # which says of a part that every rank has all of it
         call.refuse(
-            f"has {extent} entries on dim {dim} for {call.size} ranks, and not every rank would get some of its own",
-            f"leave this value out of the plan, or use a sequence of at least {call.size * call.unit}",
+            f"has {extent} entries on dim {dim}, of which each of {call.size} ranks would get {length}",
+            f"leave this value out of the plan, or use a sequence of at least {call.unit + 1}",
         )
     return Sharded.of(dim, [Part(length, extent)], call.size)
 

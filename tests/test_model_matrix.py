@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import dataclasses
+import os
 import re
 import sys
 from pathlib import Path
@@ -12,7 +14,8 @@ from transformers import Gemma3TextConfig, JambaConfig, LlamaConfig
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
-from benchmarks import model_matrix, small_diffusers, small_diffusers_plans
+import torchtrt_md as md
+from benchmarks import model_matrix, small_diffusers, small_diffusers_plans, small_others
 from benchmarks.small_configs import small
 
 
@@ -40,6 +43,75 @@ def test_the_models_are_those_of_the_libraries_and_the_page_counts_them() -> Non
     assert "| FluxTransformer2DModel, guidance | allgather_kv | ok |" in page
 
 
+def test_every_other_configuration_with_a_plan_has_a_class_and_a_call() -> None:
+    """The library says which there are, and of which class; those without one it says, too."""
+    names = small_others.configurations(model_matrix.models())
+    assert not {"LlamaConfig", "Llama4TextConfig"} & set(names)  # which have models for causal language modelling
+    assert all(map(small_others.is_one, names))
+    classes = {
+        "Qwen2VLTextConfig": "Qwen2VLTextModel",
+        "EuroBertConfig": "EuroBertModel",  # and not EuroBertForMaskedLM
+        "Llama4Config": "Llama4ForConditionalGeneration",  # the library has no Llama4Model
+        "Ernie4_5_VL_MoeTextConfig": "Ernie4_5_VLMoeTextModel",  # another name of the same
+        "InternLM3Config": "LlamaForCausalLM",  # to which the library maps it
+        "T5GemmaModuleConfig": "T5GemmaModel",  # a part of it
+        "VoxtralRealtimeTextConfig": "VoxtralRealtimeTextModel",  # which is not exported
+    }
+    assert classes.items() <= {name: small_others.class_named(name) for name in names}.items()
+    listed = {name for name, *_ in (*small_others._WANTED, *small_others._OF_ONE, *small_others._MORE)}
+    assert listed | set(small_others._GIVEN) | set(small_others._BESIDE) <= set(names)
+    tasks = model_matrix.tasks_of(names, [2, 4])
+    assert ("MuseGlimmerVisionConfig, what decides sizes is held", 4, "tensor") in tasks
+    assert ("Llama4Config, no checks of values", 2, "tensor") in tasks
+    assert ("Step3p7TextConfig, experts without a loop", 2, "tensor") in tasks
+    assert {name for name, *_ in tasks} >= set(names)
+    assert len(tasks) == len(set(tasks))
+
+
+def test_other_configurations_verify_and_stand_in_a_table_of_their_own() -> None:
+    tried = [
+        ("T5Gemma2DecoderConfig", 4),  # a token that has an embedding of its own, in the last rank's rows
+        ("MuseGlimmerConfig", 2),
+        ("MuseGlimmerConfig, what decides sizes is held, no checks of values", 2),  # an image between tokens
+        ("EsmcConfig", 2),  # norms all heads, of which its plan gives a rank some
+        ("Step3p7TextConfig, experts without a loop", 2),
+    ]
+    found = [model_matrix.outcome(*task) for task in tried]
+    assert [o.stage for o in found] == ["", "capture", "", "capture", ""]
+    page = model_matrix.page(found, "versions")
+    assert "## transformers, beside causal language models" in page
+    assert "## transformers\n" not in page
+    assert "- 2 ranks, configurations that verify in a call: 2 of 3\n" in page
+    assert "- 2 ranks: 2 of 4\n- 4 ranks: 1 of 1" in page
+    assert "| T5Gemma2DecoderConfig | T5Gemma2Decoder |  | ok |" in page
+    assert f"| {tried[2][0]} | MuseGlimmerModel | ok |  |" in page
+    worse = [model_matrix.Outcome("EuroBertConfig", 2, "verify", "wrong")]
+    assert model_matrix.differences(worse, page) == [
+        "| configuration | class | 2 ranks |",
+        "| EuroBertConfig | EuroBertModel | verify: wrong |",
+    ]
+
+
+def test_models_of_images_get_one_and_models_around_them_hold_what_decides_sizes() -> None:
+    name = "MuseGlimmerConfig, what decides sizes is held, no checks of values"
+    model, _, kwargs = small_others.made(name)
+    assert set(kwargs) == {"input_ids", "pixel_values", "use_cache"}
+    assert model.held["image_grid_thw"].tolist() == [[1, small_others.ROWS, small_others.COLUMNS]]
+    plain, _, whole = small_others.made("MuseGlimmerConfig")
+    with torch.no_grad():
+        torch.testing.assert_close(model(**kwargs).last_hidden_state, plain(**whole).last_hidden_state)
+        other = whole | {"pixel_values": -whole["pixel_values"]}
+        assert not torch.allclose(plain(**other).last_hidden_state, plain(**whole).last_hidden_state)
+        more = kwargs | {"input_ids": torch.full_like(kwargs["input_ids"], plain.config.image_token_id)}
+        with pytest.raises(ValueError, match="Image features and image tokens do not match"):
+            plain(**whole | more)
+    assert "TRANSFORMERS_DISABLE_TORCH_CHECK" not in os.environ
+    held = small_diffusers.Holding(plain, model.held)
+    with pytest.raises(md.CaptureError, match="depends on the values of tensors") as refused:
+        md.capture(held, (), kwargs, mesh=md.Mesh(n=2), parallel=md.TensorParallel("n"))
+    assert "TRANSFORMERS_DISABLE_TORCH_CHECK=1 leaves it out" in refused.value.fix
+
+
 def test_experts_that_loop_verify_without_the_loop() -> None:
     name = "LongcatFlashForCausalLM, experts without a loop"
     assert (name, 4, "tensor") in model_matrix.tasks_of(["LongcatFlashForCausalLM"], [4])
@@ -63,7 +135,8 @@ def test_a_page_is_compared_row_by_row() -> None:
 
 def test_some_models_go_on_to_engines() -> None:
     sampled = [name for name in model_matrix._names() if model_matrix._is_sampled(name)]
-    assert len(sampled) == -(-len(model_matrix._names()) // model_matrix.SAMPLE)
+    of_each = len(model_matrix._classes()), len(model_matrix._configurations())
+    assert len(sampled) == sum(-(-count // model_matrix.SAMPLE) for count in of_each)
     assert model_matrix.outcome("CohereForCausalLM", 2).built == "yes"
     assert model_matrix.outcome("LlamaForCausalLM", 2).built == ""
 
@@ -145,3 +218,7 @@ def test_what_fails_is_run_in_the_library(monkeypatch: pytest.MonkeyPatch) -> No
     found = model_matrix.tried("LlamaForCausalLM", 2, "tensor")
     assert re.fullmatch(r"differs by \d\.\de-0[6-8] of the largest logit", found.library)  # a plan that is right
     assert f"wrong **In transformers itself:** {found.library} |" in model_matrix.page([found], "versions")
+    part = "MuseGlimmerVisionConfig, what decides sizes is held"
+    monkeypatch.setattr(model_matrix, "_in_child", lambda *task: dataclasses.replace(failed, model=part))
+    found = model_matrix.tried(part, 2, "tensor")
+    assert re.fullmatch(r"differs by \d\.\de-0[6-8] of the largest number", found.library)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import warnings
 from collections.abc import Callable, Mapping
+from types import MethodType
 from typing import Any
 
 import models
@@ -171,6 +172,45 @@ def test_vocabularies(vocabulary: int, size: int) -> None:
     program = programmed(Tied(vocabulary).eval(), (ids,), size, plan)
     assert [s.name for s in program.sources.values() if isinstance(s, Weight)] == ["embed.weight"]
     assert Coordinate("tp") in md.lower(program).sources.values()
+
+
+class WithAPlaceholder(nn.Embedding):
+    """One id has a row of its own, beside the table; T5Gemma2 embeds the end of an image so."""
+
+    def __init__(self, reads: Callable[[Tensor], object] = lambda weight: weight.dtype) -> None:
+        super().__init__(34, 16, padding_idx=0)
+        self.placeholder, self.row, self.reads = 31, nn.Parameter(torch.randn(16)), reads
+
+    def forward(self, ids: Tensor) -> Tensor:
+        self.reads(self.weight)
+        rows = 3.0 * super().forward(ids)
+        rows[ids == self.placeholder] = self.row
+        return rows
+
+
+@pytest.mark.parametrize("size", SIZES)
+def test_an_embedding_whose_own_code_asks_for_ids(size: int) -> None:
+    """They are those of the whole vocabulary: no rank's rows are that many, and rank 0 has none of the last."""
+    model, ids = nn.Sequential(WithAPlaceholder(), nn.Linear(16, 8)).eval(), torch.arange(34).unsqueeze(0)
+    program = programmed(model, (ids,), size, {"0": "embedding_rowwise", "1": "colwise_gather_output"})
+    assert sharding_of(program, "0.row") == ()
+    assert sharding_of(program, "0.weight") == ((Sharding if size == 2 else UnevenSharding)(0, "tp"),)
+
+
+def test_an_embedding_that_was_given_code_of_its_own() -> None:
+    def own(embedding: Any, ids: Tensor) -> Tensor:
+        return torch.where((ids == 31).unsqueeze(-1), 0.5, nn.Embedding.forward(embedding, ids))
+
+    model = nn.Sequential(nn.Embedding(34, 16), nn.Linear(16, 8)).eval()
+    model[0].forward = MethodType(own, model[0])
+    programmed(model, (torch.arange(34).unsqueeze(0),), 4, {"0": "embedding_rowwise", "1": "colwise_gather_output"})
+
+
+def test_an_embedding_that_reads_its_weight_otherwise() -> None:
+    """A rank has some of the rows, so what is made of them is another thing on each."""
+    for reads, name in ((lambda weight: weight.mean(), "mean"), (lambda weight: weight.mT, "__get__")):
+        with pytest.raises(PlanError, match=f"reads its weight by {name}, and not by a lookup of ids"):
+            programmed(WithAPlaceholder(reads).eval(), (torch.arange(9),), 2, {"": "embedding_rowwise"})
 
 
 def test_a_tied_weight_that_is_cut_in_two_ways() -> None:

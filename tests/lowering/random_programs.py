@@ -94,7 +94,7 @@ def program(random: Random) -> Program:
     width = random.choice([2, 4, 4, 6, 8])
     length, other = (size * random.choice([1, 2, 2, 3, 4]) for _ in "xy")
     if random.random() < 0.4:  # lengths that the ranks need not divide
-        length, other = (random.randint(size, 4 * size) for _ in "xy")
+        length, other = (random.randint(2, 4 * size) for _ in "xy")
     inputs = {"x": _values((batch, length, width)), "y": _values((batch, random.choice([length, other]), width))}
     plan: dict[str, object] = {"": {"x": md.Split(1)}}
     if random.random() < 0.6:

@@ -77,6 +77,18 @@ def test_positions_that_a_view_made_of_several(largest: Any, strategy: str) -> N
     check(scaled, torch.randn(1, 6, 8, dtype=torch.float64), strategy)
 
 
+@pytest.mark.parametrize("length", [2, 3, 5])
+@pytest.mark.parametrize("strategy", STRATEGIES)
+def test_more_ranks_than_positions(strategy: str, length: int) -> None:
+    """Those behind the last position have copies of it alone."""
+
+    def scaled(x: Tensor) -> Tensor:
+        y = x / x.amax() + attend(x) / x.abs().amax((0, 1))
+        return y * (y.flatten(0, 1).amin(0) + attend(y, attn_mask=y.sum(-1) > y.sum(-1).amin()))
+
+    check(scaled, torch.randn(1, length, 8, dtype=torch.float64), strategy, md.Mesh(cp=length + 3))
+
+
 def test_over_some_dims_and_in_order() -> None:
     """The sequence merged with what is before and behind it, and one number for each channel."""
 
@@ -130,7 +142,7 @@ def test_parts_that_were_concatenated() -> None:
             torch.testing.assert_close(result, model(example))
 
 
-@pytest.mark.parametrize("length", [13, 16])
+@pytest.mark.parametrize("length", [3, 13, 16])
 @pytest.mark.parametrize("strategy", STRATEGIES)
 def test_behind_causal_attention(strategy: str, length: int) -> None:
     """Queries behind the end see keys behind the end, so what they get is no copy, and could be the largest."""
@@ -143,7 +155,7 @@ def test_behind_causal_attention(strategy: str, length: int) -> None:
 
 
 @pytest.mark.parametrize("mesh", [md.Mesh(r=2), md.Mesh(r=2, u=2), md.Mesh(r=3, u=2)])
-@pytest.mark.parametrize("length", [24, 23])
+@pytest.mark.parametrize("length", [24, 23, 3])
 def test_a_causal_ring_changes_the_order_of_the_sequence_alone(mesh: md.Mesh, length: int) -> None:
     """Not that of the largest numbers of all ranks, of which there is one for each."""
 

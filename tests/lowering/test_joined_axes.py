@@ -72,7 +72,11 @@ def test_flux_of_lengths_and_heads_that_do_not_divide(strategy: str) -> None:
         ("ulysses", md.Mesh(a=2, b=2, c=2), ("a", "b", "c"), {"kv_heads": 2, "tokens": 19}),
         # A causal ring has an order of its own.
         ("ring", md.Mesh(a=3, b=2), ("a", "b"), {"kv_heads": 1, "tokens": 24, "causal": True}),
-        *[(s, MESH, USP, {"tokens": 19, "causal": True}) for s in ("ring", "allgather_kv", "ulysses")],
+        *[
+            (s, MESH, USP, {"tokens": tokens, "causal": causal})
+            for s in ("ring", "allgather_kv", "ulysses")
+            for tokens, causal in ((19, True), (3, True), (3, False))  # 3 are fewer than ranks
+        ],
     ],
 )
 def test_meshes_and_attentions(strategy: str, mesh: md.Mesh, axes: tuple[str, ...], call: Any) -> None:
@@ -187,9 +191,28 @@ def test_axes_that_are_given_twice_or_are_not_there() -> None:
         lowered(call, "ring", plan=None)
 
 
+@pytest.mark.parametrize("tokens", [3, 4])
+def test_what_is_gathered_of_one_position_on_each_rank_is_in_one_piece(tokens: int) -> None:
+    class Viewed(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.out = nn.Identity()
+
+        def forward(self, x: Tensor) -> Tensor:
+            y: Tensor = self.out(x.sin())
+            return y.view(-1, 32) + 1
+
+    call: models.Call = (Viewed(), (torch.randn(2, tokens, 32),), {})
+    verified(call, "ulysses", md.Mesh(cp=4), "cp")
+
+
 def test_what_a_sequence_is_too_short_for() -> None:
     with pytest.raises(ShardingError, match=r"over axis 'ring\+ulysses' of 4 ranks"):
-        lowered(models.attention(tokens=3), "ring")
+        lowered(models.attention(tokens=1), "ring")
+    with pytest.raises(
+        ShardingError, match="of which each of 4 ranks would get 2"
+    ):  # of one chunk of a ring's two each
+        lowered(models.attention(tokens=2, causal=True), "ring")
     with pytest.raises(ShardingError, match="a ring in the engine takes none"):
         lowered(models.attention(tokens=19), "ring", placement="engine")
 

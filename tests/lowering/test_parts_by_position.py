@@ -68,6 +68,14 @@ def squared(x: Tensor, times: int) -> Tensor:
     return x
 
 
+def test_a_table_of_fewer_dims_is_no_part() -> None:
+    def body(x: Tensor, scale: Tensor) -> Tensor:
+        y = x.unsqueeze(2) * torch.arange(3)[:, None].sin()
+        return torch.cat([y, y + torch.arange(3.0)[:, None].cos()], 2).sum(2)
+
+    assert lowered(body).counts["parts_by_position"] == 0
+
+
 @pytest.mark.parametrize("end", [1, 5])
 def test_what_many_ops_read_is_done_once(end: int) -> None:
     program = lowered(lambda x, s: torch.cat([squared(x[:, :end], 40), x[:, end:]], 1))

@@ -275,7 +275,7 @@ def test_layouts_that_are_not_of_attention() -> None:
 
 def test_a_value_is_split_once_and_into_more_than_one() -> None:
     refused(lambda x: shard(shard(x)), X, message="is split over this axis already")
-    refused(lambda x: shard(x[:, :1]), X, message="has 1 entries on dim 1 for 2 ranks, and not every rank would get")
+    refused(lambda x: shard(x[:, :1]), X, message="has 1 entries on dim 1, of which each of 2 ranks would get 1")
     graph = sf.trace(lambda x: shard(x, -2), X)
     sf.analyze(graph)
     assert sf.check_claims(graph, [X], [X]) == [Sharded(1, (4,))]

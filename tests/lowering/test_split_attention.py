@@ -198,7 +198,7 @@ MASKS = ("padding", "split padding", "additive", "bias", "bias of heads", "of ro
 @pytest.mark.parametrize("strategy", STRATEGIES)
 @pytest.mark.parametrize("kind", MASKS)
 def test_a_mask_is_the_ranks_own_wherever_it_comes_from(kind: str, strategy: str) -> None:
-    for batch, size, length in ((1, 2, 16), (2, 4, 13)):
+    for batch, size, length in ((1, 2, 16), (2, 4, 13), (2, 8, 3)):
         inputs = values(batch, length, WIDTH), values(batch, length)
         check(Attended(functools.partial(masked, kind)), inputs, size, strategy)
 
@@ -214,7 +214,7 @@ def test_text_beside_an_image(name: str, strategy: str) -> None:
         "keys of both": keys_of_both,
         "crossed": crossed,
     }[name]
-    for size, text, image in ((2, 8, 16), (4, 5, 13), (4, 1, 9)):
+    for size, text, image in ((2, 8, 16), (4, 5, 13), (4, 1, 9), (4, 3, 3), (8, 5, 3)):
         if text > 2 or "whole" in name:
             kept = values(2, text + image + ("whole" in name))
             check(Attended(function), (values(2, text, WIDTH), values(2, image, WIDTH), kept), size, strategy)
@@ -223,13 +223,15 @@ def test_text_beside_an_image(name: str, strategy: str) -> None:
 @pytest.mark.parametrize("strategy", STRATEGIES)
 @pytest.mark.parametrize("function", [causal, not_causal, hidden_altogether])
 def test_any_length(function: Callable[..., tuple[Tensor, ...]], strategy: str) -> None:
-    """37 positions on 4 ranks: of 10 each; 5, where the last rank has none that there is."""
-    for size, length in ((4, 37), (4, 5), (2, 13)):
+    """37 positions on 4 ranks: of 10 each; 5, where the last rank has none that there is; 3, and 3 on 8."""
+    for size, length in ((4, 37), (4, 5), (2, 13), (4, 3), (8, 3)):
         check(Attended(function), (values(1, length, WIDTH),), size, strategy)
 
 
 @pytest.mark.parametrize("strategy", STRATEGIES)
-@pytest.mark.parametrize(("size", "length", "keys"), [(2, 8, 16), (4, 16, 8), (4, 13, 22), (2, 9, 5)])
+@pytest.mark.parametrize(
+    ("size", "length", "keys"), [(2, 8, 16), (4, 16, 8), (4, 13, 22), (2, 9, 5), (4, 3, 5), (8, 6, 3)]
+)
 def test_causal_attention_of_other_positions_than_its_keys(size: int, length: int, keys: int, strategy: str) -> None:
     check(Attended(causal_out_of_step), (values(2, length, WIDTH), values(2, keys, WIDTH)), size, strategy)
 
@@ -306,7 +308,16 @@ def test_layers_have_one_mask_in_common() -> None:
             "a sequence that the ranks do not divide, and other attentions over axis 'cp' are causal rings",
         ),
         (lambda attend, x: (attend(split(x)),), "ulysses", "output 0 .* 13 positions, which the ranks do not divide"),
-        (lambda attend, x: (split(x[:, :3]),), "ulysses", "not every rank would get some of its own"),
+        (
+            lambda attend, x: (split(x[:, :1]),),
+            "ulysses",
+            "has 1 entries on dim 1, of which each of 4 ranks would get 1",
+        ),
+        (
+            lambda attend, x: causal(attend, x[:, :2]),
+            "ring",
+            "2 entries on dim 1, of which each of 4 ranks would get 2",
+        ),
         (lambda attend, x: (split(F.pad(x, (0, 0, 5, 0))).view(1, 9, 2, WIDTH),), "ulysses", "views the whole"),
     ],
 )

@@ -20,7 +20,10 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
+from torch.overrides import TorchFunctionMode
+from torch.utils import _pytree as pytree
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from torchtrt_md.errors import PlanError
@@ -52,7 +55,7 @@ class Axis:
     def mine(self, x: Tensor) -> Tensor:
         """This rank's part of the last dim of what all ranks have."""
         missing = -x.shape[-1] % self.size
-        x = nn.functional.pad(x, (0, missing)) if missing else x
+        x = F.pad(x, (0, missing)) if missing else x
         part: Tensor = ops.shard(x, x.dim() - 1, self.name, self.size)
         return part
 
@@ -154,7 +157,7 @@ class Rowwise(Style):
 
     def cut(self, module: nn.Module, name: str, shape: tuple[int, ...]) -> Cut | None:
         if isinstance(module, nn.Embedding):
-            return Cut(0)
+            return Cut(0) if name == "weight" else None
         return None if name == "bias" else Cut(len(shape) - 1, self.blocks, zeros=True)
 
     def hooks(self, module: nn.Module, axis: Axis) -> Hooks | None:
@@ -251,8 +254,12 @@ def _compare_parts(module: nn.Module, kind: str, axis: Axis, filled: bool) -> No
     module.forward = compared
 
 
-def _vocabulary(module: nn.Embedding, axis: Axis) -> Hooks:
-    """An embedding of which each rank has a part of the rows; what it has none of is zero in its term of the sum."""
+def _vocabulary(module: nn.Embedding, axis: Axis) -> Hooks | None:
+    """An embedding of which each rank has a part of the rows; what it has none of is zero in its term of the sum.
+
+    A class with code of its own may ask which ids it is given, and what is done to them is done where they are looked
+    up.
+    """
     rows = -(-module.num_embeddings // axis.size)
     if module.max_norm is not None:
         raise PlanError("the embedding has a max_norm, for which it writes to its weight", fix=_FITS)
@@ -271,8 +278,44 @@ def _vocabulary(module: nn.Embedding, axis: Axis) -> Hooks:
         return axis.sum(torch.where(there.unsqueeze(-1), y, 0.0))
 
     kept: list[Tensor] = []
-    module.padding_idx = None  # says something about gradients only, and is a row of the whole
-    return Hooks(before, behind)
+    if getattr(module.forward, "__func__", None) is nn.Embedding.forward:
+        module.padding_idx = None  # says something about gradients only, and is a row of the whole
+        return Hooks(before, behind)
+    whole: nn.Module = module
+    forward = whole.forward
+
+    @functools.wraps(forward)  # hooks that come later ask for its arguments
+    def with_lookups(*args: Any, **kwargs: Any) -> Any:
+        with _Lookups(module, lambda ids, weight: behind((), F.embedding(before((ids,))[0], weight))):
+            return forward(*args, **kwargs)
+
+    whole.forward = with_lookups
+    return None
+
+
+class _Lookups(TorchFunctionMode):
+    """While active, what is looked up in an embedding's weight is computed by ``looked_up``, of ids and the weight."""
+
+    def __init__(self, module: nn.Embedding, looked_up: Callable[[Tensor, Tensor], Tensor]) -> None:
+        super().__init__()
+        self._module, self._looked_up = module, looked_up
+
+    def __torch_function__(
+        self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
+    ) -> Any:
+        kwargs, weight = kwargs or {}, self._module.weight
+        if func is F.embedding and len(args) == 2 and args[1] is weight and not kwargs.get("max_norm"):
+            return self._looked_up(*args)
+        result = func(*args, **kwargs)
+        takes = any(leaf is weight for leaf in pytree.tree_leaves((args, kwargs)))
+        if takes and any(isinstance(leaf, Tensor) for leaf in pytree.tree_leaves(result)):
+            raise PlanError(
+                f"a {type(self._module).__name__} of which each rank has some of the rows reads its weight by"
+                f" {getattr(func, '__name__', func)}, and not by a lookup of ids",
+                fix="give it the style embedding_colwise, or leave it out of the plan",
+                at=running_line(),
+            )
+        return result
 
 
 @dataclass(frozen=True)

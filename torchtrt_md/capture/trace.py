@@ -134,7 +134,9 @@ def recorded(
             " of a mask may be, let a module hold them as a plain tensor, no buffer, so that they are known; where it"
             " is a loop over the experts that were chosen, use a form without one: in transformers,"
             " model.set_experts_implementation('grouped_mm'), or 'batched_mm' for a few tokens and for a sequence that"
-            " is split; where the model's experts do not take it, give them a forward without a loop",
+            " is split; where the model's experts do not take it, give them a forward without a loop; where it is a"
+            " check of transformers, that there are as many places for images as images,"
+            " TRANSFORMERS_DISABLE_TORCH_CHECK=1 leaves it out",
             at=(line or error_line)(error),
         ) from error
     except Exception as error:  # whatever the model's code raised, the user's line is what helps
