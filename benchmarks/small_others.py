@@ -92,7 +92,7 @@ def _class_of(name: str) -> tuple[type[Any], type[Any]]:
         for found in pkgutil.iter_modules(package.__path__)
         if found.name.startswith("modeling_")
     ]
-    classes = [
+    classes: list[Any] = [
         c
         for module in modules
         for c in vars(module).values()

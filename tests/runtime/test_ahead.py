@@ -126,6 +126,27 @@ def test_workers_that_are_not_ready_are_not_waited_for(count: int) -> None:
     ahead.close()
 
 
+def test_many_graphs_are_worth_waiting_for_a_worker() -> None:
+    """Each takes this process longer than the first worker takes to get ready."""
+    names = [f"early graph {number}" for number in range(5)]
+    ahead = Ahead(CPU, 1)
+    ahead.give({name: job(graph(20.0 + number)) for number, name in enumerate(names)})
+    ahead._until += 60  # this machine may be busy
+    ahead.wait(names[0])
+    assert ahead.compiled == 1
+    ahead.close()
+
+
+def test_a_worker_that_never_gets_ready_is_not_waited_for(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(sys, "executable", "/bin/false")
+    ahead = Ahead(CPU, 2)
+    ahead.give({f"no {number}": job(graph()) for number in range(5)})
+    start = time.monotonic()
+    ahead.wait("no 0")
+    assert time.monotonic() - start < 5
+    ahead.close()
+
+
 def test_what_is_waited_for_is_next(one: Ahead) -> None:
     names = [f"graph {number}" for number in range(5)]
     one.give({name: job(graph(10.0 + number)) for number, name in enumerate(names)})

@@ -14,6 +14,7 @@ import subprocess
 import sys
 import tempfile
 import threading
+import time
 from collections import deque
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
@@ -31,6 +32,8 @@ READY, DONE = "ready", "done"
 _MOST = 6
 _THREADS = 2  # of a worker
 _LONGEST = 300.0  # seconds that a graph is waited for
+# Within these the first worker is ready, and what it saves is more than that where there are this many graphs.
+_START, _FEW = 20.0, 3
 _BYTES = 1 << 30  # of GPU memory that a worker may take: its context, and the kernels that it loads
 
 
@@ -82,12 +85,15 @@ class Ahead:
         self._waiting: deque[str] = deque()
         self._begun: set[str] = set()
         self._ready = 0  # workers that can begin, or have begun
+        self._starting = 0
+        self._until = time.monotonic() + _START
         self._changed = threading.Condition()
         self._closed = False
         self._processes: list[subprocess.Popen[str]] = []
         with suppress(OSError):  # the host has no room for more processes
             while len(self._processes) < count:
                 self._processes.append(self._started())
+        self._starting = len(self._processes)
         for process in self._processes:
             threading.Thread(target=self._feed, args=(process,), daemon=True).start()
 
@@ -105,8 +111,10 @@ class Ahead:
             self._changed.notify_all()
 
     def wait(self, name: str) -> None:
-        """Until a worker is done with what was given by this name, which is next; at once where no worker is ready."""
+        """Until a worker is done with what was given by this name, which is next; not where no worker gets ready."""
         with self._changed:
+            if name in self._waiting and len(self._waiting) > _FEW:
+                self._changed.wait_for(lambda: self._ready or not self._starting, self._until - time.monotonic())
             if name in self._waiting and self._ready:
                 self._waiting.remove(name)
                 self._waiting.appendleft(name)
@@ -145,10 +153,13 @@ class Ahead:
         """Give one worker what waits, until it is gone.  In a thread."""
         assert process.stdin is not None
         assert process.stdout is not None
-        if process.stdout.readline().strip() != READY:
-            return
+        ready = process.stdout.readline().strip() == READY
         with self._changed:
-            self._ready += 1
+            self._starting -= 1
+            self._ready += ready
+            self._changed.notify_all()
+        if not ready:
+            return
         while answer := self._compiled_next(process.stdin, process.stdout):
             if answer == DONE:
                 self.compiled += 1
