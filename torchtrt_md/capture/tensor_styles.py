@@ -23,6 +23,7 @@ import torch
 from torch import Tensor, nn
 from torch.utils._python_dispatch import TorchDispatchMode
 
+from torchtrt_md.capture import quantizers
 from torchtrt_md.errors import PlanError
 from torchtrt_md.graph.source import running_line
 from torchtrt_md.lowering import ops
@@ -166,7 +167,7 @@ class Rowwise(Style):
         (local,) = Cut(0, self.blocks).local([extent], axis)
         held: list[Any] = []
         kind = f"{type(module).__name__} of {extent} to {getattr(module, 'out_features', '?')} features"
-        if any(map(is_wrapper, module.parameters(recurse=False))):
+        if any(map(is_wrapper, module.parameters(recurse=False))) or quantizers.scales_argument(module):
             _compare_parts(module, kind, axis, filled=bool(extent % axis.size) and not self.split)
 
         def before(args: Args) -> Args:
