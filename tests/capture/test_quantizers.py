@@ -155,6 +155,39 @@ def test_a_llama_and_a_flux_are_as_dense() -> None:
     assert md.verify(md.lower(program), *flux).structure_error < 1e-8
 
 
+def test_keys_and_values_are_quantized_by_scales_that_are_given() -> None:
+    """Inside attention, of which a rank has some of the heads."""
+    everywhere = mo.config(mo.FLOAT8, **dict.fromkeys(("input", "q_bmm", "k_bmm", "v_bmm"), mo.FLOAT8))
+    llama = mo.quantized(models.llama(torch.bfloat16), everywhere)
+    of_attention = [m for n, m in llama[0].named_modules() if n.endswith("k_bmm_quantizer") and m.is_enabled]
+    assert len(of_attention) == 2
+    program = md.capture(*llama, mesh=md.Mesh(tp=2), parallel=md.TensorParallel("tp"))
+    assert md.verify(md.lower(program), *llama).structure_error < 1e-8
+    of_attention[1].reset_amax()
+    with pytest.raises(PlanError, match=r"k_bmm_quantizer' finds its scale in each call"):
+        md.capture(*llama, mesh=md.Mesh(tp=2), parallel=md.TensorParallel("tp"))
+
+
+@pytest.mark.parametrize("ranks", [2, 3])  # of which 3 divide neither 50 words nor 16 features
+@pytest.mark.parametrize("style", ["colwise_gather_output", "rowwise"])
+@pytest.mark.parametrize("weight", [mo.ROWS, mo.FLOAT8, {"num_bits": 8, "axis": 1}])
+def test_an_embedding_is_cut_with_its_scales(weight: dict[str, Any], style: str, ranks: int) -> None:
+    class Words(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.words, self.up, self.down = nn.Embedding(50, 16), nn.Linear(16, 32), nn.Linear(32, 16)
+
+        def forward(self, ids: torch.Tensor) -> torch.Tensor:
+            result: torch.Tensor = self.down(self.up(self.words(ids)).relu())
+            return result
+
+    torch.manual_seed(0)
+    call = mo.quantized((Words().eval(), (torch.arange(50)[None],), {}), mo.config(weight))
+    assert call[0].words.weight_quantizer.is_enabled
+    program = captured(call, ranks, {"words": style, **COLWISE_ROWWISE})
+    assert md.verify(md.lower(program), *call).structure_error < 1e-8
+
+
 @pytest.mark.parametrize("strategy", ["ulysses", "allgather_kv", "ring"])
 @pytest.mark.parametrize("how", mo.CONFIGS)
 def test_attention_along_a_split_sequence(how: str, strategy: Any) -> None:

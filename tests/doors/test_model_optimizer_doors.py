@@ -82,3 +82,14 @@ def test_a_bundle_of_engines_has_nothing_in_pytorch(tmp_path: Path) -> None:
     exported = md.export(model, args, kwargs, **parallel, out=tmp_path / "float8.mdtrt")
     assert not exported.kept
     assert [s.runs for s in read_manifest(tmp_path / "float8.mdtrt").ranks[0]] == ["engine"]
+
+
+def test_the_engine_of_a_flux_has_all_quantizers(tmp_path: Path) -> None:
+    """One op of PyTorch's between engines would show in what is kept."""
+    model, args, kwargs = mo.quantized(models.flux(torch.bfloat16), "float8")
+    parallel: Any = md.ContextParallel("cp", "ulysses")
+    exported = md.export(
+        model, args, kwargs, mesh=md.Mesh(cp=2), parallel=parallel, out=tmp_path / "flux.mdtrt", check=False
+    )
+    assert not exported.kept
+    assert len(exported.engines) == 1

@@ -163,7 +163,8 @@ def cut(module: nn.Module, path: str, style: Style, axis: Axis, parts: Parts) ->
 
     for name, q in _of(module).items():
         where = f"{path}.{name}"
-        if not isinstance(module, nn.Linear) or not isinstance(style, (Colwise, Rowwise)):
+        known = isinstance(module, nn.Linear) or (isinstance(module, nn.Embedding) and name == "weight_quantizer")
+        if not known or not isinstance(style, (Colwise, Rowwise)):
             raise _refused(where, "is of a module that no style cuts with its scales", "leave the module out")
         _check_kind(where, q)
         of_weight = style.cut(module, "weight", tuple(module._parameters["weight"].shape))  # type: ignore[union-attr]
@@ -176,14 +177,14 @@ def cut(module: nn.Module, path: str, style: Style, axis: Axis, parts: Parts) ->
             _cut_buffer(q, where, "_amax", of_weight, tuple(module._parameters["weight"].shape), axis, parts)  # type: ignore[union-attr]
         elif name == "input_quantizer":
             for buffer in ("_amax", "_pre_quant_scale") if rowwise else ():
-                _cut_last(q, where, buffer, of_features, module.in_features, axis, parts)
+                _cut_last(q, where, buffer, of_features, int(module.in_features), axis, parts)  # type: ignore[arg-type]
         elif name == "output_quantizer":
             if rowwise:
                 raise _refused(where, "quantizes a term of the sum over the ranks, and not the sum", "disable it")
             if _is_dynamic(q):
                 raise _refused(where, "finds its scale in each call, of a part of the result", "calibrate it")
             for buffer in ("_amax", "_pre_quant_scale"):
-                _cut_last(q, where, buffer, of_features, module.out_features, axis, parts)
+                _cut_last(q, where, buffer, of_features, int(module.out_features), axis, parts)  # type: ignore[arg-type]
         else:
             raise _refused(where, "is none of the input, the weight and the result", "disable it")
 
