@@ -18,6 +18,7 @@ its shapes depend on and holds no process group.  Semantics, for the ``size`` ra
                                              log-sum-exp; no communication
     grouped_mm(x, weight, ends)              rows of x times a matrix each: rows up to ends[0] by weight[0], from there
                                              to ends[1] by weight[1], and so on; rows behind the last are undefined
+    fake_quantize(x, amax, num_bits, ...)    x rounded to few bits, by a scale that amax gives, and as wide as before
 
 Each has a shape rule and an eager rule over ``torch.distributed`` here, and one for all ranks at once in
 :mod:`torchtrt_md.verification.simulate`.
@@ -36,8 +37,9 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch.distributed.device_mesh import DeviceMesh
 
-from torchtrt_md.errors import CollectiveError, MeshError
+from torchtrt_md.errors import CaptureError, CollectiveError, MeshError
 from torchtrt_md.lowering.attention_math import ring_attention_block
+from torchtrt_md.lowering.quantize_math import fake_quantized
 from torchtrt_md.mesh import axis_names
 
 NAMESPACE = "torchtrt_md"
@@ -373,6 +375,24 @@ def grouped_mm(x: Tensor, weight: Tensor, ends: Tensor) -> Tensor:
 @grouped_mm.register_fake
 def _(x: Tensor, weight: Tensor, ends: Tensor) -> Tensor:
     return x.new_empty(x.shape[0], weight.shape[2])
+
+
+@torch.library.custom_op(f"{NAMESPACE}::fake_quantize", mutates_args=(), tags=(torch.Tag.pointwise,))
+def fake_quantize(x: Tensor, amax: Tensor, num_bits: int, exponent_bits: int, narrow_range: bool) -> Tensor:
+    """:func:`~torchtrt_md.lowering.quantize_math.fake_quantized`: each element by itself, as TensorRT's Q and DQ do."""
+    return fake_quantized(x, amax, num_bits, exponent_bits, narrow_range)
+
+
+@fake_quantize.register_fake
+def _(x: Tensor, amax: Tensor, num_bits: int, exponent_bits: int, narrow_range: bool) -> Tensor:
+    trailing = x.shape[x.dim() - amax.dim() :]
+    if amax.dim() > x.dim() or any(n not in (1, of) for n, of in zip(amax.shape, trailing, strict=True)):
+        raise CaptureError(
+            f"a quantizer has an amax of {list(amax.shape)}, and quantizes {list(x.shape)}",
+            fix="calibrate it with an amax of one element, or of those of one dim; under tensor parallelism, let a"
+            " named style cut the layer that has the quantizer",
+        )
+    return torch.empty_like(x, memory_format=torch.contiguous_format)
 
 
 def causal_rows(q: Tensor, whole_k: Tensor, index: int) -> Tensor:

@@ -266,6 +266,25 @@ def test_no_model_leads_into_pytest(kind: type[Base], request: pytest.FixtureReq
     assert id(request.session) not in walk._seen
 
 
+class Unfinished:
+    """An object that cannot be asked for what it has not, as a validator of pydantic's."""
+
+    def __getattr__(self, name: str) -> Any:
+        raise RuntimeError(f"asked for {name}")
+
+
+def test_objects_that_raise_what_is_no_attribute_error_are_walked_past() -> None:
+    class Holds(Base):
+        of_class = (Unfinished(), object())
+
+        def table(self, n: int) -> Tensor:
+            held = vars(self.of_class[0])
+            return held.setdefault("table", make(n))  # type: ignore[no-any-return]
+
+    md.capture(Holds().eval(), (torch.randn(1, 6, 8),), mesh=md.Mesh(tp=1))
+    assert vars(Holds.of_class[0]) == {}
+
+
 def test_a_failed_trace_leaves_no_fake_tensor_either() -> None:
     class Fails(OfFile):
         def forward(self, x: Tensor) -> Tensor:

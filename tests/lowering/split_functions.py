@@ -89,6 +89,10 @@ def _attention(ranks: list[dict[str, Any]]) -> list[Tensor]:
     return [md.attention(**args) for args in ranks]
 
 
+def _fake_quantize(ranks: list[dict[str, Any]]) -> list[Tensor]:
+    return [md.fake_quantize(**args) for args in ranks]
+
+
 def _context_attention(ranks: list[dict[str, Any]]) -> list[Tensor]:
     k, v = (torch.cat([args[name] for args in ranks], 2) for name in ("k", "v"))
     masks = [
@@ -106,6 +110,7 @@ _IR: dict[str, Callable[[list[dict[str, Any]]], list[Tensor]]] = {
     "all_gather": _all_gather,
     "attention": _attention,
     "context_attention": _context_attention,
+    "fake_quantize": _fake_quantize,
 }
 
 

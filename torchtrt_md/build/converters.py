@@ -15,7 +15,7 @@ import torch
 from torch.fx import Node
 
 import torchtrt_md.lowering.ops  # noqa: F401  defines torch.ops.torchtrt_md
-from torchtrt_md.build import layers, probes
+from torchtrt_md.build import layers, probes, quantizers
 from torchtrt_md.build.flavour import PORTABLE, flavour
 from torchtrt_md.build.torch_trt import load
 from torchtrt_md.errors import BuildError, TargetError
@@ -176,4 +176,5 @@ _CONVERTERS: dict[Any, Callable[..., Any]] = {
     **{getattr(md, op).default: _collective(op) for op in layers.OPERATIONS},
     md.attention.default: _attention,
     md.context_attention.default: _context_attention,
+    md.fake_quantize.default: quantizers.convert,
 }

@@ -157,6 +157,32 @@ def add_attention(
     return out
 
 
+def add_quantize_dequantize(flavour: Flavour, network: Any, x: Any, scale: Any, axis: int | None, kind: str) -> Any:
+    """x, rounded to a number of 8 bits times ``scale``, in x's dtype: an IQuantizeLayer and an IDequantizeLayer.
+
+    Args:
+        scale: float32, one number, or [n] for the places of the dim ``axis``.
+        kind: of TensorRT's DataType: "INT8", "FP8".
+    """
+    trt = flavour.trt
+    quantize = network.add_quantize(x, scale, getattr(trt.DataType, kind))
+    if axis is not None:
+        quantize.axis = axis
+    dequantize = network.add_dequantize(quantize.get_output(0), scale, x.dtype)
+    if axis is not None:
+        dequantize.axis = axis
+    return dequantize.get_output(0)
+
+
+def add_scale(flavour: Flavour, network: Any, amax: Any, largest: Any, limit: Any, otherwise: Any) -> Any:
+    """amax / largest, and ``otherwise`` where amax is not above ``limit``; all of them float32 of as many dims."""
+    trt = flavour.trt
+    ops = trt.ElementWiseOperation
+    there = network.add_elementwise(amax, limit, ops.GREATER).get_output(0)
+    scale = network.add_elementwise(amax, largest, ops.DIV).get_output(0)
+    return network.add_select(there, scale, otherwise).get_output(0)
+
+
 class Communication(NamedTuple):
     """What one layer of a network communicates; elements of its operands and of what they become."""
 

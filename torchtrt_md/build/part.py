@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 from torch.fx import GraphModule, Node
 
-from torchtrt_md.build import converters
+from torchtrt_md.build import converters, quantizers
 from torchtrt_md.build.builder import build_engine, without_converter
 from torchtrt_md.build.cache import EngineCache, engine_key
 from torchtrt_md.build.decompose import bind_weights, decompose, origin
@@ -36,9 +36,11 @@ def unconvertible(graph: GraphModule) -> dict[str, str]:
 
 
 def _quantized(node: Node) -> str:
-    """Why an op on quantized numbers cannot be in an engine; "" of any other."""
+    """Why an op on quantized numbers, or one that quantizes, cannot be in an engine; "" of any other."""
     if node.op != "call_function":
         return ""
+    if node.target is torch.ops.torchtrt_md.fake_quantize.default:
+        return quantizers.why_not(node)
     values = [n.meta.get("val") for n in (node, *node.all_input_nodes)]
     found = next((v.dtype for v in values if isinstance(v, torch.Tensor) and v.dtype in QUANTIZED), None)
     return f"TensorRT scales {dtype_name(found)} in layers of its own only" if found else ""

@@ -103,12 +103,15 @@ def user_converters() -> list[tuple[str, Any]]:
 def _without_collectives(folder: Any) -> Any:
     """A constant folder that leaves collectives alone: what other ranks send is no constant, whatever the operand.
 
+    And quantizers: TensorRT has to see that a weight is of 8 bits.
+
     Torch-TensorRT's exclusion rules do not help: they are asked after the op was run, and a collective cannot run here.
     """
 
     class Folder(folder):  # type: ignore[misc]
         def run_node(self, node: Node) -> Any:
-            return self.unknown_value if is_collective(node) else super().run_node(node)
+            kept = is_collective(node) or node.target is torch.ops.torchtrt_md.fake_quantize.default
+            return self.unknown_value if kept else super().run_node(node)
 
     return Folder
 

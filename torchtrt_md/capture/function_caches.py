@@ -111,4 +111,16 @@ def parts(values: Iterable[object], into_objects: bool) -> Iterator[object]:
         elif isinstance(value, (tuple, list, set, frozenset, deque)):
             stack += value
         elif into_objects and not isinstance(value, Tensor):
-            stack += getattr(value, "__dict__", {}).values()
+            stack += (attributes(value) or {}).values()
+
+
+def attributes(value: object) -> dict[str, object] | None:
+    """The object's own, without its ``__getattr__``, which may raise anything, as that of pydantic's validators does.
+
+    None where it has no dict of them.
+    """
+    try:
+        found = object.__getattribute__(value, "__dict__")
+    except AttributeError:
+        return None
+    return found if isinstance(found, dict) else None

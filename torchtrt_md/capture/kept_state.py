@@ -17,7 +17,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from torchtrt_md.capture.function_caches import FunctionCaches, parts
+from torchtrt_md.capture.function_caches import FunctionCaches, attributes, parts
 from torchtrt_md.capture.torch_private import is_fake
 
 _ABSENT = object()
@@ -183,8 +183,8 @@ class _Walk:
             return wrapped
         if _package(type(value)) in _FOREIGN and type(value).__module__ not in _KEEPERS:
             return ()
-        attributes = getattr(value, "__dict__", None)
-        return [type(value), attributes] if isinstance(attributes, dict) else [type(value)]
+        held = attributes(value)
+        return [type(value)] if held is None else [type(value), held]
 
     def _class(self, cls: type) -> None:
         self._later += cls.__bases__

@@ -20,7 +20,7 @@ from torch import Tensor, nn
 from torch.distributed.device_mesh import DeviceMesh
 from torch.distributed.tensor import DTensor
 
-from torchtrt_md.capture import context_parallel, tensor_parallel
+from torchtrt_md.capture import context_parallel, quantizers, tensor_parallel
 from torchtrt_md.capture.arguments import Arguments
 from torchtrt_md.capture.axes import check_axes, check_axes_used, with_one_name
 from torchtrt_md.capture.beside_dtensor import beside_dtensor
@@ -62,7 +62,10 @@ def _captured(
     parallels = [with_one_name(p, mesh) for p in parallels]
     arguments = Arguments.of(model, args, kwargs)
     held = _weights(model, weights, parallels)  # before the tracing, which may take minutes
+    quantizers.refuse_compressed(model)
     own = own_mesh(model)
+    if own is not None:
+        quantizers.refuse_dtensor(model, "")
     by_dtensor = any(isinstance(p, TensorParallel) and tensor_parallel.needs_mesh(model, p) for p in parallels)
     with _device_mesh(mesh, by_dtensor, own, arguments.device.type) as device_mesh:
         shadow, copied = _shadow(model, without_memory=any(isinstance(p, TensorParallel) for p in parallels))
@@ -174,7 +177,7 @@ def _shadow(model: nn.Module, without_memory: bool) -> tuple[nn.Module, dict[int
         for module in shadow.modules():
             for name, parameter in module._parameters.items():
                 if parameter is not None:
-                    module.register_parameter(name, empty[id(parameter)])
+                    module._parameters[name] = empty[id(parameter)]  # registering asks for what a module may compute
     return shadow, originals(memo)
 
 

@@ -26,6 +26,7 @@ from torch.distributed.tensor.parallel import (
     parallelize_module,
 )
 
+from torchtrt_md.capture import quantizers
 from torchtrt_md.capture.tensor_styles import STYLES, Axis, Colwise, Cut, Rowwise, Style, style_of
 from torchtrt_md.capture.transformers_private import Reading
 from torchtrt_md.errors import MeshError, PlanError, PlanWarning
@@ -72,7 +73,17 @@ class Parts:
                 whole_here = is_wrapper(parameter) and tensor.shape == parts[held].shape  # a scale of all of it
                 own = () if whole_here else (cut.sharding(tensor.shape, axis),)
                 self._held[id(parts[held])] = parts[held], whole, (*before, *own)
-        module.register_parameter(name, self._made[key][1])
+        # Not register_parameter: it asks for the attribute, which a module may compute.
+        module._parameters[name] = self._made[key][1]
+
+    def cut_buffer(self, module: nn.Module, name: str, cut: Cut, axis: Axis) -> None:
+        """Let the module's buffer be a rank's part."""
+        whole = module._buffers[name]
+        assert whole is not None
+        local = torch.empty(cut.local(whole.shape, axis), dtype=whole.dtype, device=whole.device)
+        extent, before = self.of(whole)
+        self._held[id(local)] = local, extent, (*before, cut.sharding(whole.shape, axis))
+        module._buffers[name] = local
 
 
 def _local(path: str, parameter: Tensor, cut: Cut, axis: Axis) -> Tensor:
@@ -154,17 +165,20 @@ def apply(
     for path in taken:
         _refuse_sharded(path, modules)
     reading = Reading(shadow)
+    quantizers.check_rest(shadow, set(taken))
     # In the order of the model, as an outer module's hooks look at what is in it.
     for path, pattern in taken.items():
         style = _style(path, plan[pattern], modules.get(path))
         if isinstance(style, ParallelStyle):
             assert device_mesh is not None
+            quantizers.refuse_dtensor(modules[path], path)
             _check_divides(modules[path], path, style, axis)
             _parallelize(modules[path], path, _along(device_mesh, axis.name), style)
         elif path in modules:
             _apply_to_module(modules, path, style, axis, parts, taken)
         else:
             owner, _, name = path.rpartition(".")
+            quantizers.cut(modules[owner], owner, Style(), axis, parts)  # none of them is known to fit
             _cut(modules[owner], path, name, _as_read(style, modules[owner], path, reading), axis, parts)
 
 
@@ -257,6 +271,7 @@ def _apply_to_module(
     except PlanError as error:
         problem = f"the style of module {path!r}, a {type(module).__name__}, does not fit: {error.problem}"
         raise PlanError(problem, fix=error.fix) from None
+    quantizers.cut(module, path, style, axis, parts)  # before the weight, of whose whole shape they are
     for name, parameter in list(module.named_parameters(recurse=False)):
         if f"{path}.{name}" not in taken:
             _cut(module, f"{path}.{name}" if path else name, name, style, axis, parts, parameter)

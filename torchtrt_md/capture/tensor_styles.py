@@ -26,6 +26,7 @@ from torch.overrides import TorchFunctionMode
 from torch.utils import _pytree as pytree
 from torch.utils._python_dispatch import TorchDispatchMode
 
+from torchtrt_md.capture import quantizers
 from torchtrt_md.errors import PlanError
 from torchtrt_md.graph.source import running_line
 from torchtrt_md.lowering import ops
@@ -169,7 +170,7 @@ class Rowwise(Style):
         (local,) = Cut(0, self.blocks).local([extent], axis)
         held: list[Any] = []
         kind = f"{type(module).__name__} of {extent} to {getattr(module, 'out_features', '?')} features"
-        if any(map(is_wrapper, module.parameters(recurse=False))):
+        if any(map(is_wrapper, module.parameters(recurse=False))) or quantizers.scales_argument(module):
             _compare_parts(module, kind, axis, filled=bool(extent % axis.size) and not self.split)
 
         def before(args: Args) -> Args:
@@ -278,7 +279,7 @@ def _vocabulary(module: nn.Embedding, axis: Axis) -> Hooks | None:
         return axis.sum(torch.where(there.unsqueeze(-1), y, 0.0))
 
     kept: list[Tensor] = []
-    if getattr(module.forward, "__func__", None) is nn.Embedding.forward:
+    if quantizers.forward_of(module) is nn.Embedding.forward:
         module.padding_idx = None  # says something about gradients only, and is a row of the whole
         return Hooks(before, behind)
     whole: nn.Module = module
@@ -303,7 +304,7 @@ class _Lookups(TorchFunctionMode):
     def __torch_function__(
         self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
     ) -> Any:
-        kwargs, weight = kwargs or {}, self._module.weight
+        kwargs, weight = kwargs or {}, self._module._parameters["weight"]  # not what a quantizer makes of it
         if func is F.embedding and len(args) == 2 and args[1] is weight and not kwargs.get("max_norm"):
             return self._looked_up(*args)
         result = func(*args, **kwargs)

@@ -19,6 +19,7 @@ from torch.fx import GraphModule, Node
 from torch.fx.experimental.proxy_tensor import make_fx
 from torch.utils import _pytree as pytree
 
+from torchtrt_md.capture import quantizers
 from torchtrt_md.capture.arguments import Arguments, Scalar
 from torchtrt_md.capture.attention import WholeAttention
 from torchtrt_md.capture.known_values import KnownValues
@@ -71,7 +72,7 @@ def trace(shadow: nn.Module, arguments: Arguments, weights: Sequence[LocalWeight
         held = {w.weight.name: as_placed(w.tensor, t) for w, t in zip(weights, flat, strict=False)}
         named = {name: wrapped(name, t, held) for name, t in [*shadow.named_parameters(), *shadow.named_buffers()]}
         args, kwargs = arguments.call_with(dict(zip(arguments.tensors, flat[len(weights) :], strict=True)))
-        with WholeAttention(), known, torch.no_grad():
+        with WholeAttention(), quantizers.whole(), known, torch.no_grad():
             result = torch.func.functional_call(shadow, named, args, kwargs)
         flat_result, spec = pytree.tree_flatten(result)
         _check_result(shadow, flat_result)
@@ -120,6 +121,7 @@ def recorded(
             graph = make_fx(call, tracing_mode="fake", _allow_non_fake_inputs=True)(*inputs)
             refuse_written(graph)
             _integer_products(graph)
+            quantizers.as_one_op(graph)
             graph = functional(graph, inputs)
     except CaptureError as error:
         if error.at:
