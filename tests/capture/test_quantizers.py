@@ -7,10 +7,10 @@ from collections import Counter
 from typing import Any
 
 import model_optimizer as mo
+import modelopt.torch.quantization as mtq
 import models
 import pytest
 import torch
-from model_optimizer import mtq
 from torch import nn
 from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.tensor import DTensor, Replicate
