@@ -424,9 +424,6 @@ def key_of(program: ShardedProgram, hosts: Sequence[int] = (0, 0), **options: An
     return _key(session, EAGER)
 
 
-def converter(*_: Any) -> None: ...
-
-
 @pytest.mark.parametrize(
     "options",
     [
@@ -457,7 +454,7 @@ def test_choices_are_of_what_was_asked_for_and_of_where_the_ranks_are(
         ("torch", "__version__", "9.9"),
         ("torchtrt_md", "__version__", "9.9"),
         ("torchtrt_md.build.cache", "torch_tensorrt_version", lambda: "9.9"),
-        ("torchtrt_md.build.cache", "user_converters", lambda: [("aten.addmm.default", converter)]),
+        ("torchtrt_md.build.cache", "user_converters", lambda: {"aten.addmm.default"}),
         ("torchtrt_md.build.cache", "_sources", lambda: "other"),
         ("torchtrt_md.build.flavour", "flavour", lambda: Flavour("TensorRT-RTX", "9.9", torch)),
     ],

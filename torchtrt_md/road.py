@@ -118,9 +118,11 @@ class Road:
     def cache(self) -> EngineCache:
         """Where engines are.  It loads TensorRT."""
         if self._cache is None:
-            from torchtrt_md.build.cache import EngineCache
+            from torchtrt_md.build.cache import EngineCache, usable
 
             self._cache = EngineCache(None if self.options.cache is None else Path(self.options.cache))
+            if self.inside is not None:
+                self._cache = usable(self._cache, self.inside)
         return self._cache
 
     def default(self, capability: tuple[int, int] | None = None) -> Choices:

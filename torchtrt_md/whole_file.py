@@ -27,15 +27,18 @@ def write_whole(file: Path, data: bytes) -> None:
 
 
 def link_or_copy(source: Path, target: Path) -> None:
-    """A second name for the same bytes, unless there is one already; a copy only across file systems.
+    """A second name for the same bytes, in place of what had it; a copy only across file systems.
 
     Raises:
         OSError: it cannot be written.
     """
-    if target.exists():
-        return
     target.parent.mkdir(parents=True, exist_ok=True)
+    unfinished = target.with_name(f".{target.name}.{uuid.uuid4().hex[:8]}")
     try:
-        os.link(source.resolve(), target)
-    except OSError:
-        shutil.copyfile(source, target)
+        try:
+            os.link(source.resolve(), unfinished)
+        except OSError:
+            shutil.copyfile(source, unfinished)
+        unfinished.replace(target)  # which does nothing where both are the same file
+    finally:
+        unfinished.unlink(missing_ok=True)

@@ -72,6 +72,7 @@ RECEIVERS: dict[str, dict[str, str]] = {
         "scale": "ITensor",
     },
     "build/probes.py": {},
+    "build/quantizers.py": {"x": "ITensor", "shuffle": LAYERS},
     "build/selftest.py": {"out": "ITensor"},
     "build/torch_trt.py": {},
     "launch/communicator.py": {},

@@ -11,6 +11,8 @@ from torch import nn
 
 import torchtrt_md as md
 from torchtrt_md.build import builder, cache, part
+from torchtrt_md.build.decompose import decompose
+from torchtrt_md.whole_file import link_or_copy
 
 pytestmark = pytest.mark.usefixtures("own_cache")  # each test builds what it needs
 
@@ -108,3 +110,41 @@ def test_an_engine_that_would_fill_the_cache_does_not_go_into_it(
         (engine,) = md.build(program(linear()), tmp_path)
         assert engine.file.stat().st_size > 100
     assert len(built) == 2
+
+
+def test_what_a_users_converter_made_is_no_other_builds(
+    built: list[str], monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    """It may depend on anything: a number in its file, a function that it calls."""
+    before = [md.build(program(linear()), tmp_path / str(n))[0].file.read_bytes() for n in range(2)]
+    assert len(built) == 1
+    monkeypatch.setattr(part, "user_converters", lambda: {"aten.relu.default"})  # of another op
+    md.build(program(linear()), tmp_path / "2")
+    ops = {str(n.target) for n in decompose(program(linear()).graphs[0]).graph.nodes if n.op == "call_function"}
+    monkeypatch.setattr(part, "user_converters", lambda: ops)
+    already = len(built)
+    for n in (3, 4):
+        md.build(program(linear()), tmp_path / str(n))
+    assert len(built) == already + 2
+    assert before[0] == before[1]
+
+
+def test_without_a_cache_that_can_be_written_engines_are_built_all_the_same(
+    built: list[str], monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    monkeypatch.setenv("TORCHTRT_MD_CACHE", "/proc/nowhere")
+    for out in ("a.mdtrt", "b.mdtrt"):
+        md.export(linear(), (X,), mesh=md.Mesh(tp=1), check=False, out=tmp_path / out)
+    md.build(program(linear()), tmp_path / "built")
+    assert len(built) == 3
+
+
+def test_a_name_that_others_have_linked_is_replaced_and_not_written_into(tmp_path: Path) -> None:
+    kept, other, named = (tmp_path / name for name in ("kept", "other", "named"))
+    kept.write_bytes(b"kept")
+    other.write_bytes(b"other")
+    for source in (kept, kept, other, kept):
+        link_or_copy(source, named)
+        assert named.read_bytes() == source.read_bytes()
+    assert (kept.read_bytes(), other.read_bytes()) == (b"kept", b"other")
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["kept", "named", "other"]

@@ -208,9 +208,21 @@ def test_an_embedding_that_was_given_code_of_its_own() -> None:
 
 def test_an_embedding_that_reads_its_weight_otherwise() -> None:
     """A rank has some of the rows, so what is made of them is another thing on each."""
-    for reads, name in ((lambda weight: weight.mean(), "mean"), (lambda weight: weight.mT, "__get__")):
+    for reads, name in (
+        (lambda weight: weight.mean(), "mean"),
+        (lambda weight: weight.mT, "mT"),
+        (lambda weight: weight.shape[0], "shape"),  # of which the ids of the example may say nothing
+        (lambda weight: weight.size(0), "size"),
+        (lambda weight: weight.numel(), "numel"),
+        (len, "__len__"),
+    ):
         with pytest.raises(PlanError, match=f"reads its weight by {name}, and not by a lookup of ids"):
             programmed(WithAPlaceholder(reads).eval(), (torch.arange(9),), 2, {"": "embedding_rowwise"})
+
+
+def test_an_embedding_may_ask_what_is_the_same_of_every_part() -> None:
+    model = WithAPlaceholder(lambda weight: int(weight.dtype.itemsize + weight.ndim)).eval()
+    programmed(model, (torch.arange(9),), 2, {"": "embedding_rowwise"})
 
 
 def test_a_tied_weight_that_is_cut_in_two_ways() -> None:

@@ -10,33 +10,31 @@ from __future__ import annotations
 import errno
 import functools
 import hashlib
-import inspect
 import json
-import marshal
 import os
 import shutil
 import time
 import uuid
 from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
-from typing import Any
 
 import torch
 
 import torchtrt_md
 from torchtrt_md.build.flavour import CURRENT, Flavour
-from torchtrt_md.build.torch_trt import torch_tensorrt_version, user_converters
+from torchtrt_md.build.torch_trt import torch_tensorrt_version, user_converters, user_decompositions
 from torchtrt_md.errors import BuildError
 
 FOLDER = "TORCHTRT_MD_CACHE"
+UNCACHED = "uncached"  # a folder in which engines are built that the user's cache does not take
 MAX_BYTES = 20 * 10**9
 _RECENT_SECONDS = 600.0
 _ENGINE, _UNFINISHED = ".engine", ".unfinished"
 
 
 def engine_key(
-    digest: str, *, axis: str | None, size: int, target: str, flavour: Flavour, inside: Sequence[str] = ()
+    digest: str, *, axis: str | None, size: int, target: str, flavour: Flavour, more: Sequence[str] = ()
 ) -> str:
     """The key of an engine, in hexadecimal.
 
@@ -45,9 +43,16 @@ def engine_key(
         axis: the mesh axis of the engine's communicator, of ``size`` ranks; None where it needs none.
         target: what to build for.
         flavour: what builds.
-        inside: what else an engine with its weights inside depends on: the weights, and the names of its bindings.
+        more: what else it depends on, as one with weights inside on these, and on the names of its bindings.
     """
-    parts = (digest, (axis, size), (flavour.name, flavour.version), (target, _gpu(flavour, target)), versions(), inside)
+    parts = (
+        digest,
+        (axis, size),
+        (flavour.name, flavour.version),
+        (target, _gpu(flavour, target)),
+        versions(),
+        tuple(more),
+    )
     return hashlib.sha256(json.dumps(parts).encode()).hexdigest()
 
 
@@ -60,7 +65,8 @@ def _gpu(flavour: Flavour, target: str) -> str:
 
 def versions() -> tuple[str, ...]:
     """Of all that decides what becomes of a graph.  It loads Torch-TensorRT."""
-    return (torchtrt_md.__version__, str(torch.__version__), torch_tensorrt_version(), _sources(), _converters())
+    own = sorted(user_converters() | user_decompositions())
+    return (torchtrt_md.__version__, str(torch.__version__), torch_tensorrt_version(), _sources(), *own)
 
 
 @functools.cache
@@ -68,19 +74,6 @@ def _sources() -> str:
     """What converts, by its source: between releases the version stays while converters change."""
     files = sorted(Path(__file__).parent.glob("*.py"))
     return hashlib.sha256(b"".join(file.read_bytes() for file in files)).hexdigest()
-
-
-def _converters() -> str:
-    """The converters that the user has registered, by their code."""
-    text = "\n".join(
-        sorted(f"{target} {function.__module__} {_code(function)}" for target, function in user_converters())
-    )
-    return hashlib.sha256(text.encode()).hexdigest()
-
-
-def _code(function: Any) -> str:
-    code = getattr(inspect.unwrap(function), "__code__", None)
-    return "" if code is None else hashlib.sha256(marshal.dumps(code)).hexdigest()
 
 
 class EngineCache:
@@ -93,12 +86,22 @@ class EngineCache:
     Attributes:
         hits, misses: how often :meth:`find` found an engine, and did not.
         stored: how many engines came into it by :meth:`store`.
+        own: of the keys of engines that only this object is to find.
     """
 
     def __init__(self, folder: Path | None = None, max_bytes: int = MAX_BYTES) -> None:
         default = os.environ.get(FOLDER) or Path.home() / ".cache" / "torchtrt_md" / "engines"
         self.folder, self.max_bytes = Path(default if folder is None else folder), max_bytes
         self.hits = self.misses = self.stored = 0
+        self.own = uuid.uuid4().hex
+
+    def is_writable(self) -> bool:
+        """Can engines be kept here?"""
+        try:
+            self.folder.mkdir(parents=True, exist_ok=True)
+        except OSError:
+            return False
+        return os.access(self.folder, os.R_OK | os.W_OK | os.X_OK)
 
     def find(self, key: str) -> Path | None:
         """The engine's file, whole, or None.  A damaged one is deleted.
@@ -107,7 +110,8 @@ class EngineCache:
         """
         for path in sorted(self.folder.glob(f"{key}.*{_ENGINE}")):  # in one order, so that all ranks take the same
             try:
-                os.utime(path)  # its last use; before it is read, so that it stays
+                with suppress(PermissionError):  # another user's
+                    os.utime(path)  # its last use; before it is read, so that it stays
                 if file_digest(path) == path.name.split(".")[1]:
                     self.hits += 1
                     return path
@@ -178,6 +182,11 @@ class EngineCache:
 
     def _files(self) -> list[Path]:
         return [path for path in self.folder.glob("*.*") if path.suffix in (_ENGINE, _UNFINISHED)]
+
+
+def usable(cache: EngineCache, folder: Path) -> EngineCache:
+    """The cache; one in this folder, where engines are needed anyway, if it cannot be written."""
+    return cache if cache.is_writable() else EngineCache(folder / UNCACHED)
 
 
 def _use(path: Path) -> list[tuple[float, int]]:

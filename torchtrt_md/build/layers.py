@@ -174,7 +174,7 @@ def add_quantize_dequantize(flavour: Flavour, network: Any, x: Any, scale: Any, 
     return dequantize.get_output(0)
 
 
-def add_scale(flavour: Flavour, network: Any, amax: Any, largest: Any, limit: Any, otherwise: Any) -> Any:
+def add_scale_of_8_bits(flavour: Flavour, network: Any, amax: Any, largest: Any, limit: Any, otherwise: Any) -> Any:
     """amax / largest, and ``otherwise`` where amax is not above ``limit``; all of them float32 of as many dims."""
     trt = flavour.trt
     ops = trt.ElementWiseOperation

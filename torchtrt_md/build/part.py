@@ -19,6 +19,7 @@ from torchtrt_md.build.builder import build_engine, without_converter
 from torchtrt_md.build.cache import EngineCache, engine_key
 from torchtrt_md.build.decompose import bind_weights, decompose, origin
 from torchtrt_md.build.flavour import QUANTIZED, flavour
+from torchtrt_md.build.torch_trt import user_converters, user_decompositions
 from torchtrt_md.graph.functional import copied
 from torchtrt_md.graph.text import fingerprint
 from torchtrt_md.program import dtype_name, placeholders, value_of
@@ -88,7 +89,7 @@ def build_part(
         names = [binding.name for binding in (*segment.inputs, *segment.outputs)]
         inside = [f"streaming: {streaming}", *names, *(f"{node} {fingerprint(w)}" for node, w in held.items())]
     assert part.graph is not None
-    key = _key(part, target, inside)
+    key = _key(part, target, cache, inside)
     found = cache.find(key)
     if found is None:
         what = what or part.segment.name
@@ -103,7 +104,7 @@ def build_part(
 
 def is_built(part: Part, target: str, cache: EngineCache, *, transpose_weights: bool = True) -> bool:
     """Would :func:`build_part` find the engine of this part in the cache?"""
-    return cache.has(_key(with_transposed_weights(part) if transpose_weights else part, target))
+    return cache.has(_key(with_transposed_weights(part) if transpose_weights else part, target, cache))
 
 
 def as_built(part: Part, built: Part) -> Part:
@@ -116,9 +117,23 @@ def as_built(part: Part, built: Part) -> Part:
     return replace(part, segment=segment, graph=built.graph, engine=built.engine)
 
 
-def _key(part: Part, target: str, inside: Sequence[str] = ()) -> str:
+def _key(part: Part, target: str, cache: EngineCache, inside: Sequence[str] = ()) -> str:
     size = next((c.ranks for c in part.segment.collectives), 1)
-    return engine_key(part.digest, axis=part.segment.axis, size=size, target=target, flavour=flavour(), inside=inside)
+    assert part.graph is not None
+    more = [cache.own if _is_made_by_the_user(part.graph) else "", *inside]
+    return engine_key(part.digest, axis=part.segment.axis, size=size, target=target, flavour=flavour(), more=more)
+
+
+def _is_made_by_the_user(graph: GraphModule) -> bool:
+    """Do converters or decompositions of the user's decide what the engine is?
+
+    They may depend on anything, so that no other process's engine is taken for theirs.
+    """
+    if user_decompositions():
+        return True
+    converters = user_converters()
+    ops = {str(node.target) for node in decompose(graph).graph.nodes} if converters else set()
+    return any(op in converters or op.rpartition(".")[0] in converters for op in ops)
 
 
 def with_transposed_weights(part: Part) -> Part:

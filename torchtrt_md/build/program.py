@@ -12,7 +12,7 @@ from pathlib import Path
 
 import msgspec
 
-from torchtrt_md.build.cache import EngineCache
+from torchtrt_md.build.cache import UNCACHED, EngineCache, usable
 from torchtrt_md.build.engine import BuiltEngine
 from torchtrt_md.build.flavour import boundary_dtypes, flavour
 from torchtrt_md.build.part import build_part
@@ -32,7 +32,9 @@ def build_program(
     """Build a lowered program, all of which must be engines; see :func:`torchtrt_md.build`."""
     flavour().check_target(target)
     _check_dtypes(program)
-    return build_whole(place(program, "engine", ranks=ranks), folder, EngineCache(), target, ranks, progress)
+    return build_whole(
+        place(program, "engine", ranks=ranks), folder, usable(EngineCache(), folder), target, ranks, progress
+    )
 
 
 def build_whole(
@@ -73,7 +75,7 @@ def build_whole(
                 built = build_part(
                     named,
                     target,
-                    EngineCache(folder / "uncached") if large else cache,
+                    EngineCache(folder / UNCACHED) if large else cache,
                     weights=held,
                     streaming=streaming,
                     what=what,
@@ -116,7 +118,6 @@ def named_as_the_program(part: Part) -> Part:
 def _put(built: Part, file: Path, *, keep: bool) -> None:
     """Let the engine be this file, too, or move it there."""
     assert built.engine is not None
-    file.unlink(missing_ok=True)  # of an earlier build
     if keep:
         link_or_copy(built.engine, file)
     else:

@@ -83,4 +83,4 @@ def _scale(ctx: Any, amax: Any, dims: list[int], float8: bool, name: str) -> Any
     shuffle.reshape_dims = tuple(dims)
     numbers = {"largest": largest, "limit": NO_AMAX, "otherwise": otherwise}
     of = {n: operand(ctx, torch.full([1] * len(dims), value), f"{name}_{n}") for n, value in numbers.items()}
-    return layers.add_scale(flavour(), ctx.net, shuffle.get_output(0), **of)
+    return layers.add_scale_of_8_bits(flavour(), ctx.net, shuffle.get_output(0), **of)

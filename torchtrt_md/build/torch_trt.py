@@ -9,6 +9,7 @@ engine that they built, for which there must be a GPU), ``get_trt_tensor`` and `
 from __future__ import annotations
 
 import functools
+import inspect
 import logging
 import warnings
 from collections.abc import Iterator
@@ -88,16 +89,27 @@ def torch_tensorrt_version() -> str:
     return ""
 
 
-def user_converters() -> list[tuple[str, Any]]:
-    """(op, converter) of all converters that neither Torch-TensorRT nor this package registered."""
-    found = []
+def user_converters() -> set[str]:
+    """The ops of all converters that neither Torch-TensorRT nor this package registered."""
+    found = set()
     for registry in load().CONVERTERS.registries:
         for target, converters in registry.items():
             for converter in converters if isinstance(converters, (list, tuple)) else (converters,):
-                function = getattr(converter, "converter_implementation", converter)
-                if function.__module__.partition(".")[0] not in ("torch_tensorrt", "torchtrt_md"):
-                    found.append((str(target), function))
+                if not _is_known(getattr(converter, "converter_implementation", converter)):
+                    found.add(str(target))
     return found
+
+
+def user_decompositions() -> set[str]:
+    """The same of decompositions."""
+    return {str(op) for op, rule in load().get_decompositions().items() if not _is_known(rule)}
+
+
+def _is_known(function: Any) -> bool:
+    while isinstance(function, functools.partial):
+        function = function.func
+    module = getattr(inspect.unwrap(function), "__module__", None) or ""
+    return module.partition(".")[0] in ("torch", "torch_tensorrt", "torchtrt_md")
 
 
 def _without_collectives(folder: Any) -> Any:

@@ -294,6 +294,10 @@ def _vocabulary(module: nn.Embedding, axis: Axis) -> Hooks | None:
     return None
 
 
+# What a rank's part of a weight answers as the whole does.  Its sizes are not among them.
+_OF_EVERY_PART = frozenset(["dtype", "device", "layout", "requires_grad", "is_meta", "is_cuda", "ndim", "dim"])
+
+
 class _Lookups(TorchFunctionMode):
     """While active, what is looked up in an embedding's weight is computed by ``looked_up``, of ids and the weight."""
 
@@ -309,10 +313,12 @@ class _Lookups(TorchFunctionMode):
             return self._looked_up(*args)
         result = func(*args, **kwargs)
         takes = any(leaf is weight for leaf in pytree.tree_leaves((args, kwargs)))
-        if takes and any(isinstance(leaf, Tensor) for leaf in pytree.tree_leaves(result)):
+        # Of an attribute the function is its __get__.
+        name = func.__self__.__name__ if func.__name__ == "__get__" else func.__name__
+        if takes and name not in _OF_EVERY_PART:
             raise PlanError(
                 f"a {type(self._module).__name__} of which each rank has some of the rows reads its weight by"
-                f" {getattr(func, '__name__', func)}, and not by a lookup of ids",
+                f" {name}, and not by a lookup of ids",
                 fix="give it the style embedding_colwise, or leave it out of the plan",
                 at=running_line(),
             )

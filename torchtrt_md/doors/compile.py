@@ -84,8 +84,9 @@ def compile(
                 print("\n".join(notes), flush=True)
 
     dense = own_mesh(model) is None
+    needs = sum(t.nbytes for t in (*model.parameters(), *model.buffers()) if t.device.type != "cuda")
     return compile_program(
-        captured, chosen, verify=verify if dense else None, name=type(model).__name__, store_weights=True
+        captured, chosen, verify=verify if dense else None, name=type(model).__name__, store_weights=True, needs=needs
     )
 
 
@@ -111,6 +112,7 @@ def compile_program(
     name: str = "the program",
     budget: Budget | None = None,
     store_weights: bool = False,
+    needs: int = 0,
 ) -> Runner:
     """Compile a captured program.  Collective.
 
@@ -121,6 +123,7 @@ def compile_program(
         name: of the model, for the summary.
         budget: of CUDA graphs, shared with other programs.
         store_weights: make the model's parameters views of the blocks that engines read, so that they are held once.
+        needs: bytes of weights that are not on the GPU yet.
 
     Raises:
         MDError: of the stage that failed, the same on every rank.
@@ -139,7 +142,7 @@ def compile_program(
             prepare(launch.device)
         return captured()
 
-    with working_ahead(launch.device, launch.share[1], inductor) as ahead:
+    with working_ahead(launch.device, launch.share[1], inductor, needs) as ahead:
         program = launch.together("capturing the model", step)
         # A rank may have made it of its own groups, and the axes' communicators are made by all together.
         launch.agreement.same(str(program.mesh), "the mesh that their groups make")

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Literal, get_args
@@ -99,7 +100,9 @@ def load(
     launch = Launch.join(timeout, device=device, cpu=not engines)
     mesh, segments = mesh_of(manifest), manifest.ranks[launch.rank]
     inductor = any(segment.runs == "inductor" for segment in segments)
-    with working_ahead(launch.device, launch.share[1], inductor) as ahead:
+    bindings = {b.weight: b for segment in segments for b in segment.inputs if b.weight is not None}
+    needs = sum(math.prod(b.shape) * b.dtype.itemsize for b in bindings.values())
+    with working_ahead(launch.device, launch.share[1], inductor, needs) as ahead:
         parts = launch.together(
             "reading the graphs", lambda: [_part(folder, manifest, segment) for segment in segments]
         )

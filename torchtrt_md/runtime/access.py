@@ -23,9 +23,10 @@ def check_access(launch: Launch, mesh: Mesh) -> None:
                 " are on several",
                 fix="use transport='nccl', or give each host whole groups of the axis",
             )
-    uuids = launch.agreement.gather(_uuid(launch.device), "their GPUs")
+    uuids = launch.agreement.gather(launch.together("looking at the GPUs", lambda: _uuid(launch.device)), "their GPUs")
     peers = {rank for _, ranks in groups if launch.rank in ranks for rank in ranks if rank != launch.rank}
-    mine = without_access(launch.device, {rank: uuids[rank] for rank in sorted(peers)})
+    own = {rank: uuids[rank] for rank in sorted(peers)}
+    mine = launch.together("looking at the GPUs' access", lambda: without_access(launch.device, own))
     told = launch.agreement.gather(mine, "the GPUs whose memory they can write")
     pairs = [f"rank {rank} to rank {peer}" for rank, lacking in enumerate(told) for peer in lacking]
     if pairs:

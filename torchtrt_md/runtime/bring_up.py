@@ -301,7 +301,7 @@ def assemble(
         fixed[Wire("coordinate", axis)] = torch.tensor([at], dtype=torch.int32, device=device)
     steps: list[Step] = []
     if known.ahead:
-        known.ahead.give(_jobs(parts, fixed, known))
+        known.ahead.give(lambda: _jobs(parts, fixed, known))
         load_inductor()  # meanwhile
     for index, part in enumerate(parts):
         name, examples = named(part.segment, index), partial(_examples, part, fixed, device)
@@ -321,6 +321,8 @@ def assemble(
                     if known.ahead:
                         known.ahead.wait(part.digest)
                     known.compiled[part.digest] = compile_graph(name, part.graph, examples, device)
+                    if known.ahead:
+                        known.ahead.compiled_here(part.digest)
             steps.append(call_step(part.segment, known.compiled[part.digest]))
         else:
             graph = copied(part.graph)
@@ -334,7 +336,10 @@ def assemble(
 
 def _jobs(parts: Sequence[Part], fixed: Mapping[Key, Tensor], known: Known) -> dict[str, Job]:
     """What Inductor is to compile of these parts, by digest, the largest graphs first."""
-    graphs = {p.digest: p for p in parts if p.runs == "inductor" and p.digest not in known.compiled}
+    graphs: dict[str, Part] = {}
+    for part in parts:
+        if part.runs == "inductor" and part.digest not in known.compiled:
+            graphs.setdefault(part.digest, part)
     switches, jobs = inductor_switches(), {}
     for digest, part in sorted(graphs.items(), key=lambda item: -len(item[1].graph.graph.nodes)):  # type: ignore[union-attr]
         assert part.graph is not None

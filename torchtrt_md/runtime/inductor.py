@@ -61,7 +61,8 @@ def compiled(graph: GraphModule, operands: Sequence[Operand], device: torch.devi
     module = _prepared(graph, device)
     if device.type == "cuda":
         fuse_gelu(module)
-    with torch.no_grad(), private.compiling(operands, device) as fakes:
+    # Not in the mode of a caller who infers, which would be part of what Inductor looks for in its cache.
+    with torch.inference_mode(False), torch.no_grad(), private.compiling(operands, device) as fakes:
         result = torch._inductor.compile(module, [*fakes], options=_OPTIONS)
 
     def call(*tensors: Tensor) -> Sequence[Tensor]:

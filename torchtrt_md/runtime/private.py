@@ -7,6 +7,7 @@ import os
 import pickle
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
+from pathlib import Path
 from typing import Any, NamedTuple, Self
 
 import torch
@@ -67,19 +68,36 @@ def inductor_switches() -> bytes:
     from torch._inductor import config
 
     matmul = {name: getattr(torch.backends.cuda.matmul, name) for name in _MATMUL}
-    return pickle.dumps((config.save_config(), matmul, torch.are_deterministic_algorithms_enabled()))
+    deterministic = torch.are_deterministic_algorithms_enabled(), torch.is_deterministic_algorithms_warn_only_enabled()
+    filled = torch.utils.deterministic.fill_uninitialized_memory  # type: ignore[attr-defined]
+    return pickle.dumps((config.save_config(), matmul, deterministic, filled))
+
+
+def inductor_keeps() -> bool:
+    """Does Inductor keep what it compiles on disk, and look there?"""
+    from torch._inductor import config
+
+    return bool(config.fx_graph_cache and not config.force_disable_caches)
+
+
+def inductor_folder() -> Path:
+    """Where Inductor keeps what it compiled.  Without it nothing is known of what it has."""
+    from torch._inductor.runtime.cache_dir_utils import cache_dir
+
+    return Path(cache_dir())
 
 
 def set_inductor_switches(switches: bytes) -> None:
     """Be as the process that told these."""
     from torch._inductor import config
 
-    inductor, matmul, deterministic = pickle.loads(switches)
+    inductor, matmul, (deterministic, warn_only), filled = pickle.loads(switches)
     config.load_config(inductor)
     for name, value in matmul.items():
         if getattr(torch.backends.cuda.matmul, name) != value:
             setattr(torch.backends.cuda.matmul, name, value)
-    torch.use_deterministic_algorithms(deterministic)
+    torch.use_deterministic_algorithms(deterministic, warn_only=warn_only)
+    torch.utils.deterministic.fill_uninitialized_memory = filled  # type: ignore[attr-defined]
 
 
 def load_inductor() -> None:
