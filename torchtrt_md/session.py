@@ -27,17 +27,11 @@ class Session:
     """One program in a launch: its road, and the way up of what was built for this rank."""
 
     def __init__(
-        self,
-        launch: Launch,
-        program: ShardedProgram,
-        options: Options,
-        *,
-        store_weights: bool = False,
-        known: Known | None = None,
+        self, launch: Launch, program: ShardedProgram, options: Options, *, store_weights: bool = False
     ) -> None:
         self.launch, self.program, self.options = launch, program, options
         self.store_weights = store_weights and options.transpose_weights
-        self.known = known or Known()
+        self.known = Known()
         self.road = Road(
             program,
             options,

@@ -27,7 +27,7 @@ def test_inductor_can_be_called_inside_dynamos_backend() -> None:
     models = torch._guards.TracingContext(None)
     with torch._guards.tracing(models):
         x = torch.randn(3, 4)[:, 1:]
-        with private.compiling([private.Operand.like(x)], x.device) as (like,):
+        with private.compiling([x]) as (like,):
             own = torch._guards.TracingContext.try_get()
             assert own is not None
             assert own is not models, "it would take the model's fake tensors for its own"

@@ -22,8 +22,6 @@ from torchtrt_md.options import Options
 from torchtrt_md.parallel import DataParallel
 from torchtrt_md.program import ShardedProgram, dtype_name
 from torchtrt_md.road import Verify
-from torchtrt_md.runtime.ahead import working_ahead
-from torchtrt_md.runtime.bring_up import Known
 from torchtrt_md.runtime.graphs import Budget
 from torchtrt_md.runtime.runner import Runner
 from torchtrt_md.runtime.weights import check_equal
@@ -84,9 +82,8 @@ def compile(
                 print("\n".join(notes), flush=True)
 
     dense = own_mesh(model) is None
-    needs = sum(t.nbytes for t in (*model.parameters(), *model.buffers()) if t.device.type != "cuda")
     return compile_program(
-        captured, chosen, verify=verify if dense else None, name=type(model).__name__, store_weights=True, needs=needs
+        captured, chosen, verify=verify if dense else None, name=type(model).__name__, store_weights=True
     )
 
 
@@ -112,7 +109,6 @@ def compile_program(
     name: str = "the program",
     budget: Budget | None = None,
     store_weights: bool = False,
-    needs: int = 0,
 ) -> Runner:
     """Compile a captured program.  Collective.
 
@@ -123,7 +119,6 @@ def compile_program(
         name: of the model, for the summary.
         budget: of CUDA graphs, shared with other programs.
         store_weights: make the model's parameters views of the blocks that engines read, so that they are held once.
-        needs: bytes of weights that are not on the GPU yet.
 
     Raises:
         MDError: of the stage that failed, the same on every rank.
@@ -133,34 +128,31 @@ def compile_program(
     capability = torch.cuda.get_device_capability(launch.device) if on_gpu else None
     launch.together("checking the options", lambda: check_fit(options, capability=capability))
 
-    inductor = options.compute == "inductor" or options.tune is True
-
     def step() -> ShardedProgram:
-        if inductor:
+        if options.compute == "inductor" or options.tune is True:
             from torchtrt_md.runtime.inductor import prepare
 
             prepare(launch.device)
         return captured()
 
-    with working_ahead(launch.device, launch.share[1], inductor, needs) as ahead:
-        program = launch.together("capturing the model", step)
-        # A rank may have made it of its own groups, and the axes' communicators are made by all together.
-        launch.agreement.same(str(program.mesh), "the mesh that their groups make")
-        if options.parallels:  # one model, called with the same everywhere; other graphs may get inputs of their own
-            check_same(launch.agreement, _given(program, options), "their example inputs")
-        if options.check:
-            check_equal(program, launch.agreement)
-        session = Session(launch, program, options, store_weights=store_weights, known=Known(ahead=ahead))
-        choices = session.default()
-        if options.tune:
-            from torchtrt_md.tune import tune
+    program = launch.together("capturing the model", step)
+    # A rank may have made it of its own groups, and the axes' communicators are made by all together.
+    launch.agreement.same(str(program.mesh), "the mesh that their groups make")
+    if options.parallels:  # one model, called with the same everywhere; other graphs may get inputs of their own
+        check_same(launch.agreement, _given(program, options), "their example inputs")
+    if options.check:
+        check_equal(program, launch.agreement)
+    session = Session(launch, program, options, store_weights=store_weights)
+    choices = session.default()
+    if options.tune:
+        from torchtrt_md.tune import tune
 
-            choices = tune(session, choices)
-        lowered = session.road.lower(choices)
-        if options.check and verify is not None:
-            session.road.verify(lowered, verify)
-        built = session.road.build(lowered, choices)
-        runner = session.runner(built, budget, name)
+        choices = tune(session, choices)
+    lowered = session.road.lower(choices)
+    if options.check and verify is not None:
+        session.road.verify(lowered, verify)
+    built = session.road.build(lowered, choices)
+    runner = session.runner(built, budget, name)
     if options.report and launch.rank == 0:
         print(runner.summary, flush=True)
     return runner

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Literal, get_args
@@ -30,8 +29,7 @@ from torchtrt_md.launch import Launch
 from torchtrt_md.launch.agree import Agreement, check_same, grouped
 from torchtrt_md.mesh import Mesh
 from torchtrt_md.options import seconds
-from torchtrt_md.runtime.ahead import working_ahead
-from torchtrt_md.runtime.bring_up import Known, bring_up
+from torchtrt_md.runtime.bring_up import bring_up
 from torchtrt_md.runtime.graphs import Budget
 from torchtrt_md.runtime.offers import Offers
 from torchtrt_md.runtime.runner import MAX_GRAPHS, Check, Runner
@@ -99,28 +97,21 @@ def load(
     engines = any(segment.runs == "engine" for segments in manifest.ranks for segment in segments)
     launch = Launch.join(timeout, device=device, cpu=not engines)
     mesh, segments = mesh_of(manifest), manifest.ranks[launch.rank]
-    inductor = any(segment.runs == "inductor" for segment in segments)
-    bindings = {b.weight: b for segment in segments for b in segment.inputs if b.weight is not None}
-    needs = sum(math.prod(b.shape) * b.dtype.itemsize for b in bindings.values())
-    with working_ahead(launch.device, launch.share[1], inductor, needs) as ahead:
-        parts = launch.together(
-            "reading the graphs", lambda: [_part(folder, manifest, segment) for segment in segments]
-        )
-        read = launch.together("reading the weights", lambda: _weights(folder, manifest, launch, weights))
-        _check_given(manifest, mesh, read, launch)
-        executor = bring_up(
-            launch,
-            mesh,
-            parts,
-            read.pop,
-            [Wire("output", value.name) for value in manifest.outputs],
-            self_tests=[Part(test, engine=folder / test.file) for test in manifest.self_tests],
-            target=manifest.target,
-            transport=manifest.transport,
-            overlap=overlap,
-            offers=offers,
-            known=Known(ahead=ahead),
-        )
+    parts = launch.together("reading the graphs", lambda: [_part(folder, manifest, segment) for segment in segments])
+    read = launch.together("reading the weights", lambda: _weights(folder, manifest, launch, weights))
+    _check_given(manifest, mesh, read, launch)
+    executor = bring_up(
+        launch,
+        mesh,
+        parts,
+        read.pop,
+        [Wire("output", value.name) for value in manifest.outputs],
+        self_tests=[Part(test, engine=folder / test.file) for test in manifest.self_tests],
+        target=manifest.target,
+        transport=manifest.transport,
+        overlap=overlap,
+        offers=offers,
+    )
     return Runner(
         manifest,
         executor,

@@ -20,22 +20,18 @@ import torch.distributed as dist
 from torch import Tensor
 from torch.fx import GraphModule
 
-from torchtrt_md.errors import MDError
 from torchtrt_md.graph.functional import copied
-from torchtrt_md.graph.json import graph_to_json
 from torchtrt_md.launch import Launch, communicator
 from torchtrt_md.launch.watchdog import named
 from torchtrt_md.mesh import Mesh
 from torchtrt_md.program import placeholders
 from torchtrt_md.runtime.access import check_access
-from torchtrt_md.runtime.ahead import Ahead, Job
 from torchtrt_md.runtime.engine import Engine, deserialize, runtime_cache, scratch_bytes, trt_runtime
 from torchtrt_md.runtime.executor import Executor
 from torchtrt_md.runtime.kernels import KernelCache, kernel_file
 from torchtrt_md.runtime.memory import lay_out
 from torchtrt_md.runtime.offers import NOTHING, Offers, stream_weights
 from torchtrt_md.runtime.order import overlapped
-from torchtrt_md.runtime.private import Operand, inductor_switches, load_inductor
 from torchtrt_md.runtime.push import Shared
 from torchtrt_md.runtime.steps import Key, Step, Values, call_step, eager_steps, engine_step, source_key, to_device
 from torchtrt_md.runtime.two_steps import sum_in_two
@@ -55,13 +51,11 @@ class Known:
         compiled: what Inductor made of graphs, by their digests.
         checked: the digests of graphs whose engines were compared with them.
         seconds: what compiling and comparing took.
-        ahead: compiles graphs in other processes.
     """
 
     compiled: dict[str, Callable[..., Sequence[Tensor]]] = field(default_factory=dict)
     checked: set[str] = field(default_factory=set)
     seconds: float = 0.0
-    ahead: Ahead | None = None
 
     @contextmanager
     def working(self) -> Iterator[None]:
@@ -300,9 +294,6 @@ def assemble(
     for axis, at in coordinates.items():
         fixed[Wire("coordinate", axis)] = torch.tensor([at], dtype=torch.int32, device=device)
     steps: list[Step] = []
-    if known.ahead:
-        known.ahead.give(lambda: _jobs(parts, fixed, known))
-        load_inductor()  # meanwhile
     for index, part in enumerate(parts):
         name, examples = named(part.segment, index), partial(_examples, part, fixed, device)
         if index in engines:
@@ -318,11 +309,7 @@ def assemble(
                 from torchtrt_md.runtime.inductor import compile_graph
 
                 with known.working():
-                    if known.ahead:
-                        known.ahead.wait(part.digest)
                     known.compiled[part.digest] = compile_graph(name, part.graph, examples, device)
-                    if known.ahead:
-                        known.ahead.compiled_here(part.digest)
             steps.append(call_step(part.segment, known.compiled[part.digest]))
         else:
             graph = copied(part.graph)
@@ -332,25 +319,6 @@ def assemble(
                 part.segment, graph, groups=groups, coordinates=coordinates, device=device, index=index
             )
     return steps, fixed
-
-
-def _jobs(parts: Sequence[Part], fixed: Mapping[Key, Tensor], known: Known) -> dict[str, Job]:
-    """What Inductor is to compile of these parts, by digest, the largest graphs first."""
-    graphs: dict[str, Part] = {}
-    for part in parts:
-        if part.runs == "inductor" and part.digest not in known.compiled:
-            graphs.setdefault(part.digest, part)
-    switches, jobs = inductor_switches(), {}
-    for digest, part in sorted(graphs.items(), key=lambda item: -len(item[1].graph.graph.nodes)):  # type: ignore[union-attr]
-        assert part.graph is not None
-        operands = []
-        for b in part.segment.inputs:
-            held = fixed.get(source_key(b))
-            drawn = torch.empty(b.shape, dtype=b.dtype, device="meta")
-            operands.append(Operand.like(drawn if held is None else held))
-        with suppress(MDError):  # what no bundle could hold is compiled in this process
-            jobs[digest] = Job(graph_to_json(part.graph), operands, switches)
-    return jobs
 
 
 def _examples(part: Part, fixed: Mapping[Key, Tensor], device: torch.device, number: int) -> list[Tensor]:

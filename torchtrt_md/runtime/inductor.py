@@ -5,7 +5,6 @@ from __future__ import annotations
 import logging
 import time
 from collections.abc import Callable, Sequence
-from typing import TypeAlias
 
 import torch
 from torch import Tensor
@@ -15,12 +14,10 @@ from torchtrt_md.graph.functional import copied
 from torchtrt_md.lowering.ops import bound_args
 from torchtrt_md.runtime import private
 from torchtrt_md.runtime.epilogue import fuse_gelu
-from torchtrt_md.runtime.private import Operand
 from torchtrt_md.runtime.steps import to_device
 from torchtrt_md.verification.compiled import check_compiled
 
 log = logging.getLogger(__name__)
-Function: TypeAlias = Callable[..., Sequence[Tensor]]
 # Fusing after loops were reordered makes the kernels that torchtrt_md.verification.compiled tells of.
 _OPTIONS = {"loop_ordering_after_fusion": False}
 
@@ -33,7 +30,7 @@ def prepare(device: torch.device) -> None:
 
 def compile_graph(
     name: str, graph: GraphModule, examples: Callable[[int], list[Tensor]], device: torch.device
-) -> Function:
+) -> Callable[..., Sequence[Tensor]]:
     """The graph as a function of tensors like these, compiled now, and compared with what PyTorch's own ops compute.
 
     Inductor keeps what it compiled on disk, so equal graphs of later runs take seconds less.
@@ -47,36 +44,24 @@ def compile_graph(
         VerificationError: what was compiled computes something else.
     """
     start = time.perf_counter()
-    function = compiled(graph, [Operand.like(example) for example in examples(0)], device)
-    between = time.perf_counter()
-    own = _prepared(graph, device)
-    check_compiled(name, own, function, examples, by="Inductor")
-    end = time.perf_counter()
-    log.info("%s: Inductor took %.2f s, the comparison %.2f s", name, between - start, end - between)
-    return function
-
-
-def compiled(graph: GraphModule, operands: Sequence[Operand], device: torch.device) -> Function:
-    """What Inductor makes of the graph for operands like these, which it keeps on disk."""
-    module = _prepared(graph, device)
-    if device.type == "cuda":
-        fuse_gelu(module)
-    # Not in the mode of a caller who infers, which would be part of what Inductor looks for in its cache.
-    with torch.inference_mode(False), torch.no_grad(), private.compiling(operands, device) as fakes:
-        result = torch._inductor.compile(module, [*fakes], options=_OPTIONS)
-
-    def call(*tensors: Tensor) -> Sequence[Tensor]:
-        results: Sequence[Tensor] = result(*tensors)
-        return results
-
-    return call
-
-
-def _prepared(graph: GraphModule, device: torch.device) -> GraphModule:
     module = copied(graph)
     _sort_stably(module)
     to_device(module, device)
-    return module
+    own = copied(module)
+    if device.type == "cuda":
+        fuse_gelu(module)
+    with torch.no_grad(), private.compiling(examples(0)) as like:
+        compiled = torch._inductor.compile(module, [*like], options=_OPTIONS)
+
+    def call(*tensors: Tensor) -> Sequence[Tensor]:
+        results: Sequence[Tensor] = compiled(*tensors)
+        return results
+
+    between = time.perf_counter()
+    check_compiled(name, own, call, examples, by="Inductor")
+    end = time.perf_counter()
+    log.info("%s: Inductor took %.2f s, the comparison %.2f s", name, between - start, end - between)
+    return call
 
 
 def _sort_stably(graph: GraphModule) -> None:
