@@ -135,11 +135,9 @@ def table() -> str:
 def _row(label: str, name: str, found: Mapping[int, Mapping[str, Figure]]) -> str:
     cells, errors = [], []
     for gpus in GPUS:
-        if name == "dense":  # of the report with the most GPUs, which has it in turns with ours
-            its = next((at["dense"] for _, at in sorted(found.items(), reverse=True) if "dense" in at), None)
-            its = its if gpus == 1 else None
-        else:
-            its = found.get(gpus, {}).get(name)
+        its = found.get(gpus, {}).get(name)
+        if name == "dense":
+            its = _dense(found) if gpus == 1 else None
         if its is None:
             cells.append("")
             continue
@@ -148,6 +146,15 @@ def _row(label: str, name: str, found: Mapping[int, Mapping[str, Figure]]) -> st
         cells.append(f"{its.ms:.1f}{_ALONE if its.alone else ''}{ratio}")
         errors.append(its.error)
     return f"| {label} | {' | '.join(cells)} | {max(errors):.2g} |"
+
+
+def _dense(found: Mapping[int, Mapping[str, Figure]]) -> Figure | None:
+    """The dense model on one GPU: of the report with the most GPUs, which has it in turns with ours."""
+    return next((found[gpus]["dense"] for gpus in sorted(found, reverse=True) if "dense" in found[gpus]), None)
+
+
+def _best_ours(at: Mapping[str, Figure]) -> float:
+    return min(at[name].ms for name in ROWS if name in at)
 
 
 def chart(path: Path) -> None:
@@ -166,8 +173,7 @@ def chart(path: Path) -> None:
         if "peer" in at
     ]
     for place, (_, at) in enumerate(reversed(bars)):
-        best = min((f for n, f in at.items() if n in ROWS), key=lambda f: f.ms)
-        ratio = best.ms / at["peer"].ms
+        ratio = _best_ours(at) / at["peer"].ms
         left.barh(place, ratio, color="#76b900")
         left.text(ratio - 0.01, place, f"{ratio:.2f}", va="center", ha="right")
     left.set_yticks(range(len(bars)), [name for name, _ in reversed(bars)])
@@ -176,13 +182,12 @@ def chart(path: Path) -> None:
     left.set_xlabel("time of torchtrt_md over that of the best peer (1.0)")
     for model in MODELS:
         found = figures(model)
-        one = next((at["dense"].ms for _, at in sorted(found.items(), reverse=True) if "dense" in at), None)
-        one = found[1]["peer"].ms if 1 in found and "peer" in found[1] else one
+        one = found[1]["peer"] if "peer" in found.get(1, {}) else _dense(found)
         if one is None or model.key == "llama":  # its dense model was timed without torch.compile
             continue
-        ours = {g: min(f.ms for n, f in at.items() if n in ROWS) for g, at in found.items() if g > 1}
+        ours = {gpus: _best_ours(at) for gpus, at in found.items() if gpus > 1}
         gpus = [1, *ours]
-        right.plot(gpus, [1.0, *(one / ms for ms in ours.values())], marker="o", label=model.short)
+        right.plot(gpus, [1.0, *(one.ms / ms for ms in ours.values())], marker="o", label=model.short)
     right.plot(GPUS, GPUS, color="black", linewidth=1, linestyle=":", label="as many times as GPUs")
     right.set_xticks(GPUS)
     right.set_xlabel("GPUs")

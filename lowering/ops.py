@@ -39,6 +39,7 @@ from torch.distributed.device_mesh import DeviceMesh
 
 from torchtrt_md.errors import CaptureError, CollectiveError, MeshError
 from torchtrt_md.lowering.attention_math import ring_attention_block
+from torchtrt_md.lowering.quantize_math import FLOAT8 as FLOAT8
 from torchtrt_md.lowering.quantize_math import fake_quantized
 from torchtrt_md.mesh import axis_names
 

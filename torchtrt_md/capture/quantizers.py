@@ -30,7 +30,6 @@ if TYPE_CHECKING:
     from torchtrt_md.capture.tensor_parallel import Parts
     from torchtrt_md.capture.tensor_styles import Axis, Cut, Style
 
-_FLOAT8 = (8, 4)  # bits, and those of the exponent
 _ROOT = "modelopt.torch.quantization"
 _UNSIGNED = "a quantizer of Model Optimizer is unsigned, and TensorRT has signed integers only"
 _SIGNED = "quantize with unsigned=False"
@@ -79,7 +78,7 @@ def as_one_op(graph: GraphModule) -> None:
         x, amax, num_bits, exponent_bits, unsigned, narrow = ops.bound_args(node).values()
         if unsigned:
             raise CaptureError(_UNSIGNED, fix=_SIGNED, at=source_line(node))
-        if amax is None or (exponent_bits and (num_bits, exponent_bits) != _FLOAT8):
+        if amax is None or (exponent_bits and (num_bits, exponent_bits) != ops.FLOAT8):
             raise CaptureError(
                 f"a quantizer of Model Optimizer has {num_bits} bits, {exponent_bits} of them of the exponent"
                 + (", and no amax" if amax is None else ""),

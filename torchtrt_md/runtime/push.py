@@ -22,7 +22,7 @@ from torchtrt_md.runtime import private
 
 # (This rank's operand, what all ranks of the axis get, in order) -> what is copied: (to, from).
 Copies = Callable[[Tensor, Sequence[Tensor]], list[tuple[Tensor, Tensor]]]
-SUMMED = (torch.float32, torch.bfloat16, torch.float16)
+_SUMMED = (torch.float32, torch.bfloat16, torch.float16)
 _SMALL = 1 << 20  # bytes
 
 
@@ -56,13 +56,18 @@ def push_of(node: Node, me: int) -> Push | None:
     if name == "permute_tensor":
         to = (me + args["shift"]) % size
         return Push(lambda x, results: [(results[to], x)])
-    if name in ("all_reduce", "reduce_scatter") and args["op"] in ("sum", "avg"):
+    if name in ("all_reduce", "reduce_scatter"):
         held: Tensor = args["x"].meta["val"]
         whole = name == "all_reduce"
-        if held.dtype in SUMMED and (not whole or goes_at_once(held, size)):
+        if adds_up(args["op"], held) and (not whole or goes_at_once(held, size)):
             scale = 1 / size if args["op"] == "avg" else 1.0
             return Push(lambda x, parts: _exchanged([x] * size if whole else x.chunk(size), parts, me), size, scale)
     return None
+
+
+def adds_up(op: str, x: Tensor) -> bool:
+    """Is a reduction of this tensor one that ranks compute from the parts that arrive?"""
+    return op in ("sum", "avg") and x.dtype in _SUMMED
 
 
 def goes_at_once(x: Tensor, size: int) -> bool:

@@ -14,7 +14,7 @@ from torch.fx import GraphModule
 from torchtrt_md.graph.rewrite import emit, substitute, view
 from torchtrt_md.lowering.ops import bound_args
 from torchtrt_md.program import value_of
-from torchtrt_md.runtime.push import SUMMED, goes_at_once
+from torchtrt_md.runtime.push import adds_up, goes_at_once
 
 md = torch.ops.torchtrt_md
 _ALIGNED = 16  # bytes; a rank's part begins where a wide load can
@@ -26,9 +26,7 @@ def sum_in_two(graph: GraphModule) -> int:
     for node in graph.graph.find_nodes(op="call_function", target=md.all_reduce.default):
         args, x = bound_args(node), value_of(node)
         size = args["size"]
-        if args["op"] not in ("sum", "avg") or x.dtype not in SUMMED or goes_at_once(x, size):
-            continue
-        if x.nbytes % (size * _ALIGNED):
+        if not adds_up(args["op"], x) or goes_at_once(x, size) or x.nbytes % (size * _ALIGNED):
             continue
         row = view(node, args["x"], [x.numel()])
         part = emit(node, md.reduce_scatter.default, row, args["op"], 0, args["axis"], size)
