@@ -391,7 +391,7 @@ def our_options(ablations: bool) -> dict[str, dict[str, Any]]:
         "split": {"placement": "split"},
         "split inductor": {"placement": "split", "compute": "inductor"},
         "tuned": {"tune": True, "strategy": "auto"},
-        "tuned tensorrt": {"tune": "tensorrt", "strategy": "auto"},
+        "tuned tensorrt": {"tune": True, "compute": "tensorrt", "strategy": "auto"},
     }
     options = {}
     for name, way in ways.items():
@@ -444,7 +444,7 @@ def compile_ours(
         report=False,
         votes="first",  # peers do not vote on the inputs of every call either
         static_outputs=bool(options.get("cuda_graph")),  # nor do their graphs copy their results
-        **rest,
+        **{"tune": False, **rest},
     )
 
 

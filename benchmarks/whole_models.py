@@ -312,15 +312,15 @@ class Bench:
             "ours, TensorRT": {"placement": "split"},
             "ours, TensorRT, one engine": {"placement": "engine"},
             "ours, tuned": {"tune": True},
-            "ours, tuned, TensorRT alone": {"tune": "tensorrt"},
+            "ours, tuned, TensorRT alone": {"tune": True, "compute": "tensorrt"},
         }
         for name, way in ways.items():
-            self.add(name, partial(self.compile_ours, name, {**way, **graph}), peer=False)
+            self.add(name, partial(self.compile_ours, name, {"tune": False, **way, **graph}), peer=False)
 
     def compile_ours(self, name: str, options: Mapping[str, Any]) -> Timed:
         tp = self.workload.parallel == "tp"
         mesh = md.Mesh({"tp" if tp else "cp": self.launch.ranks})
-        strategy: Any = "auto" if "tune" in options else self.workload.parallel
+        strategy: Any = "auto" if options["tune"] else self.workload.parallel
         parallel = md.TensorParallel("tp") if tp else md.ContextParallel("cp", strategy, self.workload.plan)
         # Engines store weights in a layout of their own, as which other candidates would read them.
         model = self.twin() if options.get("compute") == "inductor" else copy.deepcopy(self.model)

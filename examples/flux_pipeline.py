@@ -127,7 +127,7 @@ def main() -> None:
         kwargs=calls[0],
         mesh=md.Mesh(cp=dist.get_world_size()),
         parallel=md.ContextParallel("cp", "ulysses"),
-        compute=options.compute or ("tensorrt" if on_gpu else "inductor"),
+        compute=options.compute or ("auto" if on_gpu else "inductor"),
         check=not options.full,  # in fp64 it would need more memory than a GPU has
     )
     with runner:

@@ -201,7 +201,7 @@ def searched(rank: int, folder: str, allowed: Sequence[float], engines_ms: float
     found = []
     for number, seconds in enumerate(allowed):
         cache = Path(folder) / str(number)
-        session, _, _ = session_of(4, str(cache / "cache"), compute="tensorrt", tune=True, tune_seconds=seconds)
+        session, _, _ = session_of(4, str(cache / "cache"), compute="auto", tune=True, tune_seconds=seconds)
         clock = Ticking(lambda executor: 50.0)
         engines = Engines(cache, clock, SECONDS, rank)
 
@@ -299,6 +299,62 @@ def test_without_a_gpu_it_is_refused(ranks: Ranks, tmp_path: Path) -> None:
         assert "tune=True times candidates on GPUs" in outcome.message
 
 
+class Told(_Tuner):
+    """Whole steps take what a rule says; attentions take as long in each way."""
+
+    def __init__(self, cost: Callable[[Choices], float], **options: Any) -> None:
+        torch.manual_seed(0)
+        model, x = nn.Sequential(nn.Linear(8, 16), nn.GELU(), nn.Linear(16, 8)), torch.randn(4, 8)
+        parallel = md.TensorParallel("tp", {"0": "colwise", "2": "rowwise"})
+        mesh = md.Mesh(tp=2)
+        program = md.capture(model, (x,), mesh=mesh, parallel=parallel)
+        asked = Options(mesh=mesh, **{"compute": "inductor", **options})
+        launch = SimpleNamespace(rank=0, hosts=[0, 0], device=torch.device("cpu"), agreement=Alone())
+        session: Any = SimpleNamespace(
+            program=program, options=asked, launch=launch, road=Road(program, asked, ranks=[0])
+        )
+        clock = Ticking(lambda executor: 0.0)
+        clock.transports = ("nccl", "store")
+        super().__init__(session, clock, 0.0)
+        self.cost, self.default = cost, session.road.default()
+        self.timed: list[Choices] = []
+
+    def _whole_step(self, choices: Choices, ops: int) -> float:
+        self.timed.append(choices)
+        return self.cost(choices)
+
+
+@pytest.mark.parametrize("faster", ["nccl", "store"])
+def test_without_an_attention_the_transports_are_timed_in_whole_steps(faster: Transport) -> None:
+    search = Told(lambda choices: 1.0 if choices.transport == faster else 2.0)
+    found = search.choose(search.default)
+    assert found.transport == faster
+    assert sorted(choices.transport for choices in search.timed) == ["nccl", "store"]
+    assert len(found.decisions[-1].times_ms) == 2
+
+
+@pytest.mark.parametrize("asked", ["nccl", "store"])
+def test_a_transport_that_was_asked_for_is_kept_and_where_nothing_is_left_to_choose_nothing_is_timed(
+    asked: Transport,
+) -> None:
+    search = Told(lambda choices: 2.0 if choices.transport == asked else 1.0, transport=asked)
+    assert search.choose(search.default) == search.default
+    assert search.default.transport == asked
+    assert not search.timed
+
+
+def test_gpus_without_access_to_each_other_are_left_with_nccl() -> None:
+    def cost(choices: Choices) -> float:
+        if choices.transport == "store":
+            raise md.LaunchError("these GPUs have no access", fix="")
+        return 1.0
+
+    search = Told(cost)
+    found = search.choose(search.default)
+    assert found.transport == "nccl"
+    assert "by stores" in found.decisions[-1].why
+
+
 def test_what_cannot_be_kept_is_a_warning(tmp_path: Path) -> None:
     """A tuning of minutes is not lost because the disk is full."""
     choices = Choices("split", "inductor", {}, {})
@@ -338,22 +394,20 @@ def searched_in_spite(rank: int, folder: str, how: Any) -> Choices:
     model, x = Lgamma().eval(), torch.randn(1, 8, 32)
     parallel = md.ContextParallel("cp", "auto", {"": {"x": md.Split(1)}, "second.out": md.Gather(1)})
     program = md.capture(model, (x,), mesh=md.Mesh(cp=2), parallel=parallel)
-    options = Options(
-        mesh=md.Mesh(cp=2), cache=folder, report=False, compute="tensorrt", tune=how, tune_seconds=10_000.0
-    )
+    options = Options(mesh=md.Mesh(cp=2), cache=folder, report=False, compute=how, tune=True, tune_seconds=10_000.0)
     session, clock = Session(Launch.join(60.0, cpu=True), program, options), Ticking(lambda executor: 50.0)
     engines, compiled = Failing(Path(folder), clock, 1, rank), "torchtrt_md.runtime.inductor.compile_graph"
     with engines.patched(), unittest.mock.patch(compiled, lambda name, graph, *rest: graph):
         return tune(session, Choices("split"), clock)
 
 
-@pytest.mark.parametrize("how", ["tensorrt", True])
+@pytest.mark.parametrize("how", ["tensorrt", "auto"])
 def test_an_op_that_cannot_be_converted_takes_nothing_else_along(how: Any, ranks: Ranks, tmp_path: Path) -> None:
     for outcome in ranks(searched_in_spite, str(tmp_path), how):
         assert not outcome.error, outcome.message
         told = {decision.what.split(" q")[0]: decision for decision in outcome.value.decisions}
         assert "attention" in told, "all ways of exchange are around the op"
-        if how is True:
+        if how == "auto":
             (left,) = [name for name in told["a whole step"].why.split(", ") if "in TensorRT" in name]
             timed = [name for name in told if name.startswith("segment ")]
             assert len(timed) >= 2, "a segment that can be built was built together with that one"
@@ -432,7 +486,6 @@ def key_of(program: ShardedProgram, hosts: Sequence[int] = (0, 0), **options: An
         {"overlap": False},
         {"placement": "split"},
         {"target": "sm120"},
-        {"tune": True},
         {"tune_seconds": 30.0},
         {"compute": "inductor"},
         {"fullgraph": True},

@@ -21,15 +21,15 @@ if TYPE_CHECKING:
 # Options of a few values.  The first is the default.
 CHOICES: Mapping[str, tuple[object, ...]] = {
     "placement": PLACEMENTS,
-    "compute": ("tensorrt", "inductor"),
-    "tune": (False, True, "tensorrt"),
+    "compute": ("auto", "tensorrt", "inductor"),
+    "tune": ("auto", True, False),
     "cuda_graph": (False, True),
     "check": (True, False),
     "fullgraph": (False, True),
     "static_outputs": (False, True),
     "votes": ("always", "first"),
     "overlap": (True, False),
-    "transport": TRANSPORTS,
+    "transport": ("auto", *TRANSPORTS),
     "transpose_weights": (True, False),
     "report": (True, False),
 }
@@ -44,8 +44,10 @@ class Options:
         parallel: what is parallel, where the model is dense; one or several.
         placement: where attention and its collectives run: in the engine, in PyTorch between engines (``"split"``),
             or where the hardware suggests (``"auto"``).
-        compute: what runs all that is not attention or a collective.
-        tune: time the candidates on the GPUs and keep the fastest; ``"tensorrt"`` restricts them to TensorRT.
+        compute: what runs all that is not attention or a collective; ``"auto"`` takes the faster for each part where
+            they are timed, else TensorRT.
+        tune: time on the GPUs what was left to choose, and keep the fastest; ``"auto"`` does where ``md.compile`` has
+            GPUs, and not for ``torch.compile``, whose every recompilation would take the time again.
         tune_seconds: after these no further candidate is begun.
         cuda_graph: capture each step in a CUDA graph and replay it.
         static_outputs: return what a CUDA graph writes, which the next call overwrites, and not a copy of it.
@@ -59,7 +61,7 @@ class Options:
         timeout: seconds that a rank waits for the others.
         overlap: run collectives on a stream of their own beside what does not need them.
         transport: what does the exchanges between engines: NCCL's kernels, or a kernel that stores into the other
-            GPUs' memory (GPUs of one host only).
+            GPUs' memory (GPUs of one host only); ``"auto"`` takes the faster where they are timed, else NCCL.
         transpose_weights: store weights as TensorRT's products read them fastest.
         exchange: how every attention gets what it lacks, in place of what would be chosen.
         report: print what was compiled, on rank 0.
@@ -71,8 +73,8 @@ class Options:
     mesh: Mesh | DeviceMesh | None = None
     parallel: Sequence[Parallel] | Parallel = ()
     placement: Literal["auto", "engine", "split"] = "auto"
-    compute: Literal["tensorrt", "inductor"] = "tensorrt"
-    tune: bool | Literal["tensorrt"] = False
+    compute: Literal["auto", "tensorrt", "inductor"] = "auto"
+    tune: bool | Literal["auto"] = "auto"
     tune_seconds: float = 60.0
     cuda_graph: bool = False
     static_outputs: bool = False
@@ -84,7 +86,7 @@ class Options:
     votes: Literal["always", "first"] = "always"
     timeout: float = 300.0
     overlap: bool = True
-    transport: Literal["nccl", "store"] = "nccl"
+    transport: Literal["auto", "nccl", "store"] = "auto"
     transpose_weights: bool = True
     exchange: Exchange | None = None
     report: bool = True
@@ -122,6 +124,11 @@ class Options:
         """``parallel``, as what it always is once the options are made: a tuple."""
         assert isinstance(self.parallel, tuple)
         return self.parallel
+
+    @property
+    def engines(self) -> bool:
+        """May any part become an engine?"""
+        return self.compute != "inductor"
 
     def told(self) -> dict[str, str]:
         """What all ranks must have in common, as texts by name: all but where each keeps its cache."""

@@ -21,7 +21,7 @@ from typing import TYPE_CHECKING, Protocol, TypeVar
 
 import torch
 
-from torchtrt_md.choices import Choices, Decision
+from torchtrt_md.choices import Choices, Decision, Transport
 from torchtrt_md.errors import BuildError, ConversionError
 from torchtrt_md.launch.agree import Alone, Together
 from torchtrt_md.lowering import Lowering
@@ -135,7 +135,7 @@ class Road:
             PlanError: options that do not go together.
         """
         name, rings = "", False
-        if self.options.compute == "tensorrt":
+        if self.options.engines:
             from torchtrt_md.build.flavour import flavour
 
             name, rings = flavour().name, capability is not None and flavour().rings(self.options.target)
@@ -147,11 +147,12 @@ class Road:
             capability=capability,
             rings=rings,
         )
-        compute: Runs = "engine" if self.options.compute == "tensorrt" else "inductor"
+        compute: Runs = "engine" if self.options.engines else "inductor"
         exchange = self.options.exchange
         exchanges = {} if exchange is None else dict.fromkeys(self.lowering.attention_keys(), exchange)
         decisions = (Decision("placement", placement, why),)
-        return Choices(placement, compute, exchanges, {}, self.options.transport, decisions)
+        transport: Transport = "nccl" if self.options.transport == "auto" else self.options.transport
+        return Choices(placement, compute, exchanges, {}, transport, decisions)
 
     def lower(self, choices: Choices, dump: Path | None = None) -> ShardedProgram:
         """The program in the collective IR; in a launch, the same collectives on all ranks.

@@ -4,7 +4,9 @@
     2. a whole step compiled by Inductor, for which no engine has to be built
     3. the different compute segments alone, in TensorRT and compiled by Inductor                   -> the faster
     4. whole steps: what 1 and 3 chose, what is chosen without timing, and TensorRT alone           -> the fastest
+    5. where 1 had no attention to time: the fastest step by each other transport                   -> the fastest
 
+What an option says is not tried otherwise, and where nothing is left to choose, nothing is timed.
 Equal blocks are timed once, so that the time does not grow with a model's depth.  Every time is the largest of any
 rank's median, so all ranks decide alike.  A candidate is begun where it is expected to end within the seconds that are
 allowed: as those of its kind before did, and where engines are to be built, by their ops.  What there is no time for is
@@ -145,6 +147,9 @@ def tune(session: Session, default: Choices, clock: Clock | None = None) -> Choi
     held = launch.agreement.gather(_read(file), "choices made before")[0]
     if held is not None:
         return held
+    if session.options.report and launch.rank == 0:
+        seconds = f"for at most {session.options.tune_seconds:g} s or a little more"
+        print(f"timing what was left to choose, {seconds}; the choices are kept (tune=False leaves it out)", flush=True)
     gc.collect()
     gc.freeze()  # the next collections, of which there is one for each candidate, look at what was made since
     try:
@@ -177,7 +182,7 @@ def _key(session: Session, default: Choices) -> str:
     options, launch = session.options, session.launch
     gpu = torch.cuda.get_device_name(launch.device) if launch.device.type == "cuda" else "cpu"
     flavour: tuple[str, ...] = ()
-    if options.compute == "tensorrt":
+    if options.engines:
         from torchtrt_md.build.cache import versions
         from torchtrt_md.build.flavour import flavour as installed
 
@@ -190,7 +195,7 @@ def _key(session: Session, default: Choices) -> str:
         # where the ranks are: what is sent between hosts is another matter
         launch.agreement.gather((launch.hosts[launch.rank], gpu), "the ranks' GPUs"),
         (flavour, str(torch.__version__), torchtrt_md.__version__),
-        (options.tune, options.tune_seconds, options.placement, options.target, str(options.exchange)),
+        (options.tune_seconds, options.placement, options.target, str(options.exchange)),
         (options.transport, options.overlap, options.compute, options.fullgraph, options.transpose_weights),
     )
     return hashlib.sha256(repr(parts).encode()).hexdigest()
@@ -211,13 +216,15 @@ class _Tuner:
         self.built = (0.0, 0)  # seconds that building took, and the ops of the largest shares
         self.shortest: dict[str, float] = {}  # kind of candidate -> seconds that one took, what is done once aside
         self.once = 0.0  # seconds of the present candidate that later ones will not take
+        asked = session.options.transport
+        self.transports: Sequence[Transport] = clock.transports if asked == "auto" else (asked,)
         self.no_time: list[str] = []  # what there was no time for
         self.left_out: list[str] = []  # what failed
 
     def choose(self, default: Choices) -> Choices:
         """What is fastest of what there was time for; ``default`` where nothing could be timed."""
         alone = self.session.options.placement == "engine"  # nothing but the whole can be timed
-        mixed = self.session.options.tune is True and self.session.options.compute == "tensorrt" and not alone
+        mixed = self.session.options.compute == "auto" and not alone
         compute: Runs = "inductor" if mixed else default.compute
         split = replace(default, placement="split", compute=compute, runs={}, decisions=())
         decisions: list[Decision] = []
@@ -237,9 +244,18 @@ class _Tuner:
         if not alone and default.compute == "engine":
             steps["TensorRT, attention in PyTorch"] = replace(split, compute="engine", runs={})
         steps = {name: choices for name, choices in steps.items() if choices not in _before(steps, name)}  # each once
+        others = [] if decisions or self.session.program.mesh.size == 1 else [*self.transports]
+        if len(steps) == 1 and set(others) <= {default.transport}:
+            return default
         self._steps({name: steps[name] for name in steps if name != first}, times)
         if not times:
             return default
+        best = min(times, key=lambda name: times[name])
+        if steps[best].placement == "split":
+            by = {f"{best}, by {_TRANSPORTS[t]}": replace(steps[best], transport=t) for t in others}
+            by = {name: choices for name, choices in by.items() if choices != steps[best]}
+            self._steps(by, times)
+            steps |= by
         best = min(times, key=lambda name: times[name])
         why = "the fastest" + (f"; no time was left for {', '.join(self.no_time)}" if self.no_time else "")
         why += f"; errors were raised for {', '.join(self.left_out)}" if self.left_out else ""
@@ -361,7 +377,7 @@ class _Tuner:
                 if choices.with_engines:
                     placed, windows = self._built_windows(of, placed, windows, order)
                 for key, window in windows:
-                    for transport in self.clock.transports:
+                    for transport in self.transports:
                         ms = self._window_ms(placed, window, transport)
                         if ms is not None:
                             times[key][name, transport] = ms
@@ -391,7 +407,7 @@ class _Tuner:
         made: Mapping[_Way, Exchange],
     ) -> tuple[Choices, list[Decision]]:
         """One transport serves a program: that with which the best of all blocks together are the fastest."""
-        common = [t for t in self.clock.transports if all(any(at == t for _, at in times[key]) for key in times)]
+        common = [t for t in self.transports if all(any(at == t for _, at in times[key]) for key in times)]
         if not common:
             return choices, []
 

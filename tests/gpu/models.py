@@ -211,6 +211,7 @@ def through(kind: Kind, at: Rank) -> Found:
         cuda_graph=at.device.type == "cuda",
         timeout=TIMEOUT,
         check=False,
+        tune=False,
         report=False,
     )
     results = [first_tensor(runner(*args, **kwargs)).clone() for _ in range(3)]

@@ -22,10 +22,10 @@ from torchtrt_md.bundle.files import check_path
 from torchtrt_md.bundle.limits import MAX_AXES, MAX_DEPTH, MAX_RANKS, MAX_TENSOR_BYTES, check_shape
 from torchtrt_md.bundle.manifest import Manifest
 from torchtrt_md.bundle.rendezvous import check_rendezvous
+from torchtrt_md.checks import TRANSPORTS
 from torchtrt_md.errors import BundleError, MeshError
 from torchtrt_md.lowering.ops import COLLECTIVES
 from torchtrt_md.mesh import Mesh
-from torchtrt_md.options import CHOICES
 from torchtrt_md.parallel import Placement
 from torchtrt_md.program import Value, dtype_name
 from torchtrt_md.segment import Binding, Collective, Segment, Wire
@@ -95,7 +95,7 @@ def check_structure(manifest: Manifest) -> None:
     if mesh.size > MAX_RANKS:
         raise BundleError(f"the manifest has {mesh.size} ranks, more than {MAX_RANKS}", fix=_REBUILD)
     _check_choice("placement", manifest.placement, get_args(Placement))
-    _check_choice("transport", manifest.transport, CHOICES["transport"])
+    _check_choice("transport", manifest.transport, TRANSPORTS)
     _check_files(manifest)
     _check_names(manifest)
     _check_times(manifest)

@@ -56,7 +56,7 @@ def check_fit(options: Options, choices: Choices | None = None, capability: tupl
         parallels = [with_one_name(p, mesh) for p in parallels]
     sequences = [p for p in parallels if isinstance(p, ContextParallel)]
     name, rings = "", False
-    if options.compute == "tensorrt":
+    if options.engines:
         from torchtrt_md.build.flavour import flavour
 
         flavour().check_target(options.target)

@@ -123,13 +123,15 @@ def compile_program(
     Raises:
         MDError: of the stage that failed, the same on every rank.
     """
-    launch = Launch.join(options.timeout, cpu=options.compute == "inductor")
+    launch = Launch.join(options.timeout, cpu=not options.engines)
     on_gpu = launch.device.type == "cuda"
     capability = torch.cuda.get_device_capability(launch.device) if on_gpu else None
     launch.together("checking the options", lambda: check_fit(options, capability=capability))
 
+    tuned = on_gpu if options.tune == "auto" else options.tune
+
     def step() -> ShardedProgram:
-        if options.compute == "inductor" or options.tune is True:
+        if options.compute == "inductor" or (tuned and options.compute == "auto"):
             from torchtrt_md.runtime.inductor import prepare
 
             prepare(launch.device)
@@ -144,7 +146,7 @@ def compile_program(
         check_equal(program, launch.agreement)
     session = Session(launch, program, options, store_weights=store_weights)
     choices = session.default()
-    if options.tune:
+    if tuned:
         from torchtrt_md.tune import tune
 
         choices = tune(session, choices)

@@ -137,7 +137,9 @@ def compile_graph(
             raise OptionError(
                 f"the backend torchtrt_md takes no {', '.join(other)}", fix="pass options={...} to torch.compile"
             )
-        return Options.of(options or {})
+        asked = Options.of(options or {})
+        # Dynamo compiles again for other shapes, in the midst of a call.
+        return replace(asked, tune=False) if asked.tune == "auto" else asked
 
     if _is_of_numbers(gm):  # a rank may have one alone
         return lambda *flat: list(gm(*flat))
