@@ -20,6 +20,7 @@ FX in, FX out: no TensorRT, no GPU, no process group.  The passes, in order:
     ulysses, allgather_kv, ring   context_attention -> collectives and local attention
     merge_products           products of one operand, needed at the same time -> one (split placement)
     merge_exchanged, cancel_exchanged   the same two, over what the strategies inserted
+    gather_in_pieces         gathers on inner dims -> on dim 0 and a cat, large products' in pieces (split placement)
     leading_dim              collectives on other dims -> on dim 0, where TensorRT's act
     joined_axes              what is split or gathered over several axes -> along one after the other
     rank_input               shard -> a row of the value, by a rank input
@@ -48,6 +49,7 @@ from torchtrt_md.lowering import (
     fold_mask,
     functional_collectives,
     gather_dim,
+    gather_in_pieces,
     joined_axes,
     leading_dim,
     mask_fill,
@@ -102,6 +104,7 @@ PASSES: dict[str, Pass] = {
     "merge_products": merge_products.run,
     "merge_exchanged": merge_identical.run,
     "cancel_exchanged": cancel_inverse.run,
+    "gather_in_pieces": gather_in_pieces.run,
     "leading_dim": leading_dim.run,
     "joined_axes": joined_axes.run,
     "rank_input": rank_input.run,

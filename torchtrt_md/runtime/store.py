@@ -10,7 +10,7 @@ import triton.language as tl
 from torch import Tensor
 
 # For each peer: what kept NVLink busy on an H200, and takes a part of its multiprocessors only.
-_PROGRAMS, _WORDS, _WARPS = 32, 2048, 16
+_PROGRAMS, _WORDS, _WARPS = 64, 2048, 16
 
 
 @triton.jit
