@@ -48,6 +48,7 @@ def test_a_large_sum_is_a_scatter_and_a_gather(shape: tuple[int, ...], op: str) 
         push_of(n, 0) for n in graph.graph.nodes if "reduce_scatter" in str(n.target) or "all_gather" in str(n.target)
     ]
     assert [push is not None and push.sums for push in pushed] == [RANKS, 0]
+    assert all(push is not None and push.alone for push in pushed)
 
 
 @pytest.mark.parametrize(

@@ -147,7 +147,7 @@ class Executor:
         assert step.push is not None
         operand = values[step.reads[0]].contiguous()
         shared = self._shared[step.axis]
-        shared.copy(step.push.copies(operand, self._landings[landing.name]))
+        shared.copy(step.push.copies(operand, self._landings[landing.name]), alone=step.push.alone)
         if step.push.sums:
             shared.add_up(values[landing.name], values[step.slots[0].name], step.push.scale)
 

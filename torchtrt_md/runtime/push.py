@@ -24,6 +24,7 @@ from torchtrt_md.runtime import private
 Copies = Callable[[Tensor, Sequence[Tensor]], list[tuple[Tensor, Tensor]]]
 _SUMMED = (torch.float32, torch.bfloat16, torch.float16)
 _SMALL = 1 << 20  # bytes
+ALONE = "alone"  # in a collective's meta: it is a part of a sum
 
 
 @dataclass(frozen=True)
@@ -34,11 +35,13 @@ class Push:
         copies: what goes where: into the results, or for a sum beside each other, into [ranks, *the result's shape].
         sums: how many parts the result is the sum of; 0 where it is what arrived.
         scale: what the sum is multiplied by.
+        alone: nothing runs beside it, as beside most sums, whose results the next product needs.
     """
 
     copies: Copies
     sums: int = 0
     scale: float = 1.0
+    alone: bool = False
 
 
 def push_of(node: Node, me: int) -> Push | None:
@@ -52,7 +55,7 @@ def push_of(node: Node, me: int) -> Push | None:
     if name == "all_to_all":
         return Push(lambda x, results: _exchanged(x.chunk(size), results, me))
     if name == "all_gather":
-        return Push(lambda x, results: _exchanged([x] * size, results, me))
+        return Push(lambda x, results: _exchanged([x] * size, results, me), alone=node.meta.get(ALONE, False))
     if name == "permute_tensor":
         to = (me + args["shift"]) % size
         return Push(lambda x, results: [(results[to], x)])
@@ -61,7 +64,8 @@ def push_of(node: Node, me: int) -> Push | None:
         whole = name == "all_reduce"
         if adds_up(args["op"], held) and (not whole or goes_at_once(held, size)):
             scale = 1 / size if args["op"] == "avg" else 1.0
-            return Push(lambda x, parts: _exchanged([x] * size if whole else x.chunk(size), parts, me), size, scale)
+            sent: Copies = lambda x, parts: _exchanged([x] * size if whole else x.chunk(size), parts, me)  # noqa: E731
+            return Push(sent, size, scale, alone=True)
     return None
 
 
@@ -113,9 +117,14 @@ class Shared:
             found.append(whole[offset : offset + size].view(dtype).view(shape))
         return found
 
-    def copy(self, copies: Sequence[tuple[Tensor, Tensor]]) -> None:
-        """Copy, and let the current stream wait until all ranks of the axis have."""
-        self._store(copies)
+    def copy(self, copies: Sequence[tuple[Tensor, Tensor]], *, alone: bool = False) -> None:
+        """Copy, and let the current stream wait until all ranks of the axis have.
+
+        Args:
+            copies: (to, from), contiguous, all of one size.
+            alone: nothing runs beside it.
+        """
+        self._store(copies, alone=alone)
         self.barrier()
 
     def barrier(self) -> None:

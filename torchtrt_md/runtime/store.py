@@ -9,8 +9,9 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-# For each peer: what kept NVLink busy on an H200, and takes a part of its multiprocessors only.
-_PROGRAMS, _WORDS, _WARPS = 64, 2048, 16
+# For each peer: what keeps NVLink busy on an H200, and takes a part of its multiprocessors only.  More are faster by
+# themselves, and slow down what runs beside them (benchmarks/results/2026-11-22-store-programs-h200-x4.md).
+_PROGRAMS, _ALONE, _WORDS, _WARPS = 32, 64, 2048, 16
 
 
 @triton.jit
@@ -23,17 +24,18 @@ def _store(to, source, count, PARTS: tl.constexpr, WORDS: tl.constexpr):  # type
                 tl.store(to[part] + at, tl.load(source[part] + at, at < count), at < count)
 
 
-def store(copies: Sequence[tuple[Tensor, Tensor]]) -> None:
+def store(copies: Sequence[tuple[Tensor, Tensor]], *, alone: bool = False) -> None:
     """Enqueue the copies on the current stream, as one kernel.
 
     Args:
         copies: (to, from), contiguous, all of one size.
+        alone: nothing runs beside it.
     """
     words = [(_words(to), _words(source)) for to, source in copies]
     word = min((pair for both in words for pair in both), key=lambda t: t.element_size()).dtype
     to, source = (tuple(t.view(word) for t in side) for side in zip(*words, strict=True))
     count = to[0].numel()
-    grid = (min(_PROGRAMS, triton.cdiv(count, _WORDS)), len(to))
+    grid = (min(_ALONE if alone else _PROGRAMS, triton.cdiv(count, _WORDS)), len(to))
     if count:
         _store[grid](to, source, count, PARTS=len(to), WORDS=_WORDS, num_warps=_WARPS)
 

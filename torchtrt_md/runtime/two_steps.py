@@ -14,7 +14,7 @@ from torch.fx import GraphModule
 from torchtrt_md.graph.rewrite import emit, substitute, view
 from torchtrt_md.lowering.ops import bound_args
 from torchtrt_md.program import value_of
-from torchtrt_md.runtime.push import adds_up, goes_at_once
+from torchtrt_md.runtime.push import ALONE, adds_up, goes_at_once
 
 md = torch.ops.torchtrt_md
 _ALIGNED = 16  # bytes; a rank's part begins where a wide load can
@@ -31,6 +31,7 @@ def sum_in_two(graph: GraphModule) -> int:
         row = view(node, args["x"], [x.numel()])
         part = emit(node, md.reduce_scatter.default, row, args["op"], 0, args["axis"], size)
         whole = emit(node, md.all_gather.default, part, 0, args["axis"], size)
+        whole.meta[ALONE] = True
         # A view, of what is in one piece: a reshape might copy, and so would wait for the gather.
         substitute(node, emit(node, torch.ops.aten.view.default, whole, list(x.shape)))
         count += 1
