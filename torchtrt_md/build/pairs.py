@@ -4,7 +4,7 @@
               y = stack([-b, a], -1).view(..., D)                         # turn [D, D]: 0, 1 and -1
 
 TensorRT-RTX moves the elements of pairs in kernels of their own.  A product with a constant that has one element in
-each column moves them as exactly, next to the products around it: three blocks of FLUX take 0.957 of the time on an
+each column moves them as exactly, next to the products around it: three blocks of FLUX take 0.956 of the time on an
 H200 (benchmarks/results/2026-11-22-rotary-h200.md).  In 16 bits only, which TensorRT multiplies as they are.  Where x
 holds an infinity, the product makes NaN of the others in its row, too; attention would make NaN of it next.
 """
