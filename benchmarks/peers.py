@@ -208,14 +208,22 @@ def make(dense: Block, args: tuple[Tensor, ...], form: Form, group: dist.Process
     return call
 
 
-def quantize_blocks(model: nn.Module) -> None:
-    """Quantize the linear layers of the model's repeated blocks in place: weights and arguments to float8, with a scale
-    for each row.  Inductor's options stay as they are, for all candidates: torchao's have it try many forms of kernels.
+def quantize_blocks(model: nn.Module, to: str) -> None:
+    """Quantize the linear layers of the model's repeated blocks in place: weights and arguments, with a scale for each
+    row.  Inductor's options stay as they are, for all candidates: torchao's have it try many forms of kernels.
+
+    Args:
+        to: ``float8`` or ``int8``.
 
     Raises:
         ValueError: the model has no such layers.
     """
-    from torchao.quantization import Float8DynamicActivationFloat8WeightConfig, PerRow, quantize_
+    from torchao.quantization import (
+        Float8DynamicActivationFloat8WeightConfig,
+        Int8DynamicActivationInt8WeightConfig,
+        PerRow,
+        quantize_,
+    )
 
     def is_in_block(module: nn.Module, name: str) -> bool:
         return isinstance(module, nn.Linear) and _IN_BLOCK.search(name) is not None
@@ -226,7 +234,10 @@ def quantize_blocks(model: nn.Module) -> None:
     # For a trial: torchao asks for a GPU, and PyTorch has kernels for CPUs too.
     unasked = unittest.mock.patch("torchao.quantization.quant_api._check_hardware_support")
     with unasked if on_cpu else nullcontext():
-        config = Float8DynamicActivationFloat8WeightConfig(granularity=PerRow(), set_inductor_config=False)
+        config = {
+            "float8": Float8DynamicActivationFloat8WeightConfig(granularity=PerRow(), set_inductor_config=False),
+            "int8": Int8DynamicActivationInt8WeightConfig(set_inductor_config=False),
+        }[to]
         quantize_(model, config, is_in_block)
 
 

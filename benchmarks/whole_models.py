@@ -5,7 +5,7 @@
 writes FILE.json and FILE.md.  ``--only`` names candidates, with wildcards; ``--size small --device cpu`` is a trial of
 the script where there is no GPU.  A candidate that fails is recorded and the others go on; the exit code is then 1.
 
-With ``--float8`` all candidates are of one model that torchao has quantized: ours, and the model's library beside it.
+With ``--quantized`` all candidates are of one model that torchao has quantized: ours, and those of its library.
 
 Weights are random and made on each GPU, equal on all.  What is timed: calls on inputs that lie on the GPU, the slowest
 rank of each round, candidates taking turns.  Errors are relative, by L2 norms, against float32.  Where that of all, or
@@ -194,7 +194,7 @@ class Bench:
 
     Args:
         wanted: patterns of the names of those that are made.
-        float8: all of them, and the dense model, have the linear layers of their blocks quantized by torchao.
+        quantized: what torchao quantizes the linear layers of the blocks to, of all of them and the dense model.
         keep: called with what is known, whenever more is.
     """
 
@@ -205,10 +205,10 @@ class Bench:
         *,
         small: bool,
         wanted: list[str],
-        float8: bool,
+        quantized: str,
         keep: Callable[[dict[str, Any]], None],
     ) -> None:
-        self.launch, self.small, self.wanted, self.float8, self.keep = launch, small, wanted, float8, keep
+        self.launch, self.small, self.wanted, self.quantized, self.keep = launch, small, wanted, quantized, keep
         self.workload = WORKLOADS[name](small)
         torch.manual_seed(0)
         before = torch.get_default_dtype()
@@ -221,8 +221,8 @@ class Bench:
             torch.set_default_dtype(before)
         self.model.to(torch.bfloat16)
         self.reference = self._reference()
-        if float8:
-            quantize_blocks(self.model)
+        if quantized:
+            quantize_blocks(self.model, quantized)
         self.dense_error, self.dense_worst = errors(first_tensor(self.model(**self.kwargs)), self.reference)
         self.candidates: dict[str, Candidate] = {}
 
@@ -402,8 +402,8 @@ class Bench:
         return {
             "about": self.workload.about,
             "ranks": self.launch.ranks,
-            "numbers": "float8 by torchao in the linear layers of the blocks, else bfloat16"
-            if self.float8
+            "numbers": f"{self.quantized} by torchao in the linear layers of the blocks, else bfloat16"
+            if self.quantized
             else "bfloat16",
             "dense_error": self.dense_error,
             "candidates": {name: asdict(replace(c, call=None)) for name, c in self.candidates.items()},
@@ -454,7 +454,7 @@ def main(
     only: Annotated[list[str] | None, typer.Option(help="names of candidates, with wildcards; may be repeated")] = None,
     backend: Annotated[list[str] | None, typer.Option(help="attention backends of diffusers' peers")] = None,
     rounds: Annotated[int, typer.Option(min=_ROUNDS)] = _ROUNDS,
-    float8: Annotated[bool, typer.Option(help="all candidates with the blocks' linear layers in float8")] = False,
+    quantized: Annotated[str, typer.Option(help="float8 or int8: of the blocks' linear layers, for all")] = "",
     size: Annotated[str, typer.Option(help="full, or small for a trial")] = "full",
     deadline: Annotated[int, typer.Option(help="seconds after which the run is ended, with what was written")] = 580,
     commit: Annotated[str, typer.Option(help="that is timed")] = "",
@@ -482,7 +482,7 @@ def main(
         logging.getLogger("torchtrt_md").setLevel(logging.INFO)
     for name in model:
         bench = Bench(
-            launch, name, small=size == "small", wanted=only or ["*"], float8=float8, keep=partial(keep, name)
+            launch, name, small=size == "small", wanted=only or ["*"], quantized=quantized, keep=partial(keep, name)
         )
         # Ours first: it may join weights, which moves them, and the graphs of peers hold their addresses.
         bench.add_ours()

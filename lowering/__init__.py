@@ -20,6 +20,7 @@ FX in, FX out: no TensorRT, no GPU, no process group.  The passes, in order:
     ulysses, allgather_kv, ring   context_attention -> collectives and local attention
     merge_products           products of one operand, needed at the same time -> one (split placement)
     merge_exchanged, cancel_exchanged   the same two, over what the strategies inserted
+    scatter_sums             sums -> scattered, and gathered behind what reads tokens by themselves (split placement)
     gather_in_pieces         gathers on inner dims -> on dim 0 and a cat, large products' in pieces (split placement)
     leading_dim              collectives on other dims -> on dim 0, where TensorRT's act
     joined_axes              what is split or gathered over several axes -> along one after the other
@@ -59,6 +60,7 @@ from torchtrt_md.lowering import (
     rank_input,
     repeat_kv,
     ring,
+    scatter_sums,
     sequence,
     single_rank,
     slice_bounds,
@@ -104,6 +106,7 @@ PASSES: dict[str, Pass] = {
     "merge_products": merge_products.run,
     "merge_exchanged": merge_identical.run,
     "cancel_exchanged": cancel_inverse.run,
+    "scatter_sums": scatter_sums.run,
     "gather_in_pieces": gather_in_pieces.run,
     "leading_dim": leading_dim.run,
     "joined_axes": joined_axes.run,
@@ -165,7 +168,8 @@ class Lowering:
         if program.lowered:
             return program
         dump = None if dump is None else Path(dump)
-        context = PassContext(program.mesh, program.strategies, program.groups, placement, exchanges or {})
+        alike = len(program.distinct()) == 1 and not program.weights.shards  # captured of a dense model
+        context = PassContext(program.mesh, program.strategies, program.groups, placement, exchanges or {}, alike)
         lowered: dict[int, GraphModule] = {}
         counts: dict[str, int] = {}
         analyzed = self._analysis(placement, dump)

@@ -10,6 +10,8 @@ from torch.fx.node import map_arg
 
 from torchtrt_md.program import value_of
 
+ALONE = "alone"  # in a collective's meta: nothing runs beside it
+
 
 def emit(before: Node, target: torch._ops.OpOverload, *args: Any, **kwargs: Any) -> Node:
     """Insert ``target(*args, **kwargs)`` in front of ``before``: with its shape and ``before``'s source line."""
@@ -21,7 +23,7 @@ def emit(before: Node, target: torch._ops.OpOverload, *args: Any, **kwargs: Any)
     with mode:
         fake_args, fake_kwargs = map_arg((args, kwargs), lambda n: n.meta["val"])
         node.meta["val"] = target(*fake_args, **fake_kwargs)
-    for key in ("stack_trace", "sharding"):
+    for key in ("stack_trace", "sharding", ALONE):
         if key in before.meta:
             node.meta[key] = before.meta[key]
     return node

@@ -17,6 +17,7 @@ from torch import Tensor
 from torch.fx import Node
 
 from torchtrt_md.errors import LaunchError, first_line
+from torchtrt_md.graph.rewrite import ALONE
 from torchtrt_md.lowering.ops import bound_args
 from torchtrt_md.runtime import private
 
@@ -24,7 +25,6 @@ from torchtrt_md.runtime import private
 Copies = Callable[[Tensor, Sequence[Tensor]], list[tuple[Tensor, Tensor]]]
 _SUMMED = (torch.float32, torch.bfloat16, torch.float16)
 _SMALL = 1 << 20  # bytes
-ALONE = "alone"  # in a collective's meta: it is a part of a sum
 
 
 @dataclass(frozen=True)

@@ -11,10 +11,10 @@ from __future__ import annotations
 import torch
 from torch.fx import GraphModule
 
-from torchtrt_md.graph.rewrite import emit, substitute, view
+from torchtrt_md.graph.rewrite import ALONE, emit, substitute, view
 from torchtrt_md.lowering.ops import bound_args
 from torchtrt_md.program import value_of
-from torchtrt_md.runtime.push import ALONE, adds_up, goes_at_once
+from torchtrt_md.runtime.push import adds_up, goes_at_once
 
 md = torch.ops.torchtrt_md
 _ALIGNED = 16  # bytes; a rank's part begins where a wide load can

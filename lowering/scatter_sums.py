@@ -1,0 +1,191 @@
+"""Large sums over ranks -> a scatter and a gather, and what reads each token by itself is done in between.
+
+    before    s = all_reduce(x);  h = r + s;  n = norm(h)                        on every rank, for all tokens
+    after     s_i = reduce_scatter(x);  h_i = r_i + s_i;  n_i = norm(h_i)        for a rank's tokens
+              n = all_gather(n_i)
+
+The residual r stays split from one sum to the next, so what is sent is what the sums sent: Megatron's sequence
+parallelism (Korthikanti et al., 2022, https://arxiv.org/abs/2205.05198), found in the graph.  It is done for an axis
+where no more has to be gathered than was summed, and where there is something to do in between; and to values of which
+it is known that all ranks of the axis have the same.  In the split placement only: in an engine a norm runs beside the
+products around it.
+"""
+
+from __future__ import annotations
+
+import math
+import operator
+from collections import Counter
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.fx import GraphModule, Node
+from torch.fx.node import map_arg
+
+from torchtrt_md.graph.rewrite import ALONE, emit
+from torchtrt_md.lowering.merge_products import JOINS, SOURCE
+from torchtrt_md.lowering.ops import bound_args, is_collective
+from torchtrt_md.lowering.passes import PassContext
+from torchtrt_md.mesh import axes_of
+from torchtrt_md.program import Value, Weight, value_of
+
+aten, md = torch.ops.aten, torch.ops.torchtrt_md
+LARGE = 4 << 20  # bytes of a sum: below it, to begin two collectives costs more than the tokens
+_FEWEST = 2  # ops for each sum, as an addition and a norm are several
+_OF_ROWS = (aten.mean.dim, aten.sum.dim_IntList, aten.amax.default, aten.amin.default)
+_MAKE_ALIKE = (md.all_reduce.default, md.all_gather.default, md.broadcast.default)
+_NORMS = (aten.native_layer_norm.default, aten._fused_rms_norm.default)
+_CASTS = (aten._to_copy.default, aten.clone.default)
+
+
+def run(graph: GraphModule, context: PassContext) -> int:
+    if context.placement != "split" or not context.alike:
+        return 0
+    return sum(_Scattered(graph, axis, size).rewritten() for axis, size in context.mesh.axes.items() if size > 1)
+
+
+class _Scattered:
+    """What of a graph is done for a rank's tokens along one axis."""
+
+    def __init__(self, graph: GraphModule, axis: str, size: int) -> None:
+        self.graph, self.axis, self.size = graph, axis, size
+        sums = [n for n in graph.graph.find_nodes(op="call_function", target=md.all_reduce.default) if self._fits(n)]
+        # The dim that is split, and its extent: those of most.
+        self.dim, self.extent = Counter(map(_tokens, sums)).most_common(1)[0][0] if sums else (0, 0)
+        self.sums = {n for n in sums if _tokens(n) == (self.dim, self.extent)}
+        self.different = _different(graph, axis) if sums else set()
+        self.rows = self._rows()  # the sums, and what is computed of them for each token by itself
+        self.read = {n: readers for n in self.rows if (readers := self._readers(n))}
+        self.own: dict[tuple[Node, int], Node] = {}  # a value and the dim of its tokens -> this rank's part
+
+    def rewritten(self) -> int:
+        """The number of sums that were scattered."""
+        gathered = [value_of(n) for n in self.read if _is_tensor(n)]
+        alike = len(gathered) == len(self.read) and all(x.is_floating_point() for x in gathered)
+        summed = sum(value_of(n).nbytes for n in self.sums)
+        worth = len(self.rows) - len(self.sums) >= _FEWEST * len(self.sums)
+        if not alike or not worth or sum(x.nbytes for x in gathered) > summed:
+            return 0
+        for node in [n for n in self.graph.graph.nodes if n in self.rows]:
+            part = self.own[node, self.dim] = self._part(node)
+            if node in self.read:
+                whole = emit(node, md.all_gather.default, part, self.dim, self.axis, self.size)
+                whole.meta[ALONE] = True
+                for reader in self.read[node]:
+                    reader.replace_input_with(node, whole)
+        return len(self.sums)
+
+    def _fits(self, node: Node) -> bool:
+        args, value = bound_args(node), value_of(node)
+        summed = args["axis"] == self.axis and args["op"] in ("sum", "avg")
+        return bool(summed and value.ndim > 1 and value.nbytes >= LARGE and _tokens(node)[1] % self.size == 0)
+
+    def _rows(self) -> set[Node]:
+        found = set(self.sums)
+        for node in self.graph.graph.nodes:
+            of = [x for x in node.all_input_nodes if x in found]
+            if node not in found and of and self._is_of_rows(node, of):
+                found.add(node)
+        return found
+
+    def _is_of_rows(self, node: Node, of: Sequence[Node]) -> bool:
+        """Is each token's result that of the same token of these operands, and the same on all ranks?"""
+        if node in self.different:
+            return False
+        if node.target is operator.getitem:
+            return bool(node.args[1] == 0)
+        result = node.meta.get("val")
+        made = result[0] if node.target in _NORMS and isinstance(result, (tuple, list)) else result
+        if not isinstance(made, Tensor) or not isinstance(node.target, torch._ops.OpOverload):
+            return False
+        if made.ndim < self.dim + 2 or made.shape[self.dim] != self.extent or math.prod(made.shape[: self.dim]) != 1:
+            return False
+        # Broadcast, the tokens of an operand of fewer dims would be another dim's.
+        if any(not _is_tensor(x) or value_of(x).ndim != made.ndim for x in of):
+            return False
+        if node.target in _NORMS:
+            args = bound_args(node)
+            normalized = len(args["normalized_shape"])
+            return of == [node.args[0]] and made.ndim - normalized > self.dim
+        if node.target in _OF_ROWS:
+            args = bound_args(node)
+            return list(args["dim"]) in ([-1], [made.ndim - 1]) and args["keepdim"] is True
+        tags = node.target.tags
+        return torch.Tag.nondeterministic_seeded not in tags and (torch.Tag.pointwise in tags or node.target in _CASTS)
+
+    def _readers(self, node: Node) -> list[Node]:
+        """What reads all tokens of a value of rows."""
+        used = [user for user in node.users if user.users or user.op == "output"]
+        return [user for user in used if user not in self.rows or user in self.sums]
+
+    def _part(self, node: Node) -> Node:
+        """A value of rows, for this rank's tokens."""
+        if node in self.sums:
+            args = bound_args(node)
+            return emit(node, md.reduce_scatter.default, args["x"], args["op"], self.dim, self.axis, self.size)
+        if node.target is operator.getitem:
+            of = self.own[node.all_input_nodes[0], self.dim]
+            with self.graph.graph.inserting_before(node):
+                part = self.graph.graph.call_function(operator.getitem, (of, node.args[1]))
+            part.meta = {**node.meta, "val": of.meta["val"][node.args[1]]}
+            return part
+        assert isinstance(node.target, torch._ops.OpOverload)
+        result = node.meta["val"]
+        ndim = (result if isinstance(result, Tensor) else result[0]).ndim
+        operands: Any = map_arg((node.args, node.kwargs), lambda x: self._operand(node, x, ndim))
+        return emit(node, node.target, *operands[0], **operands[1])
+
+    def _operand(self, node: Node, x: Node, ndim: int) -> Node:
+        """An operand for this rank's tokens; what is the same for all tokens, as it is."""
+        shape = value_of(x).shape if x not in self.rows else None
+        there = self.dim if shape is None else self.dim - (ndim - len(shape))
+        if shape is not None and (there < 0 or shape[there] != self.extent):
+            return x
+        if (x, there) not in self.own:
+            self.own[x, there] = emit(node, md.shard.default, x, there, self.axis, self.size)
+        return self.own[x, there]
+
+
+def _different(graph: GraphModule, axis: str) -> set[Node]:
+    """The values that may be others on each rank of an axis, as far as is known."""
+    found: set[Node] = set()
+    for node in graph.graph.nodes:
+        if node.op == "placeholder":
+            differs = _is_of_a_rank(node, axis)
+        elif is_collective(node) and bound_args(node)["axis"] == axis:
+            differs = node.target not in _MAKE_ALIKE
+        else:
+            random = torch.Tag.nondeterministic_seeded in getattr(node.target, "tags", ())
+            own = node.target is md.shard.default and bound_args(node)["axis"] == axis
+            differs = random or own or not found.isdisjoint(node.all_input_nodes)
+        if differs:
+            found.add(node)
+    return found
+
+
+def _is_of_a_rank(placeholder: Node, axis: str) -> bool:
+    by_name = {n.name: n for n in placeholder.graph.find_nodes(op="placeholder")}
+    for name in placeholder.meta.get(JOINS, (placeholder.name,)):
+        source = by_name[name].meta.get(SOURCE) if name in by_name else None
+        if isinstance(source, Weight):
+            shardings: Sequence[Any] = source.shardings
+        elif isinstance(source, Value):
+            shardings = source.sharding
+        else:  # a coordinate, or nothing is known
+            return True
+        if any(axis in axes_of(sharding.axis) for sharding in shardings):
+            return True
+    return False
+
+
+def _is_tensor(node: Node) -> bool:
+    return isinstance(node.meta.get("val"), Tensor)
+
+
+def _tokens(node: Node) -> tuple[int, int]:
+    """The dim of a sum that can be split without a copy, and its extent: behind dims of size 1, before the last."""
+    shape = value_of(node).shape
+    dim = next((d for d, n in enumerate(shape[:-1]) if n > 1), len(shape) - 2)
+    return dim, shape[dim]
