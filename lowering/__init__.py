@@ -20,7 +20,7 @@ FX in, FX out: no TensorRT, no GPU, no process group.  The passes, in order:
     ulysses, allgather_kv, ring   context_attention -> collectives and local attention
     merge_products           products of one operand, needed at the same time -> one (split placement)
     merge_exchanged, cancel_exchanged   the same two, over what the strategies inserted
-    scatter_sums             sums -> scattered, and gathered behind what reads tokens by themselves (split placement)
+    scatter_sums             sums -> scattered, and gathered behind what reads tokens by themselves (where ranks store)
     gather_in_pieces         gathers on inner dims -> on dim 0 and a cat, large products' in pieces (split placement)
     leading_dim              collectives on other dims -> on dim 0, where TensorRT's act
     joined_axes              what is split or gathered over several axes -> along one after the other
@@ -160,16 +160,22 @@ class Lowering:
         *,
         placement: Placement = "engine",
         exchanges: Mapping[str, Exchange] | None = None,
+        stores: bool = False,
         dump: str | Path | None = None,
     ) -> ShardedProgram:
-        """See :func:`lower`."""
+        """See :func:`lower`.
+
+        Args:
+            stores: ranks will store into each other's memory (``transport="store"``), and not exchange by NCCL.
+        """
         program = self.program
         check_lower(program, placement, exchanges, dump)
         if program.lowered:
             return program
         dump = None if dump is None else Path(dump)
         alike = len(program.distinct()) == 1 and not program.weights.shards  # captured of a dense model
-        context = PassContext(program.mesh, program.strategies, program.groups, placement, exchanges or {}, alike)
+        of = (program.mesh, program.strategies, program.groups)
+        context = PassContext(*of, placement, exchanges or {}, alike=alike, stores=stores)
         lowered: dict[int, GraphModule] = {}
         counts: dict[str, int] = {}
         analyzed = self._analysis(placement, dump)

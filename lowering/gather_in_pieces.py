@@ -1,13 +1,14 @@
 """A large gather on an inner dim -> a gather on dim 0 and a cat; of a product in pieces, so that both overlap.
 
     before    y = all_gather(view(mm(x, t(w))), -1)                          w [N, K]
-    after     g_i = all_gather(view(mm(x, t(w_i))), 0)                       w_i [N / 4, K], rows of w
+    after     g_i = all_gather(view(mm(x, t(w)[:, i])), 0)                   i-th of 4 parts of the columns
               y = cat([g_0 of rank 0, g_1 of rank 0, ..., g_3 of rank P - 1], -1)
 
 So one piece is gathered while the next is multiplied, as for logits that every rank gets whole.  What is gathered lies
 rank by rank, and has to be copied to its places in any case: here once, for all pieces, by a kernel of Inductor's or
-TensorRT's.  In the split placement only, where collectives run beside products.  Smaller ones, and those behind dims of
-size 1, which need no copy, are left to ``leading_dim``.
+TensorRT's.  In the split placement only, where collectives run beside products, and where the graph is that of all
+ranks, which have to gather as many pieces.  Smaller ones, and those behind dims of size 1, which need no copy, are left
+to ``leading_dim``.
 """
 
 from __future__ import annotations
@@ -30,7 +31,7 @@ _VIEWS = (aten.view.default, aten.reshape.default, aten._unsafe_view.default)
 
 
 def run(graph: GraphModule, context: PassContext) -> int:
-    if context.placement != "split":
+    if context.placement != "split" or not context.alike:
         return 0
     count = 0
     for node in graph.graph.find_nodes(op="call_function", target=md.all_gather.default):
@@ -72,14 +73,8 @@ def _pieces(gather: Node, x: Node, dim: int) -> list[Node]:
     pieces = []
     for first in range(0, columns, piece):
         its = [emit(product, aten.slice.Tensor, b, 0, first, first + piece) for b in bias]
-        multiplied = emit(product, product.target, *its, left, _columns(product, right, first, first + piece))
+        # Of the transposed weight, which is then read as such only: an engine is given it in that layout.
+        its_columns = emit(product, aten.slice.Tensor, right, 1, first, first + piece)
+        multiplied = emit(product, product.target, *its, left, its_columns)
         pieces.append(view(gather, multiplied, [*shape[:-1], piece]))
     return pieces
-
-
-def _columns(product: Node, right: Node, first: int, last: int) -> Node:
-    """Columns of a product's right operand: of a transposed one rows of what it is of, which are in one piece."""
-    if right.target is not aten.t.default:
-        return emit(product, aten.slice.Tensor, right, 1, first, last)
-    rows = emit(product, aten.slice.Tensor, right.all_input_nodes[0], 0, first, last)
-    return emit(product, aten.t.default, rows)

@@ -47,6 +47,7 @@ class PassContext:
             :func:`torchtrt_md.lowering.choose_strategy.attention_key`; it goes before ``strategies``.
         alike: the graph is that of all ranks, which differ by what its placeholders say only.  Not where a rank's own
             graph was captured, whose numbers may be that rank's.
+        stores: ranks will store into each other's memory, and not exchange by NCCL.
     """
 
     mesh: Mesh
@@ -55,6 +56,7 @@ class PassContext:
     placement: str = "engine"
     exchanges: Mapping[str, Exchange] = field(default_factory=dict)
     alike: bool = False
+    stores: bool = False
 
 
 Pass: TypeAlias = Callable[[GraphModule, PassContext], int]

@@ -7,8 +7,9 @@
 The residual r stays split from one sum to the next, so what is sent is what the sums sent: Megatron's sequence
 parallelism (Korthikanti et al., 2022, https://arxiv.org/abs/2205.05198), found in the graph.  It is done for an axis
 where no more has to be gathered than was summed, and where there is something to do in between; and to values of which
-it is known that all ranks of the axis have the same.  In the split placement only: in an engine a norm runs beside the
-products around it.
+it is known that all ranks of the axis have the same.  In the split placement only, where ranks store into each other's
+memory: there a sum is these two steps anyway, and NCCL takes longer for both than for one (13.0 ms for Llama on 4 H200
+where whole sums take 12.5; benchmarks/results/2026-11-22-llama-scattered-h200-x4.md).
 """
 
 from __future__ import annotations
@@ -41,7 +42,7 @@ _CASTS = (aten._to_copy.default, aten.clone.default)
 
 
 def run(graph: GraphModule, context: PassContext) -> int:
-    if context.placement != "split" or not context.alike:
+    if context.placement != "split" or not (context.alike and context.stores):
         return 0
     return sum(_Scattered(graph, axis, size).rewritten() for axis, size in context.mesh.axes.items() if size > 1)
 

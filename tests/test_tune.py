@@ -18,7 +18,7 @@ from torch import Tensor, nn
 
 import torchtrt_md as md
 from torchtrt_md.build.flavour import Flavour
-from torchtrt_md.choices import Choices, Transport
+from torchtrt_md.choices import Choices, Decision, Transport
 from torchtrt_md.errors import ConversionError
 from torchtrt_md.launch import Launch
 from torchtrt_md.launch.agree import Alone, Ballot, Failure, _verdict
@@ -30,7 +30,7 @@ from torchtrt_md.runtime.executor import Executor
 from torchtrt_md.runtime.steps import Key
 from torchtrt_md.segment import Part
 from torchtrt_md.session import Session
-from torchtrt_md.tune import _keep, _key, _read, _Tuner, candidates, tune
+from torchtrt_md.tune import _keep, _key, _read, _Tuner, candidates, keep, tune
 
 PLAN = {"": {"x": md.Split(1)}, "out": md.Gather(1)}
 
@@ -129,6 +129,7 @@ def tuned_twice(rank: int, cache: str) -> tuple[list[int], bool]:
             file.write_bytes(file.read_bytes()[:-9])
         clock = Ticking(exchanges_of)
         found.append(tune(session, EAGER, clock))
+        keep(found[-1], session)
         counts.append(clock.ticks)
     return counts, found[0] == found[1] == found[2]
 
@@ -302,16 +303,21 @@ def test_without_a_gpu_it_is_refused(ranks: Ranks, tmp_path: Path) -> None:
 class Told(_Tuner):
     """Whole steps take what a rule says; attentions take as long in each way."""
 
-    def __init__(self, cost: Callable[[Choices], float], **options: Any) -> None:
+    def __init__(self, cost: Callable[[Choices], float], parallel: Any = None, **options: Any) -> None:
         torch.manual_seed(0)
         model, x = nn.Sequential(nn.Linear(8, 16), nn.GELU(), nn.Linear(16, 8)), torch.randn(4, 8)
-        parallel = md.TensorParallel("tp", {"0": "colwise", "2": "rowwise"})
-        mesh = md.Mesh(tp=2)
+        parallel = parallel or md.TensorParallel("tp", {"0": "colwise", "2": "rowwise"})
+        mesh = md.Mesh({parallel.axis: 2})
         program = md.capture(model, (x,), mesh=mesh, parallel=parallel)
         asked = Options(mesh=mesh, **{"compute": "inductor", **options})
         launch = SimpleNamespace(rank=0, hosts=[0, 0], device=torch.device("cpu"), agreement=Alone())
+        placed = SimpleNamespace(parts=[(), ()])
         session: Any = SimpleNamespace(
-            program=program, options=asked, launch=launch, road=Road(program, asked, ranks=[0])
+            program=program,
+            options=asked,
+            launch=launch,
+            road=Road(program, asked, ranks=[0]),
+            placed=lambda choices: placed,
         )
         clock = Ticking(lambda executor: 0.0)
         clock.transports = ("nccl", "store")
@@ -323,14 +329,58 @@ class Told(_Tuner):
         self.timed.append(choices)
         return self.cost(choices)
 
+    def _ops_to_build(self, parts: Sequence[Part]) -> int:
+        return 0
 
+    def _segments(self, choices: Choices) -> tuple[Choices, list[Decision]]:
+        return choices, [Decision("segment 0", "Inductor", "the faster", {"Inductor": 1.0})]
+
+
+@pytest.mark.parametrize("compute", ["inductor", "auto"])
 @pytest.mark.parametrize("faster", ["nccl", "store"])
-def test_without_an_attention_the_transports_are_timed_in_whole_steps(faster: Transport) -> None:
-    search = Told(lambda choices: 1.0 if choices.transport == faster else 2.0)
+def test_without_an_attention_the_transports_are_timed_in_whole_steps(faster: Transport, compute: str) -> None:
+    search = Told(lambda choices: 1.0 if choices.transport == faster else 2.0, compute=compute)
     found = search.choose(search.default)
     assert found.transport == faster
-    assert sorted(choices.transport for choices in search.timed) == ["nccl", "store"]
-    assert len(found.decisions[-1].times_ms) == 2
+    assert [choices.transport for choices in search.timed].count("store") == 1
+    assert search.timed[-1].transport == "store"
+
+
+def test_what_sends_nothing_is_left_with_nccl() -> None:
+    search = Told(lambda choices: 1.0 if choices.transport == "store" else 2.0, md.DataParallel("dp"), compute="auto")
+    assert search.choose(search.default).transport == "nccl"
+    assert {choices.transport for choices in search.timed} == {"nccl"}
+
+
+def test_when_its_time_is_up_candidates_that_fail_are_no_reason_to_go_on() -> None:
+    def fails(choices: Choices) -> float:
+        search.clock.ticks += 100  # type: ignore[attr-defined]
+        raise md.BuildError("no engine", fix="")
+
+    search = Told(fails, compute="auto", tune_seconds=50.0)
+    assert search.choose(search.default) == search.default
+    assert len(search.timed) == 1
+
+
+def held_choice_of_stores(rank: int, folder: str, works: bool) -> Choices:
+    """What is chosen where stores were chosen on GPUs that had access to each other."""
+    session, _, _ = session_of(2, folder)
+    clock = Ticking(exchanges_of)
+    if rank == 0:
+        with unittest.mock.patch("torchtrt_md.tune._key", return_value="key"):
+            _keep(Choices("split", transport="store", tuned_on="a GPU"), session.road.cache.folder / "choices/key.json")
+    refused = None if works else md.LaunchError("these have no access", fix="")
+    check = unittest.mock.patch("torchtrt_md.tune.check_access", side_effect=refused)
+    with unittest.mock.patch("torchtrt_md.tune._key", return_value="key"), check:
+        session.launch.agreement.gather(None, "what was kept")
+        return tune(session, EAGER, clock)
+
+
+@pytest.mark.parametrize("works", [True, False])
+def test_stores_that_were_chosen_on_other_gpus_are_asked_of_these(works: bool, ranks: Ranks, tmp_path: Path) -> None:
+    for outcome in ranks(held_choice_of_stores, str(tmp_path), works):
+        assert not outcome.error, outcome.message
+        assert (outcome.value.transport == "store") == works
 
 
 @pytest.mark.parametrize("asked", ["nccl", "store"])
@@ -441,7 +491,7 @@ def searched_again_with_more_time(rank: int, cache: str) -> list[int]:
     for seconds in (60.0, 600.0, 60.0):
         session, _, _ = session_of(2, cache, tune_seconds=seconds)
         clock = Ticking(exchanges_of)
-        tune(session, EAGER, clock)
+        keep(tune(session, EAGER, clock), session)
         counts.append(clock.ticks)
     return counts
 

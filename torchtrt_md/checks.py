@@ -16,6 +16,7 @@ from torchtrt_md.mesh import Mesh
 from torchtrt_md.parallel import PARALLELS, Parallel
 
 PLACEMENTS = ("auto", "engine", "split")
+COMPUTES = ("tensorrt", "inductor")
 TRANSPORTS = ("nccl", "store")
 FORMATS = ("bundle", "triton-python", "triton")  # what an export writes
 
@@ -114,6 +115,7 @@ def check_export(
     target: object,
     check: object,
     placement: object,
+    compute: object,
     transport: object,
     choices: object,
     dense: object,
@@ -139,9 +141,10 @@ def check_export(
     check_choice("coordinates_inside", coordinates_inside, (True, False))
     check_choice("format", format, FORMATS)
     check_choice("placement", placement, PLACEMENTS)
+    check_choice("compute", compute, COMPUTES)
     check_choice("transport", transport, TRANSPORTS)
     if choices is not None:
-        check_type("choices", choices, Choices, "the choices of a runner that md.compile(..., tune=True) made")
+        check_type("choices", choices, Choices, "the choices of a runner that md.compile made")
     if dense is not None:
         check_type("dense", dense, nn.Module, "the dense model, as it was before parallelize_module")
     check_weights(weights)

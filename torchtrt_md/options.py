@@ -8,7 +8,7 @@ from dataclasses import dataclass, fields
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal, Self, TypeGuard
 
-from torchtrt_md.checks import PLACEMENTS, TRANSPORTS
+from torchtrt_md.checks import COMPUTES, PLACEMENTS, TRANSPORTS
 from torchtrt_md.errors import OptionError
 from torchtrt_md.mesh import Mesh, axis_names
 from torchtrt_md.parallel import PARALLELS, Gather, Parallel, Split
@@ -21,7 +21,7 @@ if TYPE_CHECKING:
 # Options of a few values.  The first is the default.
 CHOICES: Mapping[str, tuple[object, ...]] = {
     "placement": PLACEMENTS,
-    "compute": ("auto", "tensorrt", "inductor"),
+    "compute": ("auto", *COMPUTES),
     "tune": ("auto", True, False),
     "cuda_graph": (False, True),
     "check": (True, False),

@@ -109,7 +109,7 @@ class Road:
         self.progress: Callable[[str], None] = lambda message: None
         self.lowering = Lowering(program)
         self._cache: EngineCache | None = None
-        self._lowered: dict[tuple[Placement, frozenset[tuple[str, Exchange]]], ShardedProgram] = {}
+        self._lowered: dict[tuple[Placement, frozenset[tuple[str, Exchange]], bool], ShardedProgram] = {}
         self._turns = turns or self.agreement.together
         self._share = share
         self._refused: dict[str, dict[int, str]] = {}  # digest of a part -> its nodes that no engine can hold, and why
@@ -162,12 +162,14 @@ class Road:
         Raises:
             MDError: of the pass that refused; RankMismatchError where ranks would wait in different collectives.
         """
-        key = (choices.placement, frozenset(choices.exchanges.items()))
+        stores = choices.transport == "store"
+        key = (choices.placement, frozenset(choices.exchanges.items()), stores)
         if key in self._lowered and dump is None:
             return self._lowered[key]
 
         def step() -> ShardedProgram:
-            return self.lowering.lower(placement=choices.placement, exchanges=choices.exchanges, dump=dump)
+            how = {"placement": choices.placement, "exchanges": choices.exchanges, "stores": stores}
+            return self.lowering.lower(**how, dump=dump)  # type: ignore[arg-type]
 
         lowered = self._stage("lowering", step)
         listed = "\n".join(map(str, schedule(lowered.graphs[self.agreement.rank])))

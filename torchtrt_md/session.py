@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -32,6 +33,7 @@ class Session:
         self.launch, self.program, self.options = launch, program, options
         self.store_weights = store_weights and options.transpose_weights
         self.known = Known()
+        self.choices_file: Path | None = None  # where what is tuned is kept
         self.road = Road(
             program,
             options,

@@ -6,7 +6,8 @@
     4. whole steps: what 1 and 3 chose, what is chosen without timing, and TensorRT alone           -> the fastest
     5. where 1 had no attention to time: the fastest step by each other transport                   -> the fastest
 
-What an option says is not tried otherwise, and where nothing is left to choose, nothing is timed.
+What an option says is not tried otherwise, and where nothing is left to choose, nothing is timed: one engine is what
+``placement="engine"`` asks for.
 Equal blocks are timed once, so that the time does not grow with a model's depth.  Every time is the largest of any
 rank's median, so all ranks decide alike.  A candidate is begun where it is expected to end within the seconds that are
 allowed: as those of its kind before did, and where engines are to be built, by their ops.  What there is no time for is
@@ -15,6 +16,7 @@ left out, and said.  Ways of exchange get half of the time where segments are to
 
 from __future__ import annotations
 
+import functools
 import gc
 import hashlib
 import logging
@@ -36,8 +38,10 @@ from torchtrt_md.choices import Choices, Decision, Transport
 from torchtrt_md.errors import ConversionError, LaunchError, MDError
 from torchtrt_md.graph.text import graph_digest
 from torchtrt_md.lowering.passes import Exchange
+from torchtrt_md.lowering.schedule import schedule
 from torchtrt_md.place.partition import ATTENTION
 from torchtrt_md.program import Value
+from torchtrt_md.runtime.access import check_access
 from torchtrt_md.runtime.executor import Executor
 from torchtrt_md.runtime.graphs import Budget, Graphs
 from torchtrt_md.runtime.steps import Key
@@ -129,6 +133,8 @@ def candidates(strategy: str) -> dict[str, Exchange]:
 def tune(session: Session, default: Choices, clock: Clock | None = None) -> Choices:
     """The fastest choices that are found, or were found for this program on these GPUs before.  Collective.
 
+    What it finds is kept by :func:`keep`, once it was built.
+
     Args:
         session: of the program.
         default: what is chosen without timing.
@@ -140,29 +146,45 @@ def tune(session: Session, default: Choices, clock: Clock | None = None) -> Choi
     launch = session.launch
     if clock is None and launch.device.type != "cuda":
         raise LaunchError("tune=True times candidates on GPUs, and there is none", fix="leave out tune")
+    if session.options.placement == "engine":
+        return default
     clock = clock or GpuClock(session)
     start = clock.now()
-    file = session.road.cache.folder / "choices" / f"{_key(session, default)}.json"
+    file = session.choices_file = session.road.cache.folder / "choices" / f"{_key(session, default)}.json"
     # What rank 0 has counts for all: they must not choose differently.
     held = launch.agreement.gather(_read(file), "choices made before")[0]
-    if held is not None:
+    if held is not None and (held.transport == session.options.transport or _can_be_had(held, session)):
         return held
-    if session.options.report and launch.rank == 0:
-        seconds = f"for at most {session.options.tune_seconds:g} s or a little more"
-        print(f"timing what was left to choose, {seconds}; the choices are kept (tune=False leaves it out)", flush=True)
     gc.collect()
     gc.freeze()  # the next collections, of which there is one for each candidate, look at what was made since
     try:
-        tuned = _Tuner(session, clock, start).choose(default)
+        return _Tuner(session, clock, start).choose(default)
     finally:
         gc.unfreeze()
-    if launch.rank == 0 and tuned.tuned_on:  # else nothing could be timed
-        _keep(tuned, file)
-    return tuned
+
+
+def _can_be_had(held: Choices, session: Session) -> bool:
+    """Have these GPUs access to each other, where the choices ask for it?  They may be of others of their kind."""
+    if held.transport != "store":
+        return True
+    try:
+        check_access(session.launch, session.program.mesh)
+    except MDError as error:
+        if error.lost:
+            raise
+        return False
+    return True
+
+
+def keep(choices: Choices, session: Session) -> None:
+    """Keep what :func:`tune` found for later launches; nothing where nothing was timed."""
+    file = session.choices_file
+    if session.launch.rank == 0 and file is not None and choices.tuned_on and _read(file) != choices:
+        _keep(choices, file)
 
 
 def _keep(choices: Choices, file: Path) -> None:
-    """Keep them for later launches; where that cannot be, warn: for this one they hold as they are."""
+    """Where they cannot be kept, warn: for this launch they hold as they are."""
     try:
         write_whole(file, msgspec.json.encode(choices))
     except OSError as error:
@@ -194,11 +216,19 @@ def _key(session: Session, default: Choices) -> str:
         list(session.program.mesh.axes.items()),
         # where the ranks are: what is sent between hosts is another matter
         launch.agreement.gather((launch.hosts[launch.rank], gpu), "the ranks' GPUs"),
-        (flavour, str(torch.__version__), torchtrt_md.__version__),
+        (flavour, str(torch.__version__), torchtrt_md.__version__, _sources()),
         (options.tune_seconds, options.placement, options.target, str(options.exchange)),
         (options.transport, options.overlap, options.compute, options.fullgraph, options.transpose_weights),
     )
     return hashlib.sha256(repr(parts).encode()).hexdigest()
+
+
+@functools.cache
+def _sources() -> str:
+    """What lowers and runs programs, by its source: between releases the version stays while times change."""
+    home = Path(torchtrt_md.__file__).parent
+    files = sorted(file for part in ("lowering", "place", "runtime") for file in (home / part).glob("*.py"))
+    return hashlib.sha256(b"".join(file.read_bytes() for file in (*files, Path(__file__)))).hexdigest()
 
 
 class _Tuner:
@@ -218,33 +248,30 @@ class _Tuner:
         self.once = 0.0  # seconds of the present candidate that later ones will not take
         asked = session.options.transport
         self.transports: Sequence[Transport] = clock.transports if asked == "auto" else (asked,)
+        self.said = False  # that it takes time
         self.no_time: list[str] = []  # what there was no time for
         self.left_out: list[str] = []  # what failed
 
     def choose(self, default: Choices) -> Choices:
         """What is fastest of what there was time for; ``default`` where nothing could be timed."""
-        alone = self.session.options.placement == "engine"  # nothing but the whole can be timed
-        mixed = self.session.options.compute == "auto" and not alone
+        mixed = self.session.options.compute == "auto"
         compute: Runs = "inductor" if mixed else default.compute
         split = replace(default, placement="split", compute=compute, runs={}, decisions=())
-        decisions: list[Decision] = []
         steps: dict[str, Choices] = {}
         times: dict[str, float] = {}
         first = "Inductor, attention in PyTorch"
-        if not alone:
-            split, decisions = self._exchanges(split, self._half() if mixed else self.until)
+        split, decisions = self._exchanges(split, self._half() if mixed else self.until)
+        others = () if decisions or not self._communicates(split) else self.transports
         if mixed:  # first what no engine has to be built for
             steps[first] = split
             self._steps(steps, times)
             split, decided = self._segments(split)
             decisions += decided
-        if not alone:
-            steps["each block and segment as timed"] = split
+        steps["each block and segment as timed"] = split
         steps["as without timing"] = replace(default, decisions=())
-        if not alone and default.compute == "engine":
+        if default.compute == "engine":
             steps["TensorRT, attention in PyTorch"] = replace(split, compute="engine", runs={})
         steps = {name: choices for name, choices in steps.items() if choices not in _before(steps, name)}  # each once
-        others = [] if decisions or self.session.program.mesh.size == 1 else [*self.transports]
         if len(steps) == 1 and set(others) <= {default.transport}:
             return default
         self._steps({name: steps[name] for name in steps if name != first}, times)
@@ -263,6 +290,10 @@ class _Tuner:
         device = self.session.launch.device
         gpu = torch.cuda.get_device_name(device) if device.type == "cuda" else "CPU"
         return replace(steps[best], decisions=tuple(decisions), tuned_on=gpu)
+
+    def _communicates(self, choices: Choices) -> bool:
+        """Do the ranks send each other anything?  All of them the same, or lowering had refused it."""
+        return bool(schedule(self.session.road.lower(choices).graphs[self.rank]))
 
     def _half(self) -> float:
         """Until when ways of exchange are tried where there is more to try, so that some time is left for that."""
@@ -292,7 +323,8 @@ class _Tuner:
     def _steps(self, steps: Mapping[str, Choices], times: dict[str, float]) -> None:
         """Time some whole steps, as long as there is time."""
         for name, choices in steps.items():
-            if times and self._is_over(self.until, self._expected(_STEP)):
+            tried = times or self.left_out  # the first is begun in any case
+            if tried and self._is_over(self.until, self._expected(_STEP)):
                 self.no_time.append(name)
                 continue
             start = self._begun()
@@ -509,6 +541,11 @@ class _Tuner:
 
     def _timed(self, executor: Executor, inputs: Mapping[Key, Binding | Value]) -> float:
         """The largest of all ranks' medians, with random inputs; the ranks begin together."""
+        options = self.session.options
+        if not self.said and options.report and self.rank == 0:
+            how_long = f"for about {options.tune_seconds:g} s, once (tune=False leaves it out)"
+            print(f"timing what was left to choose, {how_long}", flush=True)
+        self.said = True
         try:
             made = self.agreement.together(
                 "the inputs of a candidate", lambda: {key: self._random(like) for key, like in inputs.items()}

@@ -13,7 +13,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 import torchtrt_md as md
-from torchtrt_md.lowering import scatter_sums
+from torchtrt_md.lowering import Lowering, scatter_sums
 from torchtrt_md.lowering.passes import PassContext
 from torchtrt_md.lowering.schedule import schedule
 from torchtrt_md.mesh import Mesh
@@ -28,7 +28,7 @@ def all_are_large(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 def run(graph: torch.fx.GraphModule, context: PassContext) -> int:
-    return scatter_sums.run(graph, PassContext(context.mesh, {}, {}, "split", alike=True))
+    return scatter_sums.run(graph, PassContext(context.mesh, {}, {}, "split", alike=True, stores=True))
 
 
 def norm(x: Tensor) -> Tensor:
@@ -174,6 +174,10 @@ def test_tokens_that_the_ranks_do_not_divide_stay() -> None:
     assert graphs.check(run, graph, Mesh(cp=2), xs) == 0
 
 
+def lowered(captured: Any, **how: Any) -> Any:
+    return Lowering(captured).lower(**{"placement": "split", "stores": True, **how})
+
+
 class Normed(nn.Module):
     """A layer with PyTorch's own norms around it, as ``kind`` says."""
 
@@ -192,7 +196,7 @@ class Normed(nn.Module):
 def test_norms_of_pytorch(kind: Any) -> None:
     call = (Normed(kind).eval(), (torch.randn(1, 8, 16),))
     parallel = md.TensorParallel("tp", {"up": "colwise", "down": "rowwise"})
-    program = md.lower(md.capture(*call, mesh=Mesh(tp=2), parallel=parallel), placement="split")
+    program = lowered(md.capture(*call, mesh=Mesh(tp=2), parallel=parallel))
     assert program.counts["scatter_sums"] == 1
     assert md.verify(program, *call).structure_error < 1e-11
 
@@ -201,14 +205,15 @@ def test_norms_of_pytorch(kind: Any) -> None:
 def test_a_model_has_its_norms_done_by_tokens(ranks: int) -> None:
     call = models.llama(torch.float32)
     captured = md.capture(*call, mesh=Mesh(tp=ranks), parallel=md.TensorParallel("tp"))
-    program = md.lower(captured, placement="split")
+    program = lowered(captured)
     assert md.verify(program, *call).structure_error < 1e-10
     assert {c.op for c in schedule(program.graphs[0])} == {"reduce_scatter", "all_gather"}
     assert program.counts["scatter_sums"] == 2 * 2 + 1, "two of each layer, and the embedding's"
-    assert md.lower(captured).counts["scatter_sums"] == 0, "an engine keeps its sums"
+    assert lowered(captured, placement="engine").counts["scatter_sums"] == 0, "an engine keeps its sums"
+    assert lowered(captured, stores=False).counts["scatter_sums"] == 0, "and so does NCCL"
 
 
 def test_small_sums_stay(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.undo()
     captured = md.capture(*models.llama(torch.float32), mesh=Mesh(tp=2), parallel=md.TensorParallel("tp"))
-    assert md.lower(captured, placement="split").counts["scatter_sums"] == 0
+    assert lowered(captured).counts["scatter_sums"] == 0

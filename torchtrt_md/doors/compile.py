@@ -147,7 +147,7 @@ def compile_program(
     session = Session(launch, program, options, store_weights=store_weights)
     choices = session.default()
     if tuned:
-        from torchtrt_md.tune import tune
+        from torchtrt_md.tune import keep, tune
 
         choices = tune(session, choices)
     lowered = session.road.lower(choices)
@@ -155,6 +155,8 @@ def compile_program(
         session.road.verify(lowered, verify)
     built = session.road.build(lowered, choices)
     runner = session.runner(built, budget, name)
+    if tuned:
+        keep(choices, session)
     if options.report and launch.rank == 0:
         print(runner.summary, flush=True)
     return runner

@@ -104,7 +104,7 @@ def export(
         compute: what runs all that is not attention or a collective.
         transport: what does the exchanges between engines when the bundle runs: NCCL's kernels, or ``"store"``, a
             kernel that stores into the other GPUs' memory (GPUs of one host only).
-        choices: what ``md.compile(..., tune=True)`` found: its ``runner.choices``.  It goes before ``placement`` and
+        choices: what ``md.compile`` found on GPUs: its ``runner.choices``.  It goes before ``placement`` and
             ``transport``.
         dense: the dense model, where ``model`` is one that ``parallelize_module`` has sharded already: it has the
             weights of all ranks, and is what the program is compared with.
@@ -135,6 +135,7 @@ def export(
         target=target,
         check=check,
         placement=placement,
+        compute=compute,
         transport=transport,
         choices=choices,
         dense=dense,

@@ -29,7 +29,7 @@ from torchtrt_md.runtime.access import check_access
 from torchtrt_md.runtime.engine import Engine, deserialize, runtime_cache, scratch_bytes, trt_runtime
 from torchtrt_md.runtime.executor import Executor
 from torchtrt_md.runtime.kernels import KernelCache, kernel_file
-from torchtrt_md.runtime.memory import lay_out
+from torchtrt_md.runtime.memory import check_room, lay_out
 from torchtrt_md.runtime.offers import NOTHING, Offers, stream_weights
 from torchtrt_md.runtime.order import overlapped
 from torchtrt_md.runtime.push import Shared
@@ -133,6 +133,8 @@ def bring_up(
     make = partial(Executor, steps, fixed=fixed, outputs=outputs, device=launch.device, overlap=overlap)
     save = kernels.save if kernels is not None else None
     shares = share if transport == "store" and _agree_where_to_store(launch, steps, outputs) else None
+    layout = lay_out(steps, outputs, push=shares is not None)
+    launch.together("the memory of the program", lambda: check_room(layout.bytes, launch.device))
     return launch.meet("the memory of the program", lambda: make(share=shares, after_first=save))
 
 

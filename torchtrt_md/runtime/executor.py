@@ -77,7 +77,7 @@ class Executor:
     @property
     def memory(self) -> int:
         """Bytes that are kept for what passes between steps."""
-        return sum(self.layout.blocks) + sum(self.layout.shared.values())
+        return self.layout.bytes
 
     def run(self, inputs: Mapping[Key, Tensor]) -> dict[Key, Tensor]:
         """Enqueue a call on the current stream, which is not the default one.

@@ -14,6 +14,9 @@ from __future__ import annotations
 from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass, field
 
+import torch
+
+from torchtrt_md.errors import LaunchError
 from torchtrt_md.runtime.steps import Key, Slot, Step
 from torchtrt_md.runtime.tensors import ALIGNMENT
 
@@ -50,6 +53,29 @@ class MemoryLayout:
     shared_of: dict[Key, tuple[str, int]]
     shared: dict[str, int]
     over: frozenset[Key]
+
+    @property
+    def bytes(self) -> int:
+        """What is made once, for all calls."""
+        return sum(self.blocks) + sum(self.shared.values())
+
+
+def check_room(size: int, device: torch.device) -> None:
+    """See that a GPU has so many bytes, before ranks meet in what would leave the others waiting for one that has not.
+
+    Raises:
+        LaunchError: it has not.
+    """
+    if device.type != "cuda":
+        return
+    free, _ = torch.cuda.mem_get_info(device)
+    free += torch.cuda.memory_reserved(device) - torch.cuda.memory_allocated(device)
+    if size > free:
+        raise LaunchError(
+            f"what passes between the parts of a program takes {size >> 20} MiB, and {free >> 20} MiB of the GPU's"
+            " memory are free",
+            fix="use more ranks, a smaller batch, or free what else is on the GPU",
+        )
 
 
 def lay_out(steps: Sequence[Step], keep: Sequence[Key], *, push: bool = False) -> MemoryLayout:
