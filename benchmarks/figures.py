@@ -64,7 +64,7 @@ MODELS = (
         "llama",
         "Llama at the width of 8B, 16 layers, 2048 tokens",
         "Llama",
-        {2: "2026-11-22-llama-h200-x2", 4: "2026-11-22-llama-h200-x4"},
+        {2: "2026-11-22-llama-scattered-h200-x2", 4: "2026-11-22-llama-scattered-h200-x4"},
         "the best peer: DTensor and `torch.compile`, in a CUDA graph",
     ),
     Model(
@@ -78,8 +78,8 @@ MODELS = (
         "wan",
         "Wan2.1 14B, 4 blocks, 720p",
         "Wan2.1 14B",
-        {2: "2026-11-22-wan-alone-h200-x2", 4: "2026-11-22-wan-h200-x4"},
-        None,
+        {2: "2026-11-22-wan-alone-h200-x2", 4: "2026-11-22-wan-peer-h200-x4"},
+        "the best peer: diffusers' Ulysses, compiled by PyTorch, in a CUDA graph",
     ),
 )
 

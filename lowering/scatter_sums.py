@@ -30,7 +30,7 @@ from torchtrt_md.lowering.merge_products import JOINS, SOURCE
 from torchtrt_md.lowering.ops import bound_args, is_collective
 from torchtrt_md.lowering.passes import PassContext
 from torchtrt_md.mesh import axes_of
-from torchtrt_md.program import Value, Weight, value_of
+from torchtrt_md.program import Source, Value, Weight, value_of
 
 aten, md = torch.ops.aten, torch.ops.torchtrt_md
 LARGE = 4 << 20  # bytes of a sum: below it, to begin two collectives costs more than the tokens
@@ -152,9 +152,11 @@ class _Scattered:
 def _different(graph: GraphModule, axis: str) -> set[Node]:
     """The values that may be others on each rank of an axis, as far as is known."""
     found: set[Node] = set()
+    placeholders = {node.name: node for node in graph.graph.find_nodes(op="placeholder")}
     for node in graph.graph.nodes:
         if node.op == "placeholder":
-            differs = _is_of_a_rank(node, axis)
+            joined = [placeholders.get(name) for name in node.meta.get(JOINS, (node.name,))]
+            differs = any(part is None or _is_of_a_rank(part.meta.get(SOURCE), axis) for part in joined)
         elif is_collective(node) and bound_args(node)["axis"] == axis:
             differs = node.target not in _MAKE_ALIKE
         else:
@@ -166,19 +168,12 @@ def _different(graph: GraphModule, axis: str) -> set[Node]:
     return found
 
 
-def _is_of_a_rank(placeholder: Node, axis: str) -> bool:
-    by_name = {n.name: n for n in placeholder.graph.find_nodes(op="placeholder")}
-    for name in placeholder.meta.get(JOINS, (placeholder.name,)):
-        source = by_name[name].meta.get(SOURCE) if name in by_name else None
-        if isinstance(source, Weight):
-            shardings: Sequence[Any] = source.shardings
-        elif isinstance(source, Value):
-            shardings = source.sharding
-        else:  # a coordinate, or nothing is known
-            return True
-        if any(axis in axes_of(sharding.axis) for sharding in shardings):
-            return True
-    return False
+def _is_of_a_rank(source: Source | None, axis: str) -> bool:
+    """May what a placeholder stands for be another on each rank of an axis, as a coordinate is?"""
+    if not isinstance(source, (Weight, Value)):
+        return True
+    shardings: Sequence[Any] = source.shardings if isinstance(source, Weight) else source.sharding
+    return any(axis in axes_of(sharding.axis) for sharding in shardings)
 
 
 def _is_tensor(node: Node) -> bool:
