@@ -47,7 +47,8 @@ class Options:
         compute: what runs all that is not attention or a collective; ``"auto"`` takes the faster for each part where
             they are timed, else TensorRT.
         tune: time on the GPUs what was left to choose, and keep the fastest; ``"auto"`` does where ``md.compile`` has
-            GPUs, and not for ``torch.compile``, whose every recompilation would take the time again.
+            GPUs and a model with its weights, and not for ``torch.compile``, whose every recompilation would take the
+            time again.
         tune_seconds: after these no further candidate is begun.
         cuda_graph: capture each step in a CUDA graph and replay it.
         static_outputs: return what a CUDA graph writes, which the next call overwrites, and not a copy of it.

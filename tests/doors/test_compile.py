@@ -8,6 +8,7 @@ import time
 import unittest.mock
 from collections.abc import Sequence
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import models
@@ -25,9 +26,11 @@ from torchtrt_md.build.part import build_part, unconvertible, with_transposed_we
 from torchtrt_md.bundle.read import check_files, rank_files, read_manifest
 from torchtrt_md.bundle.weights import rank_weights
 from torchtrt_md.choices import Choices, Decision
+from torchtrt_md.doors.compile import _times
 from torchtrt_md.errors import BuildError, ConversionError, PlanError
 from torchtrt_md.graph.json import check_bindings, graph_from_json
 from torchtrt_md.lowering.passes import Exchange
+from torchtrt_md.options import Options
 from torchtrt_md.place import PlacedProgram, place
 from torchtrt_md.place.choose import Choice, choose_placement
 from torchtrt_md.program import ShardedProgram, Weight, placeholders, value_of
@@ -487,6 +490,24 @@ class TestUnconvertible:
 
 
 # --- choices and what is told of them ---
+
+
+@pytest.mark.parametrize(
+    ("tune", "device", "given", "timed"),
+    [
+        ("auto", "cuda", [False, False], True),
+        ("auto", "cpu", [False, False], False),
+        ("auto", "cuda", [False, True], False),
+        (True, "cpu", [True, True], True),
+        (False, "cuda", [False, False], False),
+    ],
+)
+def test_what_is_timed_by_default(tune: Any, device: str, given: list[bool], timed: bool) -> None:
+    agreement = SimpleNamespace(gather=lambda value, about: given)
+    launch: Any = SimpleNamespace(device=torch.device(device), agreement=agreement)
+    program: Any = SimpleNamespace(weights=SimpleNamespace(given={"w": "w"} if given[0] else {}))
+    assert _times(Options(tune=tune), launch, program) == timed
+
 
 GPU_CHOICES = [
     # strategy, flavour, capability, rings in engines for the target -> placement

@@ -101,6 +101,14 @@ def _given(program: ShardedProgram, options: Options) -> dict[str, str]:
     return told | {v.name: f"{dtype_name(v.dtype)} {list(v.shape)}" for v in program.inputs}
 
 
+def _times(options: Options, launch: Launch, program: ShardedProgram) -> bool:
+    """Are candidates to be timed?  By itself not where each of them would read its weights from files again."""
+    if options.tune != "auto":
+        return options.tune
+    reads = launch.agreement.gather(bool(program.weights.given), "where their weights are")
+    return launch.device.type == "cuda" and not any(reads)
+
+
 def compile_program(
     captured: Callable[[], ShardedProgram],
     options: Options,
@@ -128,10 +136,8 @@ def compile_program(
     capability = torch.cuda.get_device_capability(launch.device) if on_gpu else None
     launch.together("checking the options", lambda: check_fit(options, capability=capability))
 
-    tuned = on_gpu if options.tune == "auto" else options.tune
-
     def step() -> ShardedProgram:
-        if options.compute == "inductor" or (tuned and options.compute == "auto"):
+        if options.compute == "inductor" or (options.compute == "auto" and options.tune is not False):
             from torchtrt_md.runtime.inductor import prepare
 
             prepare(launch.device)
@@ -146,6 +152,7 @@ def compile_program(
         check_equal(program, launch.agreement)
     session = Session(launch, program, options, store_weights=store_weights)
     choices = session.default()
+    tuned = _times(options, launch, program)
     if tuned:
         from torchtrt_md.tune import keep, tune
 
