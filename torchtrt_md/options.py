@@ -45,7 +45,7 @@ class Options:
         placement: where attention and its collectives run: in the engine, in PyTorch between engines (``"split"``),
             or where the hardware suggests (``"auto"``).
         compute: what runs all that is not attention or a collective; ``"auto"`` takes the faster for each part where
-            they are timed, else TensorRT.
+            they are timed, else TensorRT, or Inductor where the flavour has no kernels for the GPU.
         tune: time on the GPUs what was left to choose, and keep the fastest; ``"auto"`` does where ``md.compile`` has
             GPUs and a model with its weights, and not for ``torch.compile``, whose every recompilation would take the
             time again.

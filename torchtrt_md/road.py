@@ -28,9 +28,9 @@ from torchtrt_md.lowering import Lowering
 from torchtrt_md.lowering.schedule import schedule
 from torchtrt_md.options import Options
 from torchtrt_md.place import PlacedProgram, place
-from torchtrt_md.place.choose import choose_placement
+from torchtrt_md.place.choose import choose_compute, choose_placement
 from torchtrt_md.program import ShardedProgram, Weight
-from torchtrt_md.segment import Part, Runs, Segment
+from torchtrt_md.segment import Part, Segment
 from torchtrt_md.selftest import self_tests
 
 if TYPE_CHECKING:
@@ -139,20 +139,24 @@ class Road:
             from torchtrt_md.build.flavour import flavour
 
             name, rings = flavour().name, capability is not None and flavour().rings(self.options.target)
+        compute, why_compute = choose_compute(
+            self.options.compute, self.options.placement, flavour=name, capability=capability
+        )
         placement, why = choose_placement(
             self.options.placement,
             strategies=set(self.program.strategies.values()),
-            compute=self.options.compute,
+            compute="inductor" if compute == "inductor" else "tensorrt",
             flavour=name,
             capability=capability,
             rings=rings,
         )
-        compute: Runs = "engine" if self.options.engines else "inductor"
         exchange = self.options.exchange
         exchanges = {} if exchange is None else dict.fromkeys(self.lowering.attention_keys(), exchange)
-        decisions = (Decision("placement", placement, why),)
+        decisions = [Decision("placement", placement, why)]
+        if why_compute:
+            decisions.append(Decision("compute", "Inductor", why_compute))
         transport: Transport = "nccl" if self.options.transport == "auto" else self.options.transport
-        return Choices(placement, compute, exchanges, {}, transport, decisions)
+        return Choices(placement, compute, exchanges, {}, transport, tuple(decisions))
 
     def lower(self, choices: Choices, dump: Path | None = None) -> ShardedProgram:
         """The program in the collective IR; in a launch, the same collectives on all ranks.

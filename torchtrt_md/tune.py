@@ -269,7 +269,7 @@ class _Tuner:
             decisions += decided
         steps["each block and segment as timed"] = split
         steps["as without timing"] = replace(default, decisions=())
-        if default.compute == "engine":
+        if mixed or default.compute == "engine":
             steps["TensorRT, attention in PyTorch"] = replace(split, compute="engine", runs={})
         steps = {name: choices for name, choices in steps.items() if choices not in _before(steps, name)}  # each once
         if len(steps) == 1 and set(others) <= {default.transport}:

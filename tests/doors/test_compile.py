@@ -32,7 +32,7 @@ from torchtrt_md.graph.json import check_bindings, graph_from_json
 from torchtrt_md.lowering.passes import Exchange
 from torchtrt_md.options import Options
 from torchtrt_md.place import PlacedProgram, place
-from torchtrt_md.place.choose import Choice, choose_placement
+from torchtrt_md.place.choose import Choice, choose_compute, choose_placement
 from torchtrt_md.program import ShardedProgram, Weight, placeholders, value_of
 from torchtrt_md.road import Built, summary_of
 from torchtrt_md.segment import Part
@@ -546,6 +546,27 @@ class TestChoosePlacement:
         assert choose("auto", compute="inductor", capability=(8, 9)).placement == "split"
         with pytest.raises(PlanError, match="leaves nothing for an engine to hold"):
             choose("engine", compute="inductor")
+
+
+@pytest.mark.parametrize(
+    ("asked", "placement", "flavour", "capability", "runs"),
+    [
+        ("auto", "auto", "TensorRT-RTX", (9, 0), "inductor"),
+        ("auto", "split", "TensorRT-RTX", (9, 0), "inductor"),
+        ("auto", "engine", "TensorRT-RTX", (9, 0), "engine"),
+        ("auto", "auto", "TensorRT-RTX", (8, 9), "engine"),
+        ("auto", "auto", "TensorRT-RTX", None, "engine"),
+        ("auto", "auto", "TensorRT", (9, 0), "engine"),
+        ("tensorrt", "auto", "TensorRT-RTX", (9, 0), "engine"),
+        ("inductor", "auto", "TensorRT-RTX", (8, 9), "inductor"),
+    ],
+)
+def test_what_computes_where_nothing_is_timed(
+    asked: str, placement: str, flavour: str, capability: tuple[int, int] | None, runs: str
+) -> None:
+    found, why = choose_compute(asked, placement, flavour=flavour, capability=capability)
+    assert found == runs
+    assert bool(why) == (asked == "auto" and runs == "inductor"), "what was asked for needs no reason"
 
 
 def test_the_summary_tells_what_runs_where_and_why(tmp_path: Path) -> None:

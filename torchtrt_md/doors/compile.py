@@ -137,7 +137,7 @@ def compile_program(
     launch.together("checking the options", lambda: check_fit(options, capability=capability))
 
     def step() -> ShardedProgram:
-        if options.compute == "inductor" or (options.compute == "auto" and options.tune is not False):
+        if options.compute != "tensorrt":
             from torchtrt_md.runtime.inductor import prepare
 
             prepare(launch.device)

@@ -1,4 +1,4 @@
-"""Where attention runs, where nothing else was said: by what the hardware and the TensorRT flavour are good at."""
+"""Where attention runs, and as what all else, where nothing was said: by what hardware and flavour are good at."""
 
 from __future__ import annotations
 
@@ -7,6 +7,7 @@ from typing import NamedTuple
 
 from torchtrt_md.errors import PlanError
 from torchtrt_md.parallel import Placement
+from torchtrt_md.segment import Runs
 
 
 class Choice(NamedTuple):
@@ -49,6 +50,24 @@ def choose_placement(
         return Choice("engine" if asked == "engine" else "split", "as asked for")
     if "ring" in strategies and not (rings and capability is not None and capability[0] >= 10):
         return Choice("split", "a ring inside an engine needs compute capability 10.0 or later, as GPU and as target")
-    if flavour == "TensorRT-RTX" and capability is not None and capability[0] == 9:
+    if _lacks_kernels(flavour, capability):
         return Choice("split", "TensorRT-RTX has no attention kernels for Hopper, and PyTorch has")
     return Choice("engine", "one engine is one launch, and can be run from C++")
+
+
+def choose_compute(asked: str, placement: str, *, flavour: str, capability: tuple[int, int] | None) -> tuple[Runs, str]:
+    """What runs all that is not attention or a collective, and why, where that has to be said.
+
+    Args:
+        asked: ``tensorrt``, ``inductor`` or ``auto``.
+        placement: that was asked for.
+        flavour, capability: as for :func:`choose_placement`.
+    """
+    if asked == "auto" and placement != "engine" and _lacks_kernels(flavour, capability):
+        return "inductor", "TensorRT-RTX has no kernels made for Hopper"
+    return "inductor" if asked == "inductor" else "engine", ""
+
+
+def _lacks_kernels(flavour: str, capability: tuple[int, int] | None) -> bool:
+    """Has the flavour none made for this GPU?  On an H200 its products and attention are slower than PyTorch's."""
+    return flavour == "TensorRT-RTX" and capability is not None and capability[0] == 9
