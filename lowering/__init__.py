@@ -173,9 +173,8 @@ class Lowering:
         if program.lowered:
             return program
         dump = None if dump is None else Path(dump)
-        alike = len(program.distinct()) == 1 and not program.weights.shards  # captured of a dense model
         of = (program.mesh, program.strategies, program.groups)
-        context = PassContext(*of, placement, exchanges or {}, alike=alike, stores=stores)
+        context = PassContext(*of, placement, exchanges or {}, alike=program.alike, stores=stores)
         lowered: dict[int, GraphModule] = {}
         counts: dict[str, int] = {}
         analyzed = self._analysis(placement, dump)
@@ -201,6 +200,11 @@ class Lowering:
             counts=counts,
             lowered=True,
         )
+
+    def asks_for_transport(self, placement: Placement) -> bool:
+        """May lowering do otherwise where ranks store?"""
+        graphs = [graph for graph, _ in self._analysis(placement).values()]
+        return any(scatter_sums.has_sums(graph, self.program.alike) for graph in graphs)
 
     def attention_order(self, placement: Placement = "engine") -> tuple[str, ...]:
         """The ``attention_key`` of each attention over a split sequence, in order; that of the first rank's graph.

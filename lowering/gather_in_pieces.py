@@ -31,13 +31,13 @@ _VIEWS = (aten.view.default, aten.reshape.default, aten._unsafe_view.default)
 
 
 def run(graph: GraphModule, context: PassContext) -> int:
-    if context.placement != "split" or not context.alike:
+    if context.placement != "split":
         return 0
     count = 0
     for node in graph.graph.find_nodes(op="call_function", target=md.all_gather.default):
         x, dim, axis, size = bound_args(node).values()
         rows = value_of(x).shape[0]
-        if math.prod(value_of(x).shape[:dim]) == 1 or value_of(node).nbytes < LARGE:
+        if axis not in context.alike or math.prod(value_of(x).shape[:dim]) == 1 or value_of(node).nbytes < LARGE:
             continue
         gathered = [emit(node, md.all_gather.default, piece, 0, axis, size) for piece in _pieces(node, x, dim)]
         parts = [

@@ -45,8 +45,7 @@ class PassContext:
         placement: where attention will run, ``engine`` or ``split``.
         exchanges: what was chosen for attentions of some shapes, by
             :func:`torchtrt_md.lowering.choose_strategy.attention_key`; it goes before ``strategies``.
-        alike: the graph is that of all ranks, which differ by what its placeholders say only.  Not where a rank's own
-            graph was captured, whose numbers may be that rank's.
+        alike: the axes along which the graph is that of all ranks, which differ by what its placeholders say only.
         stores: ranks will store into each other's memory, and not exchange by NCCL.
     """
 
@@ -55,7 +54,7 @@ class PassContext:
     groups: Mapping[str, str]
     placement: str = "engine"
     exchanges: Mapping[str, Exchange] = field(default_factory=dict)
-    alike: bool = False
+    alike: frozenset[str] = frozenset()
     stores: bool = False
 
 

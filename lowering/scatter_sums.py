@@ -17,7 +17,7 @@ from __future__ import annotations
 import math
 import operator
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 from typing import Any
 
 import torch
@@ -42,9 +42,21 @@ _CASTS = (aten._to_copy.default, aten.clone.default)
 
 
 def run(graph: GraphModule, context: PassContext) -> int:
-    if context.placement != "split" or not (context.alike and context.stores):
+    if context.placement != "split" or not context.stores:
         return 0
-    return sum(_Scattered(graph, axis, size).rewritten() for axis, size in context.mesh.axes.items() if size > 1)
+    count = 0
+    for axis, size in context.mesh.axes.items():
+        rewritten = _Scattered(graph, axis, size).rewritten() if axis in context.alike and size > 1 else 0
+        if rewritten:
+            graph.graph.eliminate_dead_code()  # what is not read any more would count along the next axis
+        count += rewritten
+    return count
+
+
+def has_sums(graph: GraphModule, alike: Collection[str]) -> bool:
+    """Is there a sum that could be scattered?"""
+    sums = graph.graph.find_nodes(op="call_function", target=md.all_reduce.default)
+    return any(bound_args(n)["axis"] in alike and value_of(n).nbytes >= LARGE for n in sums)
 
 
 class _Scattered:
@@ -157,12 +169,11 @@ def _different(graph: GraphModule, axis: str) -> set[Node]:
         if node.op == "placeholder":
             joined = [placeholders.get(name) for name in node.meta.get(JOINS, (node.name,))]
             differs = any(part is None or _is_of_a_rank(part.meta.get(SOURCE), axis) for part in joined)
-        elif is_collective(node) and bound_args(node)["axis"] == axis:
+        elif (is_collective(node) or node.target is md.shard.default) and axis in axes_of(bound_args(node)["axis"]):
             differs = node.target not in _MAKE_ALIKE
         else:
             random = torch.Tag.nondeterministic_seeded in getattr(node.target, "tags", ())
-            own = node.target is md.shard.default and bound_args(node)["axis"] == axis
-            differs = random or own or not found.isdisjoint(node.all_input_nodes)
+            differs = random or not found.isdisjoint(node.all_input_nodes)
         if differs:
             found.add(node)
     return found

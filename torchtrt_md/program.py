@@ -199,6 +199,8 @@ class ShardedProgram:
         out_leaves: for each leaf of ``out_spec`` its :class:`Output`, or the constant that it is.
         lowered: whether the graphs are in the collective IR.
         counts: lowering pass -> number of rewrites.
+        alike: the axes along which ranks differ by what ``sources`` say only: one graph was captured of a dense model
+            for all of them, and all are given the same.  None where a rank's own graph was captured.
     """
 
     mesh: Mesh
@@ -215,6 +217,7 @@ class ShardedProgram:
     opaque: tuple[str, ...] = ()
     lowered: bool = False
     counts: Mapping[str, int] = field(default_factory=dict)
+    alike: frozenset[str] = frozenset()
 
     def read(self) -> list[Weight]:
         """The weights that the graph of some rank reads."""

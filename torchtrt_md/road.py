@@ -16,6 +16,7 @@ import time
 from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
 from contextlib import suppress
 from dataclasses import dataclass, replace
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Protocol, TypeVar
 
@@ -166,7 +167,8 @@ class Road:
         Raises:
             MDError: of the pass that refused; RankMismatchError where ranks would wait in different collectives.
         """
-        stores = choices.transport == "store"
+        asks = partial(self.lowering.asks_for_transport, choices.placement)
+        stores = choices.transport == "store" and self._stage("the analysis for stores", asks)
         key = (choices.placement, frozenset(choices.exchanges.items()), stores)
         if key in self._lowered and dump is None:
             return self._lowered[key]

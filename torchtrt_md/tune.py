@@ -4,7 +4,7 @@
     2. a whole step compiled by Inductor, for which no engine has to be built
     3. the different compute segments alone, in TensorRT and compiled by Inductor                   -> the faster
     4. whole steps: what 1 and 3 chose, what is chosen without timing, and TensorRT alone           -> the fastest
-    5. where 1 had no attention to time: the fastest step by each other transport                   -> the fastest
+    5. where 1 had no attention to time: a whole step by each other transport, in front of 3        -> the fastest
 
 What an option says is not tried otherwise, and where nothing is left to choose, nothing is timed: one engine is what
 ``placement="engine"`` asks for.
@@ -41,7 +41,7 @@ from torchtrt_md.lowering.passes import Exchange
 from torchtrt_md.lowering.schedule import schedule
 from torchtrt_md.place.partition import ATTENTION
 from torchtrt_md.program import Value
-from torchtrt_md.runtime.access import check_access
+from torchtrt_md.runtime.access import pairs_without_access
 from torchtrt_md.runtime.executor import Executor
 from torchtrt_md.runtime.graphs import Budget, Graphs
 from torchtrt_md.runtime.steps import Key
@@ -153,7 +153,7 @@ def tune(session: Session, default: Choices, clock: Clock | None = None) -> Choi
     file = session.choices_file = session.road.cache.folder / "choices" / f"{_key(session, default)}.json"
     # What rank 0 has counts for all: they must not choose differently.
     held = launch.agreement.gather(_read(file), "choices made before")[0]
-    if held is not None and (held.transport == session.options.transport or _can_be_had(held, session)):
+    if held is not None:
         return held
     gc.collect()
     gc.freeze()  # the next collections, of which there is one for each candidate, look at what was made since
@@ -161,19 +161,6 @@ def tune(session: Session, default: Choices, clock: Clock | None = None) -> Choi
         return _Tuner(session, clock, start).choose(default)
     finally:
         gc.unfreeze()
-
-
-def _can_be_had(held: Choices, session: Session) -> bool:
-    """Have these GPUs access to each other, where the choices ask for it?  They may be of others of their kind."""
-    if held.transport != "store":
-        return True
-    try:
-        check_access(session.launch, session.program.mesh)
-    except MDError as error:
-        if error.lost:
-            raise
-        return False
-    return True
 
 
 def keep(choices: Choices, session: Session) -> None:
@@ -216,6 +203,7 @@ def _key(session: Session, default: Choices) -> str:
         list(session.program.mesh.axes.items()),
         # where the ranks are: what is sent between hosts is another matter
         launch.agreement.gather((launch.hosts[launch.rank], gpu), "the ranks' GPUs"),
+        pairs_without_access(launch, session.program.mesh) if launch.device.type == "cuda" else [],
         (flavour, str(torch.__version__), torchtrt_md.__version__, _sources()),
         (options.tune_seconds, options.placement, options.target, str(options.exchange)),
         (options.transport, options.overlap, options.compute, options.fullgraph, options.transpose_weights),
@@ -227,8 +215,8 @@ def _key(session: Session, default: Choices) -> str:
 def _sources() -> str:
     """What lowers and runs programs, by its source: between releases the version stays while times change."""
     home = Path(torchtrt_md.__file__).parent
-    files = sorted(file for part in ("lowering", "place", "runtime") for file in (home / part).glob("*.py"))
-    return hashlib.sha256(b"".join(file.read_bytes() for file in (*files, Path(__file__)))).hexdigest()
+    files = sorted((*home.glob("*.py"), *home.glob("*/*.py")))
+    return hashlib.sha256(b"".join(file.read_bytes() for file in files)).hexdigest()
 
 
 class _Tuner:
@@ -249,6 +237,7 @@ class _Tuner:
         asked = session.options.transport
         self.transports: Sequence[Transport] = clock.transports if asked == "auto" else (asked,)
         self.said = False  # that it takes time
+        self.failed = 0  # whole steps
         self.no_time: list[str] = []  # what there was no time for
         self.left_out: list[str] = []  # what failed
 
@@ -265,6 +254,9 @@ class _Tuner:
         if mixed:  # first what no engine has to be built for
             steps[first] = split
             self._steps(steps, times)
+            if first in times:  # parts are others by another transport, so it is chosen before they are
+                split = self._by(others, first, steps, times)
+                others = ()
             split, decided = self._segments(split)
             decisions += decided
         steps["each block and segment as timed"] = split
@@ -274,15 +266,12 @@ class _Tuner:
         steps = {name: choices for name, choices in steps.items() if choices not in _before(steps, name)}  # each once
         if len(steps) == 1 and set(others) <= {default.transport}:
             return default
-        self._steps({name: steps[name] for name in steps if name != first}, times)
+        self._steps({name: steps[name] for name in steps if name not in times and name != first}, times)
         if not times:
             return default
         best = min(times, key=lambda name: times[name])
         if steps[best].placement == "split":
-            by = {f"{best}, by {_TRANSPORTS[t]}": replace(steps[best], transport=t) for t in others}
-            by = {name: choices for name, choices in by.items() if choices != steps[best]}
-            self._steps(by, times)
-            steps |= by
+            self._by(others, best, steps, times)
         best = min(times, key=lambda name: times[name])
         why = "the fastest" + (f"; no time was left for {', '.join(self.no_time)}" if self.no_time else "")
         why += f"; errors were raised for {', '.join(self.left_out)}" if self.left_out else ""
@@ -290,6 +279,16 @@ class _Tuner:
         device = self.session.launch.device
         gpu = torch.cuda.get_device_name(device) if device.type == "cuda" else "CPU"
         return replace(steps[best], decisions=tuple(decisions), tuned_on=gpu)
+
+    def _by(
+        self, transports: Sequence[Transport], name: str, steps: dict[str, Choices], times: dict[str, float]
+    ) -> Choices:
+        """A whole step that was timed, by that of these transports with which it is the fastest, or by its own."""
+        others = [t for t in transports if t != steps[name].transport]
+        by = {f"{name}, by {_TRANSPORTS[t]}": replace(steps[name], transport=t) for t in others}
+        self._steps(by, times)
+        steps |= by
+        return steps[min((n for n in (name, *by) if n in times), key=lambda n: times[n])]
 
     def _communicates(self, choices: Choices) -> bool:
         """Do the ranks send each other anything?  All of them the same, or lowering had refused it."""
@@ -323,8 +322,7 @@ class _Tuner:
     def _steps(self, steps: Mapping[str, Choices], times: dict[str, float]) -> None:
         """Time some whole steps, as long as there is time."""
         for name, choices in steps.items():
-            tried = times or self.left_out  # the first is begun in any case
-            if tried and self._is_over(self.until, self._expected(_STEP)):
+            if (times or self.failed) and self._is_over(self.until, self._expected(_STEP)):
                 self.no_time.append(name)
                 continue
             start = self._begun()
@@ -337,6 +335,7 @@ class _Tuner:
                 times[name] = self._whole_step(choices, ops)
             except MDError as error:  # these choices cannot be built
                 self._leave_out(name, error)
+                self.failed += 1
                 continue
             self._ended(_STEP, start)
 
@@ -408,9 +407,13 @@ class _Tuner:
                         break
                 if choices.with_engines:
                     placed, windows = self._built_windows(of, placed, windows, order)
-                for key, window in windows:
-                    for transport in self.transports:
-                        ms = self._window_ms(placed, window, transport)
+                for transport in self.transports:
+                    way, its, around = replace(of, transport=transport), placed, windows
+                    if self.session.road.lower(way) is not self.session.road.lower(of):
+                        its = self.session.built(way) if way.with_engines else self.session.placed(way)
+                        around = list(_windows(its.parts[self.rank], order))
+                    for key, window in around:
+                        ms = self._window_ms(its, window, transport)
                         if ms is not None:
                             times[key][name, transport] = ms
                             made[name, transport] = exchange

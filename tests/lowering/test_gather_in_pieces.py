@@ -27,7 +27,7 @@ def all_are_large(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 def run(graph: torch.fx.GraphModule, context: PassContext) -> int:
-    return gather_in_pieces.run(graph, PassContext(context.mesh, {}, {}, "split", alike=True))
+    return gather_in_pieces.run(graph, PassContext(context.mesh, {}, {}, "split", alike=frozenset(context.mesh.names)))
 
 
 def weight(rows: int, columns: int) -> Tensor:

@@ -9,10 +9,14 @@ import graphs
 import models
 import pytest
 import torch
+import torch.distributed as dist
+import torch.distributed._functional_collectives as fc
 import torch.nn.functional as F
 from torch import Tensor, nn
 
 import torchtrt_md as md
+from torchtrt_md.capture.dynamo import capture_graph
+from torchtrt_md.capture.torch_private import fake_ranks
 from torchtrt_md.lowering import Lowering, scatter_sums
 from torchtrt_md.lowering.passes import PassContext
 from torchtrt_md.lowering.schedule import schedule
@@ -28,7 +32,9 @@ def all_are_large(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 def run(graph: torch.fx.GraphModule, context: PassContext) -> int:
-    return scatter_sums.run(graph, PassContext(context.mesh, {}, {}, "split", alike=True, stores=True))
+    return scatter_sums.run(
+        graph, PassContext(context.mesh, {}, {}, "split", alike=frozenset(context.mesh.names), stores=True)
+    )
 
 
 def norm(x: Tensor) -> Tensor:
@@ -217,3 +223,72 @@ def test_small_sums_stay(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.undo()
     captured = md.capture(*models.llama(torch.float32), mesh=Mesh(tp=2), parallel=md.TensorParallel("tp"))
     assert lowered(captured).counts["scatter_sums"] == 0
+
+
+def test_what_another_sum_left_behind_is_no_reason_to_scatter_one() -> None:
+    """Of two axes; the operations between the sums are of the first."""
+
+    def call(x: Tensor) -> Tensor:
+        h = ir.broadcast(ir.broadcast(x, 0, "cp", 2), 0, "tp", 2)
+        t, s = ir.all_reduce(h, "sum", "tp", 2), ir.all_reduce(h @ weight(), "sum", "cp", 2)
+        y: Tensor = (s + t).relu().tanh() @ weight()
+        return y
+
+    mesh = Mesh(cp=2, tp=2)
+    xs = graphs.per_rank(mesh, 8, WIDTH, dtype=torch.float64)
+    graph = graphs.trace(call, xs[0])
+    assert graphs.check(run, graph, mesh, xs, exact=False) == 1
+    assert [c[0] for c in graphs.collectives(graph)].count("all_reduce") == 1
+
+
+def test_a_part_along_two_axes_is_of_a_rank_of_each() -> None:
+    def call(x: Tensor) -> Tensor:
+        h = ir.broadcast(ir.broadcast(x, 0, "a", 2), 0, "b", 2)
+        z = ir.shard(h, 0, "a+b", 4)
+        y: Tensor = (z + ir.all_reduce(z, "sum", "b", 2)).tanh().relu()
+        return y
+
+    mesh = Mesh(a=2, b=2)
+    xs = graphs.per_rank(mesh, 16, WIDTH, dtype=torch.float64)
+    graph = graphs.trace(call, xs[0])
+    assert scatter_sums.run(graph, PassContext(mesh, {}, {}, "split", alike=frozenset(mesh.names), stores=True)) == 0
+
+
+class Gated(nn.Module):
+    """It communicates by itself; nothing says that its weights are equal on all ranks."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.w, self.gate = nn.Parameter(torch.randn(WIDTH, WIDTH)), nn.Parameter(torch.randn(WIDTH))
+
+    def forward(self, x: Tensor) -> Tensor:
+        y: Tensor = (ir.all_reduce(x @ self.w, "sum", "tp", 2) * self.gate).relu().tanh()
+        return y
+
+
+def test_nothing_is_taken_for_equal_on_all_ranks_that_is_not_known_to_be() -> None:
+    x = torch.randn(8, WIDTH)
+    own = md.capture(Gated(), (x,), mesh=Mesh(tp=2))
+    assert not own.alike
+    assert lowered(own).counts["scatter_sums"] == 0
+    plan = {"up": "colwise", "down": "rowwise"}
+    both: list[Any] = [md.TensorParallel("tp", plan), md.DataParallel("dp")]
+    dense = md.capture(Normed(nn.RMSNorm).eval(), (torch.randn(1, 8, 16),), mesh=Mesh(dp=2, tp=2), parallel=both)
+    assert dense.alike == {"tp"}, "along dp each is given data of its own"
+    assert lowered(dense).counts["scatter_sums"] == 1
+    found = []
+
+    def backend(gm: Any, examples: Any) -> Any:
+        found.append(capture_graph(gm, examples))
+        return gm.forward
+
+    with fake_ranks(2):
+        group: Any = dist.group.WORLD
+
+        def less_the_mean(x: Tensor) -> Tensor:
+            y: Tensor = (x - fc.all_reduce(x, "avg", group)).tanh().sigmoid()
+            return y
+
+        torch.compile(less_the_mean, backend=backend)(x)
+    assert not found[0].alike, "each rank captures its own"
+    assert lowered(found[0]).counts["scatter_sums"] == 0

@@ -16,10 +16,11 @@ from rank_processes import Ranks
 from torch import Tensor
 
 import torchtrt_md as md
+from torchtrt_md.errors import LaunchError
 from torchtrt_md.lowering import attention_keys
 from torchtrt_md.lowering.passes import Exchange
 from torchtrt_md.place import place
-from torchtrt_md.runtime.memory import MemoryLayout, lay_out
+from torchtrt_md.runtime.memory import MemoryLayout, check_room, lay_out
 from torchtrt_md.runtime.push import Push
 from torchtrt_md.runtime.steps import Key, Slot, Step, Values, eager_steps
 from torchtrt_md.segment import Part, Wire
@@ -524,3 +525,24 @@ def test_no_plan_of_a_real_program_has_a_race(name: str, ranks: Ranks) -> None:
     for collectives, joins, written, kept in done.value:
         assert 0 < joins <= collectives
         assert kept < 0.9 * written, "memory is not used again"
+
+
+@pytest.mark.parametrize(
+    ("free", "cached", "shared", "fits"),
+    [(1000, 0, 300, True), (400, 600, 300, True), (200, 2000, 300, False), (500, 0, 300, False)],
+)
+def test_room_is_asked_for_before_ranks_meet(
+    free: int, cached: int, shared: int, fits: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """What ranks share does not come from what PyTorch holds."""
+    layout = MemoryLayout([], {}, [400], frozenset(), {}, {"tp": shared}, frozenset())
+    monkeypatch.setattr(torch.cuda, "empty_cache", lambda: None)
+    monkeypatch.setattr(torch.cuda, "mem_get_info", lambda device: (free, 10**6))
+    monkeypatch.setattr(torch.cuda, "memory_reserved", lambda device: cached)
+    monkeypatch.setattr(torch.cuda, "memory_allocated", lambda device: 0)
+    check_room(layout, torch.device("cpu"))
+    if fits:
+        check_room(layout, torch.device("cuda"))
+    else:
+        with pytest.raises(LaunchError, match="of the GPU's memory are free"):
+            check_room(layout, torch.device("cuda"))

@@ -32,7 +32,7 @@ from torchtrt_md.capture.trace import LocalWeight, Trace, same_graph, trace
 from torchtrt_md.checkpoint import Checkpoint, Given, listed
 from torchtrt_md.errors import CaptureError, MDError, MeshError, PlanError, WeightsError
 from torchtrt_md.mesh import Mesh, axis_names, joined
-from torchtrt_md.parallel import ContextParallel, Parallel, TensorParallel
+from torchtrt_md.parallel import ContextParallel, DataParallel, Parallel, TensorParallel
 from torchtrt_md.program import ShardedProgram, Value, Weight, Weights
 from torchtrt_md.wrappers import holders, named_weights, plain
 
@@ -306,6 +306,8 @@ def _program(
             distinct.append(t)
         graphs.append((twin or t).graph)
     first = traces[0]
+    own = {p.axis for p in parallels if isinstance(p, DataParallel)}  # along which ranks are given data of their own
+    of_all = parallels and len(distinct) == 1 and not (weights.shards or weights.unrelated)
     return ShardedProgram(
         mesh=mesh,
         graphs=tuple(graphs),
@@ -319,4 +321,5 @@ def _program(
         groups=groups,
         out_spec=first.out_spec,
         out_leaves=first.out_leaves,
+        alike=frozenset(mesh.names) - own if of_all else frozenset(),
     )

@@ -23,17 +23,23 @@ def check_access(launch: Launch, mesh: Mesh) -> None:
                 " are on several",
                 fix="use transport='nccl', or give each host whole groups of the axis",
             )
-    uuids = launch.agreement.gather(launch.together("looking at the GPUs", lambda: _uuid(launch.device)), "their GPUs")
-    peers = {rank for _, ranks in groups if launch.rank in ranks for rank in ranks if rank != launch.rank}
-    own = {rank: uuids[rank] for rank in sorted(peers)}
-    mine = launch.together("looking at the GPUs' access", lambda: without_access(launch.device, own))
-    told = launch.agreement.gather(mine, "the GPUs whose memory they can write")
-    pairs = [f"rank {rank} to rank {peer}" for rank, lacking in enumerate(told) for peer in lacking]
+    pairs = pairs_without_access(launch, mesh)
     if pairs:
         raise LaunchError(
             f"transport='store' needs GPUs with access to each other's memory, and these have none: {', '.join(pairs)}",
             fix="use transport='nccl'; nvidia-smi topo -p2p w shows which GPUs have access",
         )
+
+
+def pairs_without_access(launch: Launch, mesh: Mesh) -> list[str]:
+    """The ranks of one group of which one cannot write the other's memory, in words.  Collective."""
+    groups = [ranks for axis in mesh.names for ranks in mesh.groups(axis)]
+    uuids = launch.agreement.gather(launch.together("looking at the GPUs", lambda: _uuid(launch.device)), "their GPUs")
+    peers = {rank for ranks in groups if launch.rank in ranks for rank in ranks if rank != launch.rank}
+    own = {rank: uuids[rank] for rank in sorted(peers)}
+    mine = launch.together("looking at the GPUs' access", lambda: without_access(launch.device, own))
+    told = launch.agreement.gather(mine, "the GPUs whose memory they can write")
+    return [f"rank {rank} to rank {peer}" for rank, lacking in enumerate(told) for peer in lacking]
 
 
 def _uuid(device: torch.device) -> str:

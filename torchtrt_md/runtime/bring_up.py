@@ -134,7 +134,7 @@ def bring_up(
     save = kernels.save if kernels is not None else None
     shares = share if transport == "store" and _agree_where_to_store(launch, steps, outputs) else None
     layout = lay_out(steps, outputs, push=shares is not None)
-    launch.together("the memory of the program", lambda: check_room(layout.bytes, launch.device))
+    launch.together("the memory of the program", lambda: check_room(layout, launch.device))
     return launch.meet("the memory of the program", lambda: make(share=shares, after_first=save))
 
 

@@ -60,17 +60,19 @@ class MemoryLayout:
         return sum(self.blocks) + sum(self.shared.values())
 
 
-def check_room(size: int, device: torch.device) -> None:
-    """See that a GPU has so many bytes, before ranks meet in what would leave the others waiting for one that has not.
+def check_room(layout: MemoryLayout, device: torch.device) -> None:
+    """See that a GPU has memory for it, before ranks meet in what would leave the others waiting for one that has not.
 
     Raises:
         LaunchError: it has not.
     """
     if device.type != "cuda":
         return
+    torch.cuda.empty_cache()  # memory that ranks share is none of PyTorch's pool
     free, _ = torch.cuda.mem_get_info(device)
-    free += torch.cuda.memory_reserved(device) - torch.cuda.memory_allocated(device)
-    if size > free:
+    size = layout.bytes + ALIGNMENT * len(layout.blocks)
+    held = torch.cuda.memory_reserved(device) - torch.cuda.memory_allocated(device)
+    if sum(layout.shared.values()) > free or size > free + held:
         raise LaunchError(
             f"what passes between the parts of a program takes {size >> 20} MiB, and {free >> 20} MiB of the GPU's"
             " memory are free",
