@@ -173,8 +173,15 @@ class Lowering:
         if program.lowered:
             return program
         dump = None if dump is None else Path(dump)
-        of = (program.mesh, program.strategies, program.groups)
-        context = PassContext(*of, placement, exchanges or {}, alike=program.alike, stores=stores)
+        context = PassContext(
+            program.mesh,
+            program.strategies,
+            program.groups,
+            placement,
+            exchanges or {},
+            alike=program.alike,
+            stores=stores,
+        )
         lowered: dict[int, GraphModule] = {}
         counts: dict[str, int] = {}
         analyzed = self._analysis(placement, dump)

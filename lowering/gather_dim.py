@@ -21,13 +21,13 @@ from typing import Any
 import torch
 from torch.fx import GraphModule, Node
 
+from torchtrt_md.graph.functional import RESHAPES
 from torchtrt_md.graph.rewrite import emit, substitute
 from torchtrt_md.lowering.ops import bound_args
 from torchtrt_md.lowering.passes import PassContext
 from torchtrt_md.program import value_of
 
 aten, md = torch.ops.aten, torch.ops.torchtrt_md
-_VIEWS = (aten.view.default, aten._unsafe_view.default, aten.reshape.default)
 
 
 def run(graph: GraphModule, context: PassContext) -> int:
@@ -52,7 +52,7 @@ def _gather_then_cat(gather: Node, x: Node, dim: int, axis: str, size: int) -> i
 def _gather_then_view(gather: Node, x: Node, dim: int, axis: str, size: int) -> int:
     shape = list(value_of(x).shape)
     user = _only_user(gather)
-    if user is None or user.target not in _VIEWS:
+    if user is None or user.target not in RESHAPES:
         return 0
     for dim in range(1, len(shape)):
         whole = [*shape[:dim], shape[dim] * size, *shape[dim + 1 :]]

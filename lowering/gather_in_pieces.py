@@ -18,6 +18,7 @@ import math
 import torch
 from torch.fx import GraphModule, Node
 
+from torchtrt_md.graph.functional import RESHAPES
 from torchtrt_md.graph.rewrite import emit, substitute, view
 from torchtrt_md.lowering.ops import bound_args
 from torchtrt_md.lowering.passes import PassContext
@@ -27,7 +28,6 @@ aten, md = torch.ops.aten, torch.ops.torchtrt_md
 PIECES = 4
 LARGE = 64 << 20  # bytes of the result: a piece then takes longer to send than a collective takes to begin
 _ALIGNED = 16  # bytes, at which wide loads and TensorRT begin
-_VIEWS = (aten.view.default, aten.reshape.default, aten._unsafe_view.default)
 
 
 def run(graph: GraphModule, context: PassContext) -> int:
@@ -53,7 +53,7 @@ def run(graph: GraphModule, context: PassContext) -> int:
 def _pieces(gather: Node, x: Node, dim: int) -> list[Node]:
     """The operand, or where it is a large product columns of it, each multiplied by itself."""
     shape, product = list(value_of(x).shape), x
-    while product.target in _VIEWS and len(product.users) == 1:
+    while product.target in RESHAPES and len(product.users) == 1:
         product = product.all_input_nodes[0]
     columns = value_of(product).shape[-1]
     piece = columns // PIECES

@@ -21,6 +21,7 @@ from torch.fx import GraphModule, Node
 from torch.fx.node import map_arg
 from torch.utils import _pytree as pytree
 
+from torchtrt_md.graph.functional import RESHAPES
 from torchtrt_md.graph.rewrite import emit
 from torchtrt_md.lowering.ops import is_collective
 from torchtrt_md.lowering.passes import PassContext
@@ -31,7 +32,6 @@ PREFIX = "joined_"
 SOURCE = "source"  # in a captured placeholder's meta: what it stands for
 JOINS = "joins"  # in a joined placeholder's meta: the names of those that it joins, in order
 _BARRIERS = (md.attention.default, md.ring_attention.default)
-_VIEWS = (aten.view.default, aten.reshape.default, aten._unsafe_view.default)
 
 
 def run(graph: GraphModule, context: PassContext) -> int:
@@ -79,7 +79,7 @@ def _weight(node: Node) -> Node | None:
 def _origin(x: Node) -> Hashable:
     """What an operand looks at, and as what shape: each linear layer has a view of its own."""
     shape = tuple(value_of(x).shape)
-    while x.target in _VIEWS:
+    while x.target in RESHAPES:
         x = x.all_input_nodes[0]
     return x, shape
 
@@ -123,7 +123,7 @@ def _record_layouts(graph: torch.fx.Graph, slices: set[Node]) -> None:
     for node in graph.nodes:
         if node.op != "call_function" or changed.isdisjoint(node.all_input_nodes):
             continue
-        if node.target in _VIEWS:
+        if node.target in RESHAPES:
             node.target = aten.reshape.default
         value = _evaluated(node)
         if _strides(value) != _strides(node.meta["val"]):

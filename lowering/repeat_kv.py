@@ -12,13 +12,13 @@ from __future__ import annotations
 import torch
 from torch.fx import GraphModule, Node
 
+from torchtrt_md.graph.functional import RESHAPES
 from torchtrt_md.graph.rewrite import emit, substitute
 from torchtrt_md.lowering.ops import bound_args
 from torchtrt_md.lowering.passes import PassContext
 from torchtrt_md.program import value_of
 
 aten, md = torch.ops.aten, torch.ops.torchtrt_md
-_RESHAPES = (aten.view.default, aten._unsafe_view.default, aten.reshape.default)
 
 
 def run(graph: GraphModule, context: PassContext) -> int:
@@ -38,7 +38,7 @@ def run(graph: GraphModule, context: PassContext) -> int:
 
 def _unrepeated(node: Node) -> Node | None:
     """``x`` where node is x with each head repeated, else None."""
-    if node.target not in _RESHAPES:
+    if node.target not in RESHAPES:
         return None
     expanded = node.args[0]
     if isinstance(expanded, Node) and expanded.target is aten.clone.default:

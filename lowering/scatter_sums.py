@@ -55,8 +55,17 @@ def run(graph: GraphModule, context: PassContext) -> int:
 
 def has_sums(graph: GraphModule, alike: Collection[str]) -> bool:
     """Is there a sum that could be scattered?"""
-    sums = graph.graph.find_nodes(op="call_function", target=md.all_reduce.default)
-    return any(bound_args(n)["axis"] in alike and value_of(n).nbytes >= LARGE for n in sums)
+    return any(_large_sums(graph, axis) for axis in alike)
+
+
+def _large_sums(graph: GraphModule, axis: str) -> list[Node]:
+    found = []
+    for node in graph.graph.find_nodes(op="call_function", target=md.all_reduce.default):
+        args, value = bound_args(node), value_of(node)
+        summed = args["axis"] == axis and args["op"] in ("sum", "avg")
+        if summed and value.ndim > 1 and value.nbytes >= LARGE:
+            found.append(node)
+    return found
 
 
 class _Scattered:
@@ -64,7 +73,7 @@ class _Scattered:
 
     def __init__(self, graph: GraphModule, axis: str, size: int) -> None:
         self.graph, self.axis, self.size = graph, axis, size
-        sums = [n for n in graph.graph.find_nodes(op="call_function", target=md.all_reduce.default) if self._fits(n)]
+        sums = [n for n in _large_sums(graph, axis) if _tokens(n)[1] % size == 0]
         # The dim that is split, and its extent: those of most.
         self.dim, self.extent = Counter(map(_tokens, sums)).most_common(1)[0][0] if sums else (0, 0)
         self.sums = {n for n in sums if _tokens(n) == (self.dim, self.extent)}
@@ -89,11 +98,6 @@ class _Scattered:
                 for reader in self.read[node]:
                     reader.replace_input_with(node, whole)
         return len(self.sums)
-
-    def _fits(self, node: Node) -> bool:
-        args, value = bound_args(node), value_of(node)
-        summed = args["axis"] == self.axis and args["op"] in ("sum", "avg")
-        return bool(summed and value.ndim > 1 and value.nbytes >= LARGE and _tokens(node)[1] % self.size == 0)
 
     def _rows(self) -> set[Node]:
         found = set(self.sums)

@@ -146,7 +146,7 @@ class Road:
         placement, why = choose_placement(
             self.options.placement,
             strategies=set(self.program.strategies.values()),
-            compute="inductor" if compute == "inductor" else "tensorrt",
+            compute=compute,
             flavour=name,
             capability=capability,
             rings=rings,
@@ -174,8 +174,9 @@ class Road:
             return self._lowered[key]
 
         def step() -> ShardedProgram:
-            how = {"placement": choices.placement, "exchanges": choices.exchanges, "stores": stores}
-            return self.lowering.lower(**how, dump=dump)  # type: ignore[arg-type]
+            return self.lowering.lower(
+                placement=choices.placement, exchanges=choices.exchanges, stores=stores, dump=dump
+            )
 
         lowered = self._stage("lowering", step)
         listed = "\n".join(map(str, schedule(lowered.graphs[self.agreement.rank])))

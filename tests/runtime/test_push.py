@@ -199,7 +199,8 @@ def agreed(rank: int, differ: bool) -> bool:
     steps = layers(3)
     if rank and differ:
         steps.append(compute("late", "there0"))
-    return _agree_where_to_store(Launch.join(30.0, cpu=True), steps, [Wire("output", "x2")])
+    layout = lay_out(steps, [Wire("output", "x2")], push=True)
+    return _agree_where_to_store(Launch.join(30.0, cpu=True), steps, layout)
 
 
 def test_ranks_that_plan_otherwise_leave_it_to_nccl(ranks: Ranks) -> None:

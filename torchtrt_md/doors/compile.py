@@ -20,6 +20,7 @@ from torchtrt_md.launch.agree import check_same
 from torchtrt_md.mesh import Mesh
 from torchtrt_md.options import Options
 from torchtrt_md.parallel import DataParallel
+from torchtrt_md.place.choose import choose_compute
 from torchtrt_md.program import ShardedProgram, dtype_name
 from torchtrt_md.road import Verify
 from torchtrt_md.runtime.graphs import Budget
@@ -101,6 +102,16 @@ def _given(program: ShardedProgram, options: Options) -> dict[str, str]:
     return told | {v.name: f"{dtype_name(v.dtype)} {list(v.shape)}" for v in program.inputs}
 
 
+def _may_use_inductor(options: Options, capability: tuple[int, int] | None) -> bool:
+    """May Inductor run any part?  Without timing ``compute="auto"`` is one or the other."""
+    if options.compute != "auto" or options.tune is not False:
+        return options.compute != "tensorrt"
+    from torchtrt_md.build.flavour import flavour
+
+    name = flavour().name
+    return choose_compute("auto", options.placement, flavour=name, capability=capability)[0] == "inductor"
+
+
 def _times(options: Options, launch: Launch, program: ShardedProgram) -> bool:
     """Are candidates to be timed?  By itself not where each of them would read its weights from files again."""
     if options.tune != "auto":
@@ -137,7 +148,7 @@ def compile_program(
     launch.together("checking the options", lambda: check_fit(options, capability=capability))
 
     def step() -> ShardedProgram:
-        if options.compute != "tensorrt":
+        if _may_use_inductor(options, capability):
             from torchtrt_md.runtime.inductor import prepare
 
             prepare(launch.device)

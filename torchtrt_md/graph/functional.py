@@ -17,7 +17,7 @@ aten = torch.ops.aten
 # Ops that only rename a tensor; functionalization refuses some of them.
 _RENAMES = {aten.alias.default, aten.detach.default, aten.lift_fresh.default}
 # Ops that rename it where the shape stays.  DTensor does this to every weight, and Torch-TensorRT would copy each.
-_VIEWS = {aten.view.default, aten._unsafe_view.default, aten.reshape.default}
+RESHAPES = (aten.view.default, aten._unsafe_view.default, aten.reshape.default)
 
 
 def functional(graph: GraphModule, inputs: Sequence[Tensor]) -> GraphModule:
@@ -96,7 +96,7 @@ def _is_fresh(node: Node) -> bool:
 
 def _without_renames(graph: GraphModule) -> GraphModule:
     for node in list(graph.graph.nodes):
-        if node.target in _RENAMES or (node.target in _VIEWS and _shape(node) == _shape(node.args[0])):
+        if node.target in _RENAMES or (node.target in RESHAPES and _shape(node) == _shape(node.args[0])):
             node.replace_all_uses_with(node.args[0])
             graph.graph.erase_node(node)
     return graph

@@ -31,7 +31,7 @@ def choose_placement(
     Args:
         asked: ``engine``, ``split`` or ``auto``.
         strategies: of the program's context-parallel axes.
-        compute: what runs all else, ``tensorrt`` or ``inductor``.
+        compute: what runs all else; ``inductor``, or anything with engines.
         flavour: the installed TensorRT's name.
         capability: of the GPU that it will run on; None where that is not known, or is no GPU.
         rings: whether an engine for the target can have a ring inside.

@@ -28,7 +28,7 @@ import torch
 from torch import Tensor
 from torch.fx import Graph, GraphModule, Node
 
-from torchtrt_md.graph.functional import copied
+from torchtrt_md.graph.functional import RESHAPES, copied
 from torchtrt_md.graph.private import lazy_module
 from torchtrt_md.graph.rewrite import emit, permute
 from torchtrt_md.lowering.ops import bound_args, is_collective
@@ -55,7 +55,6 @@ _VIEWS = {
     aten.squeeze.dims,
     aten.expand.default,
 }
-_RESHAPES = {aten.view.default, aten._unsafe_view.default, aten.reshape.default}
 _PRODUCTS = {aten.mm.default, aten.addmm.default, aten.bmm.default, aten.baddbmm.default, aten.convolution.default}
 _PRODUCTS |= {aten._scaled_mm.default, aten._int_mm.default}
 _BSHD = [0, 2, 1, 3]
@@ -280,7 +279,7 @@ class _Cut:
                 for operand in node.all_input_nodes:
                     copied(operand)
                 env[node] = graph.node_copy(node, env.__getitem__)
-                if node.target in _RESHAPES:
+                if node.target in RESHAPES:
                     # what it looks at may lie otherwise now; only what surely is a view waits for nothing
                     sure = runs == "eager" and _is_surely_view(node, mine)
                     env[node].target = aten.view.default if sure else aten.reshape.default
@@ -365,7 +364,7 @@ def _is_surely_view(node: Node, mine: set[Node]) -> bool:
         layouts.append(torch.empty([shape[d] for d in _BSHD], device="meta").permute(_BSHD))
     for seen in layouts:
         for step in reversed(chain):
-            look: Any = aten.view.default if step.target in _RESHAPES else step.target
+            look: Any = aten.view.default if step.target in RESHAPES else step.target
             try:
                 seen = look(seen, *step.args[1:], **step.kwargs)
             except RuntimeError:  # it would have to be copied

@@ -29,7 +29,7 @@ from torchtrt_md.runtime.access import check_access
 from torchtrt_md.runtime.engine import Engine, deserialize, runtime_cache, scratch_bytes, trt_runtime
 from torchtrt_md.runtime.executor import Executor
 from torchtrt_md.runtime.kernels import KernelCache, kernel_file
-from torchtrt_md.runtime.memory import check_room, lay_out
+from torchtrt_md.runtime.memory import MemoryLayout, check_room, lay_out
 from torchtrt_md.runtime.offers import NOTHING, Offers, stream_weights
 from torchtrt_md.runtime.order import overlapped
 from torchtrt_md.runtime.push import Shared
@@ -132,18 +132,20 @@ def bring_up(
 
     make = partial(Executor, steps, fixed=fixed, outputs=outputs, device=launch.device, overlap=overlap)
     save = kernels.save if kernels is not None else None
-    shares = share if transport == "store" and _agree_where_to_store(launch, steps, outputs) else None
-    layout = lay_out(steps, outputs, push=shares is not None)
+    shares, layout = None, lay_out(steps, outputs, push=transport == "store")
+    if transport == "store" and _agree_where_to_store(launch, steps, layout):
+        shares = share
+    elif transport == "store":
+        layout = lay_out(steps, outputs)
     launch.together("the memory of the program", lambda: check_room(layout, launch.device))
-    return launch.meet("the memory of the program", lambda: make(share=shares, after_first=save))
+    return launch.meet("the memory of the program", lambda: make(share=shares, after_first=save, layout=layout))
 
 
-def _agree_where_to_store(launch: Launch, steps: Sequence[Step], outputs: Sequence[Wire]) -> bool:
+def _agree_where_to_store(launch: Launch, steps: Sequence[Step], layout: MemoryLayout) -> bool:
     """Does each collective land in the same place on all ranks?  Where graphs differ it may not; NCCL does them then.
 
     A rank stores into the memory of the others at offsets of its own layout.
     """
-    layout = lay_out(steps, outputs, push=True)
     lands = []
     for step in steps:
         if step.communicates:

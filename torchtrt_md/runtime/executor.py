@@ -8,7 +8,7 @@ from contextlib import AbstractContextManager, nullcontext
 import torch
 from torch import Tensor
 
-from torchtrt_md.runtime.memory import lay_out
+from torchtrt_md.runtime.memory import MemoryLayout, lay_out
 from torchtrt_md.runtime.push import Shared
 from torchtrt_md.runtime.steps import Key, Step, Values
 
@@ -30,6 +30,7 @@ class Executor:
         share: makes memory of this size that the ranks of this axis share, for collectives without NCCL; collective.
             None: NCCL does them.
         after_first: called once, when the first call is enqueued.
+        layout: of these steps, where it was asked for already.
     """
 
     def __init__(
@@ -42,10 +43,11 @@ class Executor:
         overlap: bool = True,
         share: Share | None = None,
         after_first: Callable[[], None] | None = None,
+        layout: MemoryLayout | None = None,
     ) -> None:
         self.steps, self.outputs, self.device = list(steps), tuple(outputs), device
         self._after_first = after_first
-        self.layout = lay_out(self.steps, self.outputs, push=share is not None)
+        self.layout = layout or lay_out(self.steps, self.outputs, push=share is not None)
         self._side: torch.cuda.Stream | None = None
         if overlap and device.type == "cuda" and any(step.communicates for step in steps):
             # of high priority: its kernels are few and short, and the main stream will wait for them

@@ -20,6 +20,7 @@ from torch import Tensor
 from torch.fx import GraphModule, Node
 from torch.fx.node import map_arg
 
+from torchtrt_md.graph.functional import RESHAPES
 from torchtrt_md.lowering.attention_math import ring_attention_block
 from torchtrt_md.lowering.ops import bound_args, is_collective
 from torchtrt_md.program import outputs_of, placeholders
@@ -234,7 +235,7 @@ def _step(
 
 def _is_in_one_piece(node: Node) -> bool:
     """Is this surely contiguous: what another part passes, or that in another shape?"""
-    while node.target in (aten.view.default, aten.reshape.default, aten._unsafe_view.default):
+    while node.target in RESHAPES:
         node = node.all_input_nodes[0]
     return node.op == "placeholder"
 
