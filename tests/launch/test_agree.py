@@ -29,11 +29,12 @@ def all_fine(rank: int) -> tuple[int, list[dict[str, int]], float]:
     agreement.vote(None, "nothing")
     result = agreement.together("a step", lambda: rank * 10)
     gathered = agreement.gather({"rank": rank}, "the ranks")
-    start = time.perf_counter()
+    seconds = []
     for _ in range(50):
+        start = time.perf_counter()
         agreement.vote(None, "speed")
-    seconds = (time.perf_counter() - start) / 50
-    return result, gathered, seconds
+        seconds.append(time.perf_counter() - start)
+    return result, gathered, min(seconds)
 
 
 def test_all_fine(ranks: Ranks) -> None:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 
 import models
 import pytest
@@ -203,14 +203,20 @@ class TestWeightGuard:
         with pytest.raises(InputError, match="the tensor 'table'"):
             guard.check()
 
-    def test_a_thousand_weights_cost_well_under_a_third_of_a_millisecond(self) -> None:
-        guard = WeightGuard({str(i): nn.Parameter(torch.zeros(1)) for i in range(1000)})
-        assert min(seconds_of(guard) for _ in range(50)) < 0.15e-3
+    def test_a_check_takes_what_reading_the_counts_takes(self) -> None:
+        """120 us for 1000 weights where this was measured, of each call: little beside it may be done for a weight."""
+        weights = {str(i): nn.Parameter(torch.zeros(1)) for i in range(1000)}
+        guard, held = WeightGuard(weights), list(weights.values())
+        checks, reads = [], []
+        for _ in range(50):
+            checks.append(seconds_of(guard.check))
+            reads.append(seconds_of(lambda: [weight._version for weight in held]))
+        assert min(checks) < 2 * min(reads)
 
 
-def seconds_of(guard: WeightGuard) -> float:
+def seconds_of(work: Callable[[], object]) -> float:
     start = time.perf_counter()
-    guard.check()
+    work()
     return time.perf_counter() - start
 
 

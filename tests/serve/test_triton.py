@@ -198,7 +198,7 @@ def test_a_model_that_stays_loaded_says_why_to_every_request(server: Server, mod
         start = time.monotonic()
         with pytest.raises(InferenceServerException, match=rf"rank 0 \(process {ranks[0]}\) was killed by SIGKILL"):
             _call(client, module, "kept", _values(0))
-        assert time.monotonic() - start < 10.0
+        assert time.monotonic() - start < 30.0  # and not a deadline of 300
     (client, _), _ = server.clients()
     assert client.is_model_ready("model")
 
