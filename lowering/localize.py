@@ -25,6 +25,7 @@ from torch.fx import GraphModule, Node
 from torch.fx.node import map_arg
 from torch.utils import _pytree as pytree
 
+from torchtrt_md.graph.results import fake_result
 from torchtrt_md.graph.rewrite import emit, substitute
 from torchtrt_md.lowering.ops import bound_args, is_sequence_mark
 from torchtrt_md.lowering.sharding import Call, Result, Sharded, is_sharded, local_position, local_shape
@@ -147,12 +148,11 @@ def _computed(call: Call, held: Mapping[Node, Any]) -> Any:
     node = call.node
     args, kwargs = map_arg((node.args, node.kwargs), lambda n: held.get(n, n.meta["val"]))
     mode = next(t.fake_mode for t in pytree.tree_leaves((args, kwargs)) if hasattr(t, "fake_mode"))
-    with mode:
-        try:
-            return node.target(*args, **kwargs)  # type: ignore[operator]
-        except Exception as error:  # PyTorch has many for operands that do not fit an op
-            reason = next(iter(str(error).splitlines()), "")
-            call.refuse(f"cannot be computed of what a rank holds ({type(error).__name__}: {reason})")
+    try:
+        return fake_result(mode, node.target, args, kwargs)  # type: ignore[arg-type]
+    except Exception as error:  # PyTorch has many for operands that do not fit an op
+        reason = next(iter(str(error).splitlines()), "")
+        call.refuse(f"cannot be computed of what a rank holds ({type(error).__name__}: {reason})")
 
 
 # Arguments that are sizes or positions.

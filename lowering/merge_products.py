@@ -22,6 +22,7 @@ from torch.fx.node import map_arg
 from torch.utils import _pytree as pytree
 
 from torchtrt_md.graph.functional import RESHAPES
+from torchtrt_md.graph.results import fake_result
 from torchtrt_md.graph.rewrite import emit
 from torchtrt_md.lowering.ops import is_collective
 from torchtrt_md.lowering.passes import PassContext
@@ -138,8 +139,8 @@ def _evaluated(node: Node) -> Any:
     args, kwargs = operands
     if node.target is operator.getitem:
         return operator.getitem(*args)
-    with value_of(node.all_input_nodes[0]).fake_mode:  # type: ignore[attr-defined]
-        return node.target(*args, **kwargs)
+    mode = value_of(node.all_input_nodes[0]).fake_mode  # type: ignore[attr-defined]
+    return fake_result(mode, node.target, args, kwargs)
 
 
 def _strides(value: Any) -> list[tuple[int, ...]]:

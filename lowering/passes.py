@@ -15,6 +15,7 @@ from typing import TypeAlias
 
 from torch.fx import GraphModule
 
+from torchtrt_md.graph.results import each_once
 from torchtrt_md.mesh import Mesh
 
 
@@ -78,20 +79,20 @@ def run_passes(
     """
     counts: dict[str, int] = {}
     begin = 0 if behind is None else list(passes).index(behind) + 1
-    for number, (name, run) in list(enumerate(passes.items()))[begin:]:
-        before = readable(graph) if dump else ""
-        start = time.perf_counter()
-        counts[name] = run(graph, context)
-        log.debug("%s: %d rewrites, %.3f s", name, counts[name], time.perf_counter() - start)
-        if counts[name]:
-            graph.graph.eliminate_dead_code()
-            graph.graph.lint()
-            if dump:
-                dump.mkdir(parents=True, exist_ok=True)
-                (dump / f"{number:02}_{name}.before.txt").write_text(before)
-                (dump / f"{number:02}_{name}.after.txt").write_text(readable(graph))
-        if name == last:
-            break
+    with each_once():
+        for number, (name, run) in list(enumerate(passes.items()))[begin:]:
+            before = readable(graph) if dump else ""
+            start = time.perf_counter()
+            counts[name] = run(graph, context)
+            log.debug("%s: %d rewrites, %.3f s", name, counts[name], time.perf_counter() - start)
+            if counts[name]:
+                graph.graph.eliminate_dead_code()  # which checks the graph with lint() before
+                if dump:
+                    dump.mkdir(parents=True, exist_ok=True)
+                    (dump / f"{number:02}_{name}.before.txt").write_text(before)
+                    (dump / f"{number:02}_{name}.after.txt").write_text(readable(graph))
+            if name == last:
+                break
     if any(counts.values()):
         graph.recompile()  # once: passes read nodes, and code takes longer to generate than most of them
     return counts

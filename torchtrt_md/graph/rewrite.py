@@ -8,6 +8,7 @@ import torch
 from torch.fx import Node
 from torch.fx.node import map_arg
 
+from torchtrt_md.graph.results import fake_result
 from torchtrt_md.program import value_of
 
 ALONE = "alone"  # in a collective's meta: nothing runs beside it
@@ -20,9 +21,7 @@ def emit(before: Node, target: torch._ops.OpOverload, *args: Any, **kwargs: Any)
         node = graph.call_function(target, args, kwargs)
     known = [a for a in (*node.all_input_nodes, before) if "val" in a.meta]
     mode = value_of(known[0]).fake_mode  # type: ignore[attr-defined]
-    with mode:
-        fake_args, fake_kwargs = map_arg((args, kwargs), lambda n: n.meta["val"])
-        node.meta["val"] = target(*fake_args, **fake_kwargs)
+    node.meta["val"] = fake_result(mode, target, *map_arg((args, kwargs), lambda n: n.meta["val"]))
     for key in ("stack_trace", "sharding", ALONE):
         if key in before.meta:
             node.meta[key] = before.meta[key]

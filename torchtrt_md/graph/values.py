@@ -17,6 +17,7 @@ from torch.fx.node import map_arg
 
 from torchtrt_md.bundle.limits import check_shape
 from torchtrt_md.errors import BundleError
+from torchtrt_md.graph.results import signature
 from torchtrt_md.graph.schema import REBUILD
 from torchtrt_md.program import dtype_name
 
@@ -59,25 +60,13 @@ def value_of_call(node: Node, values: Mapping[Node, Any]) -> Any:
 
 def _run(op: torch._ops.OpOverload[Any, Any], args: Any, kwargs: Any) -> Any:
     """What the op gives; asked once for equal operands, since models repeat their blocks."""
-    key = (op, _signature(args), _signature(kwargs))
+    key = (op, signature(args), signature(kwargs))
     if key not in _results:
         if len(_results) >= _MAX_RESULTS:
             _results.clear()
         with torch.no_grad():
             _results[key] = op(*args, **kwargs)
     return _results[key]
-
-
-def _signature(value: Any) -> Any:
-    """All that the shape of a result can depend on."""
-    if isinstance(value, Tensor):
-        memory = (value.storage_offset(), value.untyped_storage().nbytes(), value.is_conj(), value.is_neg())
-        return (value.dtype, value.shape, value.stride(), *memory)
-    if isinstance(value, (list, tuple)):
-        return tuple(_signature(item) for item in value)
-    if isinstance(value, dict):
-        return tuple((name, _signature(item)) for name, item in value.items())
-    return (type(value), value)
 
 
 def _with_statistics(found: Any, stated: Any) -> Any:
