@@ -31,7 +31,8 @@ from torchtrt_md.runtime.executor import Executor
 from torchtrt_md.runtime.steps import Key
 from torchtrt_md.segment import Part
 from torchtrt_md.session import Session
-from torchtrt_md.tune import _keep, _key, _read, _Tuner, candidates, keep, tune
+from torchtrt_md.tune import candidates, keep, kept, tune
+from torchtrt_md.tune.search import Search
 
 PLAN = {"": {"x": md.Split(1)}, "out": md.Gather(1)}
 
@@ -186,7 +187,7 @@ class Engines:
         return unittest.mock.patch.multiple("torchtrt_md.build.part", **new)
 
 
-class Search(NamedTuple):
+class Searched(NamedTuple):
     """What a search did: what it chose, the seconds that it took, and when and by which rank engines were begun."""
 
     choices: Choices
@@ -198,7 +199,7 @@ class Search(NamedTuple):
 SECONDS = 10  # for an engine; all else takes one for each candidate
 
 
-def searched(rank: int, folder: str, allowed: Sequence[float], engines_ms: float) -> list[Search]:
+def searched(rank: int, folder: str, allowed: Sequence[float], engines_ms: float) -> list[Searched]:
     """With TensorRT and Inductor as candidates, each time with as many seconds as are allowed."""
     found = []
     for number, seconds in enumerate(allowed):
@@ -224,7 +225,7 @@ def searched(rank: int, folder: str, allowed: Sequence[float], engines_ms: float
         ):
             choices = tune(session, Choices("split", "engine"), clock)
         builders = {file.name: int(file.read_text()) for file in cache.iterdir() if file.is_file()}
-        found.append(Search(choices, clock.now(), engines.begun, builders))
+        found.append(Searched(choices, clock.now(), engines.begun, builders))
     return found
 
 
@@ -301,7 +302,7 @@ def test_without_a_gpu_it_is_refused(ranks: Ranks, tmp_path: Path) -> None:
         assert "tune=True times candidates on GPUs" in outcome.message
 
 
-class Told(_Tuner):
+class Told(Search):
     """Whole steps take what a rule says; attentions take as long in each way."""
 
     def __init__(self, cost: Callable[[Choices], float], parallel: Any = None, **options: Any) -> None:
@@ -396,8 +397,8 @@ def test_choices_are_of_gpus_that_have_the_same_access_and_of_these_sources(
     monkeypatch.setattr(torch.cuda, "get_device_name", lambda device: "a GPU")
     keys = []
     for pairs, sources in (([], "a"), ([], "a"), (["rank 0 to rank 1"], "a"), ([], "b")):
-        monkeypatch.setattr("torchtrt_md.tune.pairs_without_access", lambda launch, mesh, pairs=pairs: pairs)
-        monkeypatch.setattr("torchtrt_md.tune._sources", lambda sources=sources: sources)
+        monkeypatch.setattr("torchtrt_md.tune.kept.pairs_without_access", lambda launch, mesh, pairs=pairs: pairs)
+        monkeypatch.setattr("torchtrt_md.tune.kept._sources", lambda sources=sources: sources)
         keys.append(key_of(deep_program, device="cuda"))
     assert keys[0] == keys[1]
     assert len({*keys}) == 3
@@ -430,9 +431,9 @@ def test_what_cannot_be_kept_is_a_warning(tmp_path: Path) -> None:
     choices = Choices("split", "inductor", {}, {})
     (tmp_path / "file").write_text("no folder")
     with pytest.warns(UserWarning, match=r"what was tuned cannot be kept in .*file"):
-        _keep(choices, tmp_path / "file" / "choices.json")
-    _keep(choices, tmp_path / "kept" / "choices.json")
-    assert _read(tmp_path / "kept" / "choices.json") == choices
+        kept.write(choices, tmp_path / "file" / "choices.json")
+    kept.write(choices, tmp_path / "kept" / "choices.json")
+    assert kept.read(tmp_path / "kept" / "choices.json") == choices
     assert [p.name for p in (tmp_path / "kept").iterdir()] == ["choices.json"]
 
 
@@ -488,7 +489,7 @@ def test_a_rank_that_is_gone_ends_the_search() -> None:
     gone = _verdict([Ballot(0, "a step"), Ballot(0, "ended before it came to a step")])
     apart = _verdict([Ballot(0, "a step"), Ballot(1, "another")])
     failed = _verdict([Ballot(0, "a step"), Ballot(1, "a step", Failure("BuildError", "no engine", "", ""))])
-    search = object.__new__(_Tuner)
+    search = object.__new__(Search)
     search.left_out = []
     for error in (gone, apart):
         assert error is not None
@@ -500,10 +501,10 @@ def test_a_rank_that_is_gone_ends_the_search() -> None:
 
 
 def test_choices_of_a_transport_that_there_is_no_more_are_a_miss(tmp_path: Path) -> None:
-    _keep(Choices("split", transport="store"), tmp_path / "choices")
-    assert _read(tmp_path / "choices") is not None
+    kept.write(Choices("split", transport="store"), tmp_path / "choices")
+    assert kept.read(tmp_path / "choices") is not None
     (tmp_path / "choices").write_text((tmp_path / "choices").read_text().replace('"store"', '"copy"'))
-    assert _read(tmp_path / "choices") is None
+    assert kept.read(tmp_path / "choices") is None
 
 
 def searched_again_with_more_time(rank: int, cache: str) -> list[int]:
@@ -545,7 +546,7 @@ def key_of(program: ShardedProgram, hosts: Sequence[int] = (0, 0), device: str =
     asked = Options(mesh=md.Mesh(cp=2), **options)
     launch = SimpleNamespace(hosts=hosts, rank=0, device=torch.device(device), agreement=Hosts(hosts))
     session: Any = SimpleNamespace(program=program, options=asked, launch=launch, road=Road(program, asked, ranks=[0]))
-    return _key(session, EAGER)
+    return kept.key(session, EAGER)
 
 
 @pytest.mark.parametrize(
