@@ -17,12 +17,32 @@ sys.path.insert(0, str(Path(__file__).parent))  # `import models` from any folde
 # CPU; it has no pool of processes, of which every rank would start its own; and processes do not fight for cores.
 os.environ |= {"TORCHINDUCTOR_VEC_ISA_OK": "0", "TORCHINDUCTOR_COMPILE_THREADS": "1", "OMP_NUM_THREADS": "1"}
 
+import torch
 from command_line import Run
 from rank_processes import COLLECT, Ranks
 
 
 def pytest_configure() -> None:
     gc.set_threshold(*COLLECT)
+
+
+# A test draws the same numbers whatever ran before it, so that a bound on an error holds always, or never: so does its
+# file when it is imported, and so do the fixtures that several tests have.
+
+
+@pytest.hookimpl(tryfirst=True)
+def pytest_make_collect_report() -> None:
+    torch.manual_seed(0)
+
+
+@pytest.hookimpl(tryfirst=True)
+def pytest_runtest_setup() -> None:
+    torch.manual_seed(0)
+
+
+@pytest.fixture(autouse=True)
+def same_numbers() -> None:
+    torch.manual_seed(0)
 
 
 @pytest.fixture(scope="session", autouse=True)

@@ -19,8 +19,9 @@ from multiprocessing.context import ForkServerContext
 from pathlib import Path
 from typing import Any, NamedTuple
 
+import torch
 import torch.distributed as dist
-import torch.multiprocessing  # noqa: F401 - so that tensors can be sent
+import torch.multiprocessing
 
 WORLD = 2
 SECONDS = 500.0  # models are traced and compiled there, on machines that others may share
@@ -133,6 +134,7 @@ def _serve(rank: int, size: int, store: str, pipe: Connection) -> None:
         except EOFError:
             dist.destroy_process_group()
             return
+        torch.manual_seed(0)  # as in conftest
         try:
             pipe.send(Outcome(function(rank, *args), "", ""))
         except Exception as error:  # it is the test that says what must not be raised

@@ -22,7 +22,8 @@ from torchtrt_md.build.flavour import Flavour
 from torchtrt_md.choices import Choices, Decision, Transport
 from torchtrt_md.errors import ConversionError
 from torchtrt_md.launch import Launch
-from torchtrt_md.launch.agree import Alone, Ballot, Failure, _verdict
+from torchtrt_md.launch.agree import Alone, _verdict
+from torchtrt_md.launch.board import Ballot, Failure
 from torchtrt_md.lowering.passes import Exchange
 from torchtrt_md.options import Options
 from torchtrt_md.program import ShardedProgram

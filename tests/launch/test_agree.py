@@ -12,7 +12,8 @@ import torch.distributed as dist
 from rank_processes import Ranks, warm
 
 from torchtrt_md.errors import BundleError, InputError, LaunchError
-from torchtrt_md.launch.agree import Agreement, Failure, combined, grouped
+from torchtrt_md.launch.agree import Agreement, combined, grouped
+from torchtrt_md.launch.board import Failure
 
 TIMEOUT = 20.0
 
