@@ -1,4 +1,4 @@
-"""torchtrt_md: an unmodified, sharded PyTorch model becomes one TensorRT engine per rank.
+"""torchtrt_md: an unmodified, sharded PyTorch model becomes TensorRT engines for each rank.
 
 Importing this package loads no TensorRT and needs no GPU and no process group.
 """

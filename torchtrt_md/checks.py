@@ -95,7 +95,7 @@ def check_build(program: object, folder: object, target: object, ranks: object, 
     """The arguments of ``build``."""
     check_program(program)
     check_folder("folder", folder)
-    check_type("target", target, str, '"portable", "current" or a GPU such as "sm90"')
+    check_type("target", target, str, '"portable", "current" or a GPU such as "sm89"')
     if ranks is not None:
         check_type("ranks", ranks, (list, tuple, set, frozenset, range), "a list of ranks")
         for rank in ranks:  # type: ignore[attr-defined]
@@ -136,7 +136,7 @@ def check_export(
     check_mesh(mesh)
     as_parallels(parallel)
     check_folder("out", out)
-    check_type("target", target, str, '"portable", "current" or a GPU such as "sm90"')
+    check_type("target", target, str, '"portable", "current" or a GPU such as "sm89"')
     check_choice("check", check, (True, False))
     check_choice("coordinates_inside", coordinates_inside, (True, False))
     check_choice("format", format, FORMATS)

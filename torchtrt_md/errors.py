@@ -41,7 +41,7 @@ class PlanError(MDError, ValueError):
 
 
 class PlanWarning(UserWarning):
-    """An entry of a plan that applied to nothing in the call that was captured."""
+    """What was asked for does nothing: an entry of a plan, a split along an unused axis, a launch that nobody uses."""
 
 
 class CaptureError(MDError):
@@ -101,7 +101,7 @@ class LaunchError(MDError):
 
 
 class CommunicatorError(LaunchError):
-    """An engine refused its communicator.  It is never run without one."""
+    """Communicators could not be made, or an engine refused its own.  It is never run without one."""
 
 
 def first_line(error: BaseException) -> str:

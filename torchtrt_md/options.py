@@ -49,12 +49,12 @@ class Options:
         tune: time on the GPUs what was left to choose, and keep the fastest; ``"auto"`` does where ``md.compile`` has
             GPUs and a model with its weights, and not for ``torch.compile``, whose every recompilation would take the
             time again.
-        tune_seconds: after these no further candidate is begun.
+        tune_seconds: what is not expected to end within these is not begun.
         cuda_graph: capture each step in a CUDA graph and replay it.
         static_outputs: return what a CUDA graph writes, which the next call overwrites, and not a copy of it.
         max_graphs: how many CUDA graphs, one for each signature of the inputs, are kept.
         target: the GPU that engines are built for, as for :func:`torchtrt_md.build`.
-        check: compare with the dense model where it is at hand.
+        check: compare with the dense model where it is at hand, and the ranks' weights with each other.
         fullgraph: what cannot be converted is an error, and does not stay in PyTorch.
         cache: the folder of built engines; ``None`` takes the user's own.
         votes: whether the ranks vote on the inputs of each call, or of the first only; see
@@ -162,7 +162,7 @@ class Options:
                 "a ContextParallel, a TensorParallel, a DataParallel, or a list of them",
             ),
             ("max_graphs", whole and self.max_graphs >= 1, "a whole number of at least 1"),
-            ("target", isinstance(self.target, str), '"portable", "current" or a GPU such as "sm90"'),
+            ("target", isinstance(self.target, str), '"portable", "current" or a GPU such as "sm89"'),
             ("cache", self.cache is None or isinstance(self.cache, (str, Path)), "a folder"),
             (
                 "tune_seconds",

@@ -33,7 +33,8 @@ def build(
     Args:
         program: captured or lowered.
         folder: where the engine files go.
-        target: the GPU to build for: ``sm80``, ``sm86``, ``sm89``, ``sm120``, ``portable`` or ``current``.
+        target: the GPU to build for: ``sm75``, ``sm80``, ``sm86``, ``sm89``, ``sm120``, ``sm121``, ``portable`` or
+            ``current``.
         ranks: the ranks whose engines are wanted.
         progress: called with a line for each engine begun.
 

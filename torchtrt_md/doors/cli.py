@@ -190,7 +190,10 @@ def triton(
     bundle: Annotated[Path, typer.Argument(help="the bundle, a folder")],
     out: Annotated[Path, typer.Option("--out", "-o", help="the model's folder in Triton's model repository")],
     format: Annotated[
-        str, typer.Option(help="triton-python (any bundle) or triton (engines alone, for Triton's TensorRT backend)")
+        str,
+        typer.Option(
+            help="triton-python (a process for each rank) or triton (engines alone, for Triton's TensorRT backend)"
+        ),
     ] = "triton-python",
     python: Annotated[str, typer.Option(help="the interpreter that runs the ranks; Triton's own by default")] = "",
 ) -> None:

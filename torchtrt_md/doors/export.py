@@ -100,7 +100,7 @@ def export(
         check: prove the program against the dense model before anything is built.  It needs the dense model,
             and memory for its weights in fp64.
         placement: where attention runs: in the engine, or in PyTorch between engines (``"split"``); ``"auto"`` takes
-            the engine, unless a strategy needs the other.
+            the engine, unless a strategy, ``compute="inductor"`` or the kernels for the target need the other.
         compute: what runs all that is not attention or a collective.
         transport: what does the exchanges between engines when the bundle runs: NCCL's kernels, or ``"store"``, a
             kernel that stores into the other GPUs' memory (GPUs of one host only).

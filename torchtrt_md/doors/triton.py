@@ -59,7 +59,7 @@ def triton(bundle: str | Path, out: str | Path, *, format: Format = "triton-pyth
     Args:
         bundle: the folder that the export wrote.  Its files are not copied where a second name for them will do.
         out: the model's folder in a model repository; its name is the model's.  It must be new or empty.
-        format: ``"triton-python"``: any bundle, by a ``model.py`` that starts a process for each rank.  ``"triton"``:
+        format: ``"triton-python"``: a ``model.py`` that starts a process for each rank.  ``"triton"``:
             engines alone, for Triton's TensorRT backend.
         python: for ``"triton-python"``, the interpreter that torchtrt_md is installed for, of the minor version of
             Triton's own; Triton's own by default.

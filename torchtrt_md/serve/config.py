@@ -106,7 +106,7 @@ def check_flavour(name: str, version: str) -> None:
         raise BundleError(
             f"the engines are of {f'{name} {version}'.strip() or 'no TensorRT'}, and Triton's TensorRT backend runs"
             " engines of TensorRT 11 on several GPUs",
-            fix="export with TensorRT 11 installed, or with --format triton-python, for which any bundle will do",
+            fix="export with TensorRT 11 installed, or with --format triton-python, a process for each rank",
         )
 
 
