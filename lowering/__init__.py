@@ -42,6 +42,7 @@ from torch.fx import GraphModule, Node
 
 from torchtrt_md.checks import check_lower
 from torchtrt_md.graph.functional import copied
+from torchtrt_md.graph.uncollected import uncollected
 from torchtrt_md.lowering import (
     allgather_kv,
     cancel_inverse,
@@ -155,6 +156,7 @@ class Lowering:
         self.program = program
         self._analyzed: dict[Placement, _Analyzed] = {}
 
+    @uncollected()
     def lower(
         self,
         *,

@@ -6,10 +6,8 @@ whole, and marked where the plan splits and gathers it (:mod:`torchtrt_md.captur
 
 from __future__ import annotations
 
-import gc
 import hashlib
-from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -30,6 +28,7 @@ from torchtrt_md.errors import CaptureError, MDError
 from torchtrt_md.graph.functional import functional, mutates
 from torchtrt_md.graph.private import lazy_modules
 from torchtrt_md.graph.source import error_line, set_user_name, source_line
+from torchtrt_md.graph.uncollected import uncollected
 from torchtrt_md.program import Output, Source, Value, Weight, placeholders
 from torchtrt_md.wrappers import wrapped
 
@@ -117,7 +116,7 @@ def recorded(
         CaptureError: it does what cannot be one graph.
     """
     try:
-        with quiet(), told_stacks(), lazy_modules(), _uncollected():
+        with quiet(), told_stacks(), lazy_modules(), uncollected():
             graph = make_fx(call, tracing_mode="fake", _allow_non_fake_inputs=True)(*inputs)
             refuse_written(graph)
             _integer_products(graph)
@@ -154,18 +153,6 @@ def recorded(
     graph.meta["written"] = _return_written(graph, {n: name for n, name in by_node.items() if name in writable})
     _check(graph, by_node)
     return graph
-
-
-@contextmanager
-def _uncollected() -> Iterator[None]:
-    """Keep the garbage collector from looking through what is traced: it has no memory, and next to all of it stays."""
-    enabled = gc.isenabled()
-    gc.disable()
-    try:
-        yield
-    finally:
-        if enabled:
-            gc.enable()
 
 
 def _integer_products(graph: GraphModule) -> None:

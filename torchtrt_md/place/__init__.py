@@ -20,6 +20,7 @@ from torch.fx import GraphModule, Node
 
 from torchtrt_md.errors import BuildError
 from torchtrt_md.graph.source import source_line
+from torchtrt_md.graph.uncollected import uncollected
 from torchtrt_md.lowering.ops import is_collective
 from torchtrt_md.parallel import Placement
 from torchtrt_md.place.partition import ATTENTION, is_own_row, partition, readers
@@ -30,6 +31,7 @@ from torchtrt_md.segment import Part, Runs
 _ROUNDS = 20
 
 
+@uncollected()
 def place(
     program: ShardedProgram,
     placement: Placement,
