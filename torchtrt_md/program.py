@@ -118,7 +118,8 @@ class Weights:
     they are equal on all ranks: plain tensors of a model that communicates by itself.  ``given`` are the names of those
     that are in ``checkpoint``, and under which name there; each part of them is read when it is asked for.  ``holders``
     are of what a tensor subclass holds: which object, and as which attribute.  ``constants`` are no weights, and may
-    not change either.
+    not change either.  ``replaced`` gives the weights in whose place the model has other objects since it was asked
+    last: name, what was there, what is.
     """
 
     whole: Mapping[str, Tensor]
@@ -129,6 +130,7 @@ class Weights:
     checkpoint: Checkpoint | None = None
     holders: Mapping[str, tuple[Tensor, str]] = field(default_factory=dict)
     constants: Sequence[Constant] = ()
+    replaced: Callable[[], Iterable[tuple[str, Tensor, object]]] = tuple
 
     def check_values(self, weights: Iterable[Weight]) -> None:
         """Refuse weights on meta of which nothing says what they are.  Ask before they are wanted one by one.

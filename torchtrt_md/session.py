@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -99,11 +100,19 @@ class Session:
             name=name,
             summary=summary_of(name, built, rank),
             choices=built.choices,
+            parts_of=lambda others: ModelWeights(_with(lowered, others), rank).local,
         )
 
 
+def _with(program: ShardedProgram, others: Mapping[str, Tensor]) -> ShardedProgram:
+    """The program with other weights in the places of those that this process has, whole or as shards."""
+    held = program.weights
+    whole, shards = ({name: others.get(name, t) for name, t in of.items()} for of in (held.whole, held.shards))
+    return replace(program, weights=replace(held, whole=whole, shards=shards))
+
+
 def _guard(weights: Weights) -> WeightGuard:
-    return WeightGuard({**weights.shards, **weights.whole}, weights.holders, weights.constants)
+    return WeightGuard({**weights.shards, **weights.whole}, weights.holders, weights.constants, weights.replaced)
 
 
 def _nested(program: ShardedProgram, outputs: Mapping[str, Tensor]) -> Any:

@@ -92,3 +92,51 @@ def test_what_was_changed_is_refused_by_name(change: str) -> None:
         guard.check()
     assert name in raised.value.problem
     assert "which is no parameter and no buffer, was changed after the model was compiled" in raised.value.problem
+
+
+def _with_another(model: Model, name: str, module: nn.Module) -> None:
+    model._modules[name] = module
+
+
+def _another(value: float) -> nn.Linear:
+    linear = nn.Linear(16, 8)
+    nn.init.constant_(linear.weight, value)
+    return linear
+
+
+REPLACED: dict[str, tuple[str, Callable[[Model], object]]] = {
+    "a parameter": ("'outer.weight'", lambda m: setattr(m.outer, "weight", nn.Parameter(torch.ones(8, 16)))),
+    "by a state": ("'inner.", lambda m: m.load_state_dict({k: v + 1 for k, v in m.state_dict().items()}, assign=True)),
+    "a module": ("'outer.", lambda m: _with_another(m, "outer", _another(2.0))),
+    "a module that has none": ("'outer.", lambda m: _with_another(m, "outer", nn.Identity())),
+    "a buffer": ("'buffer'", lambda m: m.register_buffer("buffer", torch.full((8,), 7.0))),
+    "of another dtype": ("'outer.weight'", lambda m: setattr(m.outer, "weight", nn.Parameter(m.outer.weight.double()))),
+}
+
+
+@pytest.mark.parametrize("change", REPLACED)
+def test_weights_that_were_replaced_are_refused_by_name(change: str) -> None:
+    name, do = REPLACED[change]
+    model, program = captured(CP)
+    guard = WeightGuard(program.weights.whole, replaced=program.weights.replaced)
+    model.outer.weight = nn.Parameter(model.outer.weight.detach().clone())  # with the values that it had
+    guard.check()
+    guard.check()
+    do(model)
+    with pytest.raises(md.InputError, match=f"the weight {name}"):
+        guard.check()
+
+
+def test_what_took_the_place_of_its_equal_is_watched() -> None:
+    model, program = captured(CP)
+    guard = WeightGuard(program.weights.whole, replaced=program.weights.replaced)
+    first = model.outer.weight
+    model.outer.weight = nn.Parameter(first.detach().clone())
+    guard.check()
+    with torch.no_grad():
+        first.zero_()
+    guard.check()
+    with torch.no_grad():
+        model.outer.weight.zero_()
+    with pytest.raises(md.InputError, match=r"the weight 'outer\.weight'"):
+        guard.check()

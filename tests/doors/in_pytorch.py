@@ -72,10 +72,10 @@ class _InPyTorch:
         names = [value.name for value in self.program.outputs]
         return dict(zip(names, run_rank(weights or self.program, inputs, None), strict=True))
 
-    def with_weights(self, weight_of: Callable[[str], Tensor], /) -> ShardedProgram:
-        """The program with these; ``weight_of`` gives this rank's parts."""
-        held = self.program.weights
-        shards = {name: weight_of(name) for name in (held.shards or held.whole)}
+    def with_weights(self, others: Callable[[], Mapping[str, Tensor]], /) -> ShardedProgram:
+        """The program with these."""
+        given, held = together("other weights", others), self.program.weights
+        shards = {name: given[name] for name in (held.shards or held.whole)}
         rank = dist.get_rank() if dist.is_initialized() else 0
         new = Weights({}, shards, rank) if held.shards else Weights(shards)
         return replace(self.program, weights=new)

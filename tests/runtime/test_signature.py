@@ -109,9 +109,20 @@ def test_a_gradient_is_no_matter_where_none_is_asked_for(signature: Signature) -
 
 def test_float_constants() -> None:
     signature = Signature(bundle_samples.manifest(constants={"scale": 0.5, "steps": 2, "mode": "ring"}))
-    signature.bind((X, [MASK]), {"scale": 0.5, "steps": 2.0, "mode": "ring"}, CPU)
+    signature.bind((X, [MASK]), {"scale": 0.5, "steps": 2, "mode": "ring"}, CPU)
+    with pytest.raises(InputError, match=r"steps is 2\.0, and the bundle was built with steps=2"):
+        signature.bind((X, [MASK]), {"steps": 2.0}, CPU)  # what is computed with it may be of another dtype
     with pytest.raises(InputError, match="mode is 'ulysses', and the bundle was built with mode='ring'"):
         signature.bind((X, [MASK]), {"mode": "ulysses"}, CPU)
+
+
+def test_an_empty_list_is_not_what_was_built_in() -> None:
+    signature = Signature(bundle_samples.manifest(constants={"residual": None}))
+    signature.bind((X, [MASK]), {"residual": None}, CPU)
+    empties: list[object] = [[], {}, ()]
+    for empty in empties:
+        with pytest.raises(InputError, match=r"residual is .*, and the bundle was built with residual"):
+            signature.bind((X, [MASK]), {"residual": empty}, CPU)
 
 
 def test_outputs_nest_and_flatten() -> None:

@@ -35,9 +35,9 @@ from torch.utils import _pytree as pytree
 
 from torchtrt_md.capture import tensor_parallel
 from torchtrt_md.capture.arguments import Scalar
+from torchtrt_md.capture.async_private import arrived
 from torchtrt_md.capture.attention import WholeAttention
 from torchtrt_md.capture.dynamo_private import (
-    arrived,
     graph_break,
     group_ranks,
     is_weight,

@@ -18,7 +18,6 @@ from torch._dynamo.eval_frame import OptimizedModule
 from torch._dynamo.exc import ShortenTraceback
 from torch._dynamo.source import FSDPNNModuleSource, is_from_unspecialized_param_buffer_source
 from torch._guards import ChainedSource, tracing
-from torch.distributed._functional_collectives import AsyncCollectiveTensor
 from torch.distributed.tensor import DTensor
 from torch.fx import GraphModule, Node
 
@@ -144,15 +143,3 @@ def local_tensor(tensor: Tensor) -> Tensor:
     Without it, each call of a compiled model would make a view of every weight to see that it did not change.
     """
     return tensor._local_tensor if isinstance(tensor, DTensor) else tensor
-
-
-def arrived(tensor: Any) -> Any:
-    """The tensor that an eager functional collective returned, once it is there; anything else as it is.
-
-    Without it, what an eager ``RowwiseParallel`` layer returns could not be passed to a compiled one: it is a subclass
-    of tensor that waits when it is first used.
-    """
-    if not isinstance(tensor, AsyncCollectiveTensor):
-        return tensor
-    tensor.wait()
-    return tensor.elem

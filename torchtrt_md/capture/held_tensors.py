@@ -14,6 +14,7 @@ from typing import Any
 from torch import Tensor, nn
 
 from torchtrt_md.program import Constant
+from torchtrt_md.wrappers import named_weights
 
 # What PyTorch keeps on every module: weights, submodules, hooks.
 _INTERNAL = frozenset(vars(nn.Module()))
@@ -64,3 +65,30 @@ def _entry(read: Callable[[], Any], key: object) -> object:
         return read()[key]
     except (LookupError, TypeError):  # it is gone, or what held it is
         return None
+
+
+class Slots:
+    """Where a model's modules have their weights and each other, to tell when something else was put there.
+
+    Args:
+        model: the user's.
+    """
+
+    def __init__(self, model: nn.Module) -> None:
+        self._model = model
+        self._held = named_weights(model)
+        self._slots = self._all()
+
+    def replaced(self) -> Iterator[tuple[str, Tensor, object]]:
+        """The name of each weight that is another object than at the last look, what it was, and what is there now."""
+        if all(of.get(key) is value for of, key, value in self._slots):
+            return
+        was, self._held, self._slots = self._held, named_weights(self._model), self._all()
+        for name, weight in was.items():
+            if self._held.get(name) is not weight:
+                yield name, weight, self._held.get(name)
+
+    def _all(self) -> list[tuple[Mapping[str, object], str, object]]:
+        kinds = ("_modules", "_parameters", "_buffers")
+        of_all = [vars(module)[kind] for module in self._model.modules() for kind in kinds]
+        return [(of, key, value) for of in of_all for key, value in of.items()]

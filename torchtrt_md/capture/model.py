@@ -24,7 +24,7 @@ from torchtrt_md.capture import context_parallel, quantizers, tensor_parallel
 from torchtrt_md.capture.arguments import Arguments
 from torchtrt_md.capture.axes import check_axes, check_axes_used, with_one_name
 from torchtrt_md.capture.beside_dtensor import beside_dtensor
-from torchtrt_md.capture.held_tensors import constants, originals
+from torchtrt_md.capture.held_tensors import Slots, constants, originals
 from torchtrt_md.capture.kept_state import KeptState
 from torchtrt_md.capture.marks import Marking, marking
 from torchtrt_md.capture.torch_private import DEPENDS_ON_VALUES, as_written, coordinates, fake_mesh
@@ -95,6 +95,7 @@ def _captured(
         plan.check_used(marks.split)
     marks.check_used()
     check_axes_used(mesh, parallels, own, traces[0], groups)
+    held.replaced = Slots(model).replaced
     held.constants = constants(model, [t for trace in traces for t in trace.met], copied)
     traces = traces if device_mesh is not None else traces * mesh.size
     return _program(traces, mesh, parallels, groups, held, arguments)

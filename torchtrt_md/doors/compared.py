@@ -12,8 +12,9 @@ from torch.distributed.device_mesh import DeviceMesh
 from torch.fx import GraphModule, Interpreter
 from torch.utils._python_dispatch import TorchDispatchMode
 
+from torchtrt_md.capture.async_private import arrived
 from torchtrt_md.capture.dynamo import GraphInput, Specialized
-from torchtrt_md.capture.dynamo_private import arrived, local_tensor
+from torchtrt_md.capture.dynamo_private import local_tensor
 from torchtrt_md.errors import VerificationError
 from torchtrt_md.launch import communicator
 from torchtrt_md.lowering import uninitialized

@@ -15,6 +15,7 @@ from torchtrt_md.capture.torch_private import root_mesh
 from torchtrt_md.checkpoint import Given
 from torchtrt_md.doors.agreed import agreed_options, check_fit
 from torchtrt_md.errors import LaunchError
+from torchtrt_md.graph.text import graph_digest
 from torchtrt_md.launch import Launch
 from torchtrt_md.launch.agree import check_same
 from torchtrt_md.mesh import Mesh
@@ -25,7 +26,7 @@ from torchtrt_md.program import ShardedProgram, dtype_name
 from torchtrt_md.road import Verify
 from torchtrt_md.runtime.graphs import Budget
 from torchtrt_md.runtime.runner import Runner
-from torchtrt_md.runtime.weights import check_equal
+from torchtrt_md.runtime.weights import check_equal, checksum
 from torchtrt_md.session import Session
 
 
@@ -102,6 +103,18 @@ def _given(program: ShardedProgram, options: Options) -> dict[str, str]:
     return told | {v.name: f"{dtype_name(v.dtype)} {list(v.shape)}" for v in program.inputs}
 
 
+def _held(program: ShardedProgram, options: Options) -> dict[str, str]:
+    """The tensors that the model's code holds by checksum, and the graphs, in which its numbers are.
+
+    Nothing where ranks have data of their own: what an argument built in may differ.
+    """
+    if any(isinstance(p, DataParallel) for p in options.parallels):
+        return {}
+    tensors = {c.name: f"{checksum(c.tensor):016x}" for c in program.weights.constants if not c.tensor.is_meta}
+    digests = [graph_digest(graph)[:16] for graph, _ in program.distinct()]
+    return tensors | {"the graph": ", ".join(digests)}
+
+
 def _may_use_inductor(options: Options, capability: tuple[int, int] | None) -> bool:
     """May Inductor run any part?  Without timing ``compute="auto"`` is one or the other."""
     if options.compute != "auto" or options.tune is not False:
@@ -163,6 +176,9 @@ def compile_program(
         check_equal(program, launch.agreement)
     session = Session(launch, program, options, store_weights=store_weights)
     choices = session.default()
+    if options.parallels:
+        held = _held(session.road.lower(choices), options)
+        check_same(launch.agreement, held, "what the model's code holds beside weights and inputs")
     tuned = _times(options, launch, program)
     if tuned:
         from torchtrt_md.tune import keep, tune

@@ -17,12 +17,12 @@ import torch
 from torch import Tensor
 from torch.distributed.tensor import DTensor
 
+from torchtrt_md.capture.async_private import arrived
 from torchtrt_md.capture.dynamo import GraphInput, PlacedOutput, WrittenInput
-from torchtrt_md.capture.dynamo_private import arrived, local_tensor
+from torchtrt_md.capture.dynamo_private import local_tensor
 from torchtrt_md.errors import InputError
 from torchtrt_md.program import Output
-
-WeightOf = Callable[[str], Tensor]
+from torchtrt_md.runtime.weights import checksum
 
 
 class Compiled(Protocol):
@@ -33,8 +33,8 @@ class Compiled(Protocol):
     ) -> Mapping[str, Tensor]:
         """The outputs by name, of inputs that ``bind`` gives by name, or refuses."""
 
-    def with_weights(self, weight_of: WeightOf, /) -> Any:
-        """A set of weights, laid out as the program reads them.  Collective."""
+    def with_weights(self, others: Callable[[], Mapping[str, Tensor]], /) -> Any:
+        """A set of weights, which ``others`` gives by name or refuses, laid out as it reads them.  Collective."""
 
     def close(self) -> None:
         """Let go of memory."""
@@ -117,7 +117,7 @@ class FlatCall:
         self._fixed = [i for i, e in enumerate(inputs) if i not in fed and e.kind != "constant"]
         first = WeightSet([inputs[i].example for i in self._fixed])
         self._sets = {tuple(map(id, first.tensors)): first}
-        self._current = first
+        self._current = self._first = first
         # With torch.compiler.reset() Dynamo lets go of this; the end of the process closes runners by itself.
         weakref.finalize(self, runner.close).atexit = False
 
@@ -164,10 +164,29 @@ class FlatCall:
 
     def _add(self, flat: Sequence[Any]) -> WeightSet:
         tensors = [flat[i] for i in self._fixed]
-        held = {name: local_tensor(flat[i]).detach() for i, names in self._names.items() for name in names}
-        added = WeightSet(tensors, self._runner.with_weights(held.__getitem__))
+
+        def others() -> Mapping[str, Tensor]:
+            self._check_constants(flat)
+            return {name: local_tensor(flat[i]).detach() for i, names in self._names.items() for name in names}
+
+        added = WeightSet(tensors, self._runner.with_weights(others))
         self._sets[tuple(map(id, tensors))] = self._current = added
         return added
+
+    def _check_constants(self, flat: Sequence[Any]) -> None:
+        """Refuse other values of a tensor that is neither an input nor a weight: the program has the first one's."""
+        for index, first in zip(self._fixed, self._first.tensors, strict=True):
+            ours, theirs = local_tensor(first), local_tensor(flat[index])
+            if index in self._names or ours is theirs:
+                continue
+            alike = ours.shape == theirs.shape and ours.dtype == theirs.dtype
+            if not (alike and checksum(ours) == checksum(theirs)):
+                raise InputError(
+                    f"{self._inputs[index].name!r} is a tensor, no parameter and no buffer, with other values than"
+                    " when the graph was compiled: those of another module of this class, or new ones",
+                    fix="register it as a buffer, in place of a plain tensor: register_buffer(name, tensor,"
+                    " persistent=False); where it was replaced, call torch.compiler.reset()",
+                )
 
     def _check(self, flat: Sequence[Any]) -> None:
         for index, name, shape, dtype, placed in self._values:

@@ -12,6 +12,7 @@ from __future__ import annotations
 import faulthandler
 import logging
 import socket
+import threading
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -29,6 +30,7 @@ from torchtrt_md.mesh import Mesh
 T = TypeVar("T")
 log = logging.getLogger(__name__)
 _LOCKED_SECONDS = 8.0  # more than the watchdog takes to end the process by itself
+_calling = threading.RLock()  # held by the thread that is in a call of a runner
 _bounds: list[float] = []  # of the waits under way, in seconds; Python may let go of a runner within another wait
 
 
@@ -82,6 +84,23 @@ class Launch:
         """A name that no other program of this process has.  All ranks make theirs in the same order."""
         self.agreement.board.programs += 1
         return f"program {self.agreement.board.programs} ({what})"
+
+    @contextmanager
+    def one_thread(self, about: str) -> Iterator[None]:
+        """Refuse what another thread of this process is at: votes and collectives of two would mix.
+
+        Raises:
+            LaunchError: on this rank.
+        """
+        if not _calling.acquire(blocking=False):
+            raise LaunchError(
+                f"{about} was called from two threads at once",
+                fix="call all runners of a process from one thread, in the same order on every rank",
+            )
+        try:
+            yield
+        finally:
+            _calling.release()
 
     def together(self, about: str, step: Callable[[], T]) -> T:
         """See :meth:`~torchtrt_md.launch.agree.Agreement.together`."""

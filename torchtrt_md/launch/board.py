@@ -59,25 +59,26 @@ class _Store:
         self.inner, self.patience, self.about = inner, patience, "joining the launch"
         self.left = False
         self._rank = rank
-        self._asked: float | None = None
+        self._asked: dict[int, float] = {}  # by the thread that asks
         threading.Thread(target=self._guard, name="torchtrt_md store guard", daemon=True).start()
 
     def __getattr__(self, name: str) -> Callable[..., Any]:
         method = getattr(self.inner, name)
 
         def ask(*args: Any) -> Any:
-            self._asked = time.monotonic()
+            thread = threading.get_ident()
+            self._asked[thread] = time.monotonic()
             try:
                 return method(*args)
             finally:
-                self._asked = None
+                self._asked.pop(thread, None)
 
         return ask
 
     def _guard(self) -> None:
         while not self.left:
             time.sleep(min(BEAT_SECONDS, self.patience / 4))
-            asked = self._asked
+            asked = min(list(self._asked.values()), default=None)
             if asked is None or time.monotonic() - asked <= self.patience:
                 continue
             print(

@@ -15,6 +15,7 @@ from torchtrt_md.choices import Choices
 from torchtrt_md.errors import LaunchError, MDError, first_line
 from torchtrt_md.launch import Launch
 from torchtrt_md.launch.watchdog import waits_for
+from torchtrt_md.runtime.autocast import without_autocast
 from torchtrt_md.runtime.executor import Executor
 from torchtrt_md.runtime.graphs import Budget, Graphs
 from torchtrt_md.runtime.module import as_module
@@ -45,8 +46,9 @@ class WeightSet:
 class Runner:
     """This rank's part of a program, called like the model: ``runner(hidden, timestep=t)``.
 
-    Every rank makes the same calls in the same order, from one thread.  :func:`torchtrt_md.load` and
-    :func:`torchtrt_md.compile` make it.
+    Every rank makes the same calls in the same order, from one thread at a time, of all runners of a launch.  The
+    autocast around a call is not the program's, which computes in the dtypes that it was captured with.
+    :func:`torchtrt_md.load` and :func:`torchtrt_md.compile` make it.
 
     Attributes:
         manifest: what the bundle says, or would say.
@@ -78,6 +80,7 @@ class Runner:
         summary: str = "",
         choices: Choices | None = None,
         guard: Callable[[], None] = lambda: None,
+        parts_of: Callable[[Mapping[str, Tensor]], WeightOf] | None = None,
     ) -> None:
         self.manifest, self.executor, self.check = manifest, executor, check
         self.summary, self.choices = summary, choices
@@ -85,7 +88,7 @@ class Runner:
         self.agreement, self.rank = launch.agreement, launch.rank
         self.name = launch.name_program(name)
         self.signature = Signature(manifest)
-        self._nest, self._guard = nest or self.signature.nest, guard
+        self._nest, self._guard, self._parts_of = nest or self.signature.nest, guard, parts_of
         self._launch, self._watchdog = launch, launch.watchdog
         self._communicates = any(segment.collectives for segment in manifest.ranks[self.rank])
         self._waits_for = waits_for(manifest.ranks[self.rank], self.signature.mesh, self.rank)
@@ -143,22 +146,28 @@ class Runner:
             self._guard()
             return bind()
 
-        if self.check == "first" and self._agreed:
-            inputs = checked()
-        else:
-            inputs = self.agreement.together(f"a call of {self.name}{about}", checked)
-            self._agreed = True
-        return self.run(inputs, weights)
+        with self._launch.one_thread(self.name):
+            if self.check == "first" and self._agreed:
+                inputs = checked()
+            else:
+                inputs = self.agreement.together(f"a call of {self.name}{about}", checked)
+                self._agreed = True
+            return self.run(inputs, weights)
 
-    def with_weights(self, weight_of: WeightOf) -> WeightSet:
+    def with_weights(self, others: Callable[[], Mapping[str, Tensor]]) -> WeightSet:
         """Other weights of the same names, shapes and dtypes, laid out as the segments read them.  Collective.
 
         Args:
-            weight_of: gives this rank's part of each.
+            others: gives them by the model's names, as this process had those that the program was captured with.
+
+        Raises:
+            MDError: as ``others``, on every rank.
         """
-        segments = self.manifest.ranks[self.rank]
+        segments, parts_of = self.manifest.ranks[self.rank], self._parts_of
+        if parts_of is None:
+            raise LaunchError("a bundle has its own weights", fix="load it again, with weights=...")
         values = self.agreement.together(
-            f"other weights for {self.name}", lambda: laid_out(segments, weight_of, self.device)
+            f"other weights for {self.name}", lambda: laid_out(segments, parts_of(others()), self.device)
         )
         self._others.append(WeightSet(values, self._make_graphs(values)))
         return self._others[-1]
@@ -173,7 +182,7 @@ class Runner:
         if self._closed:
             raise LaunchError("this runner is closed", fix="load or compile again")
         try:
-            with torch.no_grad():
+            with torch.no_grad(), without_autocast(), self._launch.one_thread(self.name):
                 if self._side is None:
                     return self._run_on_cpu(inputs, weights)
                 with torch.cuda.device(self.device):
@@ -289,7 +298,7 @@ class Runner:
         wired: dict[Key, Tensor] = {Wire("input", name): prepared(tensor) for name, tensor in inputs.items()}
 
         def step() -> list[StepTime]:
-            with torch.no_grad():
+            with torch.no_grad(), without_autocast():
                 if self._side is None:
                     return time_steps(self.executor, wired, iterations)
                 torch.cuda.synchronize(self.device)

@@ -12,6 +12,7 @@ from torch.distributed.tensor import DTensor
 from torchtrt_md.bundle import manifest as m
 from torchtrt_md.bundle.structure import local_shape, mesh_of
 from torchtrt_md.capture.arguments import Scalar, comparable, named_leaves
+from torchtrt_md.capture.async_private import arrived
 from torchtrt_md.errors import InputError, VerificationError
 from torchtrt_md.mesh import Mesh
 from torchtrt_md.program import Value, dtype_name
@@ -61,7 +62,7 @@ class Signature:
         Raises:
             InputError: as :meth:`named`, or a value that is no plain tensor of the right device, dtype and shape.
         """
-        inputs = self.named(args, kwargs)
+        inputs = {name: arrived(value) for name, value in self.named(args, kwargs).items()}
         for name, value in inputs.items():
             self._check_tensor(name, value, device)
         return inputs
@@ -95,11 +96,23 @@ class Signature:
             )
         found: dict[str, Any] = {}
         for argument, value in [*zip(self.positional, args, strict=False), *kwargs.items()]:
-            for name, leaf in named_leaves(argument, value):
+            leaves = list(named_leaves(argument, value))
+            if not leaves:
+                self._check_empty(argument, value)
+            for name, leaf in leaves:
                 if name in found:
                     raise InputError(f"argument {name!r} is given twice", fix="give it once, by position or by name")
                 found[name] = leaf
         return found
+
+    def _check_empty(self, argument: str, value: object) -> None:
+        """Refuse an empty list where something was built in."""
+        built = [name for name in (*self.constants, *self.inputs) if name.partition(".")[0] == argument]
+        if built:
+            raise InputError(
+                f"{argument} is {value!r}, and the bundle was built with {', '.join(built)}",
+                fix=f"pass {argument} as it was, or export the bundle again with the other value",
+            )
 
     def _refuse(self, name: str, value: object) -> None:
         if isinstance(value, Tensor) or comparable(value):
@@ -119,8 +132,9 @@ class Signature:
 
     def _check_constant(self, name: str, value: object) -> None:
         built = self.constants[name]
-        # 1 == True in Python, and return_dict=1 was not what was built.
-        same = isinstance(value, bool) == isinstance(built, bool) and isinstance(value, Scalar) and value == built
+        # In Python 1 == True == 1.0, and what is computed with them differs.
+        alike = all(isinstance(value, kind) == isinstance(built, kind) for kind in (bool, float))
+        same = alike and isinstance(value, Scalar) and value == built
         if not same:
             given = f"a tensor of shape {list(value.shape)}" if isinstance(value, Tensor) else repr(value)
             raise InputError(

@@ -9,12 +9,13 @@ from __future__ import annotations
 
 import math
 from collections import Counter
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from functools import partial
 from operator import attrgetter
 
 import torch
 from torch import Tensor
+from torch.distributed.tensor import DTensor
 
 from torchtrt_md.errors import InputError, RankMismatchError
 from torchtrt_md.launch.agree import Agreement
@@ -38,6 +39,14 @@ def laid_out(
         weight_of: gives this rank's part of a weight, on any device.  It is asked once for each.
         stored: called with each weight that lies on the device in another layout only, seen as ``weight_of`` gave it.
     """
+    # Of a tensor that is made in inference mode PyTorch counts no writes, and the model's own may become one of these.
+    with torch.inference_mode(False), torch.no_grad():
+        return _laid_out(segments, weight_of, device, stored)
+
+
+def _laid_out(
+    segments: Sequence[Segment], weight_of: WeightOf, device: torch.device, stored: Stored | None
+) -> dict[Key, Tensor]:
     layouts: dict[str, dict[Key, bool]] = {}
     for binding in (b for segment in segments for b in segment.inputs if b.weight is not None):
         layouts.setdefault(binding.source.name, {})[source_key(binding)] = binding.transposed
@@ -101,7 +110,7 @@ _version = attrgetter("_version")
 
 
 class WeightGuard:
-    """Tells when a weight was written to in place, of which engines may hold a copy laid out for them.
+    """Tells when a weight was written to in place or replaced, of which engines may hold a copy laid out for them.
 
     Or a tensor that the model holds besides, of which they have what it was.
 
@@ -110,6 +119,7 @@ class WeightGuard:
         holders: name -> the tensor subclass that holds it, and the attribute.  ``model.to()`` gives it another, whose
             writes are counted from then on, if its values are still those.
         constants: what the model holds beside its weights, of which graphs have the values; the same holds for these.
+        replaced: gives name, former and present tensor of the weights that were replaced since it was asked last.
     """
 
     def __init__(
@@ -117,8 +127,10 @@ class WeightGuard:
         weights: Mapping[str, Tensor],
         holders: Mapping[str, tuple[Tensor, str]] | None = None,
         constants: Sequence[Constant] = (),
+        replaced: Callable[[], Iterable[tuple[str, Tensor, object]]] = tuple,
     ) -> None:
         held = holders or {}
+        self._replaced = replaced
         # What it is called, what reads what is in its place now, and what was.
         self._held: list[tuple[str, Callable[[], object], Tensor]] = [
             *((_weight(name), partial(getattr, *held[name]), w) for name, w in weights.items() if name in held),
@@ -146,20 +158,29 @@ class WeightGuard:
 
     def check(self) -> None:
         """Raises InputError: a weight was changed.  What is written through ``.data`` is not seen."""
+        for name, weight, now in self._replaced():
+            self._follow(_weight(name), weight, now)
         for index, (name, read, weight) in enumerate(self._held):
             now = read()
             if now is not weight:
-                if not isinstance(now, Tensor) or (now.dtype, now.shape) != (weight.dtype, weight.shape):
-                    raise self._changed(name)
-                if not (now.is_meta or checksum(now) == checksum(weight)):
-                    raise self._changed(name)
-                self._held[index] = name, read, now
-                self._forget(name, weight)
-                self._count(name, now)
+                self._held[index] = name, read, self._follow(name, weight, now)
         if list(map(_version, self._counted)) == self._versions:
             return
         found = zip(self._names, self._counted, self._versions, strict=True)
         raise self._changed(next(name for name, weight, version in found if weight._version != version))
+
+    def _follow(self, name: str, weight: Tensor, now: object) -> Tensor:
+        """Watch what is in a tensor's place now, if it has the same values."""
+        if not isinstance(now, Tensor):
+            raise self._changed(name)
+        before, after = (t.to_local() if isinstance(t, DTensor) else t for t in (weight, now))
+        if (after.dtype, after.shape) != (before.dtype, before.shape):
+            raise self._changed(name)
+        if not (before.is_meta or after.is_meta or checksum(after) == checksum(before)):
+            raise self._changed(name)
+        self._forget(name, weight)
+        self._count(name, after)
+        return after
 
     def _changed(self, name: str) -> InputError:
         return InputError(

@@ -1,0 +1,210 @@
+"""What is around a call and is none of the program: autocast, inference mode, threads, what other ranks hold."""
+
+from __future__ import annotations
+
+import threading
+from typing import Any
+
+import models
+import pytest
+import torch
+from rank_processes import Ranks
+from torch import Tensor, nn
+
+import torchtrt_md as md
+
+PLAN = {"": {"x": md.Split(1)}, "out": md.Gather(1)}
+OPTIONS: dict[str, Any] = {"compute": "inductor", "report": False, "timeout": 60.0}
+MESH = {"mesh": md.Mesh(cp=2)}
+
+
+def options(strategy: Any = "ulysses") -> dict[str, Any]:
+    return {**OPTIONS, **MESH, "parallel": md.ContextParallel("cp", strategy, PLAN)}
+
+
+def error(ours: Tensor, dense: Tensor) -> float:
+    return float((ours - dense).norm() / dense.norm())
+
+
+def called_under_autocast(rank: int, strategy: str) -> list[float]:
+    model, (x,), _ = models.attention()
+    with torch.no_grad(), md.compile(model, (x,), **options(strategy)) as runner:
+        dense = model(x)
+        found = [error(runner(x), dense)]
+        with torch.autocast("cpu", torch.bfloat16):
+            found += [error(runner(x), dense) for _ in range(3)]
+        return found
+
+
+@pytest.mark.parametrize("strategy", ["ulysses", "allgather_kv", "ring"])
+def test_a_call_under_autocast_computes_what_was_compiled(strategy: str, ranks: Ranks) -> None:
+    for outcome in ranks(called_under_autocast, strategy):
+        assert not outcome.error, outcome.message
+        assert max(outcome.value) < 1e-5
+
+
+def compiled_in_inference_mode(rank: int) -> tuple[bool, str]:
+    model, (x,), _ = models.attention()
+    with torch.inference_mode():
+        runner = md.compile(model, (x,), **options())
+    made = any(p.is_inference() for p in model.parameters())
+    model(x).sum().backward()
+    with torch.no_grad():
+        next(model.parameters()).mul_(2)
+    with runner, pytest.raises(md.InputError) as raised, torch.no_grad():
+        runner(x)
+    return made, raised.value.problem
+
+
+def test_what_is_compiled_in_inference_mode_leaves_the_parameters_as_they_were(ranks: Ranks) -> None:
+    for outcome in ranks(compiled_in_inference_mode):
+        assert not outcome.error, outcome.message
+        made, problem = outcome.value
+        assert not made
+        assert "was changed after the model was compiled" in problem
+
+
+def called_from_two_threads(rank: int) -> list[str]:
+    """The second thread calls while the first is held up within a call."""
+    model, (x,), _ = models.attention()
+    with torch.no_grad(), md.compile(model, (x,), **options()) as runner:
+        there, said = threading.Event(), []
+
+        def bind() -> dict[str, Tensor]:
+            other = threading.Thread(target=second)
+            other.start()
+            other.join(30)
+            return runner.signature.bind((x,), {}, torch.device("cpu"))
+
+        def second() -> None:
+            there.set()
+            try:
+                runner(x)
+            except md.MDError as raised:
+                said.append(raised.problem)
+
+        runner.call(bind)
+        assert there.is_set()
+        runner(x)
+        return said
+
+
+def test_two_threads_at_once_are_refused(ranks: Ranks) -> None:
+    for outcome in ranks(called_from_two_threads):
+        assert not outcome.error, outcome.message
+        (said,) = outcome.value
+        assert "was called from two threads at once" in said
+
+
+class Fourier(models.SelfAttention):
+    def __init__(self, seed: int, scale: float = 1.0) -> None:
+        super().__init__()
+        self.freqs, self.scale = torch.randn(32, generator=torch.Generator().manual_seed(seed)), scale
+
+    def forward(self, x: Tensor) -> Tensor:
+        return super().forward(x * self.freqs * self.scale)
+
+
+def with_code_of_its_own(rank: int, what: str, check: bool) -> str:
+    torch.manual_seed(0)
+    model = Fourier(rank) if what == "tensor" else Fourier(0, scale=1.0 + rank)
+    try:
+        md.compile(model.eval(), (torch.randn(2, 16, 32),), **options(), check=check)
+    except md.RankMismatchError as raised:
+        return raised.problem
+    return ""
+
+
+@pytest.mark.parametrize("check", [True, False])
+@pytest.mark.parametrize(("what", "named"), [("tensor", "freqs: rank 0 has"), ("number", "the graph: rank 0 has")])
+def test_ranks_whose_code_holds_other_values_are_refused(what: str, named: str, check: bool, ranks: Ranks) -> None:
+    first, second = ranks(with_code_of_its_own, what, check)
+    assert not first.error, first.message
+    assert first.value == second.value
+    assert "the ranks differ in what the model's code holds beside weights and inputs" in first.value
+    assert named in first.value
+
+
+class Kept(models.SelfAttention):
+    """Keeps a tensor, which is no result."""
+
+    last: Tensor | None = None
+
+    def forward(self, x: Tensor) -> Tensor:
+        self.last = x * 3
+        return super().forward(x)
+
+
+def keeps_unchecked(rank: int) -> str:
+    torch.manual_seed(0)
+    torch.compiler.reset()
+    model = Kept().eval()
+    compiled = torch.compile(model, backend="torchtrt_md", options={**options(), "check": False})
+    try:
+        with torch.no_grad():
+            compiled(torch.randn(2, 16, 32))
+    except md.MDError as raised:
+        return raised.problem
+    return ""
+
+
+def test_what_a_model_keeps_is_not_taken_for_a_result(ranks: Ranks) -> None:
+    for outcome in ranks(keeps_unchecked):
+        assert not outcome.error, outcome.message
+        assert "is none of the model's under the plan" in outcome.value
+
+
+class Scaled(nn.Module):
+    def __init__(self, scale: float) -> None:
+        super().__init__()
+        self.out, self.scale = nn.Linear(32, 32), torch.full((32,), scale)
+
+    def forward(self, x: Tensor) -> Tensor:
+        y: Tensor = self.out(x * self.scale)
+        return y
+
+
+def two_of(rank: int, kind: str) -> tuple[str, list[float]]:
+    """Two modules of a class, each compiled by itself; what was said of the second, and how far off they are."""
+    torch.manual_seed(0)
+    torch.compiler.reset()
+    how = options()
+    if kind == "tensor parallel":
+        modules: list[nn.Module] = [models.mlp()[0] for _ in range(2)]
+        for p in modules[1].parameters():
+            p.data.mul_(0.5)
+        x = models.mlp()[1][0]
+        parallel = md.TensorParallel("tp", {"up": "colwise", "down": "rowwise"})
+        how = {**OPTIONS, "mesh": md.Mesh(tp=2), "parallel": parallel}
+    elif kind == "joined products":
+        modules, x = [models.SelfAttention().eval() for _ in range(2)], torch.randn(2, 16, 32)
+    else:
+        modules, x = [Scaled(float(kind == "other tensors") * n + 1) for n in range(2)], torch.randn(2, 16, 32)
+    said, errors = "", []
+    with torch.no_grad():
+        for module in modules:
+            compiled = torch.compile(module, backend="torchtrt_md", options=how)
+            try:
+                errors.append(error(compiled(x), module(x)))
+            except md.MDError as raised:
+                said = str(raised)
+    return said, errors
+
+
+@pytest.mark.parametrize("kind", ["joined products", "tensor parallel", "equal tensors"])
+def test_equal_modules_have_weights_of_their_own(kind: str, ranks: Ranks) -> None:
+    for outcome in ranks(two_of, kind):
+        assert not outcome.error, outcome.message
+        said, errors = outcome.value
+        assert not said
+        assert len(errors) == 2
+        assert max(errors) < 1e-5
+
+
+def test_equal_modules_with_other_plain_tensors_are_refused(ranks: Ranks) -> None:
+    for outcome in ranks(two_of, "other tensors"):
+        assert not outcome.error, outcome.message
+        said, errors = outcome.value
+        assert len(errors) == 1
+        assert "'self.scale' is a tensor, no parameter and no buffer, with other values" in said
+        assert "register it as a buffer" in said
