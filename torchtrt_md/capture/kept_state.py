@@ -12,7 +12,7 @@ import sys
 from collections import OrderedDict, deque
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from types import CellType, CodeType, FunctionType, MethodType, ModuleType, TracebackType
-from typing import Any
+from typing import Any, Self
 
 import torch
 from torch import Tensor, nn
@@ -59,6 +59,27 @@ class KeptState:
             if places is self._own or any(map(is_fake, parts(written, into_objects=True))):
                 for place in changed:
                     place.restore()
+
+
+class OwnState:
+    """A context: on leaving it a model's modules hold what they held.  What their code can name is not looked at."""
+
+    def __init__(self, model: nn.Module) -> None:
+        walk = _Walk()
+        walk.data(model)
+        self._places = walk.places
+
+    def changed(self) -> bool:
+        """Do they hold anything else now?"""
+        return any(place.changes() for place in self._places)
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, tb: TracebackType | None) -> None:
+        for place in self._places:
+            if place.changes():
+                place.restore()
 
 
 class _Container:

@@ -24,6 +24,7 @@ from torchtrt_md.capture.known_values import KnownValues
 from torchtrt_md.capture.quiet import quiet
 from torchtrt_md.capture.torch_private import DEPENDS_ON_VALUES, FakeTensorMode, told_stacks
 from torchtrt_md.capture.written_collectives import refuse_written
+from torchtrt_md.capture.written_tensors import refuse_filled, refuse_written_tensors
 from torchtrt_md.errors import CaptureError, MDError
 from torchtrt_md.graph.functional import functional, mutates
 from torchtrt_md.graph.private import lazy_modules
@@ -72,7 +73,9 @@ def trace(shadow: nn.Module, arguments: Arguments, weights: Sequence[LocalWeight
         named = {name: wrapped(name, t, held) for name, t in [*shadow.named_parameters(), *shadow.named_buffers()]}
         args, kwargs = arguments.call_with(dict(zip(arguments.tensors, flat[len(weights) :], strict=True)))
         with WholeAttention(), quantizers.whole(), known, torch.no_grad():
+            before = pytree.tree_leaves((args, kwargs))
             result = torch.func.functional_call(shadow, named, args, kwargs)
+        refuse_filled(before, (args, kwargs))
         flat_result, spec = pytree.tree_flatten(result)
         _check_result(shadow, flat_result)
         structure.append(spec)
@@ -119,6 +122,7 @@ def recorded(
         with quiet(), told_stacks(), lazy_modules(), uncollected():
             graph = make_fx(call, tracing_mode="fake", _allow_non_fake_inputs=True)(*inputs)
             refuse_written(graph)
+            refuse_written_tensors(graph)
             _integer_products(graph)
             quantizers.as_one_op(graph)
             graph = functional(graph, inputs)

@@ -25,12 +25,13 @@ from torch.distributed.tensor import DTensor
 from torch.utils import _pytree as pytree
 
 from torchtrt_md.capture.arguments import Arguments
+from torchtrt_md.capture.kept_state import OwnState
 from torchtrt_md.checks import check_verify
 from torchtrt_md.errors import VerificationError
 from torchtrt_md.lowering import lower
 from torchtrt_md.lowering.ops import OF_PARTS, bound_args
 from torchtrt_md.program import Output, ShardedProgram, Value, Weight, Weights, dtype_name, part, value_of
-from torchtrt_md.verification.compare import rounding, structure, structure_tolerance
+from torchtrt_md.verification.compare import relative_error, rounding, structure, structure_tolerance
 from torchtrt_md.verification.dense import (
     Sample,
     captured,
@@ -236,9 +237,35 @@ def _trial(proof: _Proof, inputs: Mapping[str, Tensor], *, draws: bool = True) -
 
 def _reference(proof: _Proof, inputs: Mapping[str, Tensor]) -> tuple[Mapping[str, Tensor], list[Tensor]]:
     """The inputs, and what the dense model makes of them in its own dtype."""
-    args, kwargs = proof.arguments.call_with(inputs)
-    own = [t for t in pytree.tree_leaves(run(proof.model, args, kwargs, proof.weights)) if isinstance(t, Tensor)]
-    return inputs, [t.detach().clone() for t in own]
+
+    def call() -> list[Tensor]:
+        args, kwargs = proof.arguments.call_with(inputs)
+        found = pytree.tree_leaves(run(proof.model, args, kwargs, proof.weights))
+        return [t.detach().clone() for t in found if isinstance(t, Tensor)]
+
+    with OwnState(proof.model) as state:
+        own = call()
+        if state.changed():  # a table that it keeps, or what its next call depends on
+            _check_alike(proof.name, own, call())
+    return inputs, own
+
+
+def _check_alike(name: str, first: Sequence[Tensor], again: Sequence[Tensor]) -> None:
+    """Refuse a model whose result depends on the calls before: what is compiled knows of none.
+
+    Raises:
+        VerificationError: it returned something else when it was called again.
+    """
+    for a, b in zip(first, again, strict=True):
+        same = (a.shape, a.dtype) == (b.shape, b.dtype)
+        # Kernels of a GPU may sum in another order each time, which a deep model in bfloat16 makes much of.
+        limit = 5e-2 if a.is_cuda else 1e-5
+        if not same or not (torch.equal(a, b) or relative_error(b, a) <= limit):
+            raise VerificationError(
+                f"{name} keeps something from one call to the next, and returns something else when it is called again"
+                " with the same arguments",
+                fix="pass in what it keeps, and return the new value",
+            )
 
 
 def _with_program(proof: _Proof, inputs: Mapping[str, Tensor], own: list[Tensor], *, draws: bool = True) -> _Trial:
