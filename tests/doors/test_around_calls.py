@@ -10,6 +10,7 @@ import pytest
 import torch
 from rank_processes import Ranks
 from torch import Tensor, nn
+from torch.distributed import _functional_collectives as funcol
 
 import torchtrt_md as md
 
@@ -208,3 +209,74 @@ def test_equal_modules_with_other_plain_tensors_are_refused(ranks: Ranks) -> Non
         assert len(errors) == 1
         assert "'self.scale' is a tensor, no parameter and no buffer, with other values" in said
         assert "register it as a buffer" in said
+
+
+class Halves(nn.Module):
+    """Communicates by itself, and returns views."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.q = nn.Linear(8, 8, bias=False)
+
+    def forward(self, x: Tensor, cache: Tensor) -> tuple[Tensor, ...]:
+        y = funcol.all_reduce(self.q(x), "avg", [0, 1])
+        return y, y[:2], y.t(), cache[0], cache, cache[:, 1:3].transpose(0, 1), cache + 1
+
+
+def views_of(rank: int) -> tuple[list[list[float]], list[list[float]], bool]:
+    """What all results are behind writes to some of them, by the compiled model and by the model itself."""
+    torch.manual_seed(0)
+    torch.compiler.reset()
+    model = Halves().eval()
+    x, cache = torch.randn(4, 8), torch.randn(2, 4, 8)
+    compiled = torch.compile(model, backend="torchtrt_md", options=OPTIONS)
+    found = []
+    with torch.no_grad():
+        for call in (compiled, model):
+            # in front of it, where its own memory begins elsewhere
+            mine = torch.cat([torch.zeros_like(cache), cache])[2:]
+            y, first, turned, part, whole, middle, other = call(x, mine)
+            first.zero_()
+            turned[5] = 3
+            part[3] = 5
+            middle[0, 1] = 7
+            other.zero_()
+            found.append([t.flatten().tolist() for t in (y, first, turned, part, whole, middle, other, mine)])
+        again = compiled(x, cache)[0]
+        return found[0], found[1], bool((again - model(x, cache)[0]).abs().max() < 1e-5)
+
+
+class Broken(Halves):
+    def forward(self, x: Tensor, cache: Tensor) -> tuple[Tensor, ...]:
+        part, y = cache[0], funcol.all_reduce(self.q(x), "avg", [0, 1])
+        torch._dynamo.graph_break()
+        part[:] = y
+        return (cache + 1,)
+
+
+def broken_in_two(rank: int) -> str:
+    """The second graph writes to a view that the first made, and reads what it is a view of."""
+    torch.manual_seed(0)
+    torch.compiler.reset()
+    compiled = torch.compile(Broken().eval(), backend="torchtrt_md", options=OPTIONS)
+    try:
+        with torch.no_grad():
+            compiled(torch.randn(4, 8), torch.randn(2, 4, 8))
+    except md.MDError as raised:
+        return raised.problem
+    return ""
+
+
+def test_a_view_that_is_written_behind_a_break_is_refused_beside_what_it_is_of(ranks: Ranks) -> None:
+    for outcome in ranks(broken_in_two):
+        assert not outcome.error, outcome.message
+        assert "which shares memory with the input" in outcome.value
+
+
+def test_results_that_are_views_are_views_of_the_same(ranks: Ranks) -> None:
+    for outcome in ranks(views_of):
+        assert not outcome.error, outcome.message
+        ours, theirs, right = outcome.value
+        for one, other in zip(ours, theirs, strict=True):
+            assert one == pytest.approx(other, abs=1e-5)
+        assert right

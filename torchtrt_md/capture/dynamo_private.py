@@ -137,6 +137,14 @@ def group_ranks(name: str) -> Sequence[int]:
     return dist.get_process_group_ranks(_resolve_process_group(group))
 
 
+def memory_of(tensor: Tensor) -> int:
+    """A number that two tensors, fake ones too, have in common where they share memory.
+
+    Without it, a result that is a view of an input would be a tensor of its own.
+    """
+    return int(tensor.untyped_storage()._cdata)
+
+
 def local_tensor(tensor: Tensor) -> Tensor:
     """The part of a DTensor that this process holds, without a view; any other tensor as it is.
 

@@ -49,6 +49,7 @@ from torchtrt_md.doors.agreed import agreed_options
 from torchtrt_md.doors.compared import compare_ranks, is_close, limit_of, run_graph
 from torchtrt_md.doors.flat_call import Compiled, FlatCall, check_apart
 from torchtrt_md.doors.unused import check_launch_used
+from torchtrt_md.doors.views import views
 from torchtrt_md.errors import CaptureError, MDError, OptionError, PlanError
 from torchtrt_md.lowering import split_outputs
 from torchtrt_md.options import Options
@@ -255,6 +256,7 @@ def _callable(captured: _Captured, runner: Compiled, autocast: Autocast, gm: Gra
         unused=captured.unused,
         results=captured.results,
         written=captured.written,
+        views=views(gm, [i for i, each in enumerate(captured.inputs) if each.kind == "value"]),
         waits=awaited_inputs(gm),
         outputs=[value.name for value in captured.program.outputs],
         runner=runner,

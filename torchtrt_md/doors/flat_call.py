@@ -20,6 +20,7 @@ from torch.distributed.tensor import DTensor
 from torchtrt_md.capture.async_private import arrived
 from torchtrt_md.capture.dynamo import GraphInput, PlacedOutput, WrittenInput
 from torchtrt_md.capture.dynamo_private import local_tensor
+from torchtrt_md.doors.views import View
 from torchtrt_md.errors import InputError
 from torchtrt_md.program import Output
 from torchtrt_md.runtime.weights import checksum
@@ -87,6 +88,7 @@ class FlatCall:
         unused: the program's inputs that the graph has not, with what to pass for them.
         results: for each output of the graph the program's, or the constant that it is.
         written: what the program returns for inputs that the graph writes to.
+        views: index of a result -> what it is a view of.
         waits: indices of inputs that the graph itself waits for: they may be in flight.
         outputs: names of the program's outputs.
         runner: runs the program.
@@ -102,6 +104,7 @@ class FlatCall:
         unused: Mapping[str, Tensor],
         results: Sequence[object],
         written: Sequence[WrittenInput],
+        views: Mapping[int, View],
         waits: Sequence[int],
         outputs: Sequence[str],
         runner: Compiled,
@@ -110,7 +113,7 @@ class FlatCall:
         self._inputs, self._feeds, self._unused, self._results = inputs, feeds, unused, results
         self._names, self._outputs, self._runner, self._around = weights, outputs, runner, around
         fed = set(feeds.values())
-        self._waits = sorted(waits)
+        self._waits, self._views = sorted(waits), views
         self._values = [(i, inputs[i].name, *_like(inputs[i].example)) for i in sorted(fed)]
         self._written = [(feeds[leaf.name], self._outputs[leaf.index]) for leaf in written]
         self._numbers = [(i, e.name, e.example) for i, e in enumerate(inputs) if isinstance(e.example, (int, float))]
@@ -145,7 +148,10 @@ class FlatCall:
             out = self._runner.call(bind, weights=known.laid_out, about=about)
         for index, output in self._written:
             local_tensor(ready[index]).detach().copy_(out[output])
-        return [self._result(out, leaf) for leaf in self._results]
+        results = [self._result(out, leaf) for leaf in self._results]
+        for index, view in self._views.items():
+            results[index] = view.of(ready, results)
+        return results
 
     def _result(self, out: Mapping[str, Tensor], leaf: object) -> Any:
         if not isinstance(leaf, Output):
