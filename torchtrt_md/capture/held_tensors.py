@@ -80,13 +80,17 @@ class Slots:
         self._slots = self._all()
 
     def replaced(self) -> Iterator[tuple[str, Tensor, object]]:
-        """The name of each weight that is another object than at the last look, what it was, and what is there now."""
+        """The name of each weight that is another object than at the last look, what it was, and what is there now.
+
+        Whoever does not take all of them, because one is refused, finds them again.
+        """
         if all(of.get(key) is value for of, key, value in self._slots):
             return
-        was, self._held, self._slots = self._held, named_weights(self._model), self._all()
-        for name, weight in was.items():
-            if self._held.get(name) is not weight:
-                yield name, weight, self._held.get(name)
+        held, slots = named_weights(self._model), self._all()
+        for name, weight in self._held.items():
+            if held.get(name) is not weight:
+                yield name, weight, held.get(name)
+        self._held, self._slots = held, slots
 
     def _all(self) -> list[tuple[Mapping[str, object], str, object]]:
         kinds = ("_modules", "_parameters", "_buffers")
