@@ -57,7 +57,8 @@ def test_nothing_imports_a_door() -> None:
 
 
 def test_nothing_but_a_door_imports_tuning() -> None:
-    assert {stage_of(path) for path in SOURCES for name in imports(path) if name.split(".")[0] == "tune"} == {"doors"}
+    found = {stage_of(path) for path in SOURCES for name in imports(path) if name.split(".")[0] == "tune"}
+    assert found == {"tune", "doors"}
 
 
 def test_a_stage_imports_earlier_stages() -> None:
