@@ -12,7 +12,7 @@ It is for inference: a graph whose result would need gradients is refused.
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import ExitStack, contextmanager, nullcontext
+from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any, Protocol
 
@@ -54,6 +54,7 @@ from torchtrt_md.errors import CaptureError, MDError, OptionError, PlanError
 from torchtrt_md.lowering import split_outputs
 from torchtrt_md.options import Options
 from torchtrt_md.program import Output, ShardedProgram, Value, Weight, outputs_of, part, placeholders
+from torchtrt_md.runtime.autocast import without_autocast
 
 if TYPE_CHECKING:
     from torchtrt_md.runtime.graphs import Budget
@@ -190,7 +191,7 @@ def _compiled(
         return found[0].program
 
     call = call_in_progress()
-    with autocast.off():
+    with without_autocast():
         runner = build(
             captured,
             options,
@@ -198,7 +199,7 @@ def _compiled(
             name="a function" if call is None else type(call.module).__name__,
             budget=budget,
         )
-    return _callable(found[0], runner, autocast, gm)
+    return _callable(found[0], runner, gm)
 
 
 def _is_of_numbers(gm: GraphModule) -> bool:
@@ -230,13 +231,6 @@ class Autocast:
                 stack.enter_context(torch.autocast(kind, dtype))
             yield
 
-    @contextmanager
-    def off(self) -> Iterator[None]:
-        with ExitStack() as stack:
-            for kind, _ in self.on:
-                stack.enter_context(torch.autocast(kind, enabled=False))
-            yield
-
 
 def _refuse_gradients(gm: GraphModule) -> None:
     for node in outputs_of(gm):
@@ -248,7 +242,7 @@ def _refuse_gradients(gm: GraphModule) -> None:
             )
 
 
-def _callable(captured: _Captured, runner: Compiled, autocast: Autocast, gm: GraphModule) -> FlatCall:
+def _callable(captured: _Captured, runner: Compiled, gm: GraphModule) -> FlatCall:
     return FlatCall(
         inputs=captured.inputs,
         feeds=captured.feeds,
@@ -260,7 +254,6 @@ def _callable(captured: _Captured, runner: Compiled, autocast: Autocast, gm: Gra
         waits=awaited_inputs(gm),
         outputs=[value.name for value in captured.program.outputs],
         runner=runner,
-        around=autocast.off if autocast.on else nullcontext,
     )
 
 

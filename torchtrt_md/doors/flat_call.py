@@ -10,7 +10,6 @@ from __future__ import annotations
 import operator
 import weakref
 from collections.abc import Callable, Mapping, Sequence
-from contextlib import AbstractContextManager
 from typing import Any, Protocol
 
 import torch
@@ -23,7 +22,8 @@ from torchtrt_md.capture.dynamo_private import local_tensor
 from torchtrt_md.doors.views import View
 from torchtrt_md.errors import InputError
 from torchtrt_md.program import Output
-from torchtrt_md.runtime.weights import checksum
+from torchtrt_md.runtime.autocast import without_autocast
+from torchtrt_md.runtime.weights import same_values
 
 
 class Compiled(Protocol):
@@ -92,7 +92,6 @@ class FlatCall:
         waits: indices of inputs that the graph itself waits for: they may be in flight.
         outputs: names of the program's outputs.
         runner: runs the program.
-        around: entered around a run; autocast is off there.
     """
 
     def __init__(
@@ -108,10 +107,9 @@ class FlatCall:
         waits: Sequence[int],
         outputs: Sequence[str],
         runner: Compiled,
-        around: Callable[[], AbstractContextManager[None]],
     ) -> None:
         self._inputs, self._feeds, self._unused, self._results = inputs, feeds, unused, results
-        self._names, self._outputs, self._runner, self._around = weights, outputs, runner, around
+        self._names, self._outputs, self._runner = weights, outputs, runner
         fed = set(feeds.values())
         self._waits, self._views = sorted(waits), views
         self._values = [(i, inputs[i].name, *_like(inputs[i].example)) for i in sorted(fed)]
@@ -143,7 +141,7 @@ class FlatCall:
             fed = {name: arrived(local_tensor(ready[index])) for name, index in self._feeds.items()}
             return {**self._unused, **fed}
 
-        with self._around():
+        with without_autocast():
             about = f" with weights {number}" if number else ""
             out = self._runner.call(bind, weights=known.laid_out, about=about)
         for index, output in self._written:
@@ -185,8 +183,7 @@ class FlatCall:
             ours, theirs = local_tensor(first), local_tensor(flat[index])
             if index in self._names or ours is theirs:
                 continue
-            alike = ours.shape == theirs.shape and ours.dtype == theirs.dtype
-            if not (alike and checksum(ours) == checksum(theirs)):
+            if not same_values(ours, theirs):
                 raise InputError(
                     f"{self._inputs[index].name!r} is a tensor, no parameter and no buffer, with other values than"
                     " when the graph was compiled: those of another module of this class, or new ones",

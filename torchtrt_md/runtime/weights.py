@@ -171,12 +171,9 @@ class WeightGuard:
 
     def _follow(self, name: str, weight: Tensor, now: object) -> Tensor:
         """Watch what is in a tensor's place now, if it has the same values."""
-        if not isinstance(now, Tensor):
-            raise self._changed(name)
-        before, after = (t.to_local() if isinstance(t, DTensor) else t for t in (weight, now))
-        if (after.dtype, after.shape) != (before.dtype, before.shape):
-            raise self._changed(name)
-        if not (before.is_meta or after.is_meta or checksum(after) == checksum(before)):
+        before = weight.to_local() if isinstance(weight, DTensor) else weight
+        after = now.to_local() if isinstance(now, DTensor) else now
+        if not isinstance(after, Tensor) or not same_values(before, after):
             raise self._changed(name)
         self._forget(name, weight)
         self._count(name, after)
@@ -241,6 +238,13 @@ def check_parts(
                     + ", ".join(f"rank {rank} has {value:016x}" for rank, value in held.items()),
                     fix="load the same checkpoint on every rank, or seed them alike; broadcast what rank 0 has",
                 )
+
+
+def same_values(a: Tensor, b: Tensor) -> bool:
+    """Are they of one dtype and shape, and, where neither is on meta, of the same bits?"""
+    if (a.dtype, a.shape) != (b.dtype, b.shape):
+        return False
+    return a.is_meta or b.is_meta or checksum(a) == checksum(b)
 
 
 def checksum(tensor: Tensor) -> int:
