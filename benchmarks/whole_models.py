@@ -43,6 +43,7 @@ import torchtrt_md as md
 from benchmarks import measure
 from benchmarks.block_speed import Launch, chosen, join, machine, print_once, release
 from benchmarks.peers import captured, quantize_blocks
+from torchtrt_md.lowering.passes import Exchange
 from torchtrt_md.verification.compare import ROUNDING_RATIO
 
 _ROUNDS = 20
@@ -60,6 +61,7 @@ class Workload:
         parallel: an axis and a strategy; ``tp`` for the model's own tensor parallel plan.
         about: the size, for people.
         plan: what splits the sequence; None for the model's own, by which its library does, too.
+        groups: of heads, that Ulysses is tried with.
     """
 
     make: Callable[[], nn.Module]
@@ -67,6 +69,7 @@ class Workload:
     parallel: str
     about: str
     plan: Any = None
+    groups: tuple[int, ...] = ()
 
 
 def flux(small: bool, pixels: int = 1024) -> Workload:
@@ -89,7 +92,9 @@ def flux(small: bool, pixels: int = 1024) -> Workload:
         }
 
     about = f"{3 if small else 57} blocks, {side * side} + {text} tokens"
-    return Workload(lambda: FluxTransformer2DModel(guidance_embeds=True, **cut), kwargs, "ulysses", f"FLUX.1, {about}")
+    return Workload(
+        lambda: FluxTransformer2DModel(guidance_embeds=True, **cut), kwargs, "ulysses", f"FLUX.1, {about}", groups=(2,)
+    )
 
 
 def wan(small: bool) -> Workload:
@@ -107,7 +112,8 @@ def wan(small: bool) -> Workload:
         }
 
     about = f"{size['num_layers']} blocks, latents {list(shape)}"
-    return Workload(lambda: WanTransformer3DModel(**size), kwargs, "ulysses", f"Wan2.1 at the width of 14B, {about}")
+    about = f"Wan2.1 at the width of 14B, {about}"
+    return Workload(lambda: WanTransformer3DModel(**size), kwargs, "ulysses", about, groups=(2,) if small else (2, 5))
 
 
 def cosmos3(small: bool) -> Workload:
@@ -309,6 +315,7 @@ class Bench:
             "ours, Inductor": {"placement": "split", "compute": "inductor"},
             "ours, Inductor, no overlap": {"placement": "split", "compute": "inductor", "overlap": False},
             "ours, Inductor, stores": {"placement": "split", "compute": "inductor", "transport": "store"},
+            **{f"ours, Inductor, stores, {n} groups of heads": self._in_groups(n) for n in self.workload.groups},
             "ours, TensorRT": {"placement": "split"},
             "ours, TensorRT, one engine": {"placement": "engine"},
             "ours, tuned": {"tune": True},
@@ -316,6 +323,10 @@ class Bench:
         }
         for name, way in ways.items():
             self.add(name, partial(self.compile_ours, name, {"tune": False, **way, **graph}), peer=False)
+
+    def _in_groups(self, groups: int) -> dict[str, Any]:
+        how = Exchange("ulysses", head_groups=groups)
+        return {"placement": "split", "compute": "inductor", "transport": "store", "exchange": how}
 
     def compile_ours(self, name: str, options: Mapping[str, Any]) -> Timed:
         tp = self.workload.parallel == "tp"

@@ -59,7 +59,7 @@ def _scatter(node: Node, args: dict[str, Any]) -> Node | None:
     if dim == 0:
         return None
     args["dim"] = 0
-    parts = _parts_first(node, x, dim, size)
+    parts = parts_first(node, x, dim, size)
     scattered = emit(node, node.target, parts, *args.values())  # type: ignore[arg-type]
     return view(node, scattered, list(value_of(node).shape))
 
@@ -68,12 +68,12 @@ def _all_to_all(node: Node, args: dict[str, Any]) -> Node | None:
     x, split, concat, axis, size = args.values()
     if split == concat == 0:
         return None
-    parts = _parts_first(node, x, split, size)
+    parts = parts_first(node, x, split, size)
     exchanged = emit(node, md.all_to_all.default, parts, 0, 0, axis, size)
     return view(node, _move_first_to(node, exchanged, concat), list(value_of(node).shape))
 
 
-def _parts_first(node: Node, x: Node, dim: int, size: int) -> Node:
+def parts_first(node: Node, x: Node, dim: int, size: int) -> Node:
     """[..., s, ...] -> [P, ..., s / P, ...]."""
     shape = list(value_of(x).shape)
     parts = view(node, x, [*shape[:dim], size, shape[dim] // size, *shape[dim + 1 :]])

@@ -1,15 +1,17 @@
 """Large sums over ranks -> a scatter and a gather, and what reads each token by itself is done in between.
 
     before    s = all_reduce(x);  h = r + s;  n = norm(h)                        on every rank, for all tokens
-    after     s_i = reduce_scatter(x);  h_i = r_i + s_i;  n_i = norm(h_i)        for a rank's tokens
+    after     y = all_to_all(x as [P, tokens / P, ...], 0, 0)                    each rank's part of the sum, sent
+              s_i = sum(y, 0);  h_i = r_i + s_i;  n_i = norm(h_i)                for a rank's tokens, in one kernel
               n = all_gather(n_i)
 
-The residual r stays split from one sum to the next, so what is sent is what the sums sent: Megatron's sequence
-parallelism (Korthikanti et al., 2022, https://arxiv.org/abs/2205.05198), found in the graph.  It is done for an axis
-where no more has to be gathered than was summed, and where there is something to do in between; and to values of which
-it is known that all ranks of the axis have the same.  In the split placement only, where ranks store into each other's
-memory: there a sum is these two steps anyway, and NCCL takes longer for both than for one (13.0 ms for Llama on 4 H200
-where whole sums take 12.5; benchmarks/results/2026-11-22-llama-scattered-h200-x4.md).
+A sum adds in float32, in the order of the ranks, in the kernel that does what follows.  The residual r stays split from
+one sum to the next, so what is sent is what the sums sent: Megatron's sequence parallelism (Korthikanti et al., 2022,
+https://arxiv.org/abs/2205.05198), found in the graph.  It is done for an axis where no more has to be gathered than was
+summed, and where there is something to do in between; and to values of which it is known that all ranks of the axis
+have the same.  In the split placement only, where ranks store into each other's memory: there a sum is these two steps
+anyway, and NCCL takes longer for both than for one (13.0 ms for Llama on 4 H200 where whole sums take 12.5;
+benchmarks/results/2026-11-22-llama-scattered-h200-x4.md).
 """
 
 from __future__ import annotations
@@ -25,7 +27,8 @@ from torch import Tensor
 from torch.fx import GraphModule, Node
 from torch.fx.node import map_arg
 
-from torchtrt_md.graph.rewrite import ALONE, emit
+from torchtrt_md.graph.rewrite import ALONE, emit, view
+from torchtrt_md.lowering.leading_dim import parts_first
 from torchtrt_md.lowering.merge_products import JOINS, SOURCE
 from torchtrt_md.lowering.ops import bound_args, is_collective
 from torchtrt_md.lowering.passes import PassContext
@@ -140,8 +143,7 @@ class _Scattered:
     def _part(self, node: Node) -> Node:
         """A value of rows, for this rank's tokens."""
         if node in self.sums:
-            args = bound_args(node)
-            return emit(node, md.reduce_scatter.default, args["x"], args["op"], self.dim, self.axis, self.size)
+            return self._sum(node)
         if node.target is operator.getitem:
             of = self.own[node.all_input_nodes[0], self.dim]
             with self.graph.graph.inserting_before(node):
@@ -153,6 +155,21 @@ class _Scattered:
         ndim = (result if isinstance(result, Tensor) else result[0]).ndim
         operands: Any = map_arg((node.args, node.kwargs), lambda x: self._operand(node, x, ndim))
         return emit(node, node.target, *operands[0], **operands[1])
+
+    def _sum(self, node: Node) -> Node:
+        """The sum of a rank's tokens, of what all ranks have of them."""
+        args, shape = bound_args(node), list(value_of(node).shape)
+        parts = parts_first(node, args["x"], self.dim, self.size)
+        sent = emit(node, md.all_to_all.default, parts, 0, 0, self.axis, self.size)
+        sent.meta[ALONE] = True
+        wide = torch.promote_types(value_of(node).dtype, torch.float32)
+        total = emit(node, aten.sum.dim_IntList, sent, [0], dtype=wide)
+        if args["op"] == "avg":
+            total = emit(node, aten.mul.Tensor, total, 1 / self.size)
+        if wide != value_of(node).dtype:
+            total = emit(node, aten._to_copy.default, total, dtype=value_of(node).dtype)
+        shape[self.dim] //= self.size
+        return view(node, total, shape)
 
     def _operand(self, node: Node, x: Node, ndim: int) -> Node:
         """An operand for this rank's tokens; what is the same for all tokens, as it is."""

@@ -20,8 +20,10 @@ whole, contiguous tensors.  Attention reads queries and returns its result as [B
 
 from __future__ import annotations
 
+import math
 import operator
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from itertools import accumulate
 from typing import Any
 
 import torch
@@ -30,7 +32,7 @@ from torch.fx import Graph, GraphModule, Node
 
 from torchtrt_md.graph.functional import RESHAPES, copied
 from torchtrt_md.graph.private import lazy_module
-from torchtrt_md.graph.rewrite import emit, permute
+from torchtrt_md.graph.rewrite import emit, permute, substitute
 from torchtrt_md.lowering.ops import bound_args, is_collective
 from torchtrt_md.lowering.rank_input import PREFIX
 from torchtrt_md.lowering.schedule import schedule
@@ -55,6 +57,7 @@ _VIEWS = {
     aten.squeeze.dims,
     aten.expand.default,
 }
+_SPLITS = (aten.split.Tensor, aten.split_with_sizes.default)
 _PRODUCTS = {aten.mm.default, aten.addmm.default, aten.bmm.default, aten.baddbmm.default, aten.convolution.default}
 _PRODUCTS |= {aten._scaled_mm.default, aten._int_mm.default}
 _BSHD = [0, 2, 1, 3]
@@ -72,10 +75,31 @@ def partition(
         compute: what the compute parts run as.
     """
     graph = copied(graph)
+    _pieces_as_views(graph)
     _pass_attention_as_written(graph, is_eager)
     for node in outputs_of(graph):
         node.meta[_PASSES] = True
     return _Cut(program, graph, is_eager, compute).parts()
+
+
+def _pieces_as_views(graph: GraphModule) -> None:
+    """Let pieces of what is split be slices of it, where each lies in one piece: parts then pass on the whole.
+
+    As the shifts and scales that a product makes of the time step, which would each be copied.
+    """
+    for node in list(graph.graph.nodes):
+        if node.target not in _SPLITS:
+            continue
+        args = bound_args(node)
+        whole, dim = args["self"], args["dim"]
+        if math.prod(value_of(whole).shape[: dim % value_of(whole).ndim]) != 1:
+            continue
+        ends = list(accumulate(piece.shape[dim] for piece in node.meta["val"]))
+        for pick in list(node.users):
+            index = pick.args[1]
+            first, end = ends[index] - node.meta["val"][index].shape[dim], ends[index]
+            substitute(pick, emit(node, aten.slice.Tensor, whole, dim, first, end))
+        graph.graph.erase_node(node)
 
 
 def _pass_attention_as_written(graph: GraphModule, is_eager: Callable[[Node], bool]) -> None:

@@ -51,11 +51,11 @@ def push_of(node: Node, me: int) -> Push | None:
         me: where this rank stands along the axis.
     """
     name, args = str(node.target).split(".")[1], bound_args(node)
-    size = args["size"]
+    size, alone = args["size"], node.meta.get(ALONE, False)
     if name == "all_to_all":
-        return Push(lambda x, results: _exchanged(x.chunk(size), results, me))
+        return Push(lambda x, results: _exchanged(x.chunk(size), results, me), alone=alone)
     if name == "all_gather":
-        return Push(lambda x, results: _exchanged([x] * size, results, me), alone=node.meta.get(ALONE, False))
+        return Push(lambda x, results: _exchanged([x] * size, results, me), alone=alone)
     if name == "permute_tensor":
         to = (me + args["shift"]) % size
         return Push(lambda x, results: [(results[to], x)])
