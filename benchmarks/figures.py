@@ -50,12 +50,19 @@ MODELS = (
         "flux",
         "FLUX.1, 57 blocks, 4096 + 512 tokens",
         "FLUX.1",
-        {1: "2026-11-22-flux-h200", 2: "2026-11-22-flux-ahead-h200-x2", 4: "2026-11-22-flux-beside-h200-x4"},
+        {1: "2026-11-22-flux-h200", 2: "2026-11-23-flux-views-h200-x2", 4: "2026-11-22-flux-beside-h200-x4"},
         "the best peer: compiled by PyTorch, in a CUDA graph; diffusers' Ulysses on 2 and 4",
     ),
     Model(
+        "flux2048",
+        "FLUX.1 at 2048 x 2048, 16,384 + 512 tokens",
+        "FLUX.1 at 2048 px",
+        {2: "2026-11-23-flux2048-h200-x2"},
+        "the best peer, as above",
+    ),
+    Model(
         "flux",
-        "The same in float8 by torchao",
+        "FLUX.1 in float8 by torchao",
         "FLUX.1 in float8",
         {4: "2026-11-22-float8-h200-x4"},
         "the best peer, as above",
@@ -64,8 +71,15 @@ MODELS = (
         "llama",
         "Llama at the width of 8B, 16 layers, 2048 tokens",
         "Llama",
-        {2: "2026-11-22-llama-scattered-h200-x2", 4: "2026-11-22-llama-scattered-h200-x4"},
+        {2: "2026-11-23-llama-summed-h200-x2", 4: "2026-11-22-llama-scattered-h200-x4"},
         "the best peer: DTensor and `torch.compile`, in a CUDA graph",
+    ),
+    Model(
+        "llama8192",
+        "Llama, 8192 tokens",
+        "Llama, 8192 tokens",
+        {2: "2026-11-23-llama8192-h200-x2"},
+        "the best peer, as above",
     ),
     Model(
         "cosmos3",
@@ -78,7 +92,7 @@ MODELS = (
         "wan",
         "Wan2.1 14B, 4 blocks, 720p",
         "Wan2.1 14B",
-        {2: "2026-11-22-wan-alone-h200-x2", 4: "2026-11-22-wan-peer-h200-x4"},
+        {2: "2026-11-23-wan-groups-h200-x2", 4: "2026-11-22-wan-peer-h200-x4"},
         "the best peer: diffusers' Ulysses, compiled by PyTorch, in a CUDA graph",
     ),
 )
@@ -123,11 +137,12 @@ def table() -> str:
     for model in MODELS:
         found = figures(model)
         reports = ", ".join(f"[{gpus}]({RESULTS}/{name}.md)" for gpus, name in model.reports.items())
-        lines.append(f"| **{model.title}** ({reports}) | | | | |")
+        title = f"**{model.title}** ({reports})"
         if model.peer is not None:
-            lines.append(_row(model.peer, "peer", found))
+            lines.append(_row(f"{title}: {model.peer}", "peer", found))
         else:
-            lines.append(_row("the dense model, compiled by PyTorch; no peer was timed on several", "dense", found))
+            other = "the dense model, compiled by PyTorch; no peer was timed on several"
+            lines.append(_row(f"{title}: {other}", "dense", found))
         lines += [_row(label, name, found) for name, label in ROWS.items() if any(name in at for at in found.values())]
     return "\n".join(lines) + "\n"
 
