@@ -328,7 +328,7 @@ def _run_as_attention_writes(graph: torch.fx.GraphModule, operands: list[torch.T
     return list(Runner(graph).run(*operands))
 
 
-class Modulated(nn.Module):
+class Shifted(nn.Module):
     """A block whose shifts and scales are pieces of one product, read before and behind its attention."""
 
     def __init__(self, batch: int) -> None:
@@ -349,7 +349,7 @@ class Modulated(nn.Module):
 @pytest.mark.parametrize("batch", [1, 2])
 def test_parts_pass_on_what_was_split_and_not_its_pieces(batch: int) -> None:
     """Each piece would be a copy, and is a view where what is split has one row."""
-    call = Modulated(batch).eval(), (torch.randn(batch, 8, 16), torch.randn(batch, 8))
+    call = Shifted(batch).eval(), (torch.randn(batch, 8, 16), torch.randn(batch, 8))
     parallel = md.ContextParallel("cp", "ulysses", {"": {"x": md.Split(1)}, "out": md.Gather(1)})
     program = md.lower(md.capture(*call, mesh=md.Mesh(cp=2), parallel=parallel), placement="split")
     placed = place(program, "split")
@@ -359,3 +359,34 @@ def test_parts_pass_on_what_was_split_and_not_its_pieces(batch: int) -> None:
     }
     assert any(shape == (batch, 48) for _, shape in passed) == (batch == 1)
     assert any(shape == (batch, 16) for _, shape in passed) == (batch == 2)
+
+
+class Embedded(nn.Module):
+    """Equal blocks behind a layer that embeds their input."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.embed = nn.Linear(16, 16)
+        self.blocks = nn.ModuleList(
+            [nn.ModuleDict({"qkv": nn.Linear(16, 48), "out": nn.Linear(16, 16)}) for _ in range(4)]
+        )
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        x = self.embed(x)
+        for block in self.blocks:
+            q, k, v = block["qkv"](x).unflatten(-1, (3, 2, 8)).permute(2, 0, 3, 1, 4)  # type: ignore[index]
+            y = nn.functional.scaled_dot_product_attention(q, k, v)
+            x = x + block["out"](y.transpose(1, 2).flatten(2))  # type: ignore[index]
+        return x
+
+
+@pytest.mark.parametrize("compute", ["engine", "inductor"])
+def test_the_first_of_equal_blocks_is_built_with_the_others(compute: Any) -> None:
+    call: models.Call = Embedded().eval(), (torch.randn(1, 8, 16),), {}
+    parallel = md.ContextParallel("cp", "ulysses", {"": {"x": md.Split(1)}})
+    program = md.lower(md.capture(*call, mesh=md.Mesh(cp=2), parallel=parallel), placement="split")
+    placed = place(program, "split", compute=compute)
+    assert_computes_the_same(placed)
+    middle = [part.digest for part in placed.parts[0] if part.runs == compute][1:-1]
+    assert len(middle) == 3
+    assert len(set(middle)) == 1

@@ -76,6 +76,7 @@ def partition(
     """
     graph = copied(graph)
     _pieces_as_views(graph)
+    _pass_as_read(graph, is_eager)
     _pass_attention_as_written(graph, is_eager)
     for node in outputs_of(graph):
         node.meta[_PASSES] = True
@@ -100,6 +101,19 @@ def _pieces_as_views(graph: GraphModule) -> None:
             first, end = ends[index] - node.meta["val"][index].shape[dim], ends[index]
             substitute(pick, emit(node, aten.slice.Tensor, whole, dim, first, end))
         graph.graph.erase_node(node)
+
+
+def _pass_as_read(graph: GraphModule, is_eager: Callable[[Node], bool]) -> None:
+    """Let a value that is only read in another shape pass in that shape.
+
+    So a block that reads what embeds its input is the same as one that reads another block's result, and is built once.
+    """
+    for node in graph.graph.nodes:
+        computed = node.op == "call_function" and not is_view(node) and not is_eager(node) and not is_collective(node)
+        if computed and len(node.users) == 1:
+            (reader,) = node.users
+            if reader.target in RESHAPES and value_of(node).is_contiguous():
+                reader.meta[_PASSES] = True
 
 
 def _pass_attention_as_written(graph: GraphModule, is_eager: Callable[[Node], bool]) -> None:
