@@ -5,7 +5,8 @@
 writes FILE.json and FILE.md.  ``--only`` names candidates, with wildcards; ``--size small --device cpu`` is a trial of
 the script where there is no GPU.  A candidate that fails is recorded and the others go on; the exit code is then 1.
 
-With ``--quantized`` all candidates are of one model that torchao has quantized: ours, and those of its library.
+xDiT is a peer of FLUX.1 where ``xfuser`` is installed, with ``yunchang``, ``distvae`` and ``einops``.  With
+``--quantized`` all candidates are of one model that torchao has quantized: ours, and those of its library.
 
 Weights are random and made on each GPU, equal on all.  What is timed: calls on inputs that lie on the GPU, the slowest
 rank of each round, candidates taking turns.  Errors are relative, by L2 norms, against float32.  Where that of all, or
@@ -40,7 +41,7 @@ from torch.utils import _pytree as pytree
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 import torchtrt_md as md
-from benchmarks import measure
+from benchmarks import measure, xdit
 from benchmarks.block_speed import Launch, chosen, join, machine, print_once, release
 from benchmarks.peers import captured, quantize_blocks
 from torchtrt_md.lowering.passes import Exchange
@@ -215,7 +216,7 @@ class Bench:
         keep: Callable[[dict[str, Any]], None],
     ) -> None:
         self.launch, self.small, self.wanted, self.quantized, self.keep = launch, small, wanted, quantized, keep
-        self.workload = WORKLOADS[name](small)
+        self.name, self.workload = name, WORKLOADS[name](small)
         torch.manual_seed(0)
         before = torch.get_default_dtype()
         torch.set_default_dtype(torch.bfloat16)
@@ -295,7 +296,7 @@ class Bench:
         self.with_graph("dense, compiled", lambda: self.call_of(self.compiled(self.twin())), ranks=1)
 
     def add_peers(self, backends: list[str]) -> None:
-        """What the model's own library has for several GPUs."""
+        """What the model's own library has for several GPUs, and xDiT where it is installed."""
         if self.launch.ranks == 1 or self.workload.plan is not None:
             return
         if self.workload.parallel == "tp":
@@ -308,6 +309,10 @@ class Bench:
                 name = f"diffusers {strategy}, {backend.strip('_')}"
                 self.with_graph(f"{name}, eager", lambda of=of: self.call_of(of()))  # type: ignore[misc]
                 self.with_graph(f"{name}, compiled", lambda of=of: self.call_of(self.compiled(of())))  # type: ignore[misc]
+        if self.name in ("flux", "flux2048") and self.launch.clock.cuda and xdit.is_there():
+            name = f"xDiT ulysses, {xdit.BACKEND}"
+            self.with_graph(f"{name}, eager", lambda: self.call_of(self.by_xdit()))
+            self.with_graph(f"{name}, compiled", lambda: self.call_of(self.compiled(self.by_xdit())))
 
     def add_ours(self) -> None:
         graph = {"cuda_graph": self.launch.clock.cuda}
@@ -361,6 +366,9 @@ class Bench:
         model.enable_parallelism(config=ContextParallelConfig(**{f"{strategy}_degree": self.launch.ranks}))
         parallel: nn.Module = model
         return parallel
+
+    def by_xdit(self) -> nn.Module:
+        return xdit.ulysses(self.twin(), self.kwargs["encoder_hidden_states"].shape[1])
 
     def tensor_parallel(self) -> nn.Module:
         from torch.distributed.device_mesh import init_device_mesh
