@@ -331,9 +331,8 @@ def _run_as_attention_writes(graph: torch.fx.GraphModule, operands: list[torch.T
 class Shifted(nn.Module):
     """A block whose shifts and scales are pieces of one product, read before and behind its attention."""
 
-    def __init__(self, batch: int) -> None:
+    def __init__(self) -> None:
         super().__init__()
-        self.batch = batch
         self.modulation, self.qkv, self.out = nn.Linear(8, 48), nn.Linear(16, 48), nn.Linear(16, 16)
 
     def forward(self, x: torch.Tensor, time: torch.Tensor) -> torch.Tensor:
@@ -343,13 +342,14 @@ class Shifted(nn.Module):
             for y in self.qkv(x * (1 + scale[:, None]) + shift[:, None]).split([16, 16, 16], -1)
         )
         y = nn.functional.scaled_dot_product_attention(q, k, v).transpose(1, 2).flatten(2)
-        return x + gate[:, None] * self.out(y)
+        result: torch.Tensor = x + gate[:, None] * self.out(y)
+        return result
 
 
 @pytest.mark.parametrize("batch", [1, 2])
 def test_parts_pass_on_what_was_split_and_not_its_pieces(batch: int) -> None:
     """Each piece would be a copy, and is a view where what is split has one row."""
-    call = Shifted(batch).eval(), (torch.randn(batch, 8, 16), torch.randn(batch, 8))
+    call = Shifted().eval(), (torch.randn(batch, 8, 16), torch.randn(batch, 8))
     parallel = md.ContextParallel("cp", "ulysses", {"": {"x": md.Split(1)}, "out": md.Gather(1)})
     program = md.lower(md.capture(*call, mesh=md.Mesh(cp=2), parallel=parallel), placement="split")
     placed = place(program, "split")

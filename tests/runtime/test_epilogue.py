@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 
+import models
 import pytest
 import torch
 from torch import Tensor
@@ -11,6 +12,9 @@ from torch.fx import GraphModule
 from torch.fx.experimental.proxy_tensor import make_fx
 from torch.nn import functional as F
 
+import torchtrt_md as md
+from torchtrt_md.graph.functional import copied
+from torchtrt_md.place import place
 from torchtrt_md.runtime.epilogue import fuse_gelu
 
 aten = torch.ops.aten
@@ -57,3 +61,13 @@ def test_inductor_compiles_it() -> None:
 def test_what_is_left_alone(function: Callable[..., Tensor], dtype: torch.dtype) -> None:
     graph, _ = traced(function, dtype)
     assert fuse_gelu(graph) == 0
+
+
+def test_every_gelu_of_a_model_in_parts_is_fused() -> None:
+    """What parts know of where a program was cut is nothing to those who compile them."""
+    call = models.flux(torch.bfloat16)
+    captured = md.capture(*call, mesh=md.Mesh(cp=2), parallel=md.ContextParallel("cp", "ulysses"))
+    placed = place(md.lower(captured, placement="split"), "split", compute="inductor")
+    graphs = [part.graph for part in placed.parts[0] if part.runs == "inductor" and part.graph is not None]
+    written = sum(len(graph.graph.find_nodes(op="call_function", target=aten.gelu.default)) for graph in graphs)
+    assert sum(fuse_gelu(copied(graph)) for graph in graphs) == written == 4  # of image and text, and two single blocks

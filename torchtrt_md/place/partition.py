@@ -317,6 +317,7 @@ class _Cut:
                 for operand in node.all_input_nodes:
                     copied(operand)
                 env[node] = graph.node_copy(node, env.__getitem__)
+                env[node].meta.pop(_PASSES, None)  # it says where to cut, and within a part a view is one
                 if node.target in RESHAPES:
                     # what it looks at may lie otherwise now; only what surely is a view waits for nothing
                     sure = runs == "eager" and _is_surely_view(node, mine)
