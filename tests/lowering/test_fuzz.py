@@ -16,9 +16,11 @@ import random_programs
 import torch
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
+from joined import joined
 
 import torchtrt_md as md
 from torchtrt_md.lowering import lower
+from torchtrt_md.place import place
 from torchtrt_md.program import Coordinate, part
 from torchtrt_md.verification.simulate import simulate
 
@@ -37,6 +39,8 @@ def _no_caches(monkeypatch: pytest.MonkeyPatch) -> None:
 def check(program: random_programs.Program) -> str:
     """``refused``, ``accepted``, or ``accepted split`` where a rank takes part of something; no verify.
 
+    What is accepted is simulated twice: whole, and cut into the parts that would run.
+
     Raises:
         AssertionError: a rank returns something else than the model.
         Exception: anything but an error of this package.
@@ -45,14 +49,16 @@ def check(program: random_programs.Program) -> str:
     try:
         captured = md.capture(model, (), program.inputs, mesh=program.mesh(), parallel=program.parallel())
         lowered = lower(captured, placement=program.placement)  # type: ignore[arg-type]
+        placed = place(lowered, program.placement)  # type: ignore[arg-type]
     except md.MDError:
         return "refused"
     expected = model(**program.inputs)
-    for rank, outputs in enumerate(simulate(lowered, program.inputs)):
-        for value, output, whole in zip(lowered.outputs, outputs, expected, strict=True):
-            assert value.shape == whole.shape
-            mine = part(whole, value.sharding, lowered.mesh, rank)
-            torch.testing.assert_close(output, mine, rtol=1e-6, atol=1e-6)
+    for form in (lowered, joined(placed)):
+        for rank, outputs in enumerate(simulate(form, program.inputs)):
+            for value, output, whole in zip(lowered.outputs, outputs, expected, strict=True):
+                assert value.shape == whole.shape
+                mine = part(whole, value.sharding, lowered.mesh, rank)
+                torch.testing.assert_close(output, mine, rtol=1e-6, atol=1e-6)
     return "accepted split" if any(isinstance(s, Coordinate) for s in lowered.sources.values()) else "accepted"
 
 
