@@ -15,7 +15,8 @@ lets the two overlap.  Where a compute part would wait for a collective although
 part is cut there.
 
 Views belong to nobody: they are repeated in each part that reads through them, so that what passes between parts are
-whole, contiguous tensors.  Attention reads queries and returns its result as [B, S, H, D], in which its kernels write.
+whole, contiguous tensors, in the shape in which they are read.  Attention reads queries and returns its result as
+[B, S, H, D], in which its kernels write.
 """
 
 from __future__ import annotations
