@@ -41,6 +41,7 @@ _FEWEST = 2  # ops for each sum, as an addition and a norm are several
 _OF_ROWS = (aten.mean.dim, aten.sum.dim_IntList, aten.amax.default, aten.amin.default)
 _MAKE_ALIKE = (md.all_reduce.default, md.all_gather.default, md.broadcast.default)
 _NORMS = (aten.native_layer_norm.default, aten._fused_rms_norm.default)
+_SUMMED = (torch.float64, torch.float32, torch.bfloat16, torch.float16)  # not whole numbers, which are exact
 _CASTS = (aten._to_copy.default, aten.clone.default)
 
 
@@ -65,7 +66,7 @@ def _large_sums(graph: GraphModule, axis: str) -> list[Node]:
     found = []
     for node in graph.graph.find_nodes(op="call_function", target=md.all_reduce.default):
         args, value = bound_args(node), value_of(node)
-        summed = args["axis"] == axis and args["op"] in ("sum", "avg")
+        summed = args["axis"] == axis and args["op"] in ("sum", "avg") and value.dtype in _SUMMED
         if summed and value.ndim > 1 and value.nbytes >= LARGE:
             found.append(node)
     return found
@@ -162,12 +163,13 @@ class _Scattered:
         parts = parts_first(node, args["x"], self.dim, self.size)
         sent = emit(node, md.all_to_all.default, parts, 0, 0, self.axis, self.size)
         sent.meta[ALONE] = True
-        wide = torch.promote_types(value_of(node).dtype, torch.float32)
-        total = emit(node, aten.sum.dim_IntList, sent, [0], dtype=wide)
+        dtype = value_of(node).dtype
+        wide = torch.promote_types(dtype, torch.float32)
+        # Casts of their own: TensorRT sums in the dtype of what it is given, whatever the sum says.
+        total = emit(node, aten.sum.dim_IntList, _cast(node, sent, wide), [0])
         if args["op"] == "avg":
             total = emit(node, aten.mul.Tensor, total, 1 / self.size)
-        if wide != value_of(node).dtype:
-            total = emit(node, aten._to_copy.default, total, dtype=value_of(node).dtype)
+        total = _cast(node, total, dtype)
         shape[self.dim] //= self.size
         return view(node, total, shape)
 
@@ -206,6 +208,10 @@ def _is_of_a_rank(source: Source | None, axis: str) -> bool:
         return True
     shardings: Sequence[Any] = source.shardings if isinstance(source, Weight) else source.sharding
     return any(axis in axes_of(sharding.axis) for sharding in shardings)
+
+
+def _cast(before: Node, x: Node, dtype: torch.dtype) -> Node:
+    return x if value_of(x).dtype == dtype else emit(before, aten._to_copy.default, x, dtype=dtype)
 
 
 def _is_tensor(node: Node) -> bool:

@@ -219,6 +219,26 @@ def test_a_model_has_its_norms_done_by_tokens(ranks: int) -> None:
     assert lowered(captured, stores=False).counts["scatter_sums"] == 0, "and so does NCCL"
 
 
+def test_whole_numbers_are_added_up_exactly() -> None:
+    def call(x: Tensor) -> Tensor:
+        return (total(x, 2) - 2**24).to(torch.float64).mul(0.5).add(1)
+
+    xs = [torch.full((4, 4), 2**24 + 1), torch.full((4, 4), 2)]  # whose sum is none of float32's
+    graph = graphs.trace(call, xs[0])
+    assert graphs.check(run, graph, Mesh(cp=2), xs) == 0
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
+def test_a_sum_is_of_float32_numbers(dtype: torch.dtype) -> None:
+    """In TensorRT, too, where a sum is of the dtype of its operand."""
+    x = torch.zeros(1, 12, WIDTH, dtype=dtype)
+    graph = graphs.trace(lambda x: norm(same(x, 2) + total(x, 2)).tanh(), x)
+    assert run(graph, PassContext(Mesh(cp=2), {}, {})) == 1
+    (node,) = (n for n in graph.graph.find_nodes(op="call_function", target=torch.ops.aten.sum.dim_IntList))
+    assert node.all_input_nodes[0].meta["val"].dtype == node.meta["val"].dtype == torch.float32
+    assert not node.kwargs
+
+
 def test_small_sums_stay(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.undo()
     captured = md.capture(*models.llama(torch.float32), mesh=Mesh(tp=2), parallel=md.TensorParallel("tp"))

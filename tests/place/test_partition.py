@@ -361,6 +361,38 @@ def test_parts_pass_on_what_was_split_and_not_its_pieces(batch: int) -> None:
     assert any(shape == (batch, 16) for _, shape in passed) == (batch == 2)
 
 
+class Returning(nn.Module):
+    """Pieces and views of an input that are returned as they are."""
+
+    def __init__(self, look: Any) -> None:
+        super().__init__()
+        self.look = look
+
+    def forward(self, x: torch.Tensor, wide: torch.Tensor) -> tuple[torch.Tensor, ...]:
+        return x * 2, *self.look(wide)
+
+
+@pytest.mark.parametrize("placement", ["split", "engine"])
+@pytest.mark.parametrize(
+    "look",
+    [
+        lambda d: d.split([2, 2], 0),
+        lambda d: d.split([2, 2], 0)[1:],
+        lambda d: [d.transpose(0, 1)],
+        lambda d: [d.reshape(-1)],
+        lambda d: [d[1:3, :2]],
+    ],
+)
+def test_what_is_returned_as_it_came_is_no_engines_where_none_can_pass_it(look: Any, placement: Any) -> None:
+    call = Returning(look).eval(), (torch.randn(2, 4), torch.randn(4, 3, dtype=torch.float64))
+    program = md.lower(md.capture(*call, mesh=md.Mesh(cp=1), parallel=()), placement=placement)
+    placed = place(program, placement, boundary=(torch.float32,))
+    assert_computes_the_same(placed)
+    for part in placed.parts[0]:
+        bindings = (*part.segment.inputs, *part.segment.outputs)
+        assert part.runs == "eager" or {b.dtype for b in bindings} == {torch.float32}
+
+
 class Embedded(nn.Module):
     """Equal blocks behind a layer that embeds their input."""
 

@@ -43,7 +43,7 @@ from torchtrt_md.segment import Binding, Part, Runs, Segment, Wire
 
 aten, md = torch.ops.aten, torch.ops.torchtrt_md
 ATTENTION = (md.attention.default, md.ring_attention.default)
-_VIEWS = {
+VIEWS = {
     aten.view.default,
     aten._unsafe_view.default,
     aten.reshape.default,
@@ -76,7 +76,7 @@ def partition(
         compute: what the compute parts run as.
     """
     graph = copied(graph)
-    _pieces_as_views(graph)
+    _pieces_as_views(graph, is_eager)
     _pass_as_read(graph, is_eager)
     _pass_attention_as_written(graph, is_eager)
     for node in outputs_of(graph):
@@ -84,22 +84,25 @@ def partition(
     return _Cut(program, graph, is_eager, compute).parts()
 
 
-def _pieces_as_views(graph: GraphModule) -> None:
+def _pieces_as_views(graph: GraphModule, is_eager: Callable[[Node], bool]) -> None:
     """Let pieces of what is split be slices of it, where each lies in one piece: parts then pass on the whole.
 
-    As the shifts and scales that a product makes of the time step, which would each be copied.
+    As the shifts and scales that a product makes of the time step, which would each be copied.  What stays in PyTorch
+    or is returned keeps its node, by whose name it is known.
     """
+    returned = set(outputs_of(graph))
     for node in list(graph.graph.nodes):
-        if node.target not in _SPLITS:
+        if node.target not in _SPLITS or not returned.isdisjoint(node.users) or any(map(is_eager, (node, *node.users))):
             continue
-        args = bound_args(node)
+        args, pieces = bound_args(node), node.meta["val"]
         whole, dim = args["self"], args["dim"]
-        if math.prod(value_of(whole).shape[: dim % value_of(whole).ndim]) != 1:
+        outer = value_of(whole).shape[: dim % value_of(whole).ndim]
+        if math.prod(outer) != 1 or any(user.target is not operator.getitem for user in node.users):
             continue
-        ends = list(accumulate(piece.shape[dim] for piece in node.meta["val"]))
+        ends = list(accumulate(piece.shape[dim] for piece in pieces))
         for pick in list(node.users):
             index = pick.args[1]
-            first, end = ends[index] - node.meta["val"][index].shape[dim], ends[index]
+            first, end = ends[index] - pieces[index].shape[dim], ends[index]
             substitute(pick, emit(node, aten.slice.Tensor, whole, dim, first, end))
         graph.graph.erase_node(node)
 
@@ -174,7 +177,7 @@ def axis_of(node: Node) -> str | None:
 
 def is_view(node: Node) -> bool:
     """Does this node only look at its operand, so that any part may repeat it?"""
-    return node.target in _VIEWS and _PASSES not in node.meta
+    return node.target in VIEWS and _PASSES not in node.meta
 
 
 class _Cut:
@@ -187,7 +190,7 @@ class _Cut:
         self.order = {node: index for index, node in enumerate(graph.graph.nodes)}
         self.eager = {n for n in self.order if n.op == "call_function" and not is_view(n) and is_eager(n)}
         for node in self.order:  # what picks one of several results, or looks at one, goes where that is made
-            follows = node.target is operator.getitem or (node.target in _VIEWS and not is_view(node))
+            follows = node.target is operator.getitem or (node.target in VIEWS and not is_view(node))
             if follows and base_of(node.all_input_nodes[0]) in self.eager:
                 self.eager.add(node)
         self.sources = {node: Wire.of(program.sources[node.name]) for node in placeholders(graph)}
@@ -318,7 +321,6 @@ class _Cut:
                 for operand in node.all_input_nodes:
                     copied(operand)
                 env[node] = graph.node_copy(node, env.__getitem__)
-                env[node].meta.pop(_PASSES, None)  # it says where to cut, and within a part a view is one
                 if node.target in RESHAPES:
                     # what it looks at may lie otherwise now; only what surely is a view waits for nothing
                     sure = runs == "eager" and _is_surely_view(node, mine)

@@ -13,7 +13,7 @@ from typing import Any
 import torch
 from torch.fx import GraphModule, Node
 
-from torchtrt_md.place.partition import is_view
+from torchtrt_md.place.partition import VIEWS
 
 aten = torch.ops.aten
 _DTYPES = (torch.float16, torch.bfloat16)
@@ -43,7 +43,7 @@ def _product(node: Node) -> Node | None:
     """The product whose result, seen by views alone, is read by this node only."""
     x = node.args[0]
     assert isinstance(x, Node)
-    while is_view(x) and len(x.users) == 1:
+    while x.target in VIEWS and len(x.users) == 1:
         x = x.all_input_nodes[0]
     plain = x.target is aten.addmm.default and len(x.users) == 1 and not x.kwargs
     if not plain:
