@@ -32,7 +32,7 @@ import torch
 from torch.fx import GraphModule, Node
 
 from torchtrt_md.errors import ShardingError
-from torchtrt_md.graph.rewrite import emit, substitute
+from torchtrt_md.graph.rewrite import cast, emit, substitute
 from torchtrt_md.graph.source import source_line
 from torchtrt_md.lowering.layout import slices
 from torchtrt_md.lowering.ops import bound_args
@@ -129,5 +129,4 @@ def _merged(node: Node, parts: list[tuple[Node, Node]], some_see_nothing: bool) 
     total = terms[0]
     for term in terms[1:]:
         total = emit(node, aten.add.Tensor, total, term)
-    dtype = value_of(node).dtype
-    return total if value_of(total).dtype is dtype else emit(node, aten._to_copy.default, total, dtype=dtype)
+    return cast(node, total, value_of(node).dtype)

@@ -27,7 +27,7 @@ from torch import Tensor
 from torch.fx import GraphModule, Node
 from torch.fx.node import map_arg
 
-from torchtrt_md.graph.rewrite import ALONE, emit, view
+from torchtrt_md.graph.rewrite import ALONE, cast, emit, view
 from torchtrt_md.lowering.leading_dim import parts_first
 from torchtrt_md.lowering.merge_products import JOINS, SOURCE
 from torchtrt_md.lowering.ops import bound_args, is_collective
@@ -166,10 +166,10 @@ class _Scattered:
         dtype = value_of(node).dtype
         wide = torch.promote_types(dtype, torch.float32)
         # Casts of their own: TensorRT sums in the dtype of what it is given, whatever the sum says.
-        total = emit(node, aten.sum.dim_IntList, _cast(node, sent, wide), [0])
+        total = emit(node, aten.sum.dim_IntList, cast(node, sent, wide), [0])
         if args["op"] == "avg":
             total = emit(node, aten.mul.Tensor, total, 1 / self.size)
-        total = _cast(node, total, dtype)
+        total = cast(node, total, dtype)
         shape[self.dim] //= self.size
         return view(node, total, shape)
 
@@ -208,10 +208,6 @@ def _is_of_a_rank(source: Source | None, axis: str) -> bool:
         return True
     shardings: Sequence[Any] = source.shardings if isinstance(source, Weight) else source.sharding
     return any(axis in axes_of(sharding.axis) for sharding in shardings)
-
-
-def _cast(before: Node, x: Node, dtype: torch.dtype) -> Node:
-    return x if value_of(x).dtype == dtype else emit(before, aten._to_copy.default, x, dtype=dtype)
 
 
 def _is_tensor(node: Node) -> bool:

@@ -17,6 +17,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 import torchtrt_md as md
+from torchtrt_md.parallel import Placement
 
 MAX_ELEMENTS, MAX_DIMS = 4096, 5
 GLOBALS = {"torch": torch, "F": F, "math": math}
@@ -57,7 +58,7 @@ class Program:
     plan: dict[str, object]
     size: int
     strategy: str
-    placement: str
+    placement: Placement
     split_batch: bool
     several: bool
 
@@ -110,7 +111,7 @@ def program(random: Random) -> Program:
         lines.add(_of("self.gather1(A)"))
     returned = lines.last[-random.choice([1, 1, 2]) :]
     strategy = random.choice(["ulysses", "allgather_kv", "auto", "ring"])
-    placement = "split" if strategy == "ring" else random.choice(["engine", "split"])
+    placement: Placement = "split" if strategy == "ring" else random.choice(["engine", "split"])
     several = size == 4 and random.random() < 0.5
     text = _needed(lines.text, returned)
     return Program(text, tuple(returned), inputs, plan, size, strategy, placement, split_batch, several)

@@ -48,8 +48,8 @@ def check(program: random_programs.Program) -> str:
     model = program.model()
     try:
         captured = md.capture(model, (), program.inputs, mesh=program.mesh(), parallel=program.parallel())
-        lowered = lower(captured, placement=program.placement)  # type: ignore[arg-type]
-        placed = place(lowered, program.placement)  # type: ignore[arg-type]
+        lowered = lower(captured, placement=program.placement)
+        placed = place(lowered, program.placement)
     except md.MDError:
         return "refused"
     expected = model(**program.inputs)

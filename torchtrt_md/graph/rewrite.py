@@ -44,3 +44,8 @@ def view(before: Node, x: Node, shape: list[int]) -> Node:
 def permute(before: Node, x: Node, dims: list[int]) -> Node:
     """Permute ``x``; no node where the order stays."""
     return x if dims == sorted(dims) else emit(before, torch.ops.aten.permute.default, x, dims)
+
+
+def cast(before: Node, x: Node, dtype: torch.dtype) -> Node:
+    """``x`` in this dtype; no node where it has it."""
+    return x if value_of(x).dtype == dtype else emit(before, torch.ops.aten._to_copy.default, x, dtype=dtype)

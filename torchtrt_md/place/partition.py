@@ -24,7 +24,6 @@ from __future__ import annotations
 import math
 import operator
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from itertools import accumulate
 from typing import Any
 
 import torch
@@ -34,6 +33,7 @@ from torch.fx import Graph, GraphModule, Node
 from torchtrt_md.graph.functional import RESHAPES, copied
 from torchtrt_md.graph.private import lazy_module
 from torchtrt_md.graph.rewrite import emit, permute, substitute
+from torchtrt_md.lowering.layout import slices
 from torchtrt_md.lowering.ops import bound_args, is_collective
 from torchtrt_md.lowering.rank_input import PREFIX
 from torchtrt_md.lowering.schedule import schedule
@@ -94,16 +94,14 @@ def _pieces_as_views(graph: GraphModule, is_eager: Callable[[Node], bool]) -> No
     for node in list(graph.graph.nodes):
         if node.target not in _SPLITS or not returned.isdisjoint(node.users) or any(map(is_eager, (node, *node.users))):
             continue
-        args, pieces = bound_args(node), node.meta["val"]
+        args = bound_args(node)
         whole, dim = args["self"], args["dim"]
         outer = value_of(whole).shape[: dim % value_of(whole).ndim]
         if math.prod(outer) != 1 or any(user.target is not operator.getitem for user in node.users):
             continue
-        ends = list(accumulate(piece.shape[dim] for piece in pieces))
+        views = slices(node, whole, dim, [piece.shape[dim] for piece in node.meta["val"]])
         for pick in list(node.users):
-            index = pick.args[1]
-            first, end = ends[index] - pieces[index].shape[dim], ends[index]
-            substitute(pick, emit(node, aten.slice.Tensor, whole, dim, first, end))
+            substitute(pick, views[pick.args[1]])
         graph.graph.erase_node(node)
 
 
