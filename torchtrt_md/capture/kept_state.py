@@ -11,8 +11,9 @@ import functools
 import sys
 from collections import OrderedDict, deque
 from collections.abc import Callable, Iterable, Iterator, Mapping
+from operator import is_
 from types import CellType, CodeType, FunctionType, MethodType, ModuleType, TracebackType
-from typing import Any, Self
+from typing import Any, Self, TypeAlias
 
 import torch
 from torch import Tensor, nn
@@ -47,6 +48,19 @@ class KeptState:
         self._own = list(walk.places)
         walk.code()
         self._shared = walk.places[len(self._own) :]
+
+    def state(self) -> State | None:
+        """What differs by now from when this object was made, of all that it would put back.
+
+        None where it cannot be told what does: what was put there may change, as a dict does, and is not looked into.
+        """
+        changed: State = []
+        for place in (*self._own, *self._shared):
+            if new := place.changes():
+                if not all(value is _ABSENT or isinstance(value, _ATOMS) for value in new):
+                    return None
+                changed.append((place, place.now()))
+        return changed
 
     def __enter__(self) -> None:
         pass
@@ -95,17 +109,18 @@ class _Container:
 
     def changes(self) -> list[object]:
         """What is in it that was not, and something at least where anything changed."""
-        now = self._read()
-        if len(now) == len(self._before) and all(
-            a is b and v is w for (a, v), (b, w) in zip(now, self._before, strict=True)
-        ):
+        (keys, values), (old_keys, old_values) = self._read(), self._before
+        if len(keys) == len(old_keys) and all(map(is_, keys, old_keys)) and all(map(is_, values, old_values)):
             return []
-        old = {id(value) for _, value in self._before}
-        return [_ABSENT, *(value for _, value in now if id(value) not in old)]
+        old = set(map(id, old_values))
+        return [_ABSENT, *(value for value in values if id(value) not in old)]
+
+    def now(self) -> list[tuple[Any, Any]]:
+        return list(zip(*self._read(), strict=True))
 
     def restore(self) -> None:
         self._base.clear(self._container)
-        for key, value in self._before:
+        for key, value in zip(*self._before, strict=True):
             if isinstance(self._container, dict):
                 self._base.__setitem__(self._container, key, value)
             elif isinstance(self._container, set):
@@ -113,11 +128,14 @@ class _Container:
             else:
                 self._base.append(self._container, value)
 
-    def _read(self) -> list[tuple[Any, Any]]:
-        keys = list(self._base.__iter__(self._container))
+    def _read(self) -> tuple[list[Any], list[Any]]:
+        """The keys, of a dict, and the values."""
+        if type(self._container) is dict:  # as most are
+            return list(self._container), list(self._container.values())
+        content = list(self._base.__iter__(self._container))
         if isinstance(self._container, dict):
-            return [(key, dict.__getitem__(self._container, key)) for key in keys]
-        return [(None, value) for value in keys]
+            return content, [dict.__getitem__(self._container, key) for key in content]
+        return [None] * len(content), content
 
 
 class _Names:
@@ -130,6 +148,9 @@ class _Names:
     def changes(self) -> list[object]:
         return list(self._changed().values())
 
+    def now(self) -> list[tuple[Any, Any]]:
+        return list(self._changed().items())
+
     def restore(self) -> None:
         for name in self._changed():
             self._write(name, self._before.get(name, _ABSENT))
@@ -141,6 +162,20 @@ class _Names:
             for name, value in self._read().items()
             if value is not self._before.get(name, _ABSENT) and not isinstance(value, (ModuleType, type, FunctionType))
         }
+
+
+# Places that hold something else by now, and what is in each.
+State: TypeAlias = "list[tuple[_Container | _Names, list[tuple[Any, Any]]]]"
+
+
+def same_state(a: State, b: State) -> bool:
+    """Is the same in all places, as far as they changed?"""
+    return len(a) == len(b) and all(
+        one is other
+        and len(then) == len(now)
+        and all(k == key and v is value for (k, v), (key, value) in zip(then, now, strict=True))
+        for (one, then), (other, now) in zip(a, b, strict=True)
+    )
 
 
 class _Walk:

@@ -43,6 +43,10 @@ class KnownValues(TorchDispatchMode):
         # The memory of known values into which something unknown was written; kept, so that no other has its address.
         self._lost: dict[int, Tensor] = {}
 
+    def knows(self, tensor: Tensor) -> bool:
+        """Has this tensor of a trace a value?"""
+        return tensor in self._known
+
     def _of(self, tensor: Tensor) -> Tensor | None:
         """The value of a tensor that is traced, on the CPU and not to be written to; None where it is not known."""
         value: Tensor | None = self._known.get(tensor)

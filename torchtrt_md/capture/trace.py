@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import hashlib
 from collections.abc import Callable, Collection, Mapping, Sequence
+from contextlib import nullcontext
 from dataclasses import dataclass
 
 import torch
@@ -22,6 +23,7 @@ from torchtrt_md.capture.arguments import Arguments, Scalar
 from torchtrt_md.capture.attention import WholeAttention
 from torchtrt_md.capture.known_values import KnownValues
 from torchtrt_md.capture.quiet import quiet
+from torchtrt_md.capture.repeated import RepeatedBlocks, Unrepeated
 from torchtrt_md.capture.torch_private import DEPENDS_ON_VALUES, FakeTensorMode, told_stacks
 from torchtrt_md.capture.written_collectives import refuse_written
 from torchtrt_md.capture.written_tensors import refuse_filled, refuse_written_tensors
@@ -55,10 +57,16 @@ class Trace:
     met: Sequence[Tensor]  # those with values: no inputs, and no weights
 
 
-def trace(shadow: nn.Module, arguments: Arguments, weights: Sequence[LocalWeight]) -> Trace:
+def trace(
+    shadow: nn.Module, arguments: Arguments, weights: Sequence[LocalWeight], repeated: RepeatedBlocks | None = None
+) -> Trace:
     """Run the shadow on fake tensors and record what it does.
 
+    Args:
+        repeated: writes down again what equal blocks do; without it, all are traced.
+
     Raises:
+        Unrepeated: equal blocks do not do the same.
         CaptureError: the model does what cannot be one graph, with the user's source line.
     """
     mode = FakeTensorMode(allow_non_fake_inputs=True)
@@ -72,7 +80,8 @@ def trace(shadow: nn.Module, arguments: Arguments, weights: Sequence[LocalWeight
         held = {w.weight.name: as_placed(w.tensor, t) for w, t in zip(weights, flat, strict=False)}
         named = {name: wrapped(name, t, held) for name, t in [*shadow.named_parameters(), *shadow.named_buffers()]}
         args, kwargs = arguments.call_with(dict(zip(arguments.tensors, flat[len(weights) :], strict=True)))
-        with WholeAttention(), quantizers.whole(), known, torch.no_grad():
+        blocks = repeated.traced(known) if repeated is not None else nullcontext()
+        with WholeAttention(), quantizers.whole(), known, torch.no_grad(), blocks:
             before = pytree.tree_leaves((args, kwargs))
             result = torch.func.functional_call(shadow, named, args, kwargs)
         refuse_filled(before, (args, kwargs))
@@ -84,7 +93,8 @@ def trace(shadow: nn.Module, arguments: Arguments, weights: Sequence[LocalWeight
         leaves.extend(Output(next(indices)) if isinstance(t, Tensor) else t for t in flat_result)
         return tuple(tensors)
 
-    graph = recorded(call, [*fake_weights, *fake_inputs], type(shadow).__name__)
+    expand = repeated.expand if repeated is not None else None
+    graph = recorded(call, [*fake_weights, *fake_inputs], type(shadow).__name__, expand=expand)
     sources: dict[str, Source] = {}
     values = [Value(name, tuple(t.shape), t.dtype) for name, t in arguments.tensors.items()]
     in_order: list[Weight | Value] = [*(w.weight for w in weights), *values]
@@ -103,6 +113,7 @@ def recorded(
     line: Callable[[BaseException], str] | None = None,
     names: Sequence[str] = (),
     writable: Collection[str] = (),
+    expand: Callable[[GraphModule], None] | None = None,
 ) -> GraphModule:
     """What ``call`` does with fake tensors, as a flat, functional graph.
 
@@ -114,6 +125,7 @@ def recorded(
         names: of the inputs, for messages; none where they have none.
         writable: names of inputs that may be written to.  The graph returns their new values behind what ``call``
             returns, and its attribute ``meta["written"]`` has their names in this order.
+        expand: what is done first with the graph as PyTorch traced it.
 
     Raises:
         CaptureError: it does what cannot be one graph.
@@ -121,6 +133,8 @@ def recorded(
     try:
         with quiet(), told_stacks(), lazy_modules(), uncollected():
             graph = make_fx(call, tracing_mode="fake", _allow_non_fake_inputs=True)(*inputs)
+            if expand is not None:
+                expand(graph)
             refuse_written(graph)
             refuse_written_tensors(graph)
             _integer_products(graph)
@@ -130,7 +144,7 @@ def recorded(
         if error.at:
             raise
         raise CaptureError(error.problem, fix=error.fix, at=(line or error_line)(error)) from error
-    except MDError:
+    except (MDError, Unrepeated):
         raise
     except DEPENDS_ON_VALUES as error:
         raise CaptureError(

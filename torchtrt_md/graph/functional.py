@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import operator
 from collections.abc import Sequence
 from typing import Any
 
@@ -77,7 +78,7 @@ def _out_of_place(node: Node) -> None:
     new = getattr(packet, schema.overload_name or "default", None)
     if new is None or new._schema.is_mutable or torch.Tag.pointwise not in new.tags:
         return
-    if not _is_fresh(written) or set(written.users) != {node}:
+    if not is_fresh(written) or set(written.users) != {node}:
         return
     was = node.meta["val"]
     with was.fake_mode:
@@ -86,12 +87,28 @@ def _out_of_place(node: Node) -> None:
         node.target = new
 
 
-def _is_fresh(node: Node) -> bool:
+def is_fresh(node: Node) -> bool:
     """Has this value memory of its own, as its op declares?"""
     op = node.target
     if not isinstance(op, torch._ops.OpOverload) or op.namespace != "aten" or op is aten._unsafe_view.default:
         return False
     return not any(returned.alias_info for returned in op._schema.returns)
+
+
+def base(node: Node) -> Node:
+    """The value whose memory this one has, as far as ops declare it; itself where it has memory of its own."""
+    while not is_fresh(node) and _is_view(node):
+        assert isinstance(node.args[0], Node)
+        node = node.args[0]
+    return node
+
+
+def _is_view(node: Node) -> bool:
+    """Has this value the memory of its first operand?"""
+    if not isinstance(node.target, torch._ops.OpOverload):
+        return node.target is operator.getitem
+    (first, *_) = node.target._schema.arguments or (None,)
+    return node.target is aten._unsafe_view.default or (first is not None and first.alias_info is not None)
 
 
 def _without_renames(graph: GraphModule) -> GraphModule:

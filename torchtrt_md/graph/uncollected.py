@@ -1,4 +1,4 @@
-"""The garbage collector, kept from looking through graphs while they are made."""
+"""The garbage collector, kept from looking through graphs while they are made or compiled."""
 
 from __future__ import annotations
 

@@ -11,6 +11,7 @@ from torch import Tensor
 from torch.fx import GraphModule
 
 from torchtrt_md.graph.functional import copied
+from torchtrt_md.graph.uncollected import uncollected
 from torchtrt_md.lowering.ops import bound_args
 from torchtrt_md.runtime import private
 from torchtrt_md.runtime.epilogue import fuse_gelu
@@ -50,7 +51,7 @@ def compile_graph(
     own = copied(module)
     if device.type == "cuda":
         fuse_gelu(module)
-    with torch.no_grad(), private.compiling(examples(0)) as like:
+    with torch.no_grad(), uncollected(), private.compiling(examples(0)) as like:
         compiled = torch._inductor.compile(module, [*like], options=_OPTIONS)
 
     def call(*tensors: Tensor) -> Sequence[Tensor]:

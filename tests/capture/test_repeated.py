@@ -1,0 +1,424 @@
+"""Equal blocks are traced twice, what is not provably equal each time; the graph is that of the whole trace."""
+
+from __future__ import annotations
+
+import contextvars
+import itertools
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor, nn
+
+import torchtrt_md as md
+from torchtrt_md.capture.repeated import RepeatedBlocks
+from torchtrt_md.errors import CaptureError
+from torchtrt_md.graph.source import source_line
+from torchtrt_md.graph.text import graph_text
+from torchtrt_md.verification import verify
+
+WIDTH = 8
+COUNT = 5  # blocks
+
+
+class Block(nn.Module):
+    """A layer with enough parts to be looked at."""
+
+    def __init__(self, **held: Any) -> None:
+        super().__init__()
+        self.norm, self.up, self.act = nn.LayerNorm(WIDTH), nn.Linear(WIDTH, 2 * WIDTH), nn.GELU()
+        self.down = nn.Linear(2 * WIDTH, WIDTH, bias=False)
+        for name, value in held.items():
+            setattr(self, name, value)
+
+    def forward(self, x: Tensor, *others: Any) -> Any:
+        return x + self.down(self.act(self.up(self.norm(x))))
+
+
+class Model(nn.Module):
+    def __init__(self, *blocks: nn.Module) -> None:
+        super().__init__()
+        self.blocks = nn.ModuleList(blocks)
+        torch.manual_seed(0)
+        for parameter in self.parameters():
+            parameter.data = torch.randn(parameter.shape)
+
+    def forward(self, x: Tensor) -> Tensor:
+        for block in self.blocks:
+            x = block(x)
+        return x
+
+
+@pytest.fixture
+def again(monkeypatch: pytest.MonkeyPatch) -> list[object]:
+    """The blocks that were written down again."""
+    found: list[object] = []
+    own = RepeatedBlocks._write_again
+
+    def noted(self: RepeatedBlocks, kind: Any, call: Any) -> Any:
+        found.append(call.block)
+        return own(self, kind, call)
+
+    monkeypatch.setattr(RepeatedBlocks, "_write_again", noted)
+    return found
+
+
+def captured(model: nn.Module, *inputs: Tensor) -> md.ShardedProgram:
+    return md.capture(model, inputs, mesh=md.Mesh(dp=2), parallel=md.DataParallel("dp"))
+
+
+def is_that_of_the_whole_trace(model: nn.Module, *inputs: Tensor) -> md.ShardedProgram:
+    program = captured(model, *inputs)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(RepeatedBlocks, "_call", lambda *_: None)
+        whole = captured(model, *inputs)
+    assert graph_text(program.graphs[0]) == graph_text(whole.graphs[0])
+    names = [[node.name for node in p.graphs[0].graph.find_nodes(op="placeholder")] for p in (program, whole)]
+    assert names[0] == names[1]
+    lines = [[source_line(node) for node in p.graphs[0].graph.nodes] for p in (program, whole)]
+    assert lines[0] == lines[1]
+    assert program.out_spec == whole.out_spec
+    assert program.out_leaves == whole.out_leaves
+    return program
+
+
+X = torch.randn(1, 4, WIDTH)
+
+
+def test_equal_blocks_are_traced_twice(again: list[object]) -> None:
+    model = Model(*(Block() for _ in range(COUNT))).eval()
+    program = is_that_of_the_whole_trace(model, X)
+    assert len(again) == COUNT - 2
+    assert verify(md.lower(program), model, (X,)).error < 1e-6, "each has its own weights"
+
+
+def test_no_block_is_left_with_another_forward() -> None:
+    own = Block.forward
+    captured(Model(*(Block() for _ in range(COUNT))), X)
+    assert Block.forward is own
+
+
+def test_blocks_of_two_classes_in_turn(again: list[object]) -> None:
+    class Other(Block):
+        def forward(self, x: Tensor, *others: Any) -> Any:
+            return super().forward(x).relu()
+
+    is_that_of_the_whole_trace(Model(*(kind() for _ in range(4) for kind in (Block, Other))), X)
+    assert len(again) == 4
+
+
+@pytest.mark.parametrize(
+    "held",
+    [
+        [{"scale": i} for i in range(COUNT)],
+        [{"scale": [1.0, {"deep": i}]} for i in range(COUNT)],
+        [{"scale": (lambda x, i=i: x * i)} for i in range(COUNT)],
+        [{"scale": iter(range(9))}] * COUNT,
+        [{"scale": itertools.count()}] * COUNT,
+        [{"scale": nn.Dropout(i / 10)} for i in range(COUNT)],
+        [{"scale": torch.tensor(float(i))} for i in range(COUNT)],
+    ],
+    ids=["number", "deep", "function", "iterator", "counter", "module", "tensor"],
+)
+def test_blocks_that_hold_something_else_are_traced(held: list[dict[str, Any]], again: list[object]) -> None:
+    is_that_of_the_whole_trace(Model(*(Block(**h) for h in held)), X)
+    assert not again
+
+
+def test_what_differs_in_one_block_only(again: list[object]) -> None:
+    blocks = [Block(slope=0.1) for _ in range(COUNT)]
+    blocks[3].slope = 0.2  # type: ignore[assignment]
+    is_that_of_the_whole_trace(Model(*blocks), X)
+    assert blocks[3] not in again
+    assert len(again) == COUNT - 3
+
+
+def test_hooks_inside_of_blocks_run(again: list[object]) -> None:
+    model = Model(*(Block() for _ in range(COUNT)))
+    for index, block in enumerate(model.blocks):
+        hook = lambda module, args, result, index=index: result * index  # noqa: E731
+        block.get_submodule("up").register_forward_hook(hook)
+    is_that_of_the_whole_trace(model, X)
+    assert not again
+
+
+def test_hooks_of_blocks_run_around_what_is_written_again(again: list[object]) -> None:
+    model = Model(*(Block() for _ in range(COUNT)))
+    for index, block in enumerate(model.blocks):
+        block.register_forward_hook(lambda module, args, result, index=index: result * index)
+    is_that_of_the_whole_trace(model, X)
+    assert len(again) == COUNT - 2
+
+
+CALLS = {"count": 0}
+SCALES = [1.0, 1.0, 1.0, 2.0, 1.0]
+now: contextvars.ContextVar[float] = contextvars.ContextVar("now", default=1.0)
+
+
+class Counting(Block):
+    """Its fourth call is another, by what its file holds."""
+
+    def forward(self, x: Tensor, *others: Any) -> Any:
+        CALLS["count"] += 1
+        return super().forward(x) * SCALES[CALLS["count"] - 1]
+
+
+class OfItsClass(Block):
+    calls = 0
+
+    def forward(self, x: Tensor, *others: Any) -> Any:
+        OfItsClass.calls += 1
+        return super().forward(x) * SCALES[OfItsClass.calls - 1]
+
+
+class Reading(Block):
+    def forward(self, x: Tensor, *others: Any) -> Any:
+        return super().forward(x) * SCALES[CALLS["count"]]
+
+
+class OfTheContext(Block):
+    def forward(self, x: Tensor, *others: Any) -> Any:
+        return super().forward(x) * now.get()
+
+
+class Telling(Model):
+    """Its forward says which block is next, in all the ways there are."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        for index, block in enumerate(self.blocks):
+            CALLS["count"] = index
+            token = now.set(SCALES[index])
+            x = block(x)
+            now.reset(token)
+        return x
+
+
+@pytest.mark.parametrize(
+    "model", [Model(*(Counting() for _ in range(COUNT))), Model(*(OfItsClass() for _ in range(5)))]
+)
+def test_blocks_that_count_their_calls_are_traced(model: nn.Module, again: list[object]) -> None:
+    CALLS["count"] = OfItsClass.calls = 0
+    program = captured(model, X)
+    assert not again
+    assert sum("mul.Tensor" in line and ", 2.0)" in line for line in graph_text(program.graphs[0]).split("\n")) == 1
+    CALLS["count"] = OfItsClass.calls = 0
+
+
+@pytest.mark.parametrize("block", [Reading, OfTheContext])
+def test_blocks_around_which_something_changes_are_traced(block: type[Block], again: list[object]) -> None:
+    is_that_of_the_whole_trace(Telling(*(block() for _ in range(COUNT))), X)
+    assert not again
+
+
+def test_autocast_around_one_block(again: list[object]) -> None:
+    class Cast(Model):
+        def forward(self, x: Tensor) -> Tensor:
+            for index, block in enumerate(self.blocks):
+                with torch.autocast("cpu", torch.bfloat16, enabled=index == 3):
+                    x = block(x)
+            return x
+
+    model = Cast(*(Block() for _ in range(COUNT)))
+    is_that_of_the_whole_trace(model, X)
+    assert len(again) == COUNT - 3
+
+
+def test_arguments_that_differ(again: list[object]) -> None:
+    class Scaled(Block):
+        def forward(self, x: Tensor, *others: Any) -> Any:
+            return super().forward(x) * others[0]
+
+    class Passing(Model):
+        def forward(self, x: Tensor) -> Tensor:
+            for block, scale in zip(self.blocks, (1, 1, 1, True, 1.0), strict=True):  # equal, and of other dtypes
+                x = block(x, scale)
+            return x
+
+    is_that_of_the_whole_trace(Passing(*(Scaled() for _ in range(COUNT))), X)
+    assert len(again) == 1
+
+
+def test_results_of_every_kind(again: list[object]) -> None:
+    class Split(Block):
+        def forward(self, x: Tensor, *others: Any) -> Any:
+            y = super().forward(x)
+            return {"parts": [y[:, :3], y[:, 3:]], "same": x, "twice": (y, y), "none": None, "two": 2}
+
+    class Joined(Model):
+        def forward(self, x: Tensor) -> Tensor:
+            for block in self.blocks:
+                r = block(x)
+                assert r["none"] is None
+                assert r["twice"][0] is r["twice"][1]
+                assert r["same"] is x
+                x = torch.cat(r["parts"], 1) * r["two"] + r["twice"][0] + r["same"]
+            return x
+
+    is_that_of_the_whole_trace(Joined(*(Split() for _ in range(COUNT))), X)
+    assert len(again) == COUNT - 2
+
+
+def test_one_weight_in_all_blocks(again: list[object]) -> None:
+    blocks = [Block() for _ in range(COUNT)]
+    for block in blocks:
+        block.up = blocks[0].up
+    program = is_that_of_the_whole_trace(Model(*blocks), X)
+    assert len(again) == COUNT - 2
+    assert sum(name.endswith("up.weight") for name in program.sources) <= 1
+
+
+class Constant(Block):
+    def forward(self, x: Tensor, *others: Any) -> Any:
+        return super().forward(x) + torch.tensor([0.5])
+
+
+class Writing(Block):
+    """Writes to what it is given."""
+
+    def forward(self, x: Tensor, *others: Any) -> Any:
+        x.mul_(2)
+        return super().forward(x)
+
+
+class WritingView(Block):
+    def forward(self, x: Tensor, *others: Any) -> Any:
+        x[:, :1].add_(1)
+        return super().forward(x)
+
+
+class WritingOwn(Block):
+    """Writes to what it made, by way of views."""
+
+    def forward(self, x: Tensor, *others: Any) -> Any:
+        y = super().forward(x)
+        y[:, :2].mul_(3)
+        y += x
+        return y
+
+
+class Shuffled(Model):
+    def forward(self, x: Tensor) -> Tensor:
+        x = x + 1
+        for block in self.blocks:
+            x = x + block(x)
+        return x
+
+
+@pytest.mark.parametrize("block", [Constant, Writing, WritingView, WritingOwn])
+@pytest.mark.parametrize("model", [Model, Shuffled])
+def test_blocks_of_which_a_record_does_not_say_all(model: type[Model], block: type[Block]) -> None:
+    made = model(*(block() for _ in range(COUNT))).eval()
+    x = X.clone() + 1
+    program = is_that_of_the_whole_trace(made, x) if model is Shuffled else None
+    if program is not None:
+        assert verify(md.lower(program), made, (x,)).error < 1e-6
+
+
+class Kept(Model):
+    """Hands tensors to its blocks behind their arguments."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        for block in self.blocks:
+            self.given = x.sin()
+            x = block(x)
+        return x
+
+
+def test_values_from_outside(again: list[object]) -> None:
+    kept: list[Kept] = []
+
+    class Taking(Block):
+        def forward(self, x: Tensor, *others: Any) -> Any:
+            return super().forward(x) + kept[0].given
+
+    model = Kept(*(Taking() for _ in range(COUNT)))
+    kept.append(model)
+    with pytest.raises(CaptureError):  # it is the copy that is traced, so what the blocks read was never set
+        captured(model, X)
+
+
+def test_a_closure_over_a_value_of_the_forward(again: list[object]) -> None:
+    class Closing(Model):
+        def forward(self, x: Tensor) -> Tensor:
+            for block in self.blocks:
+                block.up.bonus = x.mean()  # type: ignore[union-attr]
+                x = block(x)
+            return x
+
+    class Taking(Block):
+        def forward(self, x: Tensor, *others: Any) -> Any:
+            return super().forward(x) + self.up.bonus
+
+    is_that_of_the_whole_trace(Closing(*(Taking() for _ in range(COUNT))), X)
+    assert not again
+
+
+def test_a_list_that_blocks_add_to(again: list[object]) -> None:
+    class Adding(Block):
+        def forward(self, x: Tensor, *others: Any) -> Any:
+            y = super().forward(x)
+            others[0].append(y.mean())
+            return y
+
+    class Collecting(Model):
+        def forward(self, x: Tensor) -> Tensor:
+            found = [x.mean()]
+            for block in self.blocks:
+                x = block(x, found)
+            return x + sum(found)
+
+    is_that_of_the_whole_trace(Collecting(*(Adding() for _ in range(COUNT))), X)
+    assert not again
+
+
+def test_a_table_that_the_first_block_makes() -> None:
+    class Table(Block):
+        tables: dict[int, Tensor] = {}  # noqa: RUF012
+
+        def forward(self, x: Tensor, *others: Any) -> Any:
+            if x.shape[1] not in self.tables:
+                self.tables[x.shape[1]] = torch.arange(x.shape[1], dtype=x.dtype)[:, None]
+            return super().forward(x) + self.tables[x.shape[1]]
+
+    is_that_of_the_whole_trace(Model(*(Table() for _ in range(COUNT))), X)
+    assert not Table.tables
+
+
+def test_an_error_in_a_late_block_cites_its_line() -> None:
+    class Failing(Model):
+        def forward(self, x: Tensor) -> Tensor:
+            for block in self.blocks:
+                x = block(x)
+            return x @ x  # not square
+
+    with pytest.raises(CaptureError) as raised:
+        captured(Failing(*(Block() for _ in range(COUNT))), X)
+    assert "return x @ x" in str(raised.value)
+
+
+def test_every_kind_of_model_of_a_library(again: list[object]) -> None:
+    from diffusers import FluxTransformer2DModel
+
+    model = FluxTransformer2DModel(
+        num_layers=4,
+        num_single_layers=4,
+        attention_head_dim=16,
+        num_attention_heads=2,
+        joint_attention_dim=32,
+        pooled_projection_dim=32,
+        in_channels=4,
+        axes_dims_rope=(4, 4, 8),
+    ).eval()
+    given = {
+        "hidden_states": torch.randn(1, 8, 4),
+        "encoder_hidden_states": torch.randn(1, 4, 32),
+        "pooled_projections": torch.randn(1, 32),
+        "timestep": torch.tensor([0.5]),
+        "img_ids": torch.randn(8, 3),
+        "txt_ids": torch.zeros(4, 3),
+        "return_dict": False,
+    }
+    mesh, parallel = md.Mesh(cp=2), md.ContextParallel("cp", "ulysses")
+    program = md.capture(model, (), given, mesh=mesh, parallel=parallel)
+    assert len(again) == 3, "of the single blocks the first has text in a layout of its own"
+    assert verify(md.lower(program), model, (), given).error < 1e-5

@@ -1,0 +1,89 @@
+"""Do two modules hold the same, but for the values of their weights?"""
+
+from __future__ import annotations
+
+import functools
+from collections import OrderedDict
+from enum import Enum
+from types import BuiltinFunctionType, FunctionType, MethodType, ModuleType
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+# Values that are equal or not, and that nothing can change.
+ATOMS = (
+    *(type(None), bool, int, float, complex, str, bytes, type(...), Enum),
+    *(torch.dtype, torch.device, torch.layout, torch.memory_format, torch.Size),
+)
+_NAMED = (type, FunctionType, BuiltinFunctionType, ModuleType, torch._ops.OpOverload, torch._ops.OpOverloadPacket)
+_WEIGHTS = ("_parameters", "_buffers")
+_HOOKS = frozenset(name for name in vars(nn.Module()) if name.startswith("_forward_"))
+_CONTAINERS = (tuple, list, dict, OrderedDict, set, frozenset)
+
+
+def alike(a: nn.Module, b: nn.Module) -> bool:
+    """Of what these hold, at any depth, is all equal that can decide what their ``forward`` does?
+
+    Weights count by their names.  So do the modules' own hooks not at all: they run around ``forward``.  Whatever
+    cannot be compared, such as an iterator, is not equal, not even to itself: it may be another at the next call.
+    """
+    return _same_module(a, b, {}, outer=True)
+
+
+def _same(a: Any, b: Any, pairs: dict[int, Any]) -> bool:
+    if type(a) is not type(b):
+        return False
+    if isinstance(a, ATOMS):
+        return bool(a == b)
+    if id(a) in pairs:  # what is one object here is one object there
+        return pairs[id(a)] is b
+    pairs[id(a)] = b
+    if isinstance(a, (*_NAMED, Tensor)):
+        return a is b
+    if isinstance(a, nn.Module):
+        return _same_module(a, b, pairs)
+    if isinstance(a, MethodType):
+        return a.__func__ is b.__func__ and _same(a.__self__, b.__self__, pairs)
+    if isinstance(a, functools.partial):
+        return _same((a.func, a.args, a.keywords), (b.func, b.args, b.keywords), pairs)
+    if not _is_plain(type(a)):
+        return False
+    if isinstance(a, (tuple, list)):
+        content = len(a) == len(b) and all(_same(x, y, pairs) for x, y in zip(a, b, strict=True))
+    elif isinstance(a, dict):
+        content = list(a) == list(b) and all(isinstance(k, ATOMS) and _same(a[k], b[k], pairs) for k in a)
+    elif isinstance(a, (set, frozenset)):
+        content = a == b and all(isinstance(x, ATOMS) for x in a)
+    else:
+        content = hasattr(a, "__dict__")
+    return content and _same_attributes(getattr(a, "__dict__", {}), getattr(b, "__dict__", {}), pairs)
+
+
+def _same_module(a: nn.Module, b: nn.Module, pairs: dict[int, Any], outer: bool = False) -> bool:
+    if type(a) is not type(b) or any(_names(getattr(a, of)) != _names(getattr(b, of)) for of in _WEIGHTS):
+        return False
+    if not outer and any(getattr(m, hooks) for m in (a, b) for hooks in _HOOKS):
+        return False  # these run inside, and may do anything
+    left_out = {*_WEIGHTS, *_HOOKS, *(["forward"] if outer else [])}
+    mine, theirs = ({name: v for name, v in vars(m).items() if name not in left_out} for m in (a, b))
+    return _same_attributes(mine, theirs, pairs)
+
+
+def _names(weights: dict[str, Tensor | None]) -> list[tuple[str, bool]]:
+    return [(name, weight is None) for name, weight in weights.items()]
+
+
+def _same_attributes(a: dict[str, Any], b: dict[str, Any], pairs: dict[int, Any]) -> bool:
+    return a.keys() == b.keys() and all(_same(value, b[name], pairs) for name, value in a.items())
+
+
+def _is_plain(cls: type) -> bool:
+    """Is all that its objects hold in their attributes, or what a container has?  Those of C, as iterators, hold more.
+
+    A class that Python code defines names its module.
+    """
+    return all(
+        c in _CONTAINERS or ("__module__" in vars(c) and not vars(c).get("__slots__") and "__next__" not in vars(c))
+        for c in cls.__mro__[:-1]
+    )
