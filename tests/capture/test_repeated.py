@@ -267,6 +267,26 @@ def test_one_weight_in_all_blocks(again: list[object]) -> None:
     assert sum(name.endswith("up.weight") for name in program.sources) <= 1
 
 
+def test_quantized_weights(again: list[object]) -> None:
+    from torchao.quantization import Int8DynamicActivationInt8WeightConfig, quantize_
+
+    model = Model(*(Block() for _ in range(COUNT))).eval()
+    quantize_(model, Int8DynamicActivationInt8WeightConfig(set_inductor_config=False))
+    is_that_of_the_whole_trace(model, X)
+    assert len(again) == COUNT - 2
+
+
+def test_weights_of_several_kinds(again: list[object]) -> None:
+    from torchao.quantization import Int8DynamicActivationInt8WeightConfig, Int8WeightOnlyConfig, quantize_
+
+    model = Model(*(Block() for _ in range(COUNT + 2))).eval()
+    for index, block in enumerate(model.blocks):
+        config = Int8WeightOnlyConfig if index % 2 else Int8DynamicActivationInt8WeightConfig
+        quantize_(block, config(set_inductor_config=False))
+    is_that_of_the_whole_trace(model, X)
+    assert len(again) == COUNT + 2 - 4
+
+
 class Constant(Block):
     def forward(self, x: Tensor, *others: Any) -> Any:
         return super().forward(x) + torch.tensor([0.5])

@@ -6,7 +6,7 @@ import functools
 from collections import OrderedDict
 from enum import Enum
 from types import BuiltinFunctionType, FunctionType, MethodType, ModuleType
-from typing import Any
+from typing import Any, TypeAlias
 
 import torch
 from torch import Tensor, nn
@@ -20,31 +20,40 @@ _NAMED = (type, FunctionType, BuiltinFunctionType, ModuleType, torch._ops.OpOver
 _WEIGHTS = ("_parameters", "_buffers")
 _HOOKS = frozenset(name for name in vars(nn.Module()) if name.startswith("_forward_"))
 _CONTAINERS = (tuple, list, dict, OrderedDict, set, frozenset)
+_POINTER = 8  # bytes
+# What was compared, by the id of each; kept, so that no other object has its address.
+_Pairs: TypeAlias = dict[tuple[str, int], tuple[Any, Any]]
 
 
 def alike(a: nn.Module, b: nn.Module) -> bool:
     """Of what these hold, at any depth, is all equal that can decide what their ``forward`` does?
 
-    Weights count by their names.  So do the modules' own hooks not at all: they run around ``forward``.  Whatever
+    Weights count by their names.  The modules' own hooks do not count: they run around ``forward``.  Whatever
     cannot be compared, such as an iterator, is not equal, not even to itself: it may be another at the next call.
     """
-    return _same_module(a, b, {}, outer=True)
+    return _same_module(a, b, {("a", id(a)): (a, b), ("b", id(b)): (a, b)}, outer=True)
 
 
-def _same(a: Any, b: Any, pairs: dict[int, Any]) -> bool:
+def same(a: Any, b: Any) -> bool:
+    """The same of two values of any kind."""
+    return _same(a, b, {})
+
+
+def _same(a: Any, b: Any, pairs: _Pairs) -> bool:
     if type(a) is not type(b):
         return False
     if isinstance(a, ATOMS):
-        return bool(a == b)
-    if id(a) in pairs:  # what is one object here is one object there
-        return pairs[id(a)] is b
-    pairs[id(a)] = b
+        return bool(a == b) and str(a) == str(b)  # 0.0 == -0.0
+    known = pairs.get(("a", id(a))) or pairs.get(("b", id(b)))
+    if known is not None:  # what is one object here is one object there
+        return known[0] is a and known[1] is b
+    pairs["a", id(a)] = pairs["b", id(b)] = a, b
     if isinstance(a, (*_NAMED, Tensor)):
         return a is b
     if isinstance(a, nn.Module):
         return _same_module(a, b, pairs)
     if isinstance(a, MethodType):
-        return a.__func__ is b.__func__ and _same(a.__self__, b.__self__, pairs)
+        return _same((a.__func__, a.__self__), (b.__func__, b.__self__), pairs)
     if isinstance(a, functools.partial):
         return _same((a.func, a.args, a.keywords), (b.func, b.args, b.keywords), pairs)
     if not _is_plain(type(a)):
@@ -52,7 +61,10 @@ def _same(a: Any, b: Any, pairs: dict[int, Any]) -> bool:
     if isinstance(a, (tuple, list)):
         content = len(a) == len(b) and all(_same(x, y, pairs) for x, y in zip(a, b, strict=True))
     elif isinstance(a, dict):
-        content = list(a) == list(b) and all(isinstance(k, ATOMS) and _same(a[k], b[k], pairs) for k in a)
+        content = len(a) == len(b) and all(
+            isinstance(k, ATOMS) and _same(k, other, pairs) and _same(a[k], b[k], pairs)
+            for k, other in zip(a, b, strict=True)
+        )
     elif isinstance(a, (set, frozenset)):
         content = a == b and all(isinstance(x, ATOMS) for x in a)
     else:
@@ -60,7 +72,7 @@ def _same(a: Any, b: Any, pairs: dict[int, Any]) -> bool:
     return content and _same_attributes(getattr(a, "__dict__", {}), getattr(b, "__dict__", {}), pairs)
 
 
-def _same_module(a: nn.Module, b: nn.Module, pairs: dict[int, Any], outer: bool = False) -> bool:
+def _same_module(a: nn.Module, b: nn.Module, pairs: _Pairs, outer: bool = False) -> bool:
     if type(a) is not type(b) or any(_names(getattr(a, of)) != _names(getattr(b, of)) for of in _WEIGHTS):
         return False
     if not outer and any(getattr(m, hooks) for m in (a, b) for hooks in _HOOKS):
@@ -74,16 +86,17 @@ def _names(weights: dict[str, Tensor | None]) -> list[tuple[str, bool]]:
     return [(name, weight is None) for name, weight in weights.items()]
 
 
-def _same_attributes(a: dict[str, Any], b: dict[str, Any], pairs: dict[int, Any]) -> bool:
+def _same_attributes(a: dict[str, Any], b: dict[str, Any], pairs: _Pairs) -> bool:
     return a.keys() == b.keys() and all(_same(value, b[name], pairs) for name, value in a.items())
 
 
 def _is_plain(cls: type) -> bool:
-    """Is all that its objects hold in their attributes, or what a container has?  Those of C, as iterators, hold more.
+    """Is all that its objects hold in their attributes, or what a container has?
 
-    A class that Python code defines names its module.
+    Objects of C, as iterators, hold more: they are larger than what points to attributes, or have none.
     """
-    return all(
+    held = max(c.__basicsize__ for c in cls.__mro__ if c in (*_CONTAINERS, object))
+    return cls.__basicsize__ <= held + 2 * _POINTER and all(
         c in _CONTAINERS or ("__module__" in vars(c) and not vars(c).get("__slots__") and "__next__" not in vars(c))
         for c in cls.__mro__[:-1]
     )

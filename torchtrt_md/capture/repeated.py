@@ -31,11 +31,12 @@ from torch.fx import GraphModule, Node
 from torch.fx.node import has_side_effect
 from torch.utils import _pytree as pytree
 
-from torchtrt_md.capture.alike import ATOMS, alike
+from torchtrt_md.capture.alike import ATOMS, alike, same
 from torchtrt_md.capture.kept_state import KeptState, State, same_state
 from torchtrt_md.capture.known_values import KnownValues
 from torchtrt_md.capture.torch_private import FakeTensor
 from torchtrt_md.graph.functional import base, is_fresh, mutates
+from torchtrt_md.wrappers import is_wrapper, named_weights
 
 _TRACED = 2  # of each kind
 _KINDS = 4  # with which a block is compared: the last ones that were met
@@ -163,23 +164,20 @@ class RepeatedBlocks:
 
     def _call(self, block: nn.Module, args: Any, kwargs: Any, known: KnownValues) -> _Call | None:
         """What this call is; None where it is no call that could be written down again."""
-        weights = [
-            *block.named_parameters(remove_duplicate=False),
-            *block.named_buffers(remove_duplicate=False),
-        ]
         leaves, spec = pytree.tree_flatten((args, kwargs))
+        weights = named_weights(block).values()
         if not all(isinstance(leaf, ATOMS) or type(leaf) is FakeTensor for leaf in leaves):
             return None
-        if not all(type(t) is FakeTensor for _, t in weights):
+        if not all(type(t) is FakeTensor for t in weights):
             return None
         distinct: dict[int, Tensor] = {}
-        form: list[object] = [spec, _around()]
-        for leaf in (*leaves, *(t for _, t in weights)):
+        form: list[object] = [spec, _around(), *_wrappers(block)]
+        for leaf in (*leaves, *weights):
             if isinstance(leaf, Tensor):
                 distinct.setdefault(id(leaf), leaf)
                 form.append((list(distinct).index(id(leaf)), _memory(leaf), id(leaf) if known.knows(leaf) else None))
             else:
-                form.append((type(leaf), leaf))
+                form.append((type(leaf), leaf, str(leaf)))  # 0.0 == -0.0
         state = self._kept.state()
         return _Call(block, list(distinct.values()), form, state) if distinct and state is not None else None
 
@@ -339,6 +337,24 @@ class _Itself:
 
     def __eq__(self, other: object) -> bool:
         return isinstance(other, _Itself) and self._value is other._value
+
+
+class _Alike:
+    """Equal to what cannot be told from it."""
+
+    def __init__(self, value: object) -> None:
+        self._value = value
+
+    def __eq__(self, other: object) -> bool:
+        return isinstance(other, _Alike) and same(self._value, other._value)
+
+
+def _wrappers(block: nn.Module) -> Iterator[object]:
+    """What the wrappers among the weights are, beside the plain tensors that they hold."""
+    for module in block.modules():
+        for name, t in module.named_parameters(recurse=False):
+            if is_wrapper(t):
+                yield name, type(t), _Alike(t.__tensor_flatten__())  # type: ignore[attr-defined]
 
 
 def _around() -> list[object]:
