@@ -179,6 +179,9 @@ class Bench:
         """The model on one GPU."""
         self.with_graph("dense, eager", lambda: self.call_of(self.twin()), ranks=1)
         self.with_graph("dense, compiled", lambda: self.call_of(self.compiled(self.twin())), ranks=1)
+        if hasattr(self.model, "compile_repeated_blocks"):
+            whole = partial(self.compiled, whole=True)
+            self.with_graph("dense, compiled whole", lambda: self.call_of(whole(self.twin())), ranks=1)
 
     def add_peers(self, backends: list[str]) -> None:
         """What the model's own library has for several GPUs, and xDiT where it is installed."""
@@ -194,6 +197,10 @@ class Bench:
                 name = f"diffusers {strategy}, {backend.strip('_')}"
                 self.with_graph(f"{name}, eager", lambda of=of: self.call_of(of()))  # type: ignore[misc]
                 self.with_graph(f"{name}, compiled", lambda of=of: self.call_of(self.compiled(of())))  # type: ignore[misc]
+                self.with_graph(
+                    f"{name}, compiled whole",
+                    lambda of=of: self.call_of(self.compiled(of(), whole=True)),  # type: ignore[misc]
+                )
         if self.name in ("flux", "flux2048") and self.launch.clock.cuda and xdit.is_there():
             name = f"xDiT ulysses, {xdit.BACKEND}"
             self.with_graph(f"{name}, eager", lambda: self.call_of(self.by_xdit()))
@@ -274,9 +281,9 @@ class Bench:
         mesh = init_device_mesh(self.launch.device.type, (self.launch.ranks,))
         return parallelize_module(copy.deepcopy(self.model), mesh, plan)
 
-    def compiled(self, model: Any) -> nn.Module:
-        """As the library's documentation says: repeated blocks alone, or the whole."""
-        if hasattr(model, "compile_repeated_blocks"):
+    def compiled(self, model: Any, *, whole: bool = False) -> nn.Module:
+        """As the library's documentation says, by its blocks where it has repeated ones; or the ``whole``."""
+        if hasattr(model, "compile_repeated_blocks") and not whole:
             model.compile_repeated_blocks()  # without fullgraph, which PyTorch 2.11 refuses where a block has hooks
         else:
             model.compile()

@@ -60,11 +60,12 @@ def flux(small: bool, pixels: int = 1024) -> Workload:
     )
 
 
-def wan(small: bool) -> Workload:
+def wan(small: bool, rows: int = 720) -> Workload:
     from diffusers import WanTransformer3DModel
 
     size = {"num_attention_heads": 4, "ffn_dim": 512, "num_layers": 2} if small else {"num_layers": 4}
-    shape = (1, 16, 3, 8, 8) if small else (1, 16, 21, 90, 160)
+    # 81 frames of 1280 x 720 or 832 x 480
+    shape = (1, 16, 3, 8, 8) if small else (1, 16, 21, 90, 160) if rows == 720 else (1, 16, 21, 60, 104)
 
     def kwargs() -> dict[str, Any]:
         return {
@@ -122,6 +123,7 @@ WORKLOADS: dict[str, Callable[[bool], Workload]] = {
     "flux": flux,
     "flux2048": partial(flux, pixels=2048),
     "wan": wan,
+    "wan480": partial(wan, rows=480),
     "cosmos3": cosmos3,
     "llama": llama,
     "llama8192": partial(llama, tokens=8192),
