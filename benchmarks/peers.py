@@ -210,7 +210,8 @@ def make(dense: Block, args: tuple[Tensor, ...], form: Form, group: dist.Process
 
 def quantize_blocks(model: nn.Module, to: str) -> None:
     """Quantize the linear layers of the model's repeated blocks in place: weights and arguments, with a scale for each
-    row.  Inductor's options stay as they are, for all candidates: torchao's have it try many forms of kernels.
+    row.  Inductor's options stay as they are, for all candidates: torchao's have it try many forms of kernels.  With
+    int8 the layers of one row, the blocks' modulations, stay as they are: PyTorch has no such product on GPUs.
 
     Args:
         to: ``float8`` or ``int8``.
@@ -226,7 +227,8 @@ def quantize_blocks(model: nn.Module, to: str) -> None:
     )
 
     def is_in_block(module: nn.Module, name: str) -> bool:
-        return isinstance(module, nn.Linear) and _IN_BLOCK.search(name) is not None
+        of_one_row = to == "int8" and ".norm" in name
+        return isinstance(module, nn.Linear) and _IN_BLOCK.search(name) is not None and not of_one_row
 
     if not any(is_in_block(module, name) for name, module in model.named_modules()):
         raise ValueError(f"{type(model).__name__} has no linear layers in repeated blocks")

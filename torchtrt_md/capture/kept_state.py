@@ -10,7 +10,8 @@ from __future__ import annotations
 import functools
 import sys
 from collections import OrderedDict, deque
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from itertools import chain
 from operator import is_
 from types import CellType, CodeType, FunctionType, MethodType, ModuleType, TracebackType
 from typing import Any, Self, TypeAlias
@@ -48,6 +49,7 @@ class KeptState:
         self._own = list(walk.places)
         walk.code()
         self._shared = walk.places[len(self._own) :]
+        self._dicts = _Dicts(walk.places)
 
     def state(self) -> State | None:
         """What differs by now from when this object was made, of all that it would put back.
@@ -55,7 +57,7 @@ class KeptState:
         None where it cannot be told what does: what was put there may change, as a dict does, and is not looked into.
         """
         changed: State = []
-        for place in (*self._own, *self._shared):
+        for place in self._dicts.others if self._dicts.unchanged() else (*self._own, *self._shared):
             if new := place.changes():
                 if not all(value is _ABSENT or isinstance(value, _ATOMS) for value in new):
                     return None
@@ -103,7 +105,7 @@ class _Container:
     """
 
     def __init__(self, container: Any) -> None:
-        self._container = container
+        self.container = container
         self._base: Any = next(base for base in (OrderedDict, dict, list, set, deque) if isinstance(container, base))
         self._before = self._read()
 
@@ -119,23 +121,52 @@ class _Container:
         return list(zip(*self._read(), strict=True))
 
     def restore(self) -> None:
-        self._base.clear(self._container)
+        self._base.clear(self.container)
         for key, value in zip(*self._before, strict=True):
-            if isinstance(self._container, dict):
-                self._base.__setitem__(self._container, key, value)
-            elif isinstance(self._container, set):
-                set.add(self._container, value)
+            if isinstance(self.container, dict):
+                self._base.__setitem__(self.container, key, value)
+            elif isinstance(self.container, set):
+                set.add(self.container, value)
             else:
-                self._base.append(self._container, value)
+                self._base.append(self.container, value)
 
     def _read(self) -> tuple[list[Any], list[Any]]:
         """The keys, of a dict, and the values."""
-        if type(self._container) is dict:  # as most are
-            return list(self._container), list(self._container.values())
-        content = list(self._base.__iter__(self._container))
-        if isinstance(self._container, dict):
-            return content, [dict.__getitem__(self._container, key) for key in content]
+        if type(self.container) is dict:  # as most are
+            return list(self.container), list(self.container.values())
+        content = list(self._base.__iter__(self.container))
+        if isinstance(self.container, dict):
+            return content, [dict.__getitem__(self.container, key) for key in content]
         return [None] * len(content), content
+
+
+class _Dicts:
+    """The places that are dicts, as most are, asked all at once: a capture asks for each block.
+
+    Attributes:
+        others: the places that are none.
+    """
+
+    def __init__(self, places: Sequence[_Container | _Names]) -> None:
+        self._dicts: list[dict[Any, Any]] = []
+        self.others: list[_Container | _Names] = []
+        for place in places:
+            if isinstance(place, _Container) and type(place.container) is dict:
+                self._dicts.append(place.container)
+            else:
+                self.others.append(place)
+        self._before = self._read()
+
+    def unchanged(self) -> bool:
+        (sizes, *content), (old_sizes, *old_content) = self._read(), self._before
+        return sizes == old_sizes and all(
+            all(map(is_, now, then)) for now, then in zip(content, old_content, strict=True)
+        )
+
+    def _read(self) -> tuple[list[int], list[Any], list[Any]]:
+        """How many entries each has; the keys and the values of all."""
+        values = chain.from_iterable(map(dict.values, self._dicts))
+        return list(map(len, self._dicts)), list(chain.from_iterable(self._dicts)), list(values)
 
 
 class _Names:

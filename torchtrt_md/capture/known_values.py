@@ -36,6 +36,8 @@ _UNINITIALIZED |= {aten.new_empty_strided, aten.resize_, aten.set_}
 class KnownValues(TorchDispatchMode):
     """While active, ops are computed as well where all that they take is known."""
 
+    supports_higher_order_operators = True  # ops that take ops, as torchao's products of int8 on a GPU: they go past
+
     def __init__(self) -> None:
         super().__init__()  # type: ignore[no-untyped-call]
         self._known: Any = WeakTensorKeyDictionary()
@@ -67,6 +69,8 @@ class KnownValues(TorchDispatchMode):
         if func is torch.ops.prim.device.default and isinstance(args[0], FakeTensor):
             return args[0].device  # PyTorch asks for it nearly as often as all ops are called, and no mode adds to it
         kwargs = kwargs or {}
+        if isinstance(func, torch._ops.HigherOrderOperator):
+            return func(*args, **kwargs)
         if func is not aten.lift_fresh.default:  # which takes what the code wrote as numbers
             self._meet(args, kwargs)
         if func is not aten.index.Tensor and not func._schema.is_mutable and any(map(self._is_unknown, args)):

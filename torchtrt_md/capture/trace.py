@@ -24,7 +24,7 @@ from torchtrt_md.capture.attention import WholeAttention
 from torchtrt_md.capture.known_values import KnownValues
 from torchtrt_md.capture.quiet import quiet
 from torchtrt_md.capture.repeated import RepeatedBlocks, Unrepeated
-from torchtrt_md.capture.torch_private import DEPENDS_ON_VALUES, FakeTensorMode, told_stacks
+from torchtrt_md.capture.torch_private import DEPENDS_ON_VALUES, FakeTensor, FakeTensorMode, told_stacks
 from torchtrt_md.capture.written_collectives import refuse_written
 from torchtrt_md.capture.written_tensors import refuse_filled, refuse_written_tensors
 from torchtrt_md.errors import CaptureError, MDError
@@ -218,8 +218,8 @@ def _alike(a: Node, b: object) -> bool:
 def fake(mode: FakeTensorMode, w: LocalWeight) -> Tensor:
     """The local part of a weight, without memory."""
     local = w.tensor.to_local() if isinstance(w.tensor, DTensor) else w.tensor.detach()
-    with mode:
-        return torch.empty_strided(local.shape, local.stride(), dtype=local.dtype, device=w.device)
+    shape_only = torch.empty_strided(local.shape, local.stride(), dtype=local.dtype, device="meta")
+    return FakeTensor(mode, shape_only, w.device)
 
 
 def as_placed(shadow: Tensor, local: Tensor) -> Tensor:
@@ -260,6 +260,13 @@ def _check(graph: GraphModule, names: Mapping[Node, str]) -> None:
                 " no value",
                 fix="make it with its value: put parameters alone on meta, as accelerate's init_empty_weights() does",
                 at=next(filter(None, map(source_line, node.users)), ""),
+            )
+        if isinstance(node.target, torch._ops.HigherOrderOperator):
+            raise CaptureError(
+                f"the model calls {node.target}, an op that takes functions or other ops, of which no stage knows",
+                fix="write it with ops of tensors: torch.where in place of torch.cond, or"
+                " scaled_dot_product_attention with a mask in place of flex_attention",
+                at=source_line(node),
             )
         if not isinstance(node.target, torch._ops.OpOverload):
             continue
