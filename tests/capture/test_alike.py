@@ -44,6 +44,8 @@ EQUAL: list[tuple[Any, Any]] = [
     (collections.OrderedDict(a=1), collections.OrderedDict(a=1)),
     (function, function),
     (functools.partial(function, 1, y=2), functools.partial(function, 1, y=2)),
+]
+EQUAL_MODULES: list[tuple[nn.Module, nn.Module]] = [
     (nn.GELU(), nn.GELU()),
     (nn.Linear(2, 3), nn.Linear(2, 3)),
     (nn.ModuleList([nn.ReLU()]), nn.ModuleList([nn.ReLU()])),
@@ -62,10 +64,6 @@ OTHER: list[tuple[Any, Any]] = [
     (lambda x: x, lambda x: x),
     (functools.partial(function, 1), functools.partial(function, 2)),
     (torch.zeros(1), torch.zeros(1)),
-    (nn.GELU(), nn.GELU("tanh")),
-    (nn.Linear(2, 3), nn.Linear(2, 3, bias=False)),
-    (nn.Dropout(0.1), nn.Dropout(0.2)),
-    (nn.ReLU().eval(), nn.ReLU()),
     # Nothing says what these hold, so they are not even equal to themselves.
     (_one, _one),
     (_generator, _generator),
@@ -77,12 +75,60 @@ OTHER: list[tuple[Any, Any]] = [
     (collections.deque([1]), collections.deque([1])),
     (collections.defaultdict(list), collections.defaultdict(int)),
     (torch.Generator(), torch.Generator()),
+    (nn.ReLU(), nn.ReLU()),  # one that is no part of the module that holds it, nor are its weights
+]
+
+
+class Named(str):
+    pass
+
+
+class Holding(nn.Module):
+    """Holds another, and is not told so."""
+
+    def __init__(self, held: nn.Module) -> None:
+        super().__init__()
+        self.held = [held]
+
+
+OTHER_MODULES: list[tuple[nn.Module, nn.Module]] = [
+    (nn.GELU(), nn.GELU("tanh")),
+    (nn.Linear(2, 3), nn.Linear(2, 3, bias=False)),
+    (nn.Dropout(0.1), nn.Dropout(0.2)),
+    (nn.ReLU().eval(), nn.ReLU()),
+    (Holding(nn.Linear(2, 3)), Holding(nn.Linear(2, 4))),
+    (nn.ModuleList([nn.ReLU()]), nn.ModuleList([nn.ReLU(), nn.ReLU()])),
 ]
 
 
 @pytest.mark.parametrize(("a", "b"), EQUAL, ids=[str(i) for i in range(len(EQUAL))])
 def test_equal(a: Any, b: Any) -> None:
     assert same(a, b)
+
+
+@pytest.mark.parametrize(("a", "b"), EQUAL_MODULES, ids=lambda m: type(m).__name__)
+def test_equal_modules(a: nn.Module, b: nn.Module) -> None:
+    assert alike(a, b)
+    assert alike(nn.Sequential(a), nn.Sequential(b))
+
+
+@pytest.mark.parametrize(("a", "b"), OTHER_MODULES, ids=lambda m: type(m).__name__)
+def test_other_modules(a: nn.Module, b: nn.Module) -> None:
+    assert not alike(a, b)
+    assert not alike(nn.Sequential(a), nn.Sequential(b))
+
+
+def test_one_module_in_two_places() -> None:
+    one, other = nn.ReLU(), nn.ReLU()
+    assert alike(nn.Sequential(one, one), nn.Sequential(other, other))
+    assert not alike(nn.Sequential(one, one), nn.Sequential(one, other))
+    assert not alike(nn.Sequential(one, other), nn.Sequential(other, other))
+
+
+def test_a_string_with_attributes_is_no_mere_string() -> None:
+    a, b = Named("a"), Named("a")
+    a.note = 1  # type: ignore[attr-defined]
+    assert not same(a, b)
 
 
 @pytest.mark.parametrize(("a", "b"), OTHER, ids=[str(i) for i in range(len(OTHER))])

@@ -49,6 +49,15 @@ class Model(nn.Module):
         return x
 
 
+_MODULE = RepeatedBlocks.__init__.__globals__  # torchtrt_md.capture, the function, hides the package's modules
+_KNOWN = _MODULE["KNOWN"]
+
+
+@pytest.fixture(autouse=True)
+def takes_this_file_for_a_library(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(_MODULE, "KNOWN", _KNOWN | {__name__.partition(".")[0]})
+
+
 @pytest.fixture
 def again(monkeypatch: pytest.MonkeyPatch) -> list[object]:
     """The blocks that were written down again."""
@@ -70,7 +79,7 @@ def captured(model: nn.Module, *inputs: Tensor) -> md.ShardedProgram:
 def is_that_of_the_whole_trace(model: nn.Module, *inputs: Tensor) -> md.ShardedProgram:
     program = captured(model, *inputs)
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(RepeatedBlocks, "_call", lambda *_: None)
+        patch.setitem(_MODULE, "KNOWN", frozenset())
         whole = captured(model, *inputs)
     assert graph_text(program.graphs[0]) == graph_text(whole.graphs[0])
     names = [[node.name for node in p.graphs[0].graph.find_nodes(op="placeholder")] for p in (program, whole)]
@@ -242,20 +251,103 @@ def test_results_of_every_kind(again: list[object]) -> None:
     class Split(Block):
         def forward(self, x: Tensor, *others: Any) -> Any:
             y = super().forward(x)
-            return {"parts": [y[:, :3], y[:, 3:]], "same": x, "twice": (y, y), "none": None, "two": 2}
+            return y[:, :3], y[:, 3:], x, None, y, y
 
     class Joined(Model):
         def forward(self, x: Tensor) -> Tensor:
             for block in self.blocks:
-                r = block(x)
-                assert r["none"] is None
-                assert r["twice"][0] is r["twice"][1]
-                assert r["same"] is x
-                x = torch.cat(r["parts"], 1) * r["two"] + r["twice"][0] + r["same"]
+                first, second, same, none, y, twice = block(x)
+                assert none is None
+                assert y is twice
+                assert same is x
+                x = torch.cat([first, second], 1) + y + same
             return x
 
     is_that_of_the_whole_trace(Joined(*(Split() for _ in range(COUNT))), X)
     assert len(again) == COUNT - 2
+
+
+class Dict(Block):
+    def forward(self, x: Tensor, *others: Any) -> Any:
+        return {"y": super().forward(x)}
+
+
+class GivenBack(Block):
+    def forward(self, x: Tensor, *others: Any) -> Any:
+        return super().forward(x) + others[0]["bias"], others[0]
+
+
+class Renaming(Block):
+    def forward(self, x: Tensor, *others: Any) -> Any:
+        others[0]["kept"] = others[0].pop("bias")
+        return super().forward(x)
+
+
+class Flagged(Block):
+    def forward(self, x: Tensor, *others: Any) -> Any:
+        return super().forward(x), 2
+
+
+@pytest.mark.parametrize("block", [Dict, GivenBack, Renaming, Flagged])
+def test_results_and_arguments_that_could_be_told_apart(block: type[Block], again: list[object]) -> None:
+    class Passing(Model):
+        def forward(self, x: Tensor) -> Tensor:
+            info = {"bias": x.mean()}
+            for block in self.blocks:
+                if isinstance(block, Dict):
+                    x = block(x)["y"]
+                elif isinstance(block, GivenBack):
+                    x, out = block(x, info)
+                    out["bias"] = out["bias"] * 2
+                elif isinstance(block, Renaming):
+                    told = {"bias": x}
+                    x = block(x, told) + told.get("kept", 0)
+                else:
+                    x, number = block(x, info)
+                    x = x * number
+            return x
+
+    is_that_of_the_whole_trace(Passing(*(block() for _ in range(COUNT))), X)
+    assert not again
+
+
+def test_known_values_may_be_written_to(again: list[object]) -> None:
+    class Late(Block):
+        def forward(self, x: Tensor, *others: Any) -> Any:
+            y = super().forward(x)
+            return y * 2 if others[0] >= 3 else y
+
+    class Stepping(Model):
+        def forward(self, x: Tensor) -> Tensor:
+            step = torch.zeros((), dtype=torch.long)
+            for block in self.blocks:
+                x = block(x, step)
+                step += 1
+            return x
+
+    is_that_of_the_whole_trace(Stepping(*(Late() for _ in range(COUNT))), X)
+    assert not again
+
+
+def test_the_forward_of_another_class(again: list[object]) -> None:
+    class Other(Block):
+        def forward(self, x: Tensor, *others: Any) -> Any:
+            return super().forward(x).relu()
+
+    class Turns(Model):
+        def forward(self, x: Tensor) -> Tensor:
+            for index, block in enumerate(self.blocks):
+                x = Block.forward(block, x) if index in (3, 4) else block(x)  # type: ignore[arg-type]
+            return x
+
+    blocks = [*(Block() for _ in range(3)), *(Other() for _ in range(5))]
+    is_that_of_the_whole_trace(Turns(*blocks), X)
+
+
+def test_code_of_the_users_is_always_traced(monkeypatch: pytest.MonkeyPatch, again: list[object]) -> None:
+    monkeypatch.setitem(_MODULE, "KNOWN", _KNOWN)
+    is_that_of_the_whole_trace(Model(*(Block() for _ in range(COUNT))), X)
+    assert not again
 
 
 def test_one_weight_in_all_blocks(again: list[object]) -> None:
@@ -344,7 +436,7 @@ class Kept(Model):
         return x
 
 
-def test_values_from_outside(again: list[object]) -> None:
+def test_values_from_outside() -> None:
     kept: list[Kept] = []
 
     class Taking(Block):
@@ -416,7 +508,7 @@ def test_an_error_in_a_late_block_cites_its_line() -> None:
     assert "return x @ x" in str(raised.value)
 
 
-def test_every_kind_of_model_of_a_library(again: list[object]) -> None:
+def flux() -> tuple[nn.Module, dict[str, Any]]:
     from diffusers import FluxTransformer2DModel
 
     model = FluxTransformer2DModel(
@@ -438,7 +530,71 @@ def test_every_kind_of_model_of_a_library(again: list[object]) -> None:
         "txt_ids": torch.zeros(4, 3),
         "return_dict": False,
     }
-    mesh, parallel = md.Mesh(cp=2), md.ContextParallel("cp", "ulysses")
-    program = md.capture(model, (), given, mesh=mesh, parallel=parallel)
+    return model, given
+
+
+def captured_flux(model: nn.Module, given: dict[str, Any]) -> md.ShardedProgram:
+    return md.capture(model, (), given, mesh=md.Mesh(cp=2), parallel=md.ContextParallel("cp", "ulysses"))
+
+
+def test_a_model_of_diffusers(monkeypatch: pytest.MonkeyPatch, again: list[object]) -> None:
+    monkeypatch.setitem(_MODULE, "KNOWN", _KNOWN)
+    model, given = flux()
+    program = captured_flux(model, given)
     assert len(again) == 3, "of the single blocks the first has text in a layout of its own"
     assert verify(md.lower(program), model, (), given).error < 1e-5
+
+
+class Processor:
+    """Of the user's, in place of diffusers' own."""
+
+    def __init__(self, own: Any) -> None:
+        self.own = own
+
+    def __call__(self, *args: Any, **kwargs: Any) -> Any:
+        CALLS["count"] += 1
+        return self.own(*args, **kwargs)
+
+
+def hooked(model: Any) -> None:
+    model.transformer_blocks[1].attn.register_forward_hook(lambda module, args, result: None)
+
+
+def processed(model: Any) -> None:
+    for block in model.transformer_blocks:
+        block.attn.processor = Processor(block.attn.processor)
+
+
+def replaced(model: Any) -> None:
+    model.single_transformer_blocks[2].forward = model.single_transformer_blocks[2].forward
+
+
+@pytest.mark.parametrize("change", [hooked, processed, replaced])
+def test_with_code_of_the_users_in_it_all_is_traced(
+    change: Any, monkeypatch: pytest.MonkeyPatch, again: list[object]
+) -> None:
+    monkeypatch.setitem(_MODULE, "KNOWN", _KNOWN)
+    model, given = flux()
+    change(model)
+    captured_flux(model, given)
+    assert not again
+
+
+def test_with_hooks_on_all_modules_all_is_traced(again: list[object]) -> None:
+    model, given = flux()
+    hook = nn.modules.module.register_module_forward_hook(lambda module, args, result: None)
+    try:
+        captured_flux(model, given)
+    finally:
+        hook.remove()
+    assert not again
+
+
+def test_functions_put_into_the_library_are_seen(monkeypatch: pytest.MonkeyPatch, again: list[object]) -> None:
+    from diffusers.models.transformers import transformer_flux
+
+    monkeypatch.setitem(_MODULE, "KNOWN", _KNOWN)
+    own = transformer_flux.apply_rotary_emb
+    monkeypatch.setattr(transformer_flux, "apply_rotary_emb", lambda *args, **kwargs: own(*args, **kwargs))
+    captured_flux(*flux())
+    assert not again

@@ -12,8 +12,8 @@ import torch
 from torch import Tensor, nn
 
 # Values that are equal or not, and that nothing can change.
-ATOMS = (
-    *(type(None), bool, int, float, complex, str, bytes, type(...), Enum),
+_ATOMS = (
+    *(type(None), bool, int, float, complex, str, bytes, type(...)),
     *(torch.dtype, torch.device, torch.layout, torch.memory_format, torch.Size),
 )
 _NAMED = (type, FunctionType, BuiltinFunctionType, ModuleType, torch._ops.OpOverload, torch._ops.OpOverloadPacket)
@@ -31,7 +31,12 @@ def alike(a: nn.Module, b: nn.Module) -> bool:
     Weights count by their names.  The modules' own hooks do not count: they run around ``forward``.  Whatever
     cannot be compared, such as an iterator, is not equal, not even to itself: it may be another at the next call.
     """
-    return _same_module(a, b, {("a", id(a)): (a, b), ("b", id(b)): (a, b)}, outer=True)
+    return _same_module(a, b, {}, outer=True)
+
+
+def is_atom(value: object) -> bool:
+    """Is it equal to another or not, and can nothing change it?"""
+    return type(value) in _ATOMS or isinstance(value, Enum)
 
 
 def same(a: Any, b: Any) -> bool:
@@ -42,7 +47,7 @@ def same(a: Any, b: Any) -> bool:
 def _same(a: Any, b: Any, pairs: _Pairs) -> bool:
     if type(a) is not type(b):
         return False
-    if isinstance(a, ATOMS):
+    if is_atom(a):
         return bool(a == b) and str(a) == str(b)  # 0.0 == -0.0
     known = pairs.get(("a", id(a))) or pairs.get(("b", id(b)))
     if known is not None:  # what is one object here is one object there
@@ -51,7 +56,7 @@ def _same(a: Any, b: Any, pairs: _Pairs) -> bool:
     if isinstance(a, (*_NAMED, Tensor)):
         return a is b
     if isinstance(a, nn.Module):
-        return _same_module(a, b, pairs)
+        return False  # one that is no part: whoever asks for the weights does not see its
     if isinstance(a, MethodType):
         return _same((a.__func__, a.__self__), (b.__func__, b.__self__), pairs)
     if isinstance(a, functools.partial):
@@ -62,11 +67,10 @@ def _same(a: Any, b: Any, pairs: _Pairs) -> bool:
         content = len(a) == len(b) and all(_same(x, y, pairs) for x, y in zip(a, b, strict=True))
     elif isinstance(a, dict):
         content = len(a) == len(b) and all(
-            isinstance(k, ATOMS) and _same(k, other, pairs) and _same(a[k], b[k], pairs)
-            for k, other in zip(a, b, strict=True)
+            is_atom(k) and _same(k, other, pairs) and _same(a[k], b[k], pairs) for k, other in zip(a, b, strict=True)
         )
     elif isinstance(a, (set, frozenset)):
-        content = a == b and all(isinstance(x, ATOMS) for x in a)
+        content = a == b and all(is_atom(x) for x in a)
     else:
         content = hasattr(a, "__dict__")
     return content and _same_attributes(getattr(a, "__dict__", {}), getattr(b, "__dict__", {}), pairs)
@@ -77,9 +81,20 @@ def _same_module(a: nn.Module, b: nn.Module, pairs: _Pairs, outer: bool = False)
         return False
     if not outer and any(getattr(m, hooks) for m in (a, b) for hooks in _HOOKS):
         return False  # these run inside, and may do anything
-    left_out = {*_WEIGHTS, *_HOOKS, *(["forward"] if outer else [])}
+    pairs["a", id(a)] = pairs["b", id(b)] = a, b
+    parts, others = a._modules, b._modules
+    if list(parts) != list(others) or not all(_same_part(m, others[name], pairs) for name, m in parts.items()):
+        return False
+    left_out = {*_WEIGHTS, *_HOOKS, "_modules", "extra_repr"}  # which torchao sets, and only printing asks for
     mine, theirs = ({name: v for name, v in vars(m).items() if name not in left_out} for m in (a, b))
     return _same_attributes(mine, theirs, pairs)
+
+
+def _same_part(a: nn.Module | None, b: nn.Module | None, pairs: _Pairs) -> bool:
+    if a is None or b is None:
+        return a is b
+    known = pairs.get(("a", id(a))) or pairs.get(("b", id(b)))
+    return _same_module(a, b, pairs) if known is None else known[0] is a and known[1] is b
 
 
 def _names(weights: dict[str, Tensor | None]) -> list[tuple[str, bool]]:

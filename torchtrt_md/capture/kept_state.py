@@ -39,6 +39,9 @@ class KeptState:
     Found are what the modules hold, at any depth, and what the code that they run can name: globals of its files,
     attributes of its classes, closures, default arguments; and :class:`FunctionCaches`.  What the model shares with
     the rest of the program is put back only where a fake tensor was written to it, so that a count of calls stays.
+
+    Attributes:
+        packages: of all classes and functions that the model's code can name, those of PyTorch and of Python left out.
     """
 
     def __init__(self, model: nn.Module) -> None:
@@ -49,6 +52,7 @@ class KeptState:
         self._own = list(walk.places)
         walk.code()
         self._shared = walk.places[len(self._own) :]
+        self.packages = frozenset(walk.packages)
         self._dicts = _Dicts(walk.places)
 
     def state(self) -> State | None:
@@ -218,6 +222,7 @@ class _Walk:
 
     def __init__(self) -> None:
         self.places: list[_Container | _Names] = []
+        self.packages: set[str] = set()
         self._seen: dict[int, object] = {}  # by id, which is the object's own while it is kept here
         self._names: set[str] = {"forward"}  # PyTorch calls it
         self._attributes: dict[str, list[Any]] = {}  # of all classes, where no code mentions them yet
@@ -242,9 +247,11 @@ class _Walk:
             if not self._new(thing):
                 continue
             if isinstance(thing, type):
-                if _package(thing) not in _FOREIGN:
+                if (package := _package(thing)) not in _FOREIGN:
+                    self.packages.add(package)
                     self._class(thing)
-            elif thing.__globals__.get("__name__", "").partition(".")[0] not in _FOREIGN:
+            elif (package := thing.__globals__.get("__name__", "").partition(".")[0]) not in _FOREIGN:
+                self.packages.add(package)
                 self._function(thing)
             else:  # a decorator of PyTorch's, as torch.no_grad(), around the user's function
                 self.data(getattr(thing, "__wrapped__", None))

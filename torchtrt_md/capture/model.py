@@ -27,7 +27,7 @@ from torchtrt_md.capture.beside_dtensor import beside_dtensor
 from torchtrt_md.capture.held_tensors import Slots, constants, originals
 from torchtrt_md.capture.kept_state import KeptState
 from torchtrt_md.capture.marks import Marking, marking
-from torchtrt_md.capture.repeated import RepeatedBlocks, Unrepeated
+from torchtrt_md.capture.repeated import RepeatedBlocks, UnrepeatedError
 from torchtrt_md.capture.torch_private import DEPENDS_ON_VALUES, as_written, coordinates, fake_mesh
 from torchtrt_md.capture.trace import LocalWeight, Trace, same_graph, trace
 from torchtrt_md.checkpoint import Checkpoint, Given, listed
@@ -48,7 +48,10 @@ def capture_model(
 ) -> ShardedProgram:
     """See :func:`torchtrt_md.capture`."""
     with as_written(model):
-        return _captured(model, args, kwargs, mesh, parallels, weights)
+        try:
+            return _captured(model, args, kwargs, mesh, parallels, weights, once=True)
+        except UnrepeatedError:
+            return _captured(model, args, kwargs, mesh, parallels, weights, once=False)
 
 
 def _captured(
@@ -58,7 +61,16 @@ def _captured(
     mesh: Mesh,
     parallels: Sequence[Parallel],
     weights: Given,
+    *,
+    once: bool,
 ) -> ShardedProgram:
+    """
+    Args:
+        once: may equal blocks be traced once?
+
+    Raises:
+        UnrepeatedError: they may not.
+    """
     check_axes(parallels, mesh)
     parallels = [with_one_name(p, mesh) for p in parallels]
     arguments = Arguments.of(model, args, kwargs)
@@ -86,10 +98,15 @@ def _captured(
         beside = beside_dtensor if by_dtensor else nullcontext
         for rank in range(mesh.size if device_mesh is not None else 1):
             here = {axis: mesh.coordinate(rank, axis) for axis in mesh.names}
+            repeated = RepeatedBlocks(shadow, kept) if once else None
             try:
-                with coordinates(here), marking(marks), beside():
-                    traces.append(_traced(shadow, arguments, local, kept))
-            except CaptureError as error:
+                with coordinates(here), kept, marking(marks), beside():
+                    traces.append(trace(shadow, arguments, local, repeated))
+            except MDError as error:
+                if repeated is not None and repeated.has_some:
+                    raise UnrepeatedError from error  # a whole trace says whose it is
+                if not isinstance(error, CaptureError):
+                    raise
                 raise _without_a_plan(model, arguments, error) or error from error.__cause__
         groups = _groups(device_mesh)
     for plan in plans:
@@ -100,19 +117,6 @@ def _captured(
     held.constants = constants(model, [t for trace in traces for t in trace.met], copied)
     traces = traces if device_mesh is not None else traces * mesh.size
     return _program(traces, mesh, parallels, groups, held, arguments)
-
-
-def _traced(shadow: nn.Module, arguments: Arguments, local: Sequence[LocalWeight], kept: KeptState) -> Trace:
-    """The trace, in which equal blocks are traced twice where that gives the same, and else each."""
-    repeated = RepeatedBlocks(shadow, kept)
-    try:
-        with kept:
-            return trace(shadow, arguments, local, repeated)
-    except (MDError, Unrepeated):
-        if not repeated.used:
-            raise
-    with kept:
-        return trace(shadow, arguments, local)
 
 
 def _without_a_plan(model: nn.Module, arguments: Arguments, error: CaptureError) -> CaptureError | None:

@@ -1,19 +1,21 @@
-"""Equal blocks are traced twice, and written down again for the others.
+"""Equal blocks of diffusers' models are traced twice, and written down again for the others.
 
     for block in self.blocks:               57 blocks of two kinds: four are traced
         x = block(x, temb)
 
-Tracing runs Python for each op, which is most of what a capture takes.  What a block does follows from its class, what
-it holds, what it is called with, and what else its code can read.  Where all of these are as they were for an earlier
-block, the trace has one op in its place, and :meth:`RepeatedBlocks.expand` puts the nodes of the earlier one there,
-with this block's weights and inputs.
+Tracing runs Python for each op, which is most of what a capture takes.  The trace of an equal block has one op in its
+place, and :meth:`RepeatedBlocks.expand` puts the nodes of the earlier one there, with this block's weights and inputs.
 
     traced      block_begins([x, temb, w0]); y = mul(x, w0); block_ends([y])
     again       y1, = block_again([y, temb, w1])
     expanded    y = mul(x, w0); y1 = mul(y, w1)
 
-Two of a kind are traced, and what they recorded is compared.  Where it differs, or has what no list of inputs says (a
-constant, a value from outside), the caller traces everything anew.
+What Python code does may depend on anything, as on a count that it keeps where nobody looks.  So this is done only
+where all code that the model can name is that of libraries which were tried, diffusers' above all: where it meets a
+class, a function or a hook of the user's, everything is traced.  Two blocks are then equal where what they hold, what
+they are called with, and what the code could write to is.  Two of a kind are traced, and what they recorded is
+compared.  Where it differs, or has what no list of inputs says (a constant, a value from outside), the caller captures
+everything anew.
 """
 
 from __future__ import annotations
@@ -31,20 +33,22 @@ from torch.fx import GraphModule, Node
 from torch.fx.node import has_side_effect
 from torch.utils import _pytree as pytree
 
-from torchtrt_md.capture.alike import ATOMS, alike, same
+from torchtrt_md.capture.alike import alike, is_atom, same
 from torchtrt_md.capture.kept_state import KeptState, State, same_state
 from torchtrt_md.capture.known_values import KnownValues
-from torchtrt_md.capture.torch_private import FakeTensor
+from torchtrt_md.capture.torch_private import FakeTensor, has_global_hooks
 from torchtrt_md.graph.functional import base, is_fresh, mutates
 from torchtrt_md.wrappers import is_wrapper, named_weights
 
+# Packages whose blocks do what follows from their arguments and what they hold, and those that these name.
+KNOWN = frozenset({"diffusers", "packaging", "torchao"})
 _TRACED = 2  # of each kind
 _KINDS = 4  # with which a block is compared: the last ones that were met
 # A block without parts of its own is traced as fast as it is compared.
 _FEWEST_PARTS = 4
 
 
-class Unrepeated(Exception):
+class UnrepeatedError(Exception):
     """What equal blocks recorded is not equal, or not all there is: they are to be traced, each by itself."""
 
 
@@ -71,8 +75,8 @@ class _Kind:
     call: _Call
     records: list[int]
     sound: bool = True
-    spec: pytree.TreeSpec | None = None
-    leaves: list[object] = field(default_factory=list)  # _Place where there is a tensor
+    alone: bool = False  # it returns a tensor and no tuple
+    places: list[_Place | None] = field(default_factory=list)
     outputs: list[Tensor] = field(default_factory=list)
 
 
@@ -88,27 +92,30 @@ class RepeatedBlocks:
     """The modules in lists of a model's copy, for one trace of it.
 
     Attributes:
-        used: was a block written down again so far?
+        has_some: are there any that may be written down again?
     """
 
     def __init__(self, shadow: nn.Module, kept: KeptState) -> None:
         self._kept = kept
-        self._blocks = {id(block): block for block in _blocks(shadow)}
+        known = kept.packages <= KNOWN and not has_global_hooks()
+        self._blocks = {id(block): block for block in _blocks(shadow)} if known else {}
+        self.has_some = bool(self._blocks)
         self._kinds: list[_Kind] = []
         self._again: list[_Kind] = []
         self._inside = False
-        self.used = False
 
     @contextmanager
     def traced(self, known: KnownValues) -> Iterator[None]:
         """Let equal blocks be written down again in here, where a trace is under way."""
         global _now
         outer, _now = _now, self
-        # On their classes, where KeptState takes it for code; other objects of these classes go past.
-        own = {cls: vars(cls).get("forward") for cls in {type(block) for block in self._blocks.values()}}
-        for cls in own:
-            cls.forward = self._recording(cls.forward, known)
+        own: dict[type[nn.Module], Any] = {}
         try:
+            # On their classes, where KeptState takes it for code; other objects of these classes go past.
+            for cls in {type(block) for block in self._blocks.values()}:
+                was = vars(cls).get("forward")
+                cls.forward = self._recording(cls, cls.forward, known)
+                own[cls] = was
             yield
         finally:
             _now = outer
@@ -122,13 +129,13 @@ class RepeatedBlocks:
         """Put the nodes of the earlier block wherever one was written down again.
 
         Raises:
-            Unrepeated: see above.
+            UnrepeatedError: see above.
         """
         records = _records(graph)
         for kind in dict.fromkeys(self._again):
             first, *others = (records[index] for index in kind.records)
             if not first.is_whole() or not all(map(first.equals, others)):
-                raise Unrepeated
+                raise UnrepeatedError
         for node in graph.graph.find_nodes(op="call_function", target=_again_op):
             tensors, index = node.args
             copies = records[self._again[index].records[0]].copied(graph, node, tensors)
@@ -145,10 +152,10 @@ class RepeatedBlocks:
         """Tensors as the block returned that the index-th was written down after."""
         return [_like(t) for t in self._again[index].outputs]
 
-    def _recording(self, forward: Callable[..., Any], known: KnownValues) -> Callable[..., Any]:
+    def _recording(self, cls: type[nn.Module], forward: Callable[..., Any], known: KnownValues) -> Callable[..., Any]:
         @functools.wraps(forward)
         def recorded(block: nn.Module, *args: Any, **kwargs: Any) -> Any:
-            one_of = not self._inside and id(block) in self._blocks
+            one_of = not self._inside and id(block) in self._blocks and type(block) is cls
             call = self._call(block, args, kwargs, known) if one_of else None
             if call is None:
                 return forward(block, *args, **kwargs)
@@ -158,7 +165,7 @@ class RepeatedBlocks:
             if kind is None:
                 kind = _Kind(call, [])
                 self._kinds.append(kind)
-            return self._record(kind, call, forward, args, kwargs)
+            return self._record(kind, call, forward, args, kwargs, known)
 
         return recorded
 
@@ -166,69 +173,63 @@ class RepeatedBlocks:
         """What this call is; None where it is no call that could be written down again."""
         leaves, spec = pytree.tree_flatten((args, kwargs))
         weights = named_weights(block).values()
-        if not all(isinstance(leaf, ATOMS) or type(leaf) is FakeTensor for leaf in leaves):
+        tensors = [leaf for leaf in (*leaves, *weights) if isinstance(leaf, Tensor)]
+        if not all(is_atom(leaf) or isinstance(leaf, Tensor) for leaf in leaves):
             return None
-        if not all(type(t) is FakeTensor for t in weights):
+        if not all(type(t) is FakeTensor and t.layout == torch.strided and not known.knows(t) for t in tensors):
             return None
-        distinct: dict[int, Tensor] = {}
+        distinct = {id(t): t for t in tensors}
+        place = {key: i for i, key in enumerate(distinct)}
         form: list[object] = [spec, _around(), *_wrappers(block)]
         for leaf in (*leaves, *weights):
             if isinstance(leaf, Tensor):
-                distinct.setdefault(id(leaf), leaf)
-                form.append((list(distinct).index(id(leaf)), _memory(leaf), id(leaf) if known.knows(leaf) else None))
+                form.append((place[id(leaf)], _memory(leaf)))
             else:
                 form.append((type(leaf), leaf, str(leaf)))  # 0.0 == -0.0
         state = self._kept.state()
         return _Call(block, list(distinct.values()), form, state) if distinct and state is not None else None
 
-    def _record(self, kind: _Kind, call: _Call, forward: Callable[..., Any], args: Any, kwargs: Any) -> Any:
+    def _record(
+        self, kind: _Kind, call: _Call, forward: Callable[..., Any], args: Any, kwargs: Any, known: KnownValues
+    ) -> Any:
         index = sum(len(k.records) for k in self._kinds)
         kind.records.append(index)
-        given = pytree.tree_leaves((args, kwargs))
+        given, given_spec = pytree.tree_flatten((args, kwargs))
         _begins(call.tensors, index)
         self._inside = True
         try:
             result = forward(call.block, *args, **kwargs)
         finally:
             self._inside = False
-        leaves, spec = pytree.tree_flatten(result)
-        passed = {id(t): i for i, t in enumerate(call.tensors)}
-        made = {id(t): t for t in leaves if isinstance(t, Tensor) and id(t) not in passed}
-        outputs = list(made.values())
-        places: list[object] = []
-        for leaf in leaves:
-            if not isinstance(leaf, Tensor):
-                places.append((type(leaf), leaf))
-            elif id(leaf) in passed:
-                places.append(_Place(True, passed[id(leaf)]))
-            else:
-                places.append(_Place(False, list(made).index(id(leaf))))
-        plain = all(type(leaf) is FakeTensor or isinstance(leaf, ATOMS) for leaf in leaves)
-        after = pytree.tree_leaves((args, kwargs))
-        untouched = len(after) == len(given) and all(a is b for a, b in zip(after, given, strict=True))
+        after, after_spec = pytree.tree_flatten((args, kwargs))
+        untouched = after_spec == given_spec and all(a is b for a, b in zip(after, given, strict=True))
         state = self._kept.state()
         pure = state is not None and same_state(call.state, state)
-        if not (plain and untouched and pure) or not outputs:
+        results = result if type(result) is tuple else (result,)  # a list or dict could be the one that was passed
+        tensors = [r for r in results if r is not None]
+        ordinary = all(type(t) is FakeTensor and _is_ordinary(t) and not known.knows(t) for t in tensors)
+        places: list[_Place | None] = []
+        outputs: list[Tensor] = []
+        if not (untouched and pure and ordinary and tensors):
             kind.sound = False
+        else:
+            passed = {id(t): i for i, t in enumerate(call.tensors)}
+            made = {id(t): t for t in tensors if id(t) not in passed}
+            index_of = passed | {key: i for i, key in enumerate(made)}
+            outputs = list(made.values())
+            places = [None if r is None else _Place(id(r) in passed, index_of[id(r)]) for r in results]
         if len(kind.records) == 1:
-            kind.spec, kind.leaves, kind.outputs = spec, places, outputs
-        elif (kind.spec, kind.leaves, [*map(_memory, kind.outputs)]) != (spec, places, [*map(_memory, outputs)]):
+            kind.alone, kind.places, kind.outputs = type(result) is not tuple, places, outputs
+        elif (kind.places, [*map(_memory, kind.outputs)]) != (places, [*map(_memory, outputs)]):
             kind.sound = False
-        _ends(outputs if plain else [], index)
+        _ends(outputs, index)
         return result
 
     def _write_again(self, kind: _Kind, call: _Call) -> Any:
-        self.used = True
         self._again.append(kind)
-        made = _again(call.tensors, len(self._again) - 1)
-        leaves = []
-        for leaf in kind.leaves:
-            if isinstance(leaf, _Place):
-                leaves.append(call.tensors[leaf.index] if leaf.passed else made[leaf.index])
-            else:
-                leaves.append(leaf[1])  # type: ignore[index]
-        assert kind.spec is not None
-        return pytree.tree_unflatten(leaves, kind.spec)
+        made = _again(call.tensors, len(self._again) - 1) if kind.outputs else []
+        results = [p and (call.tensors if p.passed else made)[p.index] for p in kind.places]
+        return results[0] if kind.alone else tuple(results)
 
 
 class _Record:
@@ -310,11 +311,13 @@ def _writes_to_fresh(node: Node, inside: Collection[Node]) -> bool:
 
 
 def _blocks(shadow: nn.Module) -> Iterator[nn.Module]:
-    """The modules in lists that have more than two alike."""
+    """The modules in lists that have more than two alike; none where an object has a forward of its own."""
+    if any("forward" in vars(module) for module in shadow.modules()):
+        return
     listed = {id(block): block for m in shadow.modules() if isinstance(m, nn.ModuleList) for block in m}
     kinds: list[list[nn.Module]] = []
     for block in listed.values():
-        if len(list(block.modules())) > _FEWEST_PARTS and "forward" not in vars(block):
+        if len(list(block.modules())) > _FEWEST_PARTS:
             kind = next((kind for kind in kinds[-_KINDS:] if alike(kind[0], block)), None)
             if kind is None:
                 kinds.append([block])
@@ -367,6 +370,11 @@ def _around() -> list[object]:
 def _memory(t: Tensor) -> tuple[object, ...]:
     whole = t.untyped_storage().nbytes()
     return t.shape, t.stride(), t.storage_offset(), whole, t.dtype, t.device, t.requires_grad, t.is_conj(), t.is_neg()
+
+
+def _is_ordinary(t: Tensor) -> bool:
+    """Can :func:`_like` make one that nothing tells from it?"""
+    return t.layout == torch.strided and not (t.requires_grad or t.is_conj() or t.is_neg())
 
 
 def _like(t: Tensor) -> Tensor:

@@ -20,6 +20,7 @@ from torch._subclasses.fake_tensor import is_fake as is_fake
 from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
 from torch.fx import Node
 from torch.fx.experimental.proxy_tensor import PythonKeyTracer
+from torch.nn.modules import module as _modules
 from torch.testing._internal.distributed.fake_pg import FakeStore
 from torch.utils._python_dispatch import _disable_current_modes
 
@@ -179,6 +180,14 @@ def untraced() -> AbstractContextManager[object]:
     Without it, what depends on shapes alone would have no value while a model is traced.
     """
     return _disable_current_modes()
+
+
+def has_global_hooks() -> bool:
+    """Are there hooks that every module runs?
+
+    Without it, a block could be written down again where such a hook has a count.
+    """
+    return bool(_modules._global_forward_hooks or _modules._global_forward_pre_hooks)
 
 
 def root_mesh(device_mesh: DeviceMesh) -> DeviceMesh:

@@ -23,7 +23,7 @@ from torchtrt_md.capture.arguments import Arguments, Scalar
 from torchtrt_md.capture.attention import WholeAttention
 from torchtrt_md.capture.known_values import KnownValues
 from torchtrt_md.capture.quiet import quiet
-from torchtrt_md.capture.repeated import RepeatedBlocks, Unrepeated
+from torchtrt_md.capture.repeated import RepeatedBlocks, UnrepeatedError
 from torchtrt_md.capture.torch_private import DEPENDS_ON_VALUES, FakeTensor, FakeTensorMode, told_stacks
 from torchtrt_md.capture.written_collectives import refuse_written
 from torchtrt_md.capture.written_tensors import refuse_filled, refuse_written_tensors
@@ -66,7 +66,7 @@ def trace(
         repeated: writes down again what equal blocks do; without it, all are traced.
 
     Raises:
-        Unrepeated: equal blocks do not do the same.
+        UnrepeatedError: equal blocks do not do the same.
         CaptureError: the model does what cannot be one graph, with the user's source line.
     """
     mode = FakeTensorMode(allow_non_fake_inputs=True)
@@ -144,7 +144,7 @@ def recorded(
         if error.at:
             raise
         raise CaptureError(error.problem, fix=error.fix, at=(line or error_line)(error)) from error
-    except (MDError, Unrepeated):
+    except (MDError, UnrepeatedError):
         raise
     except DEPENDS_ON_VALUES as error:
         raise CaptureError(
