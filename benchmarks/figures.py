@@ -50,14 +50,14 @@ MODELS = (
         "flux",
         "FLUX.1, 57 blocks, 4096 + 512 tokens",
         "FLUX.1",
-        {1: "2026-11-22-flux-h200", 2: "2026-11-23-flux-xdit-h200-x2", 4: "2026-11-22-flux-beside-h200-x4"},
-        "the best peer: compiled by PyTorch, in a CUDA graph; Ulysses of xDiT on 2, of diffusers on 4",
+        {1: "2026-11-22-flux-h200", 2: "2026-11-23-flux-backends-h200-x2", 4: "2026-11-22-flux-beside-h200-x4"},
+        "the best peer: compiled by PyTorch, in a CUDA graph, by diffusers' Ulysses; on 4 with cuDNN's attention only",
     ),
     Model(
         "flux2048",
         "FLUX.1 at 2048 x 2048, 16,384 + 512 tokens",
         "FLUX.1 at 2048 px",
-        {2: "2026-11-23-flux2048-h200-x2"},
+        {2: "2026-11-23-flux2048-native-h200-x2"},
         "diffusers' Ulysses, as above",
     ),
     Model(
@@ -92,7 +92,7 @@ MODELS = (
         "wan",
         "Wan2.1 14B, 4 blocks, 720p",
         "Wan2.1 14B",
-        {2: "2026-11-23-wan-groups-h200-x2", 4: "2026-11-22-wan-peer-h200-x4"},
+        {2: "2026-11-23-wan-native-h200-x2", 4: "2026-11-22-wan-peer-h200-x4"},
         "the best peer: diffusers' Ulysses, compiled by PyTorch, in a CUDA graph",
     ),
 )
