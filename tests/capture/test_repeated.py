@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import contextvars
 import itertools
+import sys
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -16,6 +18,10 @@ from torchtrt_md.errors import CaptureError
 from torchtrt_md.graph.source import source_line
 from torchtrt_md.graph.text import graph_text
 from torchtrt_md.verification import verify
+
+sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
+
+from benchmarks import small_diffusers, small_diffusers_plans
 
 WIDTH = 8
 COUNT = 5  # blocks
@@ -72,15 +78,15 @@ def again(monkeypatch: pytest.MonkeyPatch) -> list[object]:
     return found
 
 
-def captured(model: nn.Module, *inputs: Tensor) -> md.ShardedProgram:
-    return md.capture(model, inputs, mesh=md.Mesh(dp=2), parallel=md.DataParallel("dp"))
+def captured(model: nn.Module, *inputs: Tensor, **named: Any) -> md.ShardedProgram:
+    return md.capture(model, inputs, named, mesh=md.Mesh(dp=2), parallel=md.DataParallel("dp"))
 
 
-def is_that_of_the_whole_trace(model: nn.Module, *inputs: Tensor) -> md.ShardedProgram:
-    program = captured(model, *inputs)
+def is_that_of_the_whole_trace(model: nn.Module, *inputs: Tensor, **named: Any) -> md.ShardedProgram:
+    program = captured(model, *inputs, **named)
     with pytest.MonkeyPatch.context() as patch:
         patch.setitem(_MODULE, "KNOWN", frozenset())
-        whole = captured(model, *inputs)
+        whole = captured(model, *inputs, **named)
     assert graph_text(program.graphs[0]) == graph_text(whole.graphs[0])
     names = [[node.name for node in p.graphs[0].graph.find_nodes(op="placeholder")] for p in (program, whole)]
     assert names[0] == names[1]
@@ -543,6 +549,30 @@ def test_a_model_of_diffusers(monkeypatch: pytest.MonkeyPatch, again: list[objec
     program = captured_flux(model, given)
     assert len(again) == 3, "of the single blocks the first has text in a layout of its own"
     assert verify(md.lower(program), model, (), given).error < 1e-5
+
+
+@pytest.mark.parametrize(
+    "call",
+    [
+        "AuraFlowTransformer2DModel",
+        "ConsisIDTransformer3DModel",
+        "Flux2Transformer2DModel",
+        "Flux3Transformer2DModel",
+        "HunyuanVideoTransformer3DModel",
+        "Kandinsky6Transformer3DModel",
+        "LTX2VideoTransformer3DModel",
+        "WanTransformer3DModel, an image",
+    ],
+)
+def test_models_of_diffusers_with_one_of_each_kind_traced(
+    call: str, monkeypatch: pytest.MonkeyPatch, again: list[object]
+) -> None:
+    monkeypatch.setitem(_MODULE, "KNOWN", _KNOWN)
+    monkeypatch.setitem(_MODULE, "_TRACED", 1)  # they are small, with two or three blocks of a kind
+    planned = call.partition(", ")[0] in small_diffusers_plans.classes()
+    model, args, kwargs = (small_diffusers_plans if planned else small_diffusers).made(call)
+    is_that_of_the_whole_trace(model, *args, **kwargs)
+    assert again
 
 
 class Processor:
