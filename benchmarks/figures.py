@@ -93,7 +93,7 @@ MODELS = (
         "Wan2.1 14B, 4 blocks, 720p",
         "Wan2.1 14B",
         {2: "2026-11-23-wan-native-h200-x2", 4: "2026-11-22-wan-peer-h200-x4"},
-        "the best peer: diffusers' Ulysses, compiled by PyTorch, in a CUDA graph",
+        "the best peer: diffusers' Ulysses, as for FLUX.1",
     ),
 )
 
