@@ -69,3 +69,19 @@ def ranks(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Ranks]:
 def run(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> Run:
     """The command line."""
     return Run(monkeypatch, capsys)
+
+
+@pytest.fixture
+def again(monkeypatch: pytest.MonkeyPatch) -> list[object]:
+    """The blocks that capture wrote down again."""
+    from torchtrt_md.capture.repeated import RepeatedBlocks
+
+    found: list[object] = []
+    own = RepeatedBlocks._write_again
+
+    def noted(self: RepeatedBlocks, kind: object, call: object) -> object:
+        found.append(call.block)  # type: ignore[attr-defined]
+        return own(self, kind, call)  # type: ignore[arg-type]
+
+    monkeypatch.setattr(RepeatedBlocks, "_write_again", noted)
+    return found

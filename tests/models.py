@@ -31,11 +31,18 @@ SMALL_EXAMPLES = {
 Call = tuple[nn.Module, tuple[Any, ...], dict[str, Any]]
 
 
-def flux(dtype: torch.dtype = torch.float32, heads: int = 4, image: int = 32, text: int = 16) -> Call:
+def flux(
+    dtype: torch.dtype = torch.float32,
+    heads: int = 4,
+    image: int = 32,
+    text: int = 16,
+    layers: int = 1,
+    single_layers: int = 2,
+) -> Call:
     torch.manual_seed(0)
     model = FluxTransformer2DModel(
-        num_layers=1,
-        num_single_layers=2,
+        num_layers=layers,
+        num_single_layers=single_layers,
         num_attention_heads=heads,
         attention_head_dim=16,
         axes_dims_rope=(4, 6, 6),

@@ -4,24 +4,17 @@ from __future__ import annotations
 
 import contextvars
 import itertools
-import sys
-from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
 from torch import Tensor, nn
+from whole_traces import MODULE, captured, is_that_of_the_whole_trace
 
 import torchtrt_md as md
-from torchtrt_md.capture.repeated import RepeatedBlocks
 from torchtrt_md.errors import CaptureError
-from torchtrt_md.graph.source import source_line
 from torchtrt_md.graph.text import graph_text
 from torchtrt_md.verification import verify
-
-sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
-
-from benchmarks import small_diffusers, small_diffusers_plans
 
 WIDTH = 8
 COUNT = 5  # blocks
@@ -55,46 +48,12 @@ class Model(nn.Module):
         return x
 
 
-_MODULE = RepeatedBlocks.__init__.__globals__  # torchtrt_md.capture, the function, hides the package's modules
-_KNOWN = _MODULE["KNOWN"]
+_KNOWN = MODULE["KNOWN"]
 
 
 @pytest.fixture(autouse=True)
 def takes_this_file_for_a_library(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setitem(_MODULE, "KNOWN", _KNOWN | {__name__.partition(".")[0]})
-
-
-@pytest.fixture
-def again(monkeypatch: pytest.MonkeyPatch) -> list[object]:
-    """The blocks that were written down again."""
-    found: list[object] = []
-    own = RepeatedBlocks._write_again
-
-    def noted(self: RepeatedBlocks, kind: Any, call: Any) -> Any:
-        found.append(call.block)
-        return own(self, kind, call)
-
-    monkeypatch.setattr(RepeatedBlocks, "_write_again", noted)
-    return found
-
-
-def captured(model: nn.Module, *inputs: Tensor, **named: Any) -> md.ShardedProgram:
-    return md.capture(model, inputs, named, mesh=md.Mesh(dp=2), parallel=md.DataParallel("dp"))
-
-
-def is_that_of_the_whole_trace(model: nn.Module, *inputs: Tensor, **named: Any) -> md.ShardedProgram:
-    program = captured(model, *inputs, **named)
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setitem(_MODULE, "KNOWN", frozenset())
-        whole = captured(model, *inputs, **named)
-    assert graph_text(program.graphs[0]) == graph_text(whole.graphs[0])
-    names = [[node.name for node in p.graphs[0].graph.find_nodes(op="placeholder")] for p in (program, whole)]
-    assert names[0] == names[1]
-    lines = [[source_line(node) for node in p.graphs[0].graph.nodes] for p in (program, whole)]
-    assert lines[0] == lines[1]
-    assert program.out_spec == whole.out_spec
-    assert program.out_leaves == whole.out_leaves
-    return program
+    monkeypatch.setitem(MODULE, "KNOWN", _KNOWN | {__name__.partition(".")[0]})
 
 
 X = torch.randn(1, 4, WIDTH)
@@ -351,7 +310,7 @@ def test_the_forward_of_another_class(again: list[object]) -> None:
 
 
 def test_code_of_the_users_is_always_traced(monkeypatch: pytest.MonkeyPatch, again: list[object]) -> None:
-    monkeypatch.setitem(_MODULE, "KNOWN", _KNOWN)
+    monkeypatch.setitem(MODULE, "KNOWN", _KNOWN)
     is_that_of_the_whole_trace(Model(*(Block() for _ in range(COUNT))), X)
     assert not again
 
@@ -512,119 +471,3 @@ def test_an_error_in_a_late_block_cites_its_line() -> None:
     with pytest.raises(CaptureError) as raised:
         captured(Failing(*(Block() for _ in range(COUNT))), X)
     assert "return x @ x" in str(raised.value)
-
-
-def flux() -> tuple[nn.Module, dict[str, Any]]:
-    from diffusers import FluxTransformer2DModel
-
-    model = FluxTransformer2DModel(
-        num_layers=4,
-        num_single_layers=4,
-        attention_head_dim=16,
-        num_attention_heads=2,
-        joint_attention_dim=32,
-        pooled_projection_dim=32,
-        in_channels=4,
-        axes_dims_rope=(4, 4, 8),
-    ).eval()
-    given = {
-        "hidden_states": torch.randn(1, 8, 4),
-        "encoder_hidden_states": torch.randn(1, 4, 32),
-        "pooled_projections": torch.randn(1, 32),
-        "timestep": torch.tensor([0.5]),
-        "img_ids": torch.randn(8, 3),
-        "txt_ids": torch.zeros(4, 3),
-        "return_dict": False,
-    }
-    return model, given
-
-
-def captured_flux(model: nn.Module, given: dict[str, Any]) -> md.ShardedProgram:
-    return md.capture(model, (), given, mesh=md.Mesh(cp=2), parallel=md.ContextParallel("cp", "ulysses"))
-
-
-def test_a_model_of_diffusers(monkeypatch: pytest.MonkeyPatch, again: list[object]) -> None:
-    monkeypatch.setitem(_MODULE, "KNOWN", _KNOWN)
-    model, given = flux()
-    program = captured_flux(model, given)
-    assert len(again) == 3, "of the single blocks the first has text in a layout of its own"
-    assert verify(md.lower(program), model, (), given).error < 1e-5
-
-
-@pytest.mark.parametrize(
-    "call",
-    [
-        "AuraFlowTransformer2DModel",
-        "ConsisIDTransformer3DModel",
-        "Flux2Transformer2DModel",
-        "Flux3Transformer2DModel",
-        "HunyuanVideoTransformer3DModel",
-        "Kandinsky6Transformer3DModel",
-        "LTX2VideoTransformer3DModel",
-        "WanTransformer3DModel, an image",
-    ],
-)
-def test_models_of_diffusers_with_one_of_each_kind_traced(
-    call: str, monkeypatch: pytest.MonkeyPatch, again: list[object]
-) -> None:
-    monkeypatch.setitem(_MODULE, "KNOWN", _KNOWN)
-    monkeypatch.setitem(_MODULE, "_TRACED", 1)  # they are small, with two or three blocks of a kind
-    planned = call.partition(", ")[0] in small_diffusers_plans.classes()
-    model, args, kwargs = (small_diffusers_plans if planned else small_diffusers).made(call)
-    is_that_of_the_whole_trace(model, *args, **kwargs)
-    assert again
-
-
-class Processor:
-    """Of the user's, in place of diffusers' own."""
-
-    def __init__(self, own: Any) -> None:
-        self.own = own
-
-    def __call__(self, *args: Any, **kwargs: Any) -> Any:
-        CALLS["count"] += 1
-        return self.own(*args, **kwargs)
-
-
-def hooked(model: Any) -> None:
-    model.transformer_blocks[1].attn.register_forward_hook(lambda module, args, result: None)
-
-
-def processed(model: Any) -> None:
-    for block in model.transformer_blocks:
-        block.attn.processor = Processor(block.attn.processor)
-
-
-def replaced(model: Any) -> None:
-    model.single_transformer_blocks[2].forward = model.single_transformer_blocks[2].forward
-
-
-@pytest.mark.parametrize("change", [hooked, processed, replaced])
-def test_with_code_of_the_users_in_it_all_is_traced(
-    change: Any, monkeypatch: pytest.MonkeyPatch, again: list[object]
-) -> None:
-    monkeypatch.setitem(_MODULE, "KNOWN", _KNOWN)
-    model, given = flux()
-    change(model)
-    captured_flux(model, given)
-    assert not again
-
-
-def test_with_hooks_on_all_modules_all_is_traced(again: list[object]) -> None:
-    model, given = flux()
-    hook = nn.modules.module.register_module_forward_hook(lambda module, args, result: None)
-    try:
-        captured_flux(model, given)
-    finally:
-        hook.remove()
-    assert not again
-
-
-def test_functions_put_into_the_library_are_seen(monkeypatch: pytest.MonkeyPatch, again: list[object]) -> None:
-    from diffusers.models.transformers import transformer_flux
-
-    monkeypatch.setitem(_MODULE, "KNOWN", _KNOWN)
-    own = transformer_flux.apply_rotary_emb
-    monkeypatch.setattr(transformer_flux, "apply_rotary_emb", lambda *args, **kwargs: own(*args, **kwargs))
-    captured_flux(*flux())
-    assert not again

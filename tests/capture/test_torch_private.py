@@ -13,6 +13,7 @@ from torchtrt_md.capture.torch_private import (
     FakeTensorMode,
     coordinates,
     fake_ranks,
+    has_global_hooks,
     is_fake,
     told_stacks,
     untraced,
@@ -74,3 +75,13 @@ def test_untraced_without_which_nothing_is_known_while_a_model_is_traced() -> No
     graph = make_fx(call, tracing_mode="fake")(torch.ones(2))
     assert found[0].tolist() == [1, 2]
     assert not graph.graph.find_nodes(op="call_function", target=torch.ops.aten.cumsum.default)
+
+
+def test_has_global_hooks_without_which_blocks_with_such_hooks_would_be_written_down_again() -> None:
+    assert not has_global_hooks()
+    of_modules = torch.nn.modules.module
+    for one in (of_modules.register_module_forward_pre_hook, of_modules.register_module_forward_hook):
+        hook = one(lambda *_: None)
+        assert has_global_hooks()
+        hook.remove()
+    assert not has_global_hooks()

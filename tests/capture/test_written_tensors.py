@@ -47,7 +47,12 @@ def writes_to_a_file(self: Any, x: Tensor) -> Tensor:
     return self.out(x)  # type: ignore[no-any-return]
 
 
-@pytest.mark.parametrize("forward", [adds, writes_a_part, writes_to_a_file])
+def writes_to_a_piece(self: Any, x: Tensor) -> Tensor:
+    self.table.split(4)[1].copy_(x[0, 0, :4])
+    return self.out(x) + self.table  # type: ignore[no-any-return]
+
+
+@pytest.mark.parametrize("forward", [adds, writes_a_part, writes_to_a_file, writes_to_a_piece])
 def test_a_write_to_a_tensor_that_the_code_holds(forward: Callable[..., Tensor]) -> None:
     with pytest.raises(md.CaptureError, match=r"the model writes to a tensor \[8\] that its code holds") as raised:
         captured(forward, X)

@@ -116,7 +116,7 @@ class _Container:
     def changes(self) -> list[object]:
         """What is in it that was not, and something at least where anything changed."""
         (keys, values), (old_keys, old_values) = self._read(), self._before
-        if len(keys) == len(old_keys) and all(map(is_, keys, old_keys)) and all(map(is_, values, old_values)):
+        if identical(keys, old_keys) and identical(values, old_values):
             return []
         old = set(map(id, old_values))
         return [_ABSENT, *(value for value in values if id(value) not in old)]
@@ -162,10 +162,8 @@ class _Dicts:
         self._before = self._read()
 
     def unchanged(self) -> bool:
-        (sizes, *content), (old_sizes, *old_content) = self._read(), self._before
-        return sizes == old_sizes and all(
-            all(map(is_, now, then)) for now, then in zip(content, old_content, strict=True)
-        )
+        (sizes, keys, values), (old_sizes, old_keys, old_values) = self._read(), self._before
+        return sizes == old_sizes and identical(keys, old_keys) and identical(values, old_values)
 
     def _read(self) -> tuple[list[int], list[Any], list[Any]]:
         """How many entries each has; the keys and the values of all."""
@@ -211,6 +209,11 @@ def same_state(a: State, b: State) -> bool:
         and all(k == key and v is value for (k, v), (key, value) in zip(then, now, strict=True))
         for (one, then), (other, now) in zip(a, b, strict=True)
     )
+
+
+def identical(a: Sequence[object], b: Sequence[object]) -> bool:
+    """Are these the very same objects, in this order?"""
+    return len(a) == len(b) and all(map(is_, a, b))
 
 
 class _Walk:

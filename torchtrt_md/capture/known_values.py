@@ -45,10 +45,6 @@ class KnownValues(TorchDispatchMode):
         # The memory of known values into which something unknown was written; kept, so that no other has its address.
         self._lost: dict[int, Tensor] = {}
 
-    def knows(self, tensor: Tensor) -> bool:
-        """Has this tensor of a trace a value?"""
-        return tensor in self._known
-
     def _of(self, tensor: Tensor) -> Tensor | None:
         """The value of a tensor that is traced, on the CPU and not to be written to; None where it is not known."""
         value: Tensor | None = self._known.get(tensor)
@@ -73,7 +69,7 @@ class KnownValues(TorchDispatchMode):
             return func(*args, **kwargs)
         if func is not aten.lift_fresh.default:  # which takes what the code wrote as numbers
             self._meet(args, kwargs)
-        if func is not aten.index.Tensor and not func._schema.is_mutable and any(map(self._is_unknown, args)):
+        if func is not aten.index.Tensor and not func._schema.is_mutable and any(map(self.is_unknown, args)):
             return func(*args, **kwargs)  # as most are
         if func is aten.index.Tensor:
             args = (args[0], self._without_masks(args[1]))
@@ -119,7 +115,8 @@ class KnownValues(TorchDispatchMode):
             found.extend(self._constant(position, index.device) for position in positions)
         return found
 
-    def _is_unknown(self, leaf: object) -> bool:
+    def is_unknown(self, leaf: object) -> bool:
+        """Is it a tensor of the trace, without a value?"""
         return isinstance(leaf, FakeTensor) and leaf not in self._known
 
     def _operand(self, leaf: object) -> Tensor | None:

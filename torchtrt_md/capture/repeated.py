@@ -34,7 +34,7 @@ from torch.fx.node import has_side_effect
 from torch.utils import _pytree as pytree
 
 from torchtrt_md.capture.alike import alike, is_atom, same
-from torchtrt_md.capture.kept_state import KeptState, State, same_state
+from torchtrt_md.capture.kept_state import KeptState, State, identical, same_state
 from torchtrt_md.capture.known_values import KnownValues
 from torchtrt_md.capture.torch_private import FakeTensor, has_global_hooks
 from torchtrt_md.graph.functional import base, is_fresh, mutates
@@ -176,7 +176,7 @@ class RepeatedBlocks:
         tensors = [leaf for leaf in (*leaves, *weights) if isinstance(leaf, Tensor)]
         if not all(is_atom(leaf) or isinstance(leaf, Tensor) for leaf in leaves):
             return None
-        if not all(type(t) is FakeTensor and t.layout == torch.strided and not known.knows(t) for t in tensors):
+        if not all(type(t) is FakeTensor and t.layout == torch.strided and known.is_unknown(t) for t in tensors):
             return None
         distinct = {id(t): t for t in tensors}
         place = {key: i for i, key in enumerate(distinct)}
@@ -202,12 +202,12 @@ class RepeatedBlocks:
         finally:
             self._inside = False
         after, after_spec = pytree.tree_flatten((args, kwargs))
-        untouched = after_spec == given_spec and all(a is b for a, b in zip(after, given, strict=True))
+        untouched = after_spec == given_spec and identical(after, given)
         state = self._kept.state()
         pure = state is not None and same_state(call.state, state)
         results = result if type(result) is tuple else (result,)  # a list or dict could be the one that was passed
         tensors = [r for r in results if r is not None]
-        ordinary = all(type(t) is FakeTensor and _is_ordinary(t) and not known.knows(t) for t in tensors)
+        ordinary = all(type(t) is FakeTensor and _is_ordinary(t) and known.is_unknown(t) for t in tensors)
         places: list[_Place | None] = []
         outputs: list[Tensor] = []
         if not (untouched and pure and ordinary and tensors):

@@ -8,13 +8,12 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import Any
 
-import torch
 from torch import Tensor
 from torch.fx import GraphModule, Node
 from torch.utils import _pytree as pytree
 
 from torchtrt_md.errors import CaptureError
-from torchtrt_md.graph.functional import mutates
+from torchtrt_md.graph.functional import base, mutates
 from torchtrt_md.graph.source import source_line
 
 
@@ -25,26 +24,15 @@ def refuse_written_tensors(graph: GraphModule) -> None:
         CaptureError: an op writes to a tensor that is neither an input nor a weight, with the user's line.
     """
     for node in graph.graph.nodes:
-        if mutates(node) and node.args and (held := _viewed(node.args[0])) is not None and held.op == "get_attr":
+        if not mutates(node) or not node.args or not isinstance(node.args[0], Node):
+            continue
+        if (held := base(node.args[0])).op == "get_attr":
             shape = list(getattr(graph, str(held.target)).shape)
             raise CaptureError(
                 f"the model writes to a tensor {shape} that its code holds, and that is no result ({node.target})",
                 fix="pass the tensor in and return the new value; what is made anew in each call, make in forward",
                 at=source_line(node),
             )
-
-
-def _viewed(value: object) -> Node | None:
-    """What a value is, or is a view of."""
-    while isinstance(value, Node) and isinstance(value.target, torch._ops.OpOverload) and _aliases(value.target):
-        value = value.args[0]
-    return value if isinstance(value, Node) else None
-
-
-def _aliases(op: torch._ops.OpOverload[Any, Any]) -> bool:
-    """Is its result memory of its first operand, as it declares?"""
-    first, returns = op._schema.arguments[:1], op._schema.returns[:1]
-    return bool(first and returns and first[0].alias_info is not None and returns[0].alias_info is not None)
 
 
 def refuse_filled(before: Sequence[Any], arguments: object) -> None:

@@ -96,19 +96,20 @@ def is_fresh(node: Node) -> bool:
 
 
 def base(node: Node) -> Node:
-    """The value whose memory this one has, as far as ops declare it; itself where it has memory of its own."""
-    while not is_fresh(node) and _is_view(node):
-        assert isinstance(node.args[0], Node)
+    """The value whose memory this one has, as far as ops declare it; itself where it is no view."""
+    while _is_view(node) and isinstance(node.args[0], Node):
         node = node.args[0]
     return node
 
 
 def _is_view(node: Node) -> bool:
-    """Has this value the memory of its first operand?"""
-    if not isinstance(node.target, torch._ops.OpOverload):
-        return node.target is operator.getitem
-    (first, *_) = node.target._schema.arguments or (None,)
-    return node.target is aten._unsafe_view.default or (first is not None and first.alias_info is not None)
+    """Has this value the memory of its first operand, or is it one of several results?"""
+    op = node.target
+    if not isinstance(op, torch._ops.OpOverload):
+        return op is operator.getitem
+    first, returns = op._schema.arguments[:1], op._schema.returns[:1]
+    aliases = bool(first and returns and first[0].alias_info is not None and returns[0].alias_info is not None)
+    return aliases or op is aten._unsafe_view.default
 
 
 def _without_renames(graph: GraphModule) -> GraphModule:
