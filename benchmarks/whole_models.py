@@ -213,6 +213,7 @@ class Bench:
             "ours, Inductor": {"placement": "split", "compute": "inductor"},
             "ours, Inductor, no overlap": {"placement": "split", "compute": "inductor", "overlap": False},
             "ours, Inductor, stores": stores,
+            "ours, Inductor, stores, float8 exchanges": {**stores, "exchange_dtype": "float8"},
             **{
                 f"ours, Inductor, stores, {n} groups of heads": {**stores, "exchange": Exchange("ulysses", n)}
                 for n in self.workload.groups

@@ -41,7 +41,9 @@ import torch
 from torch.fx import GraphModule, Node
 
 from torchtrt_md.checks import check_lower
+from torchtrt_md.errors import ShardingError
 from torchtrt_md.graph.functional import copied
+from torchtrt_md.graph.source import source_line
 from torchtrt_md.graph.uncollected import uncollected
 from torchtrt_md.lowering import (
     allgather_kv,
@@ -70,6 +72,7 @@ from torchtrt_md.lowering import (
     validate,
     zigzag,
 )
+from torchtrt_md.lowering.float8_rows import DTYPES
 from torchtrt_md.lowering.passes import Exchange, Pass, PassContext, run_passes
 from torchtrt_md.mesh import axes_of
 from torchtrt_md.parallel import Placement
@@ -80,6 +83,7 @@ from torchtrt_md.program import (
     Source,
     Value,
     Weight,
+    dtype_name,
     outputs_of,
     placeholders,
     value_of,
@@ -163,12 +167,14 @@ class Lowering:
         placement: Placement = "engine",
         exchanges: Mapping[str, Exchange] | None = None,
         stores: bool = False,
+        wire: str = "",
         dump: str | Path | None = None,
     ) -> ShardedProgram:
         """See :func:`lower`.
 
         Args:
             stores: ranks will store into each other's memory (``transport="store"``), and not exchange by NCCL.
+            wire: what is sent of queries, keys and values in the placement ``split``: "" or "float8".
         """
         program = self.program
         check_lower(program, placement, exchanges, dump)
@@ -183,10 +189,13 @@ class Lowering:
             exchanges or {},
             alike=program.alike,
             stores=stores,
+            wire=wire,
         )
         lowered: dict[int, GraphModule] = {}
         counts: dict[str, int] = {}
         analyzed = self._analysis(placement, dump)
+        if wire:
+            _check_wire([graph for graph, _ in analyzed.values()])
         for graph, ranks in program.distinct():
             analysis, before = analyzed[id(graph)]
             new = copied(analysis)
@@ -249,6 +258,29 @@ class Lowering:
     def _folder(self, dump: Path | None, ranks: tuple[int, ...]) -> Path | None:
         """Where the graph of these ranks is dumped."""
         return dump / f"rank{ranks[0]}" if dump and len(self.program.distinct()) > 1 else dump
+
+
+def _check_wire(graphs: list[GraphModule]) -> None:
+    """See that there are queries, keys and values that can be sent in float8.
+
+    Raises:
+        ShardingError: there are none, or of another dtype.
+    """
+    target = torch.ops.torchtrt_md.context_attention.default
+    attentions = [node for graph in graphs for node in graph.graph.find_nodes(op="call_function", target=target)]
+    if not attentions:
+        raise ShardingError(
+            "no attention exchanges queries, keys or values, which exchange_dtype is about",
+            fix="leave exchange_dtype out",
+        )
+    for node in attentions:
+        dtype = value_of(node).dtype
+        if dtype not in DTYPES:
+            raise ShardingError(
+                f"attention {node.name!r} is in {dtype_name(dtype)}, which is not exchanged in float8",
+                fix="leave exchange_dtype out, or use a model in 16 or 32 bits",
+                at=source_line(node),
+            )
 
 
 def _source_of(node: Node, program: ShardedProgram) -> Source:

@@ -34,13 +34,14 @@ def run(graph: GraphModule, context: PassContext) -> int:
     for node in list(graph.graph.find_nodes(op="call_function", target=md.context_attention.default)):
         args = bound_args(node)
         if args["strategy"] == "allgather_kv":
-            substitute(node, _expand(node, **args))
+            substitute(node, _expand(node, context.sent, **args))
             count += 1
     return count
 
 
 def _expand(
     node: Node,
+    sent: tuple[str, ...],
     q: Node,
     k: Node,
     v: Node,
@@ -54,9 +55,9 @@ def _expand(
     lengths: list[int] | None,
 ) -> Node:
     if value_of(k).shape == value_of(v).shape:
-        k, v = _gathered(node, [k, v], axis, size)
+        k, v = _gathered(node, [k, v], axis, size, *sent)
     else:
-        (k,), (v,) = (_gathered(node, [x], axis, size) for x in (k, v))
+        (k,), (v,) = (_gathered(node, [x], axis, size, *sent) for x in (k, v))
     k, v = (seen_keys(node, x, lengths, size) for x in (k, v))
     if is_causal:
         mask = _causal_rows(node, q, k, axis, size)
@@ -65,10 +66,10 @@ def _expand(
     return emit(node, md.attention.default, q, k, v, mask, False, scale, enable_gqa)
 
 
-def _gathered(node: Node, parts: list[Node], axis: str, size: int) -> list[Node]:
+def _gathered(node: Node, parts: list[Node], axis: str, size: int, *sent: str) -> list[Node]:
     """[B, h, S/P, D] each -> [B, h, S, D] each, by one gather."""
     by_token = [permute(node, x, [0, 2, 1, 3]) for x in parts]
-    received = emit(node, md.all_gather.default, joined(node, by_token, 2), 0, axis, size)
+    received = emit(node, md.all_gather.default, joined(node, by_token, 2), 0, axis, size, *sent)
     return whole_sequence(node, received, value_of(received).shape[0] // size, [value_of(x).shape[1] for x in parts])
 
 

@@ -34,22 +34,23 @@ def run(graph: GraphModule, context: PassContext) -> int:
     count = 0
     for node in list(graph.graph.nodes):
         if node.target is md.all_gather.default and bound_args(node)["dim"] == 0:
-            count += _gather_then_cat(node, **bound_args(node)) or _gather_then_view(node, **bound_args(node))
+            x, _, *along = bound_args(node).values()
+            count += _gather_then_cat(node, x, *along) or _gather_then_view(node, x, *along)
         elif node.target is md.reduce_scatter.default and bound_args(node)["dim"] == 0:
             count += _cat_then_scatter(node, **bound_args(node))
     return count
 
 
-def _gather_then_cat(gather: Node, x: Node, dim: int, axis: str, size: int) -> int:
+def _gather_then_cat(gather: Node, x: Node, axis: str, size: int, wire: str | None) -> int:
     split = _only_user(gather)
     cat = _cat_of_all_parts(split, size) if split else None
     if split is None or cat is None or bound_args(split)["dim"] != 0:
         return 0
-    substitute(cat, emit(cat, md.all_gather.default, x, _dim(cat), axis, size))
+    substitute(cat, emit(cat, md.all_gather.default, x, _dim(cat), axis, size, wire))
     return 1
 
 
-def _gather_then_view(gather: Node, x: Node, dim: int, axis: str, size: int) -> int:
+def _gather_then_view(gather: Node, x: Node, axis: str, size: int, wire: str | None) -> int:
     shape = list(value_of(x).shape)
     user = _only_user(gather)
     if user is None or user.target not in RESHAPES:
@@ -57,7 +58,7 @@ def _gather_then_view(gather: Node, x: Node, dim: int, axis: str, size: int) -> 
     for dim in range(1, len(shape)):
         whole = [*shape[:dim], shape[dim] * size, *shape[dim + 1 :]]
         if set(shape[:dim]) == {1} and list(value_of(user).shape) == whole:
-            substitute(user, emit(user, md.all_gather.default, x, dim, axis, size))
+            substitute(user, emit(user, md.all_gather.default, x, dim, axis, size, wire))
             return 1
     return 0
 

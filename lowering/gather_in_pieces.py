@@ -35,11 +35,11 @@ def run(graph: GraphModule, context: PassContext) -> int:
         return 0
     count = 0
     for node in graph.graph.find_nodes(op="call_function", target=md.all_gather.default):
-        x, dim, axis, size = bound_args(node).values()
+        x, dim, axis, size, *sent = bound_args(node).values()
         rows = value_of(x).shape[0]
         if axis not in context.alike or math.prod(value_of(x).shape[:dim]) == 1 or value_of(node).nbytes < LARGE:
             continue
-        gathered = [emit(node, md.all_gather.default, piece, 0, axis, size) for piece in _pieces(node, x, dim)]
+        gathered = [emit(node, md.all_gather.default, piece, 0, axis, size, *sent) for piece in _pieces(node, x, dim)]
         parts = [
             emit(node, aten.slice.Tensor, piece, 0, rank * rows, (rank + 1) * rows)
             for rank in range(size)

@@ -65,11 +65,11 @@ def _scatter(node: Node, args: dict[str, Any]) -> Node | None:
 
 
 def _all_to_all(node: Node, args: dict[str, Any]) -> Node | None:
-    x, split, concat, axis, size = args.values()
+    x, split, concat, axis, size, *sent = args.values()
     if split == concat == 0:
         return None
     parts = parts_first(node, x, split, size)
-    exchanged = emit(node, md.all_to_all.default, parts, 0, 0, axis, size)
+    exchanged = emit(node, md.all_to_all.default, parts, 0, 0, axis, size, *sent)
     return view(node, _move_first_to(node, exchanged, concat), list(value_of(node).shape))
 
 

@@ -20,6 +20,9 @@ its shapes depend on and holds no process group.  Semantics, for the ``size`` ra
                                              to ends[1] by weight[1], and so on; rows behind the last are undefined
     fake_quantize(x, amax, num_bits, ...)    x rounded to few bits, by a scale that amax gives, and as wide as before
 
+``wire`` is what ``all_gather``, ``all_to_all`` and ``permute_tensor`` send: None for x as it is, and ``"float8"`` for
+its rows in float8 (:mod:`torchtrt_md.lowering.float8_rows`): they then give what they would of x rounded so.
+
 Each has a shape rule and an eager rule over ``torch.distributed`` here, and one for all ranks at once in
 :mod:`torchtrt_md.verification.simulate`.
 """
@@ -39,6 +42,8 @@ from torch.distributed.device_mesh import DeviceMesh
 
 from torchtrt_md.errors import CaptureError, CollectiveError, MeshError
 from torchtrt_md.lowering.attention_math import ring_attention_block
+from torchtrt_md.lowering.float8_rows import DTYPES, rounded
+from torchtrt_md.lowering.float8_rows import FLOAT8 as FLOAT8_ROWS
 from torchtrt_md.lowering.quantize_math import FLOAT8 as FLOAT8
 from torchtrt_md.lowering.quantize_math import fake_quantized
 from torchtrt_md.mesh import axis_names
@@ -119,6 +124,26 @@ def check_reduction(op: str, dtype: torch.dtype) -> None:
         raise CollectiveError(f"averages {dtype} values", fix="reduce by sum and divide, or average floating values")
 
 
+def check_wire(wire: str | None, dtype: torch.dtype) -> None:
+    """Refuse what cannot be sent so.
+
+    Raises:
+        CollectiveError: no such way, or a dtype that it is not for.
+    """
+    if wire not in (None, FLOAT8_ROWS):
+        raise CollectiveError(f"sends {wire!r}", fix=f"send {FLOAT8_ROWS!r}, or what there is: None")
+    if wire and dtype not in DTYPES:
+        raise CollectiveError(
+            f"sends {dtype} in float8", fix="leave exchange_dtype out, or use a model in 16 or 32 bits"
+        )
+
+
+def _sent(x: Tensor, wire: str | None) -> Tensor:
+    """The operand as the others get it."""
+    check_wire(wire, x.dtype)
+    return rounded(x) if wire else x
+
+
 def _resized(x: Tensor, **factors: Any) -> Tensor:
     shape = list(x.shape)
     for dim, extent in factors["dims"].items():
@@ -139,13 +164,15 @@ def _(x: Tensor, op: str, axis: str, size: int) -> Tensor:
 
 
 @torch.library.custom_op(f"{NAMESPACE}::all_gather", mutates_args=())
-def all_gather(x: Tensor, dim: int, axis: str, size: int) -> Tensor:
+def all_gather(x: Tensor, dim: int, axis: str, size: int, wire: str | None = None) -> Tensor:
+    x = _sent(x, wire)
     out = _wait(_c10d.all_gather_into_tensor(x.contiguous(), size, _group(axis, size).group_name))
     return torch.cat(out.chunk(size), dim) if dim else out
 
 
 @all_gather.register_fake
-def _(x: Tensor, dim: int, axis: str, size: int) -> Tensor:
+def _(x: Tensor, dim: int, axis: str, size: int, wire: str | None = None) -> Tensor:
+    check_wire(wire, x.dtype)
     return _resized(x, dims={dim: x.shape[dim] * size})
 
 
@@ -163,14 +190,16 @@ def _(x: Tensor, op: str, dim: int, axis: str, size: int) -> Tensor:
 
 
 @torch.library.custom_op(f"{NAMESPACE}::all_to_all", mutates_args=())
-def all_to_all(x: Tensor, split_dim: int, concat_dim: int, axis: str, size: int) -> Tensor:
+def all_to_all(x: Tensor, split_dim: int, concat_dim: int, axis: str, size: int, wire: str | None = None) -> Tensor:
+    x = _sent(x, wire)
     by_rank = torch.stack(x.chunk(size, split_dim)).contiguous()  # channels_last operands stack to channels_last
     received = _wait(_c10d.all_to_all_single(by_rank, [1] * size, [1] * size, _group(axis, size).group_name))
     return torch.cat(received.unbind(), concat_dim)
 
 
 @all_to_all.register_fake
-def _(x: Tensor, split_dim: int, concat_dim: int, axis: str, size: int) -> Tensor:
+def _(x: Tensor, split_dim: int, concat_dim: int, axis: str, size: int, wire: str | None = None) -> Tensor:
+    check_wire(wire, x.dtype)
     chunk = chunk_size(x.shape[split_dim], size, f"all_to_all on dim {split_dim}")
     if split_dim % x.dim() == concat_dim % x.dim():
         return torch.empty_like(x, memory_format=torch.contiguous_format)
@@ -191,8 +220,9 @@ def _(x: Tensor, src: int, axis: str, size: int) -> Tensor:
 
 
 @torch.library.custom_op(f"{NAMESPACE}::permute_tensor", mutates_args=())
-def permute_tensor(x: Tensor, shift: int, axis: str, size: int) -> Tensor:
+def permute_tensor(x: Tensor, shift: int, axis: str, size: int, wire: str | None = None) -> Tensor:
     """PyTorch's functional collective of this name, for a rotation; as there, an all-to-all of uneven parts."""
+    x = _sent(x, wire)
     group = _group(axis, size)
     mine = dist.get_rank(group)
     sent, received = [0] * size, [0] * size
@@ -202,7 +232,8 @@ def permute_tensor(x: Tensor, shift: int, axis: str, size: int) -> Tensor:
 
 
 @permute_tensor.register_fake
-def _(x: Tensor, shift: int, axis: str, size: int) -> Tensor:
+def _(x: Tensor, shift: int, axis: str, size: int, wire: str | None = None) -> Tensor:
+    check_wire(wire, x.dtype)
     return torch.empty_like(x, memory_format=torch.contiguous_format)
 
 
@@ -418,6 +449,11 @@ COLLECTIVES = frozenset(
 def is_collective(node: torch.fx.Node) -> bool:
     """Does this node communicate?"""
     return node.op == "call_function" and node.target in COLLECTIVES
+
+
+def sends_packed(node: torch.fx.Node) -> bool:
+    """Does this node send its operand as something else?"""
+    return is_collective(node) and bool(bound_args(node).get("wire"))
 
 
 def is_sequence_mark(node: torch.fx.Node) -> bool:

@@ -55,7 +55,7 @@ def run(graph: GraphModule, context: PassContext) -> int:
         if args["strategy"] != "ring":
             continue
         if context.placement == "split":
-            substitute(node, _expand(graph, node, **args))
+            substitute(node, _expand(graph, node, context.sent, **args))
             count += 1
         elif args["mask"] is not None or args["lengths"]:
             what = "a mask" if args["mask"] is not None else "a sequence that its ranks do not divide"
@@ -76,6 +76,7 @@ def run(graph: GraphModule, context: PassContext) -> int:
 def _expand(
     graph: GraphModule,
     node: Node,
+    sent: tuple[str, ...],
     q: Node,
     k: Node,
     v: Node,
@@ -98,7 +99,7 @@ def _expand(
     for step in range(size):
         k, v = slices(node, blocks[0], 0, [batch, batch]) if packed else blocks
         if step < size - 1:
-            blocks = [emit(node, md.permute_tensor.default, x, 1, axis, size) for x in blocks]
+            blocks = [emit(node, md.permute_tensor.default, x, 1, axis, size, *sent) for x in blocks]
         args = (q, k, v, coordinate, step, is_causal, scale, enable_gqa, size, mask, lengths)
         part = emit(node, md.ring_attention.default, *args)
         parts.append((_result(node, part, 0), _result(node, part, 1)))

@@ -5,14 +5,20 @@ from __future__ import annotations
 import torch
 from torch.fx import GraphModule
 
-from torchtrt_md.lowering.ops import bound_args, is_collective
+from torchtrt_md.lowering.float8_rows import packed_bytes
+from torchtrt_md.lowering.ops import bound_args, is_collective, sends_packed
 from torchtrt_md.program import value_of
 from torchtrt_md.segment import Collective
 
 
-def collective(op: str, axis: str, ranks: int, dtype: torch.dtype, elements: int) -> Collective:
-    """A collective of ``elements`` of each rank's operand, with the bytes that a rank sends for it."""
-    operand, others = elements * dtype.itemsize, ranks - 1
+def collective(
+    op: str, axis: str, ranks: int, dtype: torch.dtype, elements: int, *, packed: int | None = None
+) -> Collective:
+    """A collective of ``elements`` of each rank's operand, with the bytes that a rank sends for it.
+
+    ``packed`` are the operand's bytes where it is sent as something else.
+    """
+    operand, others = elements * dtype.itemsize if packed is None else packed, ranks - 1
     sent = {
         "all_reduce": 2 * operand * others // ranks,
         "all_gather": operand * others,
@@ -33,7 +39,9 @@ def schedule(graph: GraphModule) -> list[Collective]:
             args = bound_args(node)
             operand = value_of(args["x"])
             op = str(node.target._schema.name).split("::")[1]
-            found.append(collective(op, args["axis"], args["size"], operand.dtype, operand.numel()))
+            parts = args["size"] if op == "all_to_all" else 1
+            packed = parts * packed_bytes(operand.shape, parts) if sends_packed(node) else None
+            found.append(collective(op, args["axis"], args["size"], operand.dtype, operand.numel(), packed=packed))
         elif node.target is torch.ops.torchtrt_md.context_attention.default:  # lowered, it is a ring in the engine
             args = bound_args(node)
             k, v = value_of(args["k"]), value_of(args["v"])

@@ -61,7 +61,7 @@ from torchtrt_md.lowering.layout import (
 )
 from torchtrt_md.lowering.ops import bound_args
 from torchtrt_md.lowering.passes import Exchange, PassContext
-from torchtrt_md.mesh import Mesh, axes_of
+from torchtrt_md.mesh import axes_of
 from torchtrt_md.mesh import joined as joined_name
 from torchtrt_md.program import value_of
 
@@ -79,7 +79,7 @@ def run(graph: GraphModule, context: PassContext) -> int:
     todo = _exchanged(graph)
     while todo:  # of several axes, what is left over the others comes again
         for node in todo:
-            substitute(node, _Expansion(node, _how(node, context), context.mesh).attended())
+            substitute(node, _Expansion(node, _how(node, context), context).attended())
         count += len(todo)
         todo = _exchanged(graph)
     return count
@@ -100,10 +100,10 @@ def _how(node: Node, context: PassContext) -> Exchange:
 class _Expansion:
     """What one attention becomes."""
 
-    def __init__(self, node: Node, how: Exchange, mesh: Mesh) -> None:
-        self.node, self.how, self.args = node, how, bound_args(node)
+    def __init__(self, node: Node, how: Exchange, context: PassContext) -> None:
+        self.node, self.how, self.args, self.sent = node, how, bound_args(node), context.sent
         *self.others, self.axis = axes_of(self.args["axis"])
-        self.size = mesh.axis_size(self.axis) if self.others else self.args["size"]
+        self.size = context.mesh.axis_size(self.axis) if self.others else self.args["size"]
         self.operands = _with_heads_for_all(node, {name: self.args[name] for name in ("q", "k", "v")}, self.size)
         _check_groups(node, self.operands, self.size, how.head_groups)
         # of each operand, those of a group that stay on a rank
@@ -149,7 +149,7 @@ class _Expansion:
         values = self._values_first() if self.how.values_first else []
         packs = _packs({name: x for name, x in self.operands.items() if name != "v" or not values})
         packed = [self._packed(names) for names in packs]
-        received = [[self._all_to_all(x) for x in of_group] for of_group in zip(*packed, strict=True)]
+        received = [[self._all_to_all(x, *self.sent) for x in of_group] for of_group in zip(*packed, strict=True)]
         found = []
         for group in groups:
             operands = {"v": values[group]} if values else {}
@@ -161,7 +161,7 @@ class _Expansion:
     def _values_first(self) -> list[Node]:
         """The values [B, h, S, D] of each group, by one exchange as early as it can be."""
         v, last = self.operands["v"], self.node.prev
-        received = self._all_to_all(joined(self.node, [self._by_rank(v)], 3))
+        received = self._all_to_all(joined(self.node, [self._by_rank(v)], 3), *self.sent)
         _move_behind(v, last, self.node)
         return self._whole_sequence(received, [self.heads["v"]] * self.how.head_groups)
 
@@ -198,8 +198,8 @@ class _Expansion:
     def _whole_sequence(self, received: Node, heads: list[int]) -> list[Node]:
         return whole_sequence(self.node, received, value_of(received).shape[1], heads)
 
-    def _all_to_all(self, x: Node) -> Node:
-        return emit(self.node, md.all_to_all.default, x, 0, 0, self.axis, self.size)
+    def _all_to_all(self, x: Node, *sent: str) -> Node:
+        return emit(self.node, md.all_to_all.default, x, 0, 0, self.axis, self.size, *sent)
 
 
 def _packs(operands: Mapping[str, Node]) -> list[list[str]]:

@@ -135,12 +135,14 @@ def ops(graph: GraphModule) -> list[str]:
 
 
 def collectives(graph: GraphModule) -> list[tuple[object, ...]]:
-    """The collectives in order: name, and all arguments but the operand."""
+    """The collectives in order: name, and all arguments but the operand; none for what they send if it is that."""
     found: list[tuple[object, ...]] = []
     for node in graph.graph.nodes:
         if is_collective(node):
             args = bound_args(node)
             args.pop("x")
+            if not args.get("wire"):
+                args.pop("wire", None)
             found.append((str(node.target).split(".")[1], *args.values()))
     return found
 

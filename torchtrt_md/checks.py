@@ -18,6 +18,7 @@ from torchtrt_md.parallel import PARALLELS, Parallel
 PLACEMENTS = ("auto", "engine", "split")
 COMPUTES = ("tensorrt", "inductor")
 TRANSPORTS = ("nccl", "store")
+EXCHANGE_DTYPES = ("model", "float8")
 FORMATS = ("bundle", "triton-python", "triton")  # what an export writes
 
 
@@ -117,6 +118,7 @@ def check_export(
     placement: object,
     compute: object,
     transport: object,
+    exchange_dtype: object,
     choices: object,
     dense: object,
     weights: object,
@@ -143,6 +145,7 @@ def check_export(
     check_choice("placement", placement, PLACEMENTS)
     check_choice("compute", compute, COMPUTES)
     check_choice("transport", transport, TRANSPORTS)
+    check_choice("exchange_dtype", exchange_dtype, EXCHANGE_DTYPES)
     if choices is not None:
         check_type("choices", choices, Choices, "the choices of a runner that md.compile made")
     if dense is not None:

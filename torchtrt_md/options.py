@@ -8,7 +8,7 @@ from dataclasses import dataclass, fields
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal, Self, TypeGuard
 
-from torchtrt_md.checks import COMPUTES, PLACEMENTS, TRANSPORTS
+from torchtrt_md.checks import COMPUTES, EXCHANGE_DTYPES, PLACEMENTS, TRANSPORTS
 from torchtrt_md.errors import OptionError
 from torchtrt_md.mesh import Mesh, axis_names
 from torchtrt_md.parallel import PARALLELS, Gather, Parallel, Split
@@ -30,6 +30,7 @@ CHOICES: Mapping[str, tuple[object, ...]] = {
     "votes": ("always", "first"),
     "overlap": (True, False),
     "transport": ("auto", *TRANSPORTS),
+    "exchange_dtype": EXCHANGE_DTYPES,
     "transpose_weights": (True, False),
     "report": (True, False),
 }
@@ -63,6 +64,8 @@ class Options:
         overlap: run collectives on a stream of their own beside what does not need them.
         transport: what does the exchanges between engines: NCCL's kernels, or a kernel that stores into the other
             GPUs' memory (GPUs of one host only); ``"auto"`` takes the faster where they are timed, else NCCL.
+        exchange_dtype: what queries, keys and values are sent as where the sequence is split: in the ``"model"``'s own
+            dtype, or as rows in ``"float8"``, each with a scale (:mod:`torchtrt_md.lowering.float8_rows`).
         transpose_weights: store weights as TensorRT's products read them fastest.
         exchange: how every attention gets what it lacks, in place of what would be chosen.
         report: print what was compiled, on rank 0.
@@ -88,6 +91,7 @@ class Options:
     timeout: float = 300.0
     overlap: bool = True
     transport: Literal["auto", "nccl", "store"] = "auto"
+    exchange_dtype: Literal["model", "float8"] = "model"
     transpose_weights: bool = True
     exchange: Exchange | None = None
     report: bool = True

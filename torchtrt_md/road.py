@@ -22,7 +22,7 @@ from typing import TYPE_CHECKING, Protocol, TypeVar
 
 import torch
 
-from torchtrt_md.choices import Choices, Decision, Transport
+from torchtrt_md.choices import Choices, Decision, Sent, Transport
 from torchtrt_md.errors import BuildError, ConversionError
 from torchtrt_md.launch.agree import Alone, Together
 from torchtrt_md.lowering import Lowering
@@ -110,7 +110,7 @@ class Road:
         self.progress: Callable[[str], None] = lambda message: None
         self.lowering = Lowering(program)
         self._cache: EngineCache | None = None
-        self._lowered: dict[tuple[Placement, frozenset[tuple[str, Exchange]], bool], ShardedProgram] = {}
+        self._lowered: dict[tuple[Placement, frozenset[tuple[str, Exchange]], bool, str], ShardedProgram] = {}
         self._turns = turns or self.agreement.together
         self._share = share
         self._refused: dict[str, dict[int, str]] = {}  # digest of a part -> its nodes that no engine can hold, and why
@@ -150,6 +150,7 @@ class Road:
             flavour=name,
             capability=capability,
             rings=rings,
+            float8=self.options.exchange_dtype == "float8",
         )
         exchange = self.options.exchange
         exchanges = {} if exchange is None else dict.fromkeys(self.lowering.attention_keys(), exchange)
@@ -157,7 +158,8 @@ class Road:
         if why_compute:
             decisions.append(Decision("compute", "Inductor", why_compute))
         transport: Transport = "nccl" if self.options.transport == "auto" else self.options.transport
-        return Choices(placement, compute, exchanges, {}, transport, tuple(decisions))
+        wire: Sent = "float8" if self.options.exchange_dtype == "float8" else ""
+        return Choices(placement, compute, exchanges, {}, transport, wire, tuple(decisions))
 
     def lower(self, choices: Choices, dump: Path | None = None) -> ShardedProgram:
         """The program in the collective IR; in a launch, the same collectives on all ranks.
@@ -169,13 +171,17 @@ class Road:
         """
         asks = partial(self.lowering.asks_for_transport, choices.placement)
         stores = choices.transport == "store" and self._stage("the analysis for stores", asks)
-        key = (choices.placement, frozenset(choices.exchanges.items()), stores)
+        key = (choices.placement, frozenset(choices.exchanges.items()), stores, choices.wire)
         if key in self._lowered and dump is None:
             return self._lowered[key]
 
         def step() -> ShardedProgram:
             return self.lowering.lower(
-                placement=choices.placement, exchanges=choices.exchanges, stores=stores, dump=dump
+                placement=choices.placement,
+                exchanges=choices.exchanges,
+                stores=stores,
+                wire=choices.wire,
+                dump=dump,
             )
 
         lowered = self._stage("lowering", step)

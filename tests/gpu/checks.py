@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import gc
+import itertools
 import os
 import statistics
 import time
@@ -15,6 +16,8 @@ import torchtrt_md as md
 from gpu.case import TIMEOUT, Found, Rank, first_tensor
 from gpu.doors import Door
 from torchtrt_md.errors import LaunchError
+from torchtrt_md.lowering.float8_rows import DTYPES, LARGEST_ERROR, packed_bytes, rounded
+from torchtrt_md.runtime import rows
 
 CALLS = 500
 
@@ -83,6 +86,40 @@ def many_calls(at: Rank) -> Found:
         after[0] <= before[0] and after[1] == before[1], f"bytes allocated and open files: {before}, then {after}"
     )
     runner.close()
+    return found
+
+
+def float8_exchanges(at: Rank) -> Found:
+    """Rows in float8: the kernels give the bits that the CPU gives, and programs the same by either transport."""
+    found = Found()
+    for dtype, width in itertools.product(DTYPES, (128, 72)):
+        generator = torch.Generator(at.device).manual_seed(at.rank)
+        scales = 2.0 ** torch.linspace(-14, 14, 999, device=at.device).unsqueeze(1)
+        x = (torch.randn(999, width, generator=generator, device=at.device) * scales).to(dtype)
+        x[7, 3], x[8, 4], x[9], x[10, 5] = float("nan"), float("inf"), 0.0, torch.finfo(dtype).max
+        sent = torch.zeros(3, packed_bytes(x.shape, 3), dtype=torch.uint8, device=at.device)
+        rows.pack([*zip(sent.chunk(3), x.chunk(3), strict=True)])
+        right = torch.where(x.isfinite().all(-1, keepdim=True), rounded(x.cpu()).to(at.device), torch.nan)
+        arrived = torch.empty_like(x)
+        rows.unpack(sent, arrived)
+        same = torch.equal(arrived.nan_to_num(7.0), right.to(dtype).nan_to_num(7.0))
+        found.expect(same and torch.equal(arrived.isnan(), right.isnan()), f"{dtype} {width} wide: other bits")
+    results, told = {}, []
+    reference, _ = at.reference("flux")
+    for transport, sent_as in itertools.product(("nccl", "store"), ("model", "float8")):
+        model, args, kwargs = at.model("flux")
+        door = Door("md.compile", "flux", "ulysses", compute="inductor", transport=transport)
+        runner = md.compile(model, args, kwargs, **door.options(at.size), exchange_dtype=sent_as)
+        for _ in range(3):
+            results[transport, sent_as] = first_tensor(runner(*args, **kwargs)).clone()
+        error = float((results[transport, sent_as].double() - reference).norm() / reference.norm())
+        told.append(f"{error:.2e} in {sent_as} by {transport}")
+        found.expect(error < LARGEST_ERROR, f"{told[-1]}, by L2 norms")
+        runner.close()
+    changed = torch.equal(results["nccl", "model"], results["nccl", "float8"])
+    found.expect(not changed, "nothing was rounded")
+    found.expect(torch.equal(results["nccl", "float8"], results["store", "float8"]), "transports differ")
+    found.message = f"errors by L2 norms: {', '.join(told)}"
     return found
 
 

@@ -39,10 +39,12 @@ class Case:
     shape: tuple[int, ...] = (4, 2, 6)
     dtype: torch.dtype = torch.float32
     layout: str = "contiguous"
+    wire: str = ""
 
     def __str__(self) -> str:
         arguments = ",".join(map(str, self.args))
-        return f"{self.op}({arguments}) {str(self.dtype).removeprefix('torch.')}{list(self.shape)} {self.layout}"
+        dtype = str(self.dtype).removeprefix("torch.")
+        return f"{self.op}({arguments}) {dtype}{list(self.shape)} {self.layout} {self.wire}".rstrip()
 
     def operands(self) -> list[Tensor]:
         xs = graphs.per_rank(MESH, *self.shape, dtype=self.dtype, seed=len(self.args))
@@ -53,7 +55,7 @@ class Case:
         return xs
 
     def __call__(self, x: Tensor) -> Tensor:
-        result: Tensor = getattr(md, self.op)(x, *self.args, "cp", 2)
+        result: Tensor = getattr(md, self.op)(x, *self.args, "cp", 2, *([self.wire] if self.wire else []))
         return result
 
 
@@ -94,6 +96,14 @@ def _cases() -> list[Case]:
     ]
     cases += [Case("all_to_all", (0, 1), (2, 0)), Case("all_reduce", ("sum",), (0,))]
     cases += [Case("permute_tensor", (1,), shape) for shape in ((0, 3), (1,), (5,))]
+    packed = [(op, args) for op, args in samples if op in ("all_gather", "all_to_all", "permute_tensor")]
+    for dtype in (torch.float32, torch.bfloat16, torch.float16):
+        cases += [
+            Case(op, args, dtype=dtype, layout=layout, wire="float8")
+            for op, args in packed
+            for layout in ("contiguous", "permuted")
+        ]
+    cases += [Case(op, args, (0, 2, 6), wire="float8") for op, args in packed]
     return list(dict.fromkeys(cases))
 
 

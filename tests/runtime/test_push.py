@@ -12,6 +12,8 @@ from torch import Tensor
 from torch.fx import Graph, Node
 
 from torchtrt_md.launch import Launch
+from torchtrt_md.lowering.float8_rows import rounded
+from torchtrt_md.runtime import rows
 from torchtrt_md.runtime.bring_up import _agree_where_to_store
 from torchtrt_md.runtime.memory import MemoryLayout, lay_out
 from torchtrt_md.runtime.push import Push, push_of
@@ -61,6 +63,26 @@ def test_permute_tensor(shift: int) -> None:
         assert torch.equal(result, operands[(rank - shift) % RANKS])
 
 
+@pytest.mark.parametrize(
+    ("name", "args", "arrive"),
+    [("all_to_all", (0, 0), RANKS), ("all_gather", (0,), RANKS), ("permute_tensor", (1,), 1)],
+)
+def test_rows_in_float8_land_beside_the_result(name: str, args: tuple[int, ...], arrive: int) -> None:
+    operands = [torch.randn(8, 3, 5) for _ in range(RANKS)]
+    nodes = [node_of(name, *args, "cp", RANKS, "float8", like=operands[0]) for _ in operands]
+    pushes = [push_of(node, me) for me, node in enumerate(nodes)]
+    assert all(push is not None and push.packed is not None and push.packed[0] == arrive for push in pushes)
+    landings = [torch.zeros(push.packed, dtype=torch.uint8) for push in pushes]  # type: ignore[union-attr, arg-type]
+    for push, operand in zip(pushes, operands, strict=True):
+        rows.pack(push.copies(operand, landings))  # type: ignore[union-attr]
+    shape = [32 if name == "all_gather" else 8, 3, 5]
+    plain = run_all(name, (*args, "cp", RANKS), [rounded(x) for x in operands], shape)
+    for landed, right in zip(landings, plain, strict=True):
+        out = torch.empty(shape)
+        rows.unpack(landed, out)
+        assert torch.equal(out, right)
+
+
 @pytest.mark.parametrize("op", ["sum", "avg"])
 @pytest.mark.parametrize("name", ["all_reduce", "reduce_scatter"])
 def test_parts_of_a_sum_land_beside_each_other(name: str, op: str) -> None:
@@ -99,14 +121,14 @@ def compute(name: str, *reads: str) -> Step:
     return Step(name, reads, lambda values: None, slots=(Slot(name, (64,), torch.float32),))
 
 
-def exchange(name: str, read: str, sums: int = 0) -> Step:
+def exchange(name: str, read: str, sums: int = 0, packed: tuple[int, int] | None = None) -> Step:
     return Step(
         name,
         (read,),
         lambda values: None,
         slots=(Slot(name, (64,), torch.float32),),
         communicates=True,
-        push=Push(lambda x, results: [], sums),
+        push=Push(lambda x, results: [], sums, packed=packed),
         axis="cp",
     )
 
@@ -172,11 +194,12 @@ def test_results_that_are_returned_are_left_to_nccl() -> None:
     assert "last" not in lay_out(steps, ["last"], push=True).shared_of
 
 
-def test_what_is_summed_is_read_behind_its_own_barrier() -> None:
+@pytest.mark.parametrize("how", [{"sums": 2}, {"packed": (2, 256)}], ids=str)
+def test_what_a_result_is_computed_of_is_read_behind_its_own_barrier(how: dict[str, Any]) -> None:
     """So the exchange right behind it writes elsewhere, and the one behind that where it was."""
     steps: list[Step] = [compute("a", "input:x")]
     for i in range(4):
-        steps += [exchange(f"c{i}", "a", sums=2)]
+        steps += [exchange(f"c{i}", "a", **how)]
     made = lay_out([*steps, compute("b", *(f"c{i}" for i in range(4)))], ["b"], push=True)
     at = [made.shared_of["landed", f"c{i}"][1] for i in range(4)]
     assert at == [0, 512, 1024, 512]

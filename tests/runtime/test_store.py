@@ -43,12 +43,51 @@ for dtype, ranks in itertools.product([torch.float32, torch.bfloat16, torch.floa
 store([(torch.empty(0), torch.empty(0))])
 add_up(torch.empty(2, 0), torch.empty(0), 1.0)
 """
+PACKS = """
+import itertools
+import torch
+from torchtrt_md.lowering.float8_rows import packed, packed_bytes, unpacked
+from torchtrt_md.runtime.store import pack, unpack
+
+def drawn(rows, width, dtype):
+    # Numbers that float8 has, of which the largest of a row is 2^6 to 2^13 times the others at most: the interpreter
+    # does not round to float8 as GPUs do; tests/gpu compares that.
+    x = torch.randint(8, 16, (rows, width)) * 2.0 ** torch.randint(-6, 1, (rows, width))
+    return (x * torch.randint(0, 2, x.shape).mul(2).sub(1) * 2.0 ** torch.randint(-9, 9, (rows, 1))).to(dtype)
+
+for dtype, width, rows, parts in itertools.product(
+    [torch.bfloat16, torch.float16, torch.float32], [64, 72, 1], [1, 7, 300], [1, 3]
+):
+    sources = [drawn(rows, width, dtype) for _ in range(parts)]
+    for x in sources:
+        x[rows // 2, width // 3] = float("nan") if rows > 1 else 0.0
+        x[rows // 3, -1] = float("inf") if rows > 2 else 0.0
+    around = [torch.full((packed_bytes(x.shape, 1) + 64,), 3, dtype=torch.uint8) for x in sources]
+    pack([(a[32:-32].view(1, -1), x) for a, x in zip(around, sources)])
+    finite = torch.cat(sources).isfinite().all(-1)
+    for a, x in zip(around, sources):
+        assert (a[:32] == 3).all() and (a[-32:] == 3).all(), "it wrote beside its result"
+        own, right = (n[: rows * width].view(rows, width)[x.isfinite().all(-1)] for n in (a[32:], packed(x, 1)[0]))
+        assert torch.equal(own, right), (dtype, width, rows)
+        exponents = slice(rows * width, rows * (width + 1))
+        assert torch.equal(a[32:][exponents], packed(x, 1)[0][exponents]), (dtype, width, rows)
+    arrived = torch.stack([a[32:-32] for a in around])
+    out = torch.full((parts * rows * width + 8,), 3, dtype=dtype)
+    unpack(arrived, out[:-8].view(parts * rows, width))
+    assert (out[-8:] == 3).all()
+    out = out[:-8].view(parts * rows, width)
+    assert torch.equal(out[finite], torch.cat(sources)[finite]) and out[~finite].isnan().all()
+    assert torch.equal(unpacked(arrived, out.shape, dtype).nan_to_num(7), out.nan_to_num(7))
+pack([(torch.empty(1, 0, dtype=torch.uint8), torch.empty(0, 4))])
+unpack(torch.empty(1, 0, dtype=torch.uint8), torch.empty(0, 4))
+"""
 
 
-def test_every_word_arrives_and_none_beside_it(tmp_path: Path) -> None:
+@pytest.mark.parametrize("check", [CHECK, PACKS], ids=["words and sums", "rows in float8"])
+def test_every_word_arrives_and_none_beside_it(tmp_path: Path, check: str) -> None:
     """In a process of its own: whether Triton interprets is decided when a kernel is defined."""
     file = tmp_path / "check.py"
-    file.write_text(CHECK)
+    file.write_text(check)
     root = Path(__file__).resolve().parents[2]
     env = {"TRITON_INTERPRET": "1", "PYTHONPATH": str(root), "PATH": ""}
     done = subprocess.run(
@@ -75,3 +114,26 @@ def test_the_kernels_compile_for_gpus(name: str, capability: int) -> None:
     made = triton.compile(source, target=GPUTarget("cuda", capability, 32))
     assert made.asm["cubin"]
     assert "st.global.v" in made.asm["ptx"]
+
+
+@pytest.mark.parametrize("width", [128, 72])
+@pytest.mark.parametrize("name", ["pack", "unpack"])
+def test_rows_in_float8_compile_for_gpus_that_have_it(name: str, width: int) -> None:
+    aligned: list[tuple[int, ...]]
+    if name == "pack":
+        kernel, constants = store_kernels._pack, {"PARTS": 2, "WIDTH": width, "COLUMNS": 128, "ROWS": 64, "LEAST": 34}
+        signature = {"to": ("*u8",) * 2, "source": ("*bf16",) * 2, "rows": "i32"}
+        aligned = [(i, j) for i in range(2) for j in range(2)]
+    else:
+        kernel, constants = store_kernels._unpack, {"WIDTH": width, "COLUMNS": 128, "ROWS": 64, "NOT_FINITE": 255}
+        signature = {"out": "*bf16", "numbers": "*u8", "rows": "i32", "of_part": "i32", "stride": "i32", "most": "fp32"}
+        aligned = [(0,), (1,), (4,)]
+    source = ASTSource(
+        kernel,
+        signature={**signature, **dict.fromkeys(constants, "constexpr")},
+        constexprs={(kernel.arg_names.index(k),): v for k, v in constants.items()},
+        attrs={key: [["tt.divisibility", 16]] for key in aligned},
+    )
+    made = triton.compile(source, target=GPUTarget("cuda", 90, 32), options={"num_warps": 16})
+    assert made.asm["cubin"]
+    assert ("cvt.rn.satfinite.e4m3x2.f32" if name == "pack" else "cvt.rn.f16x2.e4m3x2") in made.asm["ptx"]

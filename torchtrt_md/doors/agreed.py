@@ -70,6 +70,7 @@ def check_fit(options: Options, choices: Choices | None = None, capability: tupl
         flavour=name,
         capability=capability,
         rings=rings,
+        float8=options.exchange_dtype == "float8",
     ).placement
     rung = [p.axis for p in sequences if p.strategy == "ring" and options.exchange is None]
     if placement == "engine" and isinstance(mesh, Mesh) and any(mesh.joined_size(joined(axis)) > 1 for axis in rung):

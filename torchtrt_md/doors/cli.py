@@ -15,7 +15,7 @@ from rich.table import Table
 
 # What imports PyTorch, which takes seconds, is imported behind the first line of output.
 import torchtrt_md
-from torchtrt_md.checks import FORMATS, PLACEMENTS, TRANSPORTS, check_choice, check_place
+from torchtrt_md.checks import EXCHANGE_DTYPES, FORMATS, PLACEMENTS, TRANSPORTS, check_choice, check_place
 from torchtrt_md.doors.flags import for_command_line
 from torchtrt_md.errors import LaunchError, MDError, PlanError
 from torchtrt_md.mesh import Mesh
@@ -71,6 +71,9 @@ def export(
     transport: Annotated[
         str, typer.Option(help="what does the exchanges between engines: nccl, or store (GPUs of one host)")
     ] = "nccl",
+    exchange_dtype: Annotated[
+        str, typer.Option(help="what queries, keys and values are sent as between engines: model, or float8")
+    ] = "model",
     target: Annotated[
         str, typer.Option(help="GPU to build for: sm75, sm80, sm86, sm89, sm120, sm121, portable, current")
     ] = "portable",
@@ -95,6 +98,7 @@ def export(
     sizes = Mesh.parse(mesh)
     check_choice("placement", placement, PLACEMENTS)
     check_choice("transport", transport, TRANSPORTS)
+    check_choice("exchange_dtype", exchange_dtype, EXCHANGE_DTYPES)
     check_choice("format", format, FORMATS)
     if strategy:
         check_choice("strategy", strategy, STRATEGIES)
@@ -135,7 +139,7 @@ def export(
 
         call = (user.model, user.args, user.kwargs)
         how: dict[str, Any] = {"mesh": sizes, "parallel": parallel, "placement": placement, "check": verify}
-        how["weights"] = weights
+        how |= {"weights": weights, "exchange_dtype": exchange_dtype}
         if out is None or dry_run:
             inside = format == "triton"
             proven = prove(*call, stages=Stages(progress), dump=dump, coordinates_inside=inside, **how)

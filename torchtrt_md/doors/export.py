@@ -80,6 +80,7 @@ def export(
     placement: Literal["auto", "engine", "split"] = "auto",
     compute: Literal["tensorrt", "inductor"] = "tensorrt",
     transport: Transport = "nccl",
+    exchange_dtype: Literal["model", "float8"] = "model",
     choices: Choices | None = None,
     dense: nn.Module | None = None,
     weights: Given = None,
@@ -104,8 +105,10 @@ def export(
         compute: what runs all that is not attention or a collective.
         transport: what does the exchanges between engines when the bundle runs: NCCL's kernels, or ``"store"``, a
             kernel that stores into the other GPUs' memory (GPUs of one host only).
-        choices: what ``md.compile`` found on GPUs: its ``runner.choices``.  It goes before ``placement`` and
-            ``transport``.
+        exchange_dtype: ``"float8"`` sends queries, keys and values as rows in float8 between engines; see
+            :class:`~torchtrt_md.options.Options`.
+        choices: what ``md.compile`` found on GPUs: its ``runner.choices``.  It goes before ``placement``, ``transport``
+            and ``exchange_dtype``.
         dense: the dense model, where ``model`` is one that ``parallelize_module`` has sharded already: it has the
             weights of all ranks, and is what the program is compared with.
         weights: of a model whose parameters are on meta: the folder of its checkpoint in safetensors files, one file,
@@ -137,6 +140,7 @@ def export(
         placement=placement,
         compute=compute,
         transport=transport,
+        exchange_dtype=exchange_dtype,
         choices=choices,
         dense=dense,
         weights=weights,
@@ -153,7 +157,13 @@ def export(
     else:
         check_new(out)
     options = Options(
-        mesh=mesh, parallel=parallel, placement=placement, compute=compute, transport=transport, target=target
+        mesh=mesh,
+        parallel=parallel,
+        placement=placement,
+        compute=compute,
+        transport=transport,
+        exchange_dtype=exchange_dtype,
+        target=target,
     )
     where = check_fit(options, choices)
     if format == "triton" and compute == "tensorrt":
@@ -220,6 +230,7 @@ def prove(
     mesh: Mesh,
     parallel: Parallel | Sequence[Parallel] = (),
     placement: Literal["auto", "engine", "split"] = "auto",
+    exchange_dtype: Literal["model", "float8"] = "model",
     check: bool = True,
     weights: Given = None,
     coordinates_inside: bool = False,
@@ -231,7 +242,7 @@ def prove(
     Raises:
         MDError: of the stage that failed.
     """
-    options = Options(mesh=mesh, parallel=parallel, placement=placement)
+    options = Options(mesh=mesh, parallel=parallel, placement=placement, exchange_dtype=exchange_dtype)
     how = (check, None, None, weights, None, coordinates_inside, dump, stages or Stages())
     return _prove(model, args, kwargs, options, *how)
 

@@ -16,8 +16,8 @@ _IN_FILE = {
 }
 _OPTIONS = frozenset(
     {
-        *("mesh", "strategy", "placement", "transport", "target", "weights", "weight_streaming", "strip_weights"),
-        *("weight_budget", "kernel_cache"),
+        *("mesh", "strategy", "placement", "transport", "exchange_dtype", "target"),
+        *("weights", "weight_streaming", "strip_weights", "weight_budget", "kernel_cache"),
     }
 )
 

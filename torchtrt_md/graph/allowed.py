@@ -95,6 +95,7 @@ _WRAPPED = re.compile(r"^(?:Optional|List)\[(.*)\]$")
 _WORDS = {
     *("rounding_mode", "approximate", "reduce", "op", "axis", "norm", "indexing", "side", "mode", "UPLO", "driver"),
     "api_name",  # of an assertion: "linalg.inv"
+    "wire",
 }
 _DEVICES = ("cpu", "cuda")
 _OTHER = "compute it outside of the model, or another way; if it is a function of tensors, report the model"

@@ -25,6 +25,7 @@ def choose_placement(
     flavour: str,
     capability: tuple[int, int] | None,
     rings: bool,
+    float8: bool = False,
 ) -> Choice:
     """The placement that was asked for, or for ``auto`` the one that fits.
 
@@ -35,10 +36,16 @@ def choose_placement(
         flavour: the installed TensorRT's name.
         capability: of the GPU that it will run on; None where that is not known, or is no GPU.
         rings: whether an engine for the target can have a ring inside.
+        float8: whether queries, keys and values are to be sent in float8.
 
     Raises:
         PlanError: what was asked for does not go together.
     """
+    if float8 and asked == "engine":
+        raise PlanError(
+            "exchange_dtype='float8' is for exchanges between engines; collectives inside one send what they are given",
+            fix="use placement='split', or leave exchange_dtype out",
+        )
     if compute == "inductor":
         if asked == "engine":
             raise PlanError(
@@ -48,6 +55,8 @@ def choose_placement(
         return Choice("split", "nothing runs in TensorRT")
     if asked in ("engine", "split"):
         return Choice("engine" if asked == "engine" else "split", "as asked for")
+    if float8:
+        return Choice("split", "collectives inside an engine send nothing in float8")
     if "ring" in strategies and not (rings and capability is not None and capability[0] >= 10):
         return Choice("split", "a ring inside an engine needs compute capability 10.0 or later, as GPU and as target")
     if _lacks_kernels(flavour, capability):

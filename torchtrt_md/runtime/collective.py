@@ -1,6 +1,7 @@
 """The collectives of the IR over ``torch.distributed``, into a tensor that is there already.
 
 Operands and results are contiguous and act on dim 0; lowering has seen to the rest.  They run on the current stream.
+What is sent in float8 is packed in front of the collective and unpacked behind it.
 """
 
 from __future__ import annotations
@@ -8,11 +9,14 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping
 from typing import Any
 
+import torch
 import torch.distributed as dist
 from torch import Tensor
 from torch.fx import Node
 
+from torchtrt_md.lowering.float8_rows import packed_bytes
 from torchtrt_md.lowering.ops import bound_args
+from torchtrt_md.runtime import rows
 
 _REDUCTIONS = {
     "sum": dist.ReduceOp.SUM,
@@ -35,12 +39,27 @@ def runner_of(node: Node, groups: Mapping[str, dist.ProcessGroup]) -> Run:
     name = str(node.target).split(".")[1]
     dims = [args[key] for key in ("dim", "split_dim", "concat_dim") if key in args]
     assert not any(dims), f"{node.name} acts on dims {dims}; lowering moves collectives to dim 0"
-    return _RUNS[name](args, groups[args["axis"]])
+    run = _RUNS[name](args, groups[args["axis"]])
+    return _packed(run, args["size"] if name == "all_to_all" else 1) if args.get("wire") else run
 
 
 def is_in_place(node: Node) -> bool:
     """Does the result of this collective fit where its operand is, so that no copy is needed?"""
     return str(node.target).split(".")[1] in ("all_reduce", "broadcast")
+
+
+def _packed(run: Run, parts: int) -> Run:
+    """The same of rows in float8: of an operand in so many parts."""
+
+    def packed(out: Tensor, x: Tensor) -> None:
+        size = packed_bytes(x.shape, parts)
+        sent = torch.empty(parts, size, dtype=torch.uint8, device=x.device)
+        arrived = torch.empty(parts * out.numel() // max(x.numel(), 1), size, dtype=torch.uint8, device=x.device)
+        rows.pack([*zip(sent.chunk(parts), x.chunk(parts), strict=True)])
+        run(arrived, sent)
+        rows.unpack(arrived, out)
+
+    return packed
 
 
 def _copied(out: Tensor, x: Tensor) -> None:

@@ -147,11 +147,8 @@ class Executor:
             step.run(values)
             return
         assert step.push is not None
-        operand = values[step.reads[0]].contiguous()
-        shared = self._shared[step.axis]
-        shared.copy(step.push.copies(operand, self._landings[landing.name]), alone=step.push.alone)
-        if step.push.sums:
-            shared.add_up(values[landing.name], values[step.slots[0].name], step.push.scale)
+        operand, result = values[step.reads[0]].contiguous(), values[step.slots[0].name]
+        self._shared[step.axis].send(step.push, operand, self._landings[landing.name], result)
 
     def _provide(self, step: Step, values: Values) -> None:
         """Memory for what the step writes over its operand, and for what the call returns; all else has its own."""

@@ -242,18 +242,18 @@ def _shared(
 
     Other ranks may write there once they are behind the barrier of the exchange before it on that axis, which this
     rank enters when its main stream has reached that exchange's ``after``.  So memory may be used again if its last
-    reader is no later than that.  Where a sum reads it the reader is the exchange itself, behind its own barrier; so it
-    is the barrier of the next one that tells.  For the first exchange of a call the one before is the last of the
-    previous call: its memory is its own, and must have been read before that one began.  Where it is not, as where
-    there is one exchange only, and where nothing is sent, NCCL does those of the axis.
+    reader is no later than that.  Where the result is computed of it the reader is the exchange itself, behind its own
+    barrier; so it is the barrier of the next one that tells.  For the first exchange of a call the one before is the
+    last of the previous call: its memory is its own, and must have been read before that one began.  Where it is not,
+    as where there is one exchange only, and where nothing is sent, NCCL does those of the axis.
     """
     found: dict[Key, tuple[str, int]] = {}
     total: dict[str, int] = {}
     by_axis: dict[str, list[tuple[int, Slot, int]]] = {}  # (step, where it lands, free from this step on)
     for index, step in enumerate(steps):
         landing = step.landing
-        if landing is not None and step.push is not None and (step.push.sums or landing.name in free_at):
-            free = -1 if step.push.sums else free_at[landing.name]
+        if landing is not None and step.push is not None and (step.push.beside or landing.name in free_at):
+            free = -1 if step.push.beside else free_at[landing.name]
             by_axis.setdefault(step.axis, []).append((index, landing, free))
     for axis, exchanges in by_axis.items():
         sends = any(slot.bytes for _, slot, _ in exchanges)

@@ -18,8 +18,9 @@ from torch.fx import Node
 
 from torchtrt_md.errors import LaunchError, first_line
 from torchtrt_md.graph.rewrite import ALONE
+from torchtrt_md.lowering.float8_rows import packed_bytes
 from torchtrt_md.lowering.ops import bound_args
-from torchtrt_md.runtime import private
+from torchtrt_md.runtime import private, rows
 
 # (This rank's operand, what all ranks of the axis get, in order) -> what is copied: (to, from).
 Copies = Callable[[Tensor, Sequence[Tensor]], list[tuple[Tensor, Tensor]]]
@@ -35,13 +36,21 @@ class Push:
         copies: what goes where: into the results, or for a sum beside each other, into [ranks, *the result's shape].
         sums: how many parts the result is the sum of; 0 where it is what arrived.
         scale: what the sum is multiplied by.
+        packed: where each part is sent as rows in float8, how many arrive and the bytes of each: uint8 [parts, bytes],
+            beside the result.
         alone: nothing runs beside it, as beside most sums, whose results the next product needs.
     """
 
     copies: Copies
     sums: int = 0
     scale: float = 1.0
+    packed: tuple[int, int] | None = None
     alone: bool = False
+
+    @property
+    def beside(self) -> bool:
+        """Does what arrives lie beside the result, which is computed of it?"""
+        return self.sums > 0 or self.packed is not None
 
 
 def push_of(node: Node, me: int) -> Push | None:
@@ -52,13 +61,17 @@ def push_of(node: Node, me: int) -> Push | None:
     """
     name, args = str(node.target).split(".")[1], bound_args(node)
     size, alone = args["size"], node.meta.get(ALONE, False)
+    packed = None
+    if args.get("wire"):
+        parts = size if name == "all_to_all" else 1
+        packed = (1 if name == "permute_tensor" else size), packed_bytes(args["x"].meta["val"].shape, parts)
     if name == "all_to_all":
-        return Push(lambda x, results: _exchanged(x.chunk(size), results, me), alone=alone)
+        return Push(lambda x, results: _exchanged(x.chunk(size), results, me), packed=packed, alone=alone)
     if name == "all_gather":
-        return Push(lambda x, results: _exchanged([x] * size, results, me), alone=alone)
+        return Push(lambda x, results: _exchanged([x] * size, results, me), packed=packed, alone=alone)
     if name == "permute_tensor":
         to = (me + args["shift"]) % size
-        return Push(lambda x, results: [(results[to], x)])
+        return Push(lambda x, results: [(results[to], x)], packed=packed)
     if name in ("all_reduce", "reduce_scatter"):
         held: Tensor = args["x"].meta["val"]
         whole = name == "all_reduce"
@@ -117,15 +130,20 @@ class Shared:
             found.append(whole[offset : offset + size].view(dtype).view(shape))
         return found
 
-    def copy(self, copies: Sequence[tuple[Tensor, Tensor]], *, alone: bool = False) -> None:
-        """Copy, and let the current stream wait until all ranks of the axis have.
+    def send(self, push: Push, operand: Tensor, everyones: Sequence[Tensor], result: Tensor) -> None:
+        """Store, and let the current stream wait until all ranks of the axis have and what came is the result.
 
         Args:
-            copies: (to, from), contiguous, all of one size.
-            alone: nothing runs beside it.
+            operand: this rank's, contiguous.
+            everyones: where things arrive, of all ranks of the axis in order.
+            result: the memory of the result, where that is not where things arrive.
         """
-        self._store(copies, alone=alone)
+        (rows.pack if push.packed else self._store)(push.copies(operand, everyones), alone=push.alone)
         self.barrier()
+        if push.sums:
+            self.add_up(everyones[self.me], result, push.scale)
+        elif push.packed:
+            rows.unpack(everyones[self.me], result)
 
     def barrier(self) -> None:
         """Let the current stream wait until all ranks of the axis are here."""

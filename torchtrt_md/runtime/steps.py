@@ -22,11 +22,12 @@ from torch.fx.node import map_arg
 
 from torchtrt_md.graph.functional import RESHAPES
 from torchtrt_md.lowering.attention_math import ring_attention_block
-from torchtrt_md.lowering.ops import bound_args, is_collective
+from torchtrt_md.lowering.ops import bound_args, is_collective, sends_packed
 from torchtrt_md.program import outputs_of, placeholders
 from torchtrt_md.runtime import collective
 from torchtrt_md.runtime.engine import Engine
 from torchtrt_md.runtime.push import Push, push_of
+from torchtrt_md.runtime.rows import check_device
 from torchtrt_md.runtime.tensors import ALIGNMENT
 from torchtrt_md.segment import Binding, Segment, Wire
 
@@ -87,9 +88,11 @@ class Step:
     @cached_property
     def landing(self) -> Slot | None:
         """Where what other ranks write arrives, of a collective that can be done so: its result, or beside it."""
-        if self.push is None or not self.push.sums:
+        if self.push is None or not self.push.beside:
             return self.slots[0] if self.push else None
         (result,) = self.slots
+        if self.push.packed:
+            return Slot(("landed", result.name), self.push.packed, torch.uint8)
         return Slot(("landed", result.name), (self.push.sums, *result.shape), result.dtype)
 
 
@@ -176,7 +179,7 @@ def eager_steps(
     for node in graph.graph.nodes:
         names.setdefault(node, ("local", f"{index}/{node.name}"))
     steps = [
-        _step(node, names, graph, groups, coordinates)
+        _step(node, names, graph, groups, coordinates, device)
         for node in graph.graph.nodes
         if node.op in ("call_function", "get_attr")
     ]
@@ -192,6 +195,7 @@ def _step(
     graph: GraphModule,
     groups: Mapping[str, dist.ProcessGroup],
     coordinates: Mapping[str, int],
+    device: torch.device,
 ) -> Step:
     reads = tuple(names[x] for x in node.all_input_nodes)
     name = names[node]
@@ -199,6 +203,8 @@ def _step(
         constant = getattr(graph, str(node.target))
         return Step(name[1], (), lambda values: values.update({name: constant}), (name,), looks=True, aliases=True)
     if is_collective(node):
+        if sends_packed(node):
+            check_device(device)
         slot = Slot(name, tuple(node.meta["val"].shape), node.meta["val"].dtype)
         go = collective.runner_of(node, groups)
 

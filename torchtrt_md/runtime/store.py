@@ -1,4 +1,7 @@
-"""Kernels of collectives without NCCL: one stores all parts of an exchange into other GPUs' memory, one adds up."""
+"""Kernels of collectives without NCCL: one stores all parts of an exchange into other GPUs' memory, one adds up.
+
+Two more pack rows in float8 (:mod:`torchtrt_md.lowering.float8_rows`), here or there, and unpack them.
+"""
 
 from __future__ import annotations
 
@@ -9,9 +12,12 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from torchtrt_md.lowering.float8_rows import LEAST, NOT_FINITE, packed_bytes
+
 # For each peer: what keeps NVLink busy on an H200, and takes a part of its multiprocessors only.  More are faster by
 # themselves, and slow down what runs beside them (benchmarks/results/2026-11-22-store-programs-h200-x4.md).
 _PROGRAMS, _ALONE, _WORDS, _WARPS = 32, 64, 2048, 16
+_NUMBERS = 8192  # that a program packs at once, in whole rows
 
 
 @triton.jit
@@ -66,3 +72,112 @@ def add_up(parts: Tensor, out: Tensor, scale: float) -> None:
     count = out.numel()
     if count:
         _add[(triton.cdiv(count, _WORDS),)](out, parts, count, scale, PARTS=len(parts), WORDS=_WORDS)
+
+
+@triton.jit
+def _pack(  # type: ignore[no-untyped-def]
+    to,
+    source,
+    rows,
+    PARTS: tl.constexpr,
+    WIDTH: tl.constexpr,
+    COLUMNS: tl.constexpr,
+    ROWS: tl.constexpr,
+    LEAST: tl.constexpr,
+):
+    """Program (i, part) packs every ``num_programs(0)``-th run of rows of a part, from the i-th on."""
+    column = tl.arange(0, COLUMNS)
+    for part in tl.static_range(PARTS):
+        if tl.program_id(1) == part:
+            for start in range(tl.program_id(0).to(tl.int64) * ROWS, rows, tl.num_programs(0) * ROWS):
+                row = start + tl.arange(0, ROWS)
+                at = row[:, None] * WIDTH + column[None, :]
+                inside = (row < rows)[:, None] & (column < WIDTH)[None, :]
+                x = tl.load(source[part] + at, inside, other=0.0).to(tl.float32)
+                magnitude = x.to(tl.int32, bitcast=True) & 0x7FFFFFFF  # in the order of the numbers, NaN last
+                exponent = tl.maximum(tl.max(magnitude, 1) >> 23, LEAST)
+                scale = ((261 - exponent) << 23).to(tl.float32, bitcast=True)
+                numbers = (x * scale[:, None]).to(tl.float8e4nv)
+                tl.store(to[part] + at, numbers.to(tl.uint8, bitcast=True), inside)
+                tl.store(to[part] + tl.cast(rows, tl.int64) * WIDTH + row, exponent.to(tl.uint8), row < rows)
+
+
+def pack(copies: Sequence[tuple[Tensor, Tensor]], *, alone: bool = False) -> None:
+    """Enqueue the packing of some tensors on the current stream, as one kernel.
+
+    Args:
+        copies: (to, from): uint8 [1, bytes] of one [..., D] each, contiguous, all of one shape and dtype.
+        alone: nothing runs beside it.
+    """
+    to, source = zip(*copies, strict=True)
+    if not source[0].numel():
+        return
+    width = source[0].shape[-1]
+    rows, columns = source[0].numel() // width, triton.next_power_of_2(width)
+    at_once = max(_NUMBERS // columns, 1)
+    grid = (min(_ALONE if alone else _PROGRAMS, triton.cdiv(rows, at_once)), len(to))
+    _pack[grid](
+        to,
+        source,
+        rows,
+        PARTS=len(to),
+        WIDTH=width,
+        COLUMNS=columns,
+        ROWS=at_once,
+        LEAST=LEAST,
+        num_warps=_WARPS,
+    )
+
+
+@triton.jit
+def _unpack(  # type: ignore[no-untyped-def]
+    out,
+    numbers,
+    rows,
+    of_part,
+    stride,
+    most,
+    WIDTH: tl.constexpr,
+    COLUMNS: tl.constexpr,
+    ROWS: tl.constexpr,
+    NOT_FINITE: tl.constexpr,
+):
+    row = tl.program_id(0).to(tl.int64) * ROWS + tl.arange(0, ROWS)
+    column = tl.arange(0, COLUMNS)
+    inside = (row < rows)[:, None] & (column < WIDTH)[None, :]
+    part, place = row // of_part, row % of_part
+    start = part * stride
+    exponent = tl.load(numbers + start + tl.cast(of_part, tl.int64) * WIDTH + place, row < rows, other=0).to(tl.int32)
+    scale = tl.where(exponent == NOT_FINITE, float("nan"), ((exponent - 7) << 23).to(tl.float32, bitcast=True))
+    at = (start + place * WIDTH)[:, None] + column[None, :]
+    x = tl.load(numbers + at, inside, other=0).to(tl.float8e4nv, bitcast=True).to(tl.float32) * scale[:, None]
+    x = tl.where(x > most, most, tl.where(x < -most, -most, x))  # NaN stays
+    tl.store(out + row[:, None] * WIDTH + column[None, :], x, inside)
+
+
+def unpack(numbers: Tensor, out: Tensor) -> None:
+    """Enqueue the unpacking.
+
+    Args:
+        numbers: uint8 [parts, bytes], contiguous.
+        out: [parts n, ..., D], contiguous.
+    """
+    if not out.numel():
+        return
+    parts, width = len(numbers), out.shape[-1]
+    assert numbers.shape[1] == packed_bytes(out.shape, parts)
+    rows, columns = out.numel() // width, triton.next_power_of_2(width)
+    at_once = max(_NUMBERS // columns, 1)
+    _unpack[(triton.cdiv(rows, at_once),)](
+        out,
+        numbers,
+        rows,
+        rows // parts,
+        numbers.shape[1],
+        torch.finfo(out.dtype).max,
+        WIDTH=width,
+        COLUMNS=columns,
+        ROWS=at_once,
+        NOT_FINITE=NOT_FINITE,
+        num_warps=_WARPS,
+    )

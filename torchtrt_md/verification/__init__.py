@@ -6,6 +6,9 @@ Two questions, answered apart because 16-bit rounding would hide a wrong answer 
     rounding    Is it as accurate as the model?     Both in their own dtype, against the model in fp64: in every part
                 of an output the program is at most 1.5 times as far off as the model itself, in fp32 32 times.
 
+What is exchanged in float8 (:mod:`torchtrt_md.lowering.float8_rows`) is left out of both: they are asked of the program
+that sends what there is.  What float8 adds is measured, and bounded by one rounding of it.
+
 ``compare`` says what a part is, and how an element's error is measured where terms cancel.  ``dense`` says how the
 model is run in fp64, and what happens where it cannot be.  ``draw`` says which inputs tell programs apart; where the
 given ones do not, structure is asked of both, and rounding of those that were drawn.  Where ranks compare the largest
@@ -29,9 +32,10 @@ from torchtrt_md.capture.kept_state import OwnState
 from torchtrt_md.checks import check_verify
 from torchtrt_md.errors import VerificationError
 from torchtrt_md.lowering import lower
-from torchtrt_md.lowering.ops import OF_PARTS, bound_args
+from torchtrt_md.lowering.float8_rows import LARGEST_ERROR
+from torchtrt_md.lowering.ops import OF_PARTS, bound_args, sends_packed
 from torchtrt_md.program import Output, ShardedProgram, Value, Weight, Weights, dtype_name, part, value_of
-from torchtrt_md.verification.compare import relative_error, rounding, structure, structure_tolerance
+from torchtrt_md.verification.compare import is_inexact, relative_error, rounding, structure, structure_tolerance
 from torchtrt_md.verification.dense import (
     Sample,
     captured,
@@ -53,8 +57,9 @@ class Report:
     """What ``verify`` measured.
 
     Attributes:
-        error: the program in its own dtype, in the worst part of the outputs of the worst rank: ``dense_error``, times
-            how many times further off than the dense model the program is in that part.
+        error: the program in its own dtype, with what it sends in float8 in that, in the worst part of the outputs of
+            the worst rank: ``dense_error``, times how many times further off than the dense model the program is in
+            that part.
         dense_error: the dense model in its own dtype against itself in ``precision``, relative, in the worst part of
             the worst output.
         structure_error: program against dense model, both in ``precision``, relative: of the worst element.  NaN
@@ -335,14 +340,31 @@ def _rounding(proof: _Proof, trial: _Trial) -> tuple[list[list[_Found]], float]:
     """
     graph = interpret(proof.dense, trial.inputs, weights=proof.weights)
     check_captured(proof.name, graph, trial.own, trial.reference, trial.samples)
-    program = simulate(proof.program, trial.inputs, weights=proof.weights)
+    packs = any(map(sends_packed, proof.program.graphs[0].graph.nodes))
+    program = simulate(proof.program, trial.inputs, weights=proof.weights, precision=Precision(None, wires=False))
+    found = _differences(proof, trial, program, bounded=True)
+    if packs:
+        sent = simulate(proof.program, trial.inputs, weights=proof.weights)
+        _check_sent(proof, trial, program, sent)
+        found = _differences(proof, trial, sent, bounded=False)
+    return found, max((sample.error for sample in trial.samples), default=0.0)
+
+
+def _differences(
+    proof: _Proof, trial: _Trial, program: Sequence[Sequence[Tensor]], *, bounded: bool
+) -> list[list[_Found]]:
+    """The errors of each rank, by output.
+
+    Raises:
+        VerificationError: one is beyond what rounding may cost, where it is ``bounded``.
+    """
     found: list[list[_Found]] = [[] for _ in program]
     for rank, output, value, reference, sample in _parts(proof, trial, program):
         own = _part(sample.value, output, proof.program, rank)
         noise = None if sample.noise is None else _part(sample.noise, output, proof.program, rank)
         difference = rounding(value, reference, own, sample.coarse, noise)
         place = f"{output.name!r} of rank {rank}: {difference.place}"
-        if not difference.error <= sample.ratio:
+        if bounded and not difference.error <= sample.ratio:
             raise VerificationError(
                 f"the program rounds more than {proof.name} in {dtype_name(output.dtype)}: {place}; there it is"
                 f" {difference.error:.3g} times as far off as the dense model, where {sample.ratio:g} times is allowed"
@@ -350,7 +372,30 @@ def _rounding(proof: _Proof, trial: _Trial) -> tuple[list[list[_Found]], float]:
                 fix="reduce in a wider dtype, or use another strategy",
             )
         found[rank].append(_Found(difference.error * sample.unit, place))
-    return found, max((sample.error for sample in trial.samples), default=0.0)
+    return found
+
+
+def _check_sent(
+    proof: _Proof, trial: _Trial, plain: Sequence[Sequence[Tensor]], sent: Sequence[Sequence[Tensor]]
+) -> None:
+    """Bound what exchanges in float8 change of each output, in L2 norms.
+
+    Raises:
+        VerificationError: more than a rounding of float8 does.
+    """
+    for (rank, output, value, _, _), (_, _, without, _, _) in zip(
+        _parts(proof, trial, sent), _parts(proof, trial, plain), strict=True
+    ):
+        if not is_inexact(value):
+            continue
+        wide, size = without.to(torch.promote_types(without.dtype, torch.float32)), without.float().norm()
+        error = float((value.to(wide.dtype) - wide).norm() / size) if size else float(value.float().norm())
+        if not error <= LARGEST_ERROR:
+            raise VerificationError(
+                f"queries, keys and values in float8 change {output.name!r} of rank {rank} by {error:.3g}, relative,"
+                f" where {LARGEST_ERROR:g} is the most that float8 rounds a number by",
+                fix="leave exchange_dtype out: this model makes more of the rounding",
+            )
 
 
 def _parts(

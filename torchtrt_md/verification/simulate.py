@@ -21,6 +21,7 @@ from torch.utils import _pytree as pytree
 
 from torchtrt_md.errors import RankMismatchError, VerificationError
 from torchtrt_md.graph.source import source_line
+from torchtrt_md.lowering.float8_rows import rounded
 from torchtrt_md.lowering.ops import bound_args, is_collective, seen_by
 from torchtrt_md.mesh import Mesh
 from torchtrt_md.program import Coordinate, ShardedProgram, Value, Weight, Weights, dtype_name, placeholders
@@ -39,12 +40,14 @@ class Precision:
 
     Attributes:
         wide: None for the program as it is.
+        wires: round what is sent in float8 (:mod:`torchtrt_md.lowering.float8_rows`), where ``wide`` is None.
         jitter: change this share of the elements of each weight and input by one rounding, at random: what that changes
             of a result is what rounding may change.
     """
 
     wide: torch.dtype | None
     jitter: float = 0.0
+    wires: bool = True
 
     def of(self, x: Any) -> Any:
         """A tensor or dtype in the precision that is computed in; all else as it is."""
@@ -137,7 +140,7 @@ def simulate(
         _advance(rank, ranks, None, waiting, done)
     while waiting:
         group = _ready_group(program.mesh, waiting, done)
-        results = _compute([waiting.pop(rank) for rank in group])
+        results = _compute([waiting.pop(rank) for rank in group], precision)
         for rank, result in zip(group, results, strict=True):
             _advance(rank, ranks, result, waiting, done)
     return [done[rank] for rank in sorted(done)]
@@ -323,9 +326,11 @@ def _ready_group(mesh: Mesh, waiting: Mapping[int, Request], done: Mapping[int, 
     )
 
 
-def _compute(requests: Sequence[Request]) -> list[Tensor]:
+def _compute(requests: Sequence[Request], precision: Precision) -> list[Tensor]:
     operands = [[request.operands[name] for request in requests] for name in requests[0].operands]
     rest = requests[0].rest
+    if rest.pop("wire", "") and precision.wires and precision.wide is None:
+        operands = [[rounded(x) for x in xs] for xs in operands]
     for name in ("axis", "size"):
         rest.pop(name)
     rule = _RULES[str(requests[0].node.target).split(".")[1]]

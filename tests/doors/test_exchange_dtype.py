@@ -1,0 +1,132 @@
+"""Queries, keys and values sent in float8, through the doors."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import models
+import pytest
+import torch
+from rank_processes import Ranks
+from torch import Tensor, nn
+
+import torchtrt_md as md
+from torchtrt_md.bundle import read_manifest
+from torchtrt_md.errors import OptionError, PlanError, ShardingError, VerificationError
+from torchtrt_md.lowering import Lowering
+from torchtrt_md.lowering.float8_rows import LARGEST_ERROR
+from torchtrt_md.parallel import Strategy
+from torchtrt_md.verification.compare import relative_error
+from torchtrt_md.verification.simulate import simulate
+
+PLAN = {"": {"x": md.Split(1)}, "out": md.Gather(1)}
+STRATEGIES: list[Strategy] = ["ulysses", "allgather_kv", "ring"]
+FLOAT8: dict[str, Any] = {"exchange_dtype": "float8", "compute": "inductor"}
+
+
+def parallel(strategy: Strategy = "ulysses") -> md.ContextParallel:
+    return md.ContextParallel("cp", strategy, PLAN)
+
+
+def simulated(strategy: Strategy) -> Tensor:
+    """What the program computes, by the simulator."""
+    model, args, _ = models.attention()
+    program = md.capture(model, args, mesh=md.Mesh(cp=2), parallel=parallel(strategy))
+    lowered = Lowering(program).lower(placement="split", wire="float8")
+    return simulate(lowered, {"x": args[0]})[0][0]
+
+
+def differences(found: Tensor, model: nn.Module, args: tuple[Tensor], strategy: Strategy) -> tuple[float, float]:
+    """From the simulator, where a number may fall on another step of float8, and from the dense model."""
+    with torch.no_grad():
+        dense = model(*args)
+    return relative_error(found, simulated(strategy)), float((found - dense).norm() / dense.norm())
+
+
+def compile_it(rank: int, strategy: Strategy, backend: bool) -> tuple[float, float]:
+    model, args, _ = models.attention()
+    how = {"mesh": md.Mesh(cp=2), "parallel": parallel(strategy), **FLOAT8, "report": False, "timeout": 120.0}
+    with torch.no_grad():
+        if backend:
+            torch.compiler.reset()
+            return differences(torch.compile(model, backend="torchtrt_md", options=how)(*args), model, args, strategy)
+        with md.compile(model, args, **how) as runner:
+            return differences(runner(*args), model, args, strategy)
+
+
+@pytest.mark.parametrize(("strategy", "backend"), [*((s, False) for s in STRATEGIES), ("ulysses", True)])
+def test_ranks_compute_what_was_proven(strategy: Strategy, backend: bool, ranks: Ranks) -> None:
+    for outcome in ranks(compile_it, strategy, backend):
+        assert not outcome.error, outcome.message
+        from_simulated, from_dense = outcome.value
+        assert from_simulated < 1e-3
+        assert 2.0**-9 < from_dense < LARGEST_ERROR, "it is exchanged in float8, and in nothing coarser"
+
+
+def load_it(rank: int, folder: str) -> tuple[float, float]:
+    model, args, _ = models.attention()
+    with md.load(folder, timeout=60.0, device=torch.device("cpu")) as runner:
+        found = runner(*args)
+    return differences(found, model, args, "ulysses")
+
+
+def test_a_bundle_has_it(ranks: Ranks, tmp_path: Path) -> None:
+    model, args, _ = models.attention()
+    made = md.export(model, args, mesh=md.Mesh(cp=2), parallel=parallel(), out=tmp_path / "b", **FLOAT8)
+    assert made.report is not None
+    assert made.report.structure_error < 1e-8
+    sent = [c.bytes_sent / c.elements for s in read_manifest(made.folder).ranks[0] for c in s.collectives]
+    assert sent == [9 / 8 / 2, 4 / 2, 4.0], "heads 8 wide with an exponent there; and back; and the result's gather"
+    for outcome in ranks(load_it, str(made.folder)):
+        assert not outcome.error, outcome.message
+        from_simulated, from_dense = outcome.value
+        assert from_simulated < 1e-3
+        assert 2.0**-9 < from_dense < LARGEST_ERROR
+
+
+def test_it_is_between_engines_and_for_attention(tmp_path: Path) -> None:
+    model, args, _ = models.attention()
+    how: dict[str, Any] = {"mesh": md.Mesh(cp=2), "out": tmp_path / "b", "exchange_dtype": "float8"}
+    with pytest.raises(PlanError, match="is for exchanges between engines"):
+        md.export(model, args, parallel=parallel(), placement="engine", **how)
+    with pytest.raises(OptionError, match="exchange_dtype"):
+        md.export(model, args, parallel=parallel(), **{**how, "exchange_dtype": "float16"})
+    plan = {"": {"x": md.Split(1)}}
+    with pytest.raises(ShardingError, match="no attention exchanges"):
+        md.export(*models.mlp(), parallel=md.ContextParallel("cp", plan=plan), **how)
+
+
+class Amplifies(nn.Module):
+    """Attention over values that differ by a thousandth of what they have in common, which is taken off again."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.out = nn.Identity()
+
+    def forward(self, x: Tensor) -> Tensor:
+        heads = x.view(*x.shape[:2], 4, 8).transpose(1, 2)
+        attended = nn.functional.scaled_dot_product_attention(heads, heads, heads + 1000.0) - 1000.0
+        result: Tensor = self.out(attended.transpose(1, 2).flatten(2))
+        return result
+
+
+def test_a_model_that_makes_much_of_the_rounding_is_refused() -> None:
+    torch.manual_seed(0)
+    model, x = Amplifies().eval(), torch.randn(1, 16, 32)
+    program = md.capture(model, (x,), mesh=md.Mesh(cp=2), parallel=parallel())
+    lowered = Lowering(program).lower(placement="split", wire="float8")
+    with pytest.raises(VerificationError, match="queries, keys and values in float8 change"):
+        md.verify(lowered, model, (x,))
+
+
+def test_verify_reports_what_it_costs() -> None:
+    model, args, _ = models.attention()
+    program = md.capture(model, args, mesh=md.Mesh(cp=2), parallel=parallel())
+    plain, sent = (
+        md.verify(Lowering(program).lower(placement="split", wire=wire), model, args) for wire in ("", "float8")
+    )
+    assert sent.structure_error <= 1e-8
+    assert plain.structure_error <= 1e-8
+    assert sent.dense_error == plain.dense_error
+    assert sent.error > 100 * plain.error  # of float32
