@@ -30,7 +30,7 @@ _CLASSES = {
     "attention": ("flash", "fmha", "sdpa", "mha", "attention", "attn"),
     "gemm": ("gemm", "nvjet", "cutlass", "cublas", "xmma", "matmul", "splitk", "cudatile"),
 }
-_STORES = ("_store", "_add")  # the kernels of torchtrt_md/runtime/store.py
+_STORES = ("_store", "_add", "_pack", "_unpack")  # the kernels of torchtrt_md/runtime/store.py
 _MARK = "spin_kernel"  # torch.cuda._sleep's, which nothing else launches
 _MARK_CYCLES = 200_000  # about 0.1 ms, in which the host gets ahead
 _SMALLEST_GAP_US = 1.0

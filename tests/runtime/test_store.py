@@ -8,6 +8,7 @@ from pathlib import Path
 
 import pytest
 import triton
+import triton.language as tl
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 
@@ -121,13 +122,19 @@ def test_the_kernels_compile_for_gpus(name: str, capability: int) -> None:
 def test_rows_in_float8_compile_for_gpus_that_have_it(name: str, width: int) -> None:
     aligned: list[tuple[int, ...]]
     if name == "pack":
-        kernel, constants = store_kernels._pack, {"PARTS": 2, "WIDTH": width, "COLUMNS": 128, "ROWS": 64, "LEAST": 34}
+        kernel, constants = (
+            store_kernels._pack,
+            {"PARTS": 2, "WIDTH": width, "COLUMNS": 128, "ROWS": 64, "LEAST": 34, "INDEX": tl.int32},
+        )
         signature = {"to": ("*u8",) * 2, "source": ("*bf16",) * 2, "rows": "i32"}
         aligned = [(i, j) for i in range(2) for j in range(2)]
     else:
-        kernel, constants = store_kernels._unpack, {"WIDTH": width, "COLUMNS": 128, "ROWS": 64, "NOT_FINITE": 255}
-        signature = {"out": "*bf16", "numbers": "*u8", "rows": "i32", "of_part": "i32", "stride": "i32", "most": "fp32"}
-        aligned = [(0,), (1,), (4,)]
+        kernel, constants = (
+            store_kernels._unpack,
+            {"WIDTH": width, "COLUMNS": 128, "ROWS": 64, "NOT_FINITE": 255, "INDEX": tl.int32},
+        )
+        signature = {"out": "*bf16", "numbers": "*u8", "rows": "i32", "stride": "i32", "most": "fp32"}
+        aligned = [(0,), (1,), (3,)]
     source = ASTSource(
         kernel,
         signature={**signature, **dict.fromkeys(constants, "constexpr")},

@@ -84,13 +84,14 @@ def _pack(  # type: ignore[no-untyped-def]
     COLUMNS: tl.constexpr,
     ROWS: tl.constexpr,
     LEAST: tl.constexpr,
+    INDEX: tl.constexpr,
 ):
     """Program (i, part) packs every ``num_programs(0)``-th run of rows of a part, from the i-th on."""
     column = tl.arange(0, COLUMNS)
     for part in tl.static_range(PARTS):
         if tl.program_id(1) == part:
-            for start in range(tl.program_id(0).to(tl.int64) * ROWS, rows, tl.num_programs(0) * ROWS):
-                row = start + tl.arange(0, ROWS)
+            for start in range(tl.program_id(0) * ROWS, rows, tl.num_programs(0) * ROWS):
+                row = (start + tl.arange(0, ROWS)).to(INDEX)
                 at = row[:, None] * WIDTH + column[None, :]
                 inside = (row < rows)[:, None] & (column < WIDTH)[None, :]
                 x = tl.load(source[part] + at, inside, other=0.0).to(tl.float32)
@@ -99,7 +100,7 @@ def _pack(  # type: ignore[no-untyped-def]
                 scale = ((261 - exponent) << 23).to(tl.float32, bitcast=True)
                 numbers = (x * scale[:, None]).to(tl.float8e4nv)
                 tl.store(to[part] + at, numbers.to(tl.uint8, bitcast=True), inside)
-                tl.store(to[part] + tl.cast(rows, tl.int64) * WIDTH + row, exponent.to(tl.uint8), row < rows)
+                tl.store(to[part] + tl.cast(rows, INDEX) * WIDTH + row, exponent.to(tl.uint8), row < rows)
 
 
 def pack(copies: Sequence[tuple[Tensor, Tensor]], *, alone: bool = False) -> None:
@@ -125,6 +126,7 @@ def pack(copies: Sequence[tuple[Tensor, Tensor]], *, alone: bool = False) -> Non
         COLUMNS=columns,
         ROWS=at_once,
         LEAST=LEAST,
+        INDEX=_index(source[0]),
         num_warps=_WARPS,
     )
 
@@ -134,25 +136,28 @@ def _unpack(  # type: ignore[no-untyped-def]
     out,
     numbers,
     rows,
-    of_part,
     stride,
     most,
     WIDTH: tl.constexpr,
     COLUMNS: tl.constexpr,
     ROWS: tl.constexpr,
     NOT_FINITE: tl.constexpr,
+    INDEX: tl.constexpr,
 ):
-    row = tl.program_id(0).to(tl.int64) * ROWS + tl.arange(0, ROWS)
+    """Program (i, part) unpacks the i-th run of rows of a part."""
+    part = tl.program_id(1).to(tl.int64)
+    numbers += part * stride
+    out += part * rows * WIDTH
+    row = (tl.program_id(0) * ROWS + tl.arange(0, ROWS)).to(INDEX)
     column = tl.arange(0, COLUMNS)
+    at = row[:, None] * WIDTH + column[None, :]
     inside = (row < rows)[:, None] & (column < WIDTH)[None, :]
-    part, place = row // of_part, row % of_part
-    start = part * stride
-    exponent = tl.load(numbers + start + tl.cast(of_part, tl.int64) * WIDTH + place, row < rows, other=0).to(tl.int32)
+    x = tl.load(numbers + at, inside, other=0).to(tl.float8e4nv, bitcast=True).to(tl.float32)
+    exponent = tl.load(numbers + tl.cast(rows, INDEX) * WIDTH + row, row < rows, other=0).to(tl.int32)
     scale = tl.where(exponent == NOT_FINITE, float("nan"), ((exponent - 7) << 23).to(tl.float32, bitcast=True))
-    at = (start + place * WIDTH)[:, None] + column[None, :]
-    x = tl.load(numbers + at, inside, other=0).to(tl.float8e4nv, bitcast=True).to(tl.float32) * scale[:, None]
+    x *= scale[:, None]
     x = tl.where(x > most, most, tl.where(x < -most, -most, x))  # NaN stays
-    tl.store(out + row[:, None] * WIDTH + column[None, :], x, inside)
+    tl.store(out + at, x, inside)
 
 
 def unpack(numbers: Tensor, out: Tensor) -> None:
@@ -166,18 +171,23 @@ def unpack(numbers: Tensor, out: Tensor) -> None:
         return
     parts, width = len(numbers), out.shape[-1]
     assert numbers.shape[1] == packed_bytes(out.shape, parts)
-    rows, columns = out.numel() // width, triton.next_power_of_2(width)
+    rows, columns = out.numel() // width // parts, triton.next_power_of_2(width)
     at_once = max(_NUMBERS // columns, 1)
-    _unpack[(triton.cdiv(rows, at_once),)](
+    _unpack[(triton.cdiv(rows, at_once), parts)](
         out,
         numbers,
         rows,
-        rows // parts,
         numbers.shape[1],
         torch.finfo(out.dtype).max,
         WIDTH=width,
         COLUMNS=columns,
         ROWS=at_once,
         NOT_FINITE=NOT_FINITE,
+        INDEX=_index(out),
         num_warps=_WARPS,
     )
+
+
+def _index(x: Tensor) -> tl.dtype:
+    """Of what elements are counted in: 64 bits take longer."""
+    return tl.int32 if x.numel() + 2 * _NUMBERS < 2**31 else tl.int64
