@@ -17,7 +17,9 @@ from torchtrt_md.lowering.float8_rows import LEAST, NOT_FINITE, packed_bytes
 # For each peer: what keeps NVLink busy on an H200, and takes a part of its multiprocessors only.  More are faster by
 # themselves, and slow down what runs beside them (benchmarks/results/2026-11-22-store-programs-h200-x4.md).
 _PROGRAMS, _ALONE, _WORDS, _WARPS = 32, 64, 2048, 16
-_NUMBERS = 8192  # that a program packs at once, in whole rows
+# Numbers that a program has in hand when it packs, and when it unpacks; packing computes, so more programs do it
+# (benchmarks/results/2026-11-23-float8-exchanges-h200-x2.md).
+_PACKED, _UNPACKED, _UNPACK_WARPS = 8192, 2048, 8
 
 
 @triton.jit
@@ -115,8 +117,8 @@ def pack(copies: Sequence[tuple[Tensor, Tensor]], *, alone: bool = False) -> Non
         return
     width = source[0].shape[-1]
     rows, columns = source[0].numel() // width, triton.next_power_of_2(width)
-    at_once = max(_NUMBERS // columns, 1)
-    grid = (min(_ALONE if alone else _PROGRAMS, triton.cdiv(rows, at_once)), len(to))
+    at_once = max(_PACKED // columns, 1)
+    grid = (min(2 * (_ALONE if alone else _PROGRAMS), triton.cdiv(rows, at_once)), len(to))
     _pack[grid](
         to,
         source,
@@ -172,7 +174,7 @@ def unpack(numbers: Tensor, out: Tensor) -> None:
     parts, width = len(numbers), out.shape[-1]
     assert numbers.shape[1] == packed_bytes(out.shape, parts)
     rows, columns = out.numel() // width // parts, triton.next_power_of_2(width)
-    at_once = max(_NUMBERS // columns, 1)
+    at_once = max(_UNPACKED // columns, 1)
     _unpack[(triton.cdiv(rows, at_once), parts)](
         out,
         numbers,
@@ -184,10 +186,10 @@ def unpack(numbers: Tensor, out: Tensor) -> None:
         ROWS=at_once,
         NOT_FINITE=NOT_FINITE,
         INDEX=_index(out),
-        num_warps=_WARPS,
+        num_warps=_UNPACK_WARPS,
     )
 
 
 def _index(x: Tensor) -> tl.dtype:
     """Of what elements are counted in: 64 bits take longer."""
-    return tl.int32 if x.numel() + 2 * _NUMBERS < 2**31 else tl.int64
+    return tl.int32 if x.numel() + 2 * _PACKED * _ALONE < 2**31 else tl.int64
