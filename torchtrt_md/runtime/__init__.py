@@ -11,6 +11,7 @@ graphs     CUDA graphs of whole calls
 engine     one loaded engine: checked against its bindings, then bound and enqueued
 collective         exchanges between segments by NCCL
 push, store        the same by stores into the memory of other GPUs
+rows               what is sent in float8, packed and unpacked
 order              which step runs beside which exchange
 inductor, epilogue segments that Inductor compiles
 selftest   engines of one collective, seen to be right before others are run

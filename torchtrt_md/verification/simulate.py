@@ -103,7 +103,7 @@ class Request:
     def __str__(self) -> str:
         at = source_line(self.node)
         operands = [f"{dtype_name(x.dtype)}{list(x.shape)}" for x in self.operands.values()]
-        arguments = ", ".join([*operands, *(f"{name}={value}" for name, value in self.rest.items())])
+        arguments = ", ".join([*operands, *(f"{n}={v}" for n, v in self.rest.items() if v is not None)])
         return f"{self.node.name} = {self.node.target}({arguments})" + (f" at {at}" if at else "")
 
 
