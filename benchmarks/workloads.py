@@ -79,11 +79,12 @@ def wan(small: bool, rows: int = 720) -> Workload:
     return Workload(lambda: WanTransformer3DModel(**size), kwargs, "ulysses", about, groups=(2,) if small else (2, 5))
 
 
-def cosmos3(small: bool) -> Workload:
+def cosmos3(small: bool, layers: int = 4) -> Workload:
     """As examples/cosmos3.py has it, with whole text; its library has no plan for it."""
     if not small:
-        sizes = "WIDTH=4096 HEADS=32 KV_HEADS=8 LAYERS=4 MLP=12288 TEXT_TOKENS=512 FRAMES=12 HEIGHT=88 WIDTH_TOKENS=160"
+        sizes = "WIDTH=4096 HEADS=32 KV_HEADS=8 MLP=12288 TEXT_TOKENS=512 FRAMES=12 HEIGHT=88 WIDTH_TOKENS=160"
         os.environ |= {f"COSMOS_{name}": value for name, value in (size.split("=") for size in sizes.split())}
+        os.environ["COSMOS_LAYERS"] = str(layers)
     example = runpy.run_path(str(Path(__file__).resolve().parents[1] / "examples" / "cosmos3.py"))
     (parallel,) = example["parallel"]
 
@@ -125,6 +126,7 @@ WORKLOADS: dict[str, Callable[[bool], Workload]] = {
     "wan": wan,
     "wan480": partial(wan, rows=480),
     "cosmos3": cosmos3,
+    "cosmos3whole": partial(cosmos3, layers=36),
     "llama": llama,
     "llama8192": partial(llama, tokens=8192),
 }

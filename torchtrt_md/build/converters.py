@@ -53,7 +53,7 @@ def _collective(op: str) -> Callable[..., Any]:
     names = [argument.name for argument in overload._schema.arguments]
 
     def convert(ctx: Any, target: Any, args: tuple[Any, ...], kwargs: dict[str, Any], name: str) -> Any:
-        values = dict(zip(names, args, strict=True))
+        values = dict(zip(names, args, strict=False))  # what is sent may be left out
         x, size = _operand(ctx, values["x"], f"{name}_operand"), values["size"]
         dims = [values[d] for d in ("dim", "split_dim", "concat_dim") if d in values]
         assert not any(dims), f"{name} acts on dims {dims}; lowering moves collectives to dim 0"
