@@ -41,7 +41,7 @@ import torch
 from torch.fx import GraphModule, Node
 
 from torchtrt_md.checks import check_lower
-from torchtrt_md.errors import ShardingError
+from torchtrt_md.errors import PlanError, ShardingError
 from torchtrt_md.graph.functional import copied
 from torchtrt_md.graph.source import source_line
 from torchtrt_md.graph.uncollected import uncollected
@@ -174,7 +174,7 @@ class Lowering:
 
         Args:
             stores: ranks will store into each other's memory (``transport="store"``), and not exchange by NCCL.
-            wire: what is sent of queries, keys and values in the placement ``split``: "" or "float8".
+            wire: what is sent of queries, keys and values, in the placement ``split``: "" or "float8".
         """
         program = self.program
         check_lower(program, placement, exchanges, dump)
@@ -195,7 +195,7 @@ class Lowering:
         counts: dict[str, int] = {}
         analyzed = self._analysis(placement, dump)
         if wire:
-            _check_wire([graph for graph, _ in analyzed.values()])
+            self._check_wire(placement, [graph for graph, _ in analyzed.values()])
         for graph, ranks in program.distinct():
             analysis, before = analyzed[id(graph)]
             new = copied(analysis)
@@ -255,32 +255,38 @@ class Lowering:
             self._analyzed[placement] = found
         return self._analyzed[placement]
 
+    def _check_wire(self, placement: Placement, graphs: list[GraphModule]) -> None:
+        """See that there are queries, keys and values that can be sent in float8, if there are ranks to send them to.
+
+        Raises:
+            PlanError: not in the placement ``split``.
+            ShardingError: there are none, or of another dtype.
+        """
+        if placement != "split":
+            raise PlanError(
+                "exchanges in float8 are for the placement 'split': inside an engine collectives send what they get",
+                fix="use placement='split', or leave exchange_dtype out",
+            )
+        target = torch.ops.torchtrt_md.context_attention.default
+        attentions = [node for graph in graphs for node in graph.graph.find_nodes(op="call_function", target=target)]
+        sizes = [self.program.mesh.joined_size(axis) for axis in self.program.strategies]
+        if not attentions and not (sizes and max(sizes) == 1):
+            raise ShardingError(
+                "no attention exchanges queries, keys or values, which exchange_dtype is about",
+                fix="leave exchange_dtype out",
+            )
+        for node in attentions:
+            dtype = value_of(node).dtype
+            if dtype not in DTYPES:
+                raise ShardingError(
+                    f"attention {node.name!r} is in {dtype_name(dtype)}, which is not exchanged in float8",
+                    fix="leave exchange_dtype out, or use a model in 16 or 32 bits",
+                    at=source_line(node),
+                )
+
     def _folder(self, dump: Path | None, ranks: tuple[int, ...]) -> Path | None:
         """Where the graph of these ranks is dumped."""
         return dump / f"rank{ranks[0]}" if dump and len(self.program.distinct()) > 1 else dump
-
-
-def _check_wire(graphs: list[GraphModule]) -> None:
-    """See that there are queries, keys and values that can be sent in float8.
-
-    Raises:
-        ShardingError: there are none, or of another dtype.
-    """
-    target = torch.ops.torchtrt_md.context_attention.default
-    attentions = [node for graph in graphs for node in graph.graph.find_nodes(op="call_function", target=target)]
-    if not attentions:
-        raise ShardingError(
-            "no attention exchanges queries, keys or values, which exchange_dtype is about",
-            fix="leave exchange_dtype out",
-        )
-    for node in attentions:
-        dtype = value_of(node).dtype
-        if dtype not in DTYPES:
-            raise ShardingError(
-                f"attention {node.name!r} is in {dtype_name(dtype)}, which is not exchanged in float8",
-                fix="leave exchange_dtype out, or use a model in 16 or 32 bits",
-                at=source_line(node),
-            )
 
 
 def _source_of(node: Node, program: ShardedProgram) -> Source:

@@ -2,8 +2,9 @@
 
     row of D numbers  ->  e4m3(x 2^(7 - e)) for each, and one byte: e + 127, where 2^e <= max |x| < 2^(e + 1)
 
-The scale is a power of two, so it adds no rounding of its own, and numbers that are sent on again round to themselves.
-Each is off by at most 1/16 of itself, or 2^-17 of the largest of its row.  A row with an infinity or a NaN arrives as
+The scale is a power of two, so it adds no rounding of its own, and numbers that are sent on again round to themselves,
+but for the least of a row whose largest was rounded up to the next power.  Each is off by at most 1/16 of itself, or
+2^-17 of the largest of its row.  A row with an infinity or a NaN arrives as
 NaN.  Rows whose largest number is below 2^-93 lose more.
 """
 
@@ -18,6 +19,7 @@ from torch import Tensor
 FLOAT8 = "float8"
 DTYPES = (torch.bfloat16, torch.float16, torch.float32)
 _ALIGNED = 16  # bytes; what each part takes is a multiple of it, so that all begin where a wide load can
+FLOAT8_CAPABILITY = (8, 9)  # of the first GPUs that convert to float8
 LEAST = 34  # the least exponent byte: 2^(134 - 34) is the largest scale
 LARGEST_ERROR = 2.0**-4  # of a number, relative
 NOT_FINITE = 255  # the exponent byte of infinities and NaN
@@ -25,7 +27,7 @@ NOT_FINITE = 255  # the exponent byte of infinities and NaN
 
 def packed_bytes(shape: Sequence[int], parts: int) -> int:
     """What one of so many parts of a tensor takes; rows are along the last dim."""
-    rows = math.prod(shape[:-1]) // parts
+    rows = math.prod(shape[:-1]) // parts if shape[-1] else 0
     return -(-rows * (shape[-1] + 1) // _ALIGNED) * _ALIGNED
 
 
@@ -35,7 +37,8 @@ def packed(x: Tensor, parts: int) -> Tensor:
     if not x.numel():
         return out
     rows = x.float().reshape(parts, -1, x.shape[-1])
-    exponent = (rows.abs().amax(-1).view(torch.int32) >> 23).clamp(min=LEAST)
+    # By their bits, as the kernel does: of those of a NaN the floating amax may have the sign.
+    exponent = ((rows.view(torch.int32) & 0x7FFFFFFF).amax(-1) >> 23).clamp(min=LEAST)
     scale = ((261 - exponent) << 23).view(torch.float32)  # 2^(134 - exponent)
     numbers = (rows * scale.unsqueeze(-1)).to(torch.float8_e4m3fn).view(torch.uint8).flatten(1)
     count = numbers.shape[1]

@@ -124,23 +124,31 @@ def check_reduction(op: str, dtype: torch.dtype) -> None:
         raise CollectiveError(f"averages {dtype} values", fix="reduce by sum and divide, or average floating values")
 
 
-def check_wire(wire: str | None, dtype: torch.dtype) -> None:
+def check_wire(wire: str | None, x: Tensor, *dims: int) -> None:
     """Refuse what cannot be sent so.
 
+    Args:
+        dims: of the operand, which the collective splits, or joins on.
+
     Raises:
-        CollectiveError: no such way, or a dtype that it is not for.
+        CollectiveError: no such way, a dtype that it is not for, or an operand without rows that stay whole.
     """
     if wire not in (None, FLOAT8_ROWS):
         raise CollectiveError(f"sends {wire!r}", fix=f"send {FLOAT8_ROWS!r}, or what there is: None")
-    if wire and dtype not in DTYPES:
+    if wire and x.dtype not in DTYPES:
         raise CollectiveError(
-            f"sends {dtype} in float8", fix="leave exchange_dtype out, or use a model in 16 or 32 bits"
+            f"sends {x.dtype} in float8", fix="leave exchange_dtype out, or use a model in 16 or 32 bits"
+        )
+    if wire and (x.dim() < 2 or any(dim % x.dim() == x.dim() - 1 for dim in dims)):
+        raise CollectiveError(
+            f"sends {list(x.shape)} in float8, split or joined on {list(dims)}",
+            fix="send rows, along the last dim, that stay whole",
         )
 
 
-def _sent(x: Tensor, wire: str | None) -> Tensor:
+def _sent(x: Tensor, wire: str | None, *dims: int) -> Tensor:
     """The operand as the others get it."""
-    check_wire(wire, x.dtype)
+    check_wire(wire, x, *dims)
     return rounded(x) if wire else x
 
 
@@ -165,14 +173,14 @@ def _(x: Tensor, op: str, axis: str, size: int) -> Tensor:
 
 @torch.library.custom_op(f"{NAMESPACE}::all_gather", mutates_args=())
 def all_gather(x: Tensor, dim: int, axis: str, size: int, wire: str | None = None) -> Tensor:
-    x = _sent(x, wire)
+    x = _sent(x, wire, dim)
     out = _wait(_c10d.all_gather_into_tensor(x.contiguous(), size, _group(axis, size).group_name))
     return torch.cat(out.chunk(size), dim) if dim else out
 
 
 @all_gather.register_fake
 def _(x: Tensor, dim: int, axis: str, size: int, wire: str | None = None) -> Tensor:
-    check_wire(wire, x.dtype)
+    check_wire(wire, x, dim)
     return _resized(x, dims={dim: x.shape[dim] * size})
 
 
@@ -191,7 +199,7 @@ def _(x: Tensor, op: str, dim: int, axis: str, size: int) -> Tensor:
 
 @torch.library.custom_op(f"{NAMESPACE}::all_to_all", mutates_args=())
 def all_to_all(x: Tensor, split_dim: int, concat_dim: int, axis: str, size: int, wire: str | None = None) -> Tensor:
-    x = _sent(x, wire)
+    x = _sent(x, wire, split_dim, concat_dim)
     by_rank = torch.stack(x.chunk(size, split_dim)).contiguous()  # channels_last operands stack to channels_last
     received = _wait(_c10d.all_to_all_single(by_rank, [1] * size, [1] * size, _group(axis, size).group_name))
     return torch.cat(received.unbind(), concat_dim)
@@ -199,7 +207,7 @@ def all_to_all(x: Tensor, split_dim: int, concat_dim: int, axis: str, size: int,
 
 @all_to_all.register_fake
 def _(x: Tensor, split_dim: int, concat_dim: int, axis: str, size: int, wire: str | None = None) -> Tensor:
-    check_wire(wire, x.dtype)
+    check_wire(wire, x, split_dim, concat_dim)
     chunk = chunk_size(x.shape[split_dim], size, f"all_to_all on dim {split_dim}")
     if split_dim % x.dim() == concat_dim % x.dim():
         return torch.empty_like(x, memory_format=torch.contiguous_format)
@@ -233,7 +241,7 @@ def permute_tensor(x: Tensor, shift: int, axis: str, size: int, wire: str | None
 
 @permute_tensor.register_fake
 def _(x: Tensor, shift: int, axis: str, size: int, wire: str | None = None) -> Tensor:
-    check_wire(wire, x.dtype)
+    check_wire(wire, x)
     return torch.empty_like(x, memory_format=torch.contiguous_format)
 
 

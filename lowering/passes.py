@@ -48,7 +48,7 @@ class PassContext:
             :func:`torchtrt_md.lowering.choose_strategy.attention_key`; it goes before ``strategies``.
         alike: the axes along which the graph is that of all ranks, which differ by what its placeholders say only.
         stores: ranks will store into each other's memory, and not exchange by NCCL.
-        wire: what is sent of queries, keys and values in the placement ``split``, as the collectives have it.
+        wire: what is sent of queries, keys and values, as the collectives have it; "" for what they are.
     """
 
     mesh: Mesh
@@ -63,7 +63,7 @@ class PassContext:
     @property
     def sent(self) -> tuple[str, ...]:
         """The last arguments of a collective that sends queries, keys or values."""
-        return (self.wire,) if self.wire and self.placement == "split" else ()
+        return (self.wire,) if self.wire else ()
 
 
 Pass: TypeAlias = Callable[[GraphModule, PassContext], int]

@@ -157,14 +157,16 @@ class Weights:
         )
 
     def local(self, weight: Weight, mesh: Mesh, rank: int) -> Tensor:
-        """This rank's part of a weight, without a copy unless it is joined of several, cut unevenly, or read.
+        """This rank's part of a weight, without a copy unless it is cut unevenly, read, or joined of several.
+
+        Not of those either, where they lie in a row.
 
         Raises:
             CaptureError: the process has only another rank's shard, or it has no value.
             WeightsError: it cannot be read any more.
         """
         if weight.parts:
-            return torch.cat([self.local(part, mesh, rank) for part in weight.parts])
+            return _joined([self.local(part, mesh, rank) for part in weight.parts])
         if weight.name in self.given:
             assert self.checkpoint is not None
             return self.checkpoint.part(self.given[weight.name], weight.shardings, mesh, rank)
@@ -275,6 +277,18 @@ def _uneven_part(whole: Tensor, s: UnevenSharding, size: int, coordinate: int) -
             last = block.narrow(s.dim, block.shape[s.dim] - 1, 1)
             found.append(whole.new_zeros(missing) if s.zeros else last.expand(missing))
     return found[0] if len(found) == 1 else torch.cat(found, s.dim)
+
+
+def _joined(parts: Sequence[Tensor]) -> Tensor:
+    """The parts on dim 0; a view where they lie in a row, as another program of the model has left them."""
+    first, end = parts[0], parts[0].storage_offset()
+    for each in parts:
+        alike = (each.dtype, each.shape[1:], each.stride()) == (first.dtype, first.shape[1:], first.stride())
+        there = each.untyped_storage().data_ptr() == first.untyped_storage().data_ptr() and not each.is_meta
+        if not alike or not there or each.storage_offset() != end:
+            return torch.cat(list(parts))
+        end += each.shape[0] * each.stride(0)
+    return first.as_strided((sum(len(each) for each in parts), *first.shape[1:]), first.stride())
 
 
 def dtype_name(dtype: torch.dtype) -> str:

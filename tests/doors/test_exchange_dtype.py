@@ -13,9 +13,11 @@ from torch import Tensor, nn
 
 import torchtrt_md as md
 from torchtrt_md.bundle import read_manifest
+from torchtrt_md.doors.agreed import check_fit
 from torchtrt_md.errors import OptionError, PlanError, ShardingError, VerificationError
 from torchtrt_md.lowering import Lowering
 from torchtrt_md.lowering.float8_rows import LARGEST_ERROR
+from torchtrt_md.options import Options
 from torchtrt_md.parallel import Strategy
 from torchtrt_md.verification.compare import relative_error
 from torchtrt_md.verification.simulate import simulate
@@ -92,6 +94,9 @@ def test_it_is_between_engines_and_for_attention(tmp_path: Path) -> None:
         md.export(model, args, parallel=parallel(), placement="engine", **how)
     with pytest.raises(OptionError, match="exchange_dtype"):
         md.export(model, args, parallel=parallel(), **{**how, "exchange_dtype": "float16"})
+    for target in ("sm75", "sm80", "sm86"):
+        with pytest.raises(PlanError, match=f"needs compute capability 8.9 or later, and the target '{target}' has"):
+            md.export(model, args, parallel=parallel(), target=target, **how)
     plan = {"": {"x": md.Split(1)}}
     with pytest.raises(ShardingError, match="no attention exchanges"):
         md.export(*models.mlp(), parallel=md.ContextParallel("cp", plan=plan), **how)
@@ -120,6 +125,34 @@ def test_a_model_that_makes_much_of_the_rounding_is_refused() -> None:
         md.verify(lowered, model, (x,))
 
 
+class Filled(nn.Module):
+    """What another model returns, some of it filled or made complex."""
+
+    def __init__(self, inner: nn.Module, fill: float | None) -> None:
+        super().__init__()
+        self.inner, self.fill, self.out = inner, fill, nn.Identity()
+
+    def forward(self, x: Tensor) -> Tensor:
+        y: Tensor = self.inner(x)
+        filled = y.masked_fill(torch.arange(32) < 4, self.fill) if self.fill else torch.complex(torch.zeros_like(y), y)
+        result: Tensor = self.out(filled)
+        return result
+
+
+@pytest.mark.parametrize("fill", [torch.finfo(torch.float32).min, -1e30, float("-inf"), None])
+def test_what_is_filled_in_neither_hides_nor_makes_an_error(fill: float | None) -> None:
+    def verified(inner: nn.Module) -> tuple[str, ...]:
+        torch.manual_seed(0)
+        model, x = Filled(inner, fill).eval(), torch.randn(1, 16, 32)
+        program = md.capture(model, (x,), mesh=md.Mesh(cp=2), parallel=parallel())
+        return md.verify(Lowering(program).lower(placement="split", wire="float8"), model, (x,)).notes
+
+    with pytest.raises(VerificationError, match="queries, keys and values in float8 change"):
+        verified(Amplifies())
+    (note,) = verified(models.attention()[0])
+    assert note.startswith("queries, keys and values in float8 change what they change of the outputs by 0.0")
+
+
 def test_verify_reports_what_it_costs() -> None:
     model, args, _ = models.attention()
     program = md.capture(model, args, mesh=md.Mesh(cp=2), parallel=parallel())
@@ -130,3 +163,13 @@ def test_verify_reports_what_it_costs() -> None:
     assert plain.structure_error <= 1e-8
     assert sent.dense_error == plain.dense_error
     assert sent.error > 100 * plain.error  # of float32
+
+
+@pytest.mark.parametrize("capability", [(8, 0), (8, 6), (8, 9), (9, 0), None])
+def test_gpus_that_have_no_float8_are_refused_first(capability: tuple[int, int] | None) -> None:
+    options = Options(mesh=md.Mesh(cp=2), parallel=parallel(), **FLOAT8)
+    if capability is None or capability >= (8, 9):
+        check_fit(options, capability=capability)
+        return
+    with pytest.raises(PlanError, match=r"needs compute capability 8\.9 or later, and this GPU has 8\."):
+        check_fit(options, capability=capability)

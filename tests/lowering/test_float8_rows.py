@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import graphs
 import models
 import pytest
@@ -9,7 +11,7 @@ import torch
 from torch import Tensor
 
 import torchtrt_md as md
-from torchtrt_md.errors import CollectiveError, ShardingError
+from torchtrt_md.errors import CollectiveError, PlanError, ShardingError
 from torchtrt_md.lowering import Lowering, allgather_kv, ring, ulysses
 from torchtrt_md.lowering.choose_strategy import attention_key
 from torchtrt_md.lowering.float8_rows import DTYPES, LARGEST_ERROR, packed, packed_bytes, rounded, unpacked
@@ -68,6 +70,16 @@ def test_a_row_that_is_not_finite_is_none_on_the_other_side(bad: float) -> None:
     assert torch.equal(found[::2], x[::2])
 
 
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_so_it_is_however_the_tensor_lies(dtype: torch.dtype) -> None:
+    """The largest of strided floats may be a NaN with the sign set, whose bits are no exponent."""
+    x = torch.randn(64, 128).to(dtype)
+    x[32, 64] = float("nan")
+    for seen in (x, x.t(), x.t().contiguous().t(), x[::2], x[:, ::2]):
+        assert torch.equal(rounded(seen).isnan().all(-1), seen.isnan().any(-1))
+        assert torch.equal(rounded(seen).nan_to_num(7.0), rounded(seen.contiguous()).nan_to_num(7.0))
+
+
 @pytest.mark.parametrize("shape", [(4, 3, 5), (2, 16), (2, 1), (0, 4), (4, 0)])
 def test_parts_begin_where_wide_loads_can(shape: tuple[int, ...]) -> None:
     x = torch.randn(shape)
@@ -84,12 +96,21 @@ def test_other_dtypes_and_other_ways_are_refused() -> None:
         ops.all_gather(mesh, 0, "cp", 2, "float8")
     with pytest.raises(CollectiveError, match="sends 'float4'"):
         ops.permute_tensor(mesh.float(), 1, "cp", 2, "float4")
+    x = mesh.float()
+    calls: dict[str, list[tuple[Any, ...]]] = {
+        "all_to_all": [(x[0], 0, 0), (x, 1, 0), (x, 0, -1)],
+        "all_gather": [(x, 1)],
+        "permute_tensor": [(x[0], 1)],
+    }
+    for name, given in calls.items():
+        for args in given:
+            with pytest.raises(CollectiveError, match="in float8, split or joined on"):
+                getattr(ops, name)(*args, "cp", 2, "float8")
 
 
 PASSES = {"ulysses": ulysses.run, "allgather_kv": allgather_kv.run, "ring": ring.run}
 
 
-@pytest.mark.parametrize("placement", ["split", "engine"])
 @pytest.mark.parametrize(
     ("how", "sent"),
     [
@@ -100,9 +121,7 @@ PASSES = {"ulysses": ulysses.run, "allgather_kv": allgather_kv.run, "ring": ring
     ],
     ids=str,
 )
-def test_queries_keys_and_values_are_sent_so_and_results_are_not(
-    how: Exchange, sent: list[str | None], placement: str
-) -> None:
+def test_queries_keys_and_values_are_sent_so_and_results_are_not(how: Exchange, sent: list[str | None]) -> None:
     q, k, v = (
         [x / 10 for x in graphs.per_rank(Mesh(cp=2), 1, 4, 6, 16, dtype=torch.float32, seed=seed)] for seed in range(3)
     )
@@ -113,12 +132,9 @@ def test_queries_keys_and_values_are_sent_so_and_results_are_not(
 
     graph = graphs.trace(forward, q[0], k[0], v[0])
     (node,) = graph.graph.find_nodes(op="call_function", target=ops.context_attention.default)
-    context = PassContext(Mesh(cp=2), {}, {}, placement, {attention_key(node): how}, wire="float8")
+    context = PassContext(Mesh(cp=2), {}, {}, "split", {attention_key(node): how}, wire="float8")
     run_passes({"it": PASSES[how.strategy]}, graph, context)
     collectives = [n for n in graph.graph.nodes if is_collective(n)]
-    if placement == "engine":
-        assert all(bound_args(n)["wire"] is None for n in collectives)
-        return
     assert [bound_args(n)["wire"] for n in collectives] == sent
     for collective, node in zip(schedule(graph), collectives, strict=True):
         operand = node.all_input_nodes[0].meta["val"]
@@ -155,6 +171,22 @@ def test_a_program_that_exchanges_nothing_of_attention_is_refused() -> None:
     program = md.capture(model, (torch.randn(4, 8),), mesh=Mesh(cp=2), parallel=md.ContextParallel("cp", plan=plan))
     with pytest.raises(ShardingError, match="no attention exchanges"):
         Lowering(program).lower(placement="split", wire="float8")
+
+
+def test_of_one_rank_nothing_is_sent() -> None:
+    model, args, _ = models.attention()
+    plan = {"": {"x": md.Split(1)}, "out": md.Gather(1)}
+    program = md.capture(model, args, mesh=Mesh(cp=1), parallel=md.ContextParallel("cp", plan=plan))
+    lowered = Lowering(program).lower(placement="split", wire="float8")
+    assert not schedule(lowered.graphs[0])
+
+
+def test_not_inside_an_engine() -> None:
+    model, args, _ = models.attention()
+    plan = {"": {"x": md.Split(1)}, "out": md.Gather(1)}
+    program = md.capture(model, args, mesh=Mesh(cp=2), parallel=md.ContextParallel("cp", plan=plan))
+    with pytest.raises(PlanError, match="are for the placement 'split'"):
+        Lowering(program).lower(placement="engine", wire="float8")
 
 
 def test_a_dtype_that_is_finer_is_refused_with_the_line() -> None:

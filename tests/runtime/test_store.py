@@ -47,8 +47,12 @@ add_up(torch.empty(2, 0), torch.empty(0), 1.0)
 PACKS = """
 import itertools
 import torch
+import triton.language as tl
+from torchtrt_md.runtime import store
 from torchtrt_md.lowering.float8_rows import packed, packed_bytes, unpacked
 from torchtrt_md.runtime.store import pack, unpack
+
+own_index = store._index
 
 def drawn(rows, width, dtype):
     # Numbers that float8 has, of which the largest of a row is 2^6 to 2^13 times the others at most: the interpreter
@@ -56,9 +60,11 @@ def drawn(rows, width, dtype):
     x = torch.randint(8, 16, (rows, width)) * 2.0 ** torch.randint(-6, 1, (rows, width))
     return (x * torch.randint(0, 2, x.shape).mul(2).sub(1) * 2.0 ** torch.randint(-9, 9, (rows, 1))).to(dtype)
 
-for dtype, width, rows, parts in itertools.product(
-    [torch.bfloat16, torch.float16, torch.float32], [64, 72, 1], [1, 7, 300], [1, 3]
+for dtype, width, rows, parts, index in itertools.product(
+    [torch.bfloat16, torch.float16, torch.float32], [64, 72, 1], [1, 7, 700], [1, 3], [None, tl.int64]
 ):
+    store._PROGRAMS = 1  # so that one packs several runs of rows
+    store._index = own_index if index is None else lambda x: tl.int64
     sources = [drawn(rows, width, dtype) for _ in range(parts)]
     for x in sources:
         x[rows // 2, width // 3] = float("nan") if rows > 1 else 0.0

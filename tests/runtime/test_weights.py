@@ -128,6 +128,45 @@ class TestModelWeights:
             torch.testing.assert_close(model(x), expected)
         assert held_bytes([*parameters.values(), *blocks.values()]) == sum(p.nbytes for p in parameters.values())
 
+    def test_another_program_of_the_model_finds_what_is_joined(self) -> None:
+        """As for another shape: the parameters lie in a row already, and nothing is copied."""
+        torch.manual_seed(0)
+        model = TwoProducts().eval()
+        lay_out(model, torch.randn(3, 16))
+        program = md.lower(md.capture(model, (torch.randn(5, 16),), mesh=md.Mesh(cp=1)), placement="split")
+        weights = ModelWeights(program, 0)
+        joined = [s for s in weights.sources.values() if s.parts]
+        assert len(joined) == 2
+        for source in joined:
+            found = weights.local(source.name)
+            owners: list[Tensor] = [model.get_parameter(part.name) for part in source.parts]
+            assert found.untyped_storage().data_ptr() == owners[0].untyped_storage().data_ptr()
+            assert torch.equal(found, torch.cat(owners))
+
+    def test_parts_that_do_not_lie_in_a_row_are_copied(self) -> None:
+        whole = torch.arange(96.0).view(12, 8)
+        a, b, c = (Weight(name, (4, 8), torch.float32) for name in "abc")
+        held = {"a": whole[:4], "b": whole[4:8], "c": whole[8:]}
+
+        def local(parts: tuple[Weight, ...], of: dict[str, Tensor]) -> Tensor:
+            joined = Weight("joined", (4 * len(parts), 8), torch.float32, parts=parts)
+            found = ModelWeights(program_of(of, joined, mesh=md.Mesh(cp=1)), 0).local("joined")
+            assert torch.equal(found, torch.cat([of[part.name] for part in parts]))
+            return found
+
+        def is_view(found: Tensor) -> bool:
+            return found.untyped_storage().data_ptr() == whole.untyped_storage().data_ptr()
+
+        assert is_view(local((a, b, c), held))
+        assert is_view(local((b, c), held))
+        assert not is_view(local((b, a), held))
+        assert not is_view(local((a, c), held))
+        assert not is_view(local((a, a), held))
+        assert not is_view(local((a, b), {**held, "b": whole[4:8].clone()}))
+        turned = torch.arange(96.0).view(8, 12).t()
+        assert torch.equal(local((a, b, c), {"a": turned[:4], "b": turned[4:8], "c": turned[8:]}), turned)
+        assert not is_view(local((a, b), {**held, "a": whole[:8:2], "b": whole[8:]}))
+
     @pytest.mark.parametrize("turned", [False, True])
     def test_a_whole_parameter_is_stored(self, turned: bool) -> None:
         seen = torch.randn(8, 16).t() if turned else torch.randn(16, 8)

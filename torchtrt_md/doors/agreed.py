@@ -12,7 +12,7 @@ from torchtrt_md.launch.agree import Agreement, Alone, Together, check_same
 from torchtrt_md.mesh import Mesh, joined
 from torchtrt_md.options import Options, seconds
 from torchtrt_md.parallel import ContextParallel, Placement
-from torchtrt_md.place.choose import choose_placement
+from torchtrt_md.place.choose import check_float8, choose_placement
 
 
 def agreed_options(timeout: object, read: Callable[[], Options]) -> Options:
@@ -61,6 +61,8 @@ def check_fit(options: Options, choices: Choices | None = None, capability: tupl
 
         flavour().check_target(options.target)
         name, rings = flavour().name, capability is not None and flavour().rings(options.target)
+    if options.exchange_dtype == "float8" or (choices is not None and choices.wire):
+        check_float8(capability, options.target)
     if choices is not None:
         return choices.placement
     placement = choose_placement(

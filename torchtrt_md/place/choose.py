@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Collection
 from typing import NamedTuple
 
 from torchtrt_md.errors import PlanError
+from torchtrt_md.lowering.float8_rows import FLOAT8_CAPABILITY
 from torchtrt_md.parallel import Placement
 from torchtrt_md.segment import Runs
 
@@ -62,6 +64,25 @@ def choose_placement(
     if _lacks_kernels(flavour, capability):
         return Choice("split", "TensorRT-RTX has no attention kernels for Hopper, and PyTorch has")
     return Choice("engine", "one engine is one launch, and can be run from C++")
+
+
+def check_float8(capability: tuple[int, int] | None, target: str) -> None:
+    """See that the GPU, and the one that is built for, can convert to float8.
+
+    Args:
+        capability: of the GPU that it will run on; None where that is not known, or is no GPU.
+        target: as for :func:`torchtrt_md.build`.
+
+    Raises:
+        PlanError: one cannot.
+    """
+    known = re.fullmatch(r"sm(\d+)(\d)", target)
+    for of, found in (("this GPU", capability), (f"the target {target!r}", known and tuple(map(int, known.groups())))):
+        if found is not None and found < FLOAT8_CAPABILITY:
+            raise PlanError(
+                f"exchange_dtype='float8' needs compute capability 8.9 or later, and {of} has {found[0]}.{found[1]}",
+                fix="leave exchange_dtype out",
+            )
 
 
 def choose_compute(asked: str, placement: str, *, flavour: str, capability: tuple[int, int] | None) -> tuple[Runs, str]:

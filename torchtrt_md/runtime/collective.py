@@ -40,7 +40,10 @@ def runner_of(node: Node, groups: Mapping[str, dist.ProcessGroup]) -> Run:
     dims = [args[key] for key in ("dim", "split_dim", "concat_dim") if key in args]
     assert not any(dims), f"{node.name} acts on dims {dims}; lowering moves collectives to dim 0"
     run = _RUNS[name](args, groups[args["axis"]])
-    return _packed(run, args["size"] if name == "all_to_all" else 1) if args.get("wire") else run
+    if not args.get("wire"):
+        return run
+    size = args["size"]
+    return _packed(run, size if name == "all_to_all" else 1, 1 if name == "permute_tensor" else size)
 
 
 def is_in_place(node: Node) -> bool:
@@ -48,13 +51,13 @@ def is_in_place(node: Node) -> bool:
     return str(node.target).split(".")[1] in ("all_reduce", "broadcast")
 
 
-def _packed(run: Run, parts: int) -> Run:
-    """The same of rows in float8: of an operand in so many parts."""
+def _packed(run: Run, parts: int, arrive: int) -> Run:
+    """The same of rows in float8: of an operand in so many parts, of which so many arrive."""
 
     def packed(out: Tensor, x: Tensor) -> None:
         size = packed_bytes(x.shape, parts)
         sent = torch.empty(parts, size, dtype=torch.uint8, device=x.device)
-        arrived = torch.empty(parts * out.numel() // max(x.numel(), 1), size, dtype=torch.uint8, device=x.device)
+        arrived = torch.empty(arrive, size, dtype=torch.uint8, device=x.device)
         rows.pack([*zip(sent.chunk(parts), x.chunk(parts), strict=True)])
         run(arrived, sent)
         rows.unpack(arrived, out)

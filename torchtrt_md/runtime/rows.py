@@ -8,9 +8,7 @@ import torch
 from torch import Tensor
 
 from torchtrt_md.errors import LaunchError
-from torchtrt_md.lowering.float8_rows import packed, unpacked
-
-_LEAST = (8, 9)  # compute capability: of the first GPUs that convert to float8
+from torchtrt_md.lowering.float8_rows import FLOAT8_CAPABILITY, packed, unpacked
 
 
 def check_device(device: torch.device) -> None:
@@ -19,7 +17,7 @@ def check_device(device: torch.device) -> None:
     Raises:
         LaunchError: it cannot.
     """
-    if device.type == "cuda" and torch.cuda.get_device_capability(device) < _LEAST:
+    if device.type == "cuda" and torch.cuda.get_device_capability(device) < FLOAT8_CAPABILITY:
         raise LaunchError(
             f"{torch.cuda.get_device_name(device)} does not convert to float8; GPUs of compute capability 8.9 do",
             fix="leave exchange_dtype out",

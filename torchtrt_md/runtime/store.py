@@ -191,5 +191,5 @@ def unpack(numbers: Tensor, out: Tensor) -> None:
 
 
 def _index(x: Tensor) -> tl.dtype:
-    """Of what elements are counted in: 64 bits take longer."""
-    return tl.int32 if x.numel() + 2 * _PACKED * _ALONE < 2**31 else tl.int64
+    """Of what elements, and the bytes that they become, are counted in: 64 bits take longer."""
+    return tl.int32 if packed_bytes(x.shape, 1) + 2 * _PACKED * _ALONE < 2**31 else tl.int64
