@@ -94,6 +94,13 @@ MODELS = (
         None,
     ),
     Model(
+        "cosmos3whole",
+        "Cosmos 3, all 36 layers",
+        "Cosmos 3, 36 layers",
+        {2: "2026-11-23-cosmos3-whole-h200-x2"},
+        None,
+    ),
+    Model(
         "wan",
         "Wan2.1 14B, 4 blocks, 720p",
         "Wan2.1 14B",
