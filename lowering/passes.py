@@ -15,6 +15,7 @@ from typing import TypeAlias
 
 from torch.fx import GraphModule
 
+from torchtrt_md.graph.functional import eliminate_dead
 from torchtrt_md.graph.results import each_once
 from torchtrt_md.mesh import Mesh
 
@@ -93,7 +94,7 @@ def run_passes(
             counts[name] = run(graph, context)
             log.debug("%s: %d rewrites, %.3f s", name, counts[name], time.perf_counter() - start)
             if counts[name]:
-                graph.graph.eliminate_dead_code()  # which checks the graph with lint() before
+                eliminate_dead(graph.graph)
                 if dump:
                     dump.mkdir(parents=True, exist_ok=True)
                     (dump / f"{number:02}_{name}.before.txt").write_text(before)

@@ -8,7 +8,7 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from torch.fx import GraphModule, Interpreter, Node
+from torch.fx import Graph, GraphModule, Interpreter, Node
 from torch.fx.experimental.proxy_tensor import make_fx
 from torch.fx.node import map_arg
 
@@ -24,7 +24,7 @@ RESHAPES = (aten.view.default, aten._unsafe_view.default, aten.reshape.default)
 def functional(graph: GraphModule, inputs: Sequence[Tensor]) -> GraphModule:
     """The same graph without in-place ops, as far as PyTorch can; ``inputs`` are fake tensors like its placeholders."""
     graph = _without_renames(graph)
-    graph.graph.eliminate_dead_code()  # DTensor's shape propagation leaves some on its first run
+    eliminate_dead(graph.graph)  # DTensor's shape propagation leaves some on its first run
     for node in graph.graph.nodes:
         _out_of_place(node)
     if not any(mutates(node) for node in graph.graph.nodes):
@@ -51,6 +51,14 @@ class _Lifting(Interpreter):
         if n.op == "get_attr" and any(user.target is not aten.lift_fresh_copy.default for user in n.users):
             return aten.lift_fresh.default(value)
         return value
+
+
+def eliminate_dead(graph: Graph) -> None:
+    """Remove what nobody uses, and check the graph.
+
+    Whether an op has an effect takes PyTorch long to say, and is asked of nodes without users only.
+    """
+    graph.eliminate_dead_code(is_impure_node=lambda node: bool(node.users) or node.is_impure())
 
 
 def copied(graph: GraphModule) -> GraphModule:
