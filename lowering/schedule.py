@@ -11,14 +11,9 @@ from torchtrt_md.program import value_of
 from torchtrt_md.segment import Collective
 
 
-def collective(
-    op: str, axis: str, ranks: int, dtype: torch.dtype, elements: int, *, packed: int | None = None
-) -> Collective:
-    """A collective of ``elements`` of each rank's operand, with the bytes that a rank sends for it.
-
-    ``packed`` are the operand's bytes where it is sent as something else.
-    """
-    operand, others = elements * dtype.itemsize if packed is None else packed, ranks - 1
+def collective(op: str, axis: str, ranks: int, dtype: torch.dtype, elements: int) -> Collective:
+    """A collective of ``elements`` of each rank's operand, with the bytes that a rank sends for it."""
+    operand, others = elements * dtype.itemsize, ranks - 1
     sent = {
         "all_reduce": 2 * operand * others // ranks,
         "all_gather": operand * others,
@@ -32,16 +27,18 @@ def collective(
 
 
 def schedule(graph: GraphModule) -> list[Collective]:
-    """The collectives of a lowered graph, in the order of execution."""
+    """The collectives of a lowered graph, in the order of execution; what is sent in float8 is bytes."""
     found = []
     for node in graph.graph.nodes:
         if is_collective(node):
             args = bound_args(node)
             operand = value_of(args["x"])
             op = str(node.target._schema.name).split("::")[1]
-            parts = args["size"] if op == "all_to_all" else 1
-            packed = parts * packed_bytes(operand.shape, parts) if sends_packed(node) else None
-            found.append(collective(op, args["axis"], args["size"], operand.dtype, operand.numel(), packed=packed))
+            dtype, elements = operand.dtype, operand.numel()
+            if sends_packed(node):
+                parts = args["size"] if op == "all_to_all" else 1
+                dtype, elements = torch.uint8, parts * packed_bytes(operand.shape, parts)
+            found.append(collective(op, args["axis"], args["size"], dtype, elements))
         elif node.target is torch.ops.torchtrt_md.context_attention.default:  # lowered, it is a ring in the engine
             args = bound_args(node)
             k, v = value_of(args["k"]), value_of(args["v"])
