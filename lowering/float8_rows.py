@@ -4,8 +4,8 @@
 
 The scale is a power of two, so it adds no rounding of its own, and numbers that are sent on again round to themselves,
 but for the least of a row whose largest was rounded up to the next power.  Each is off by at most 1/16 of itself, or
-2^-17 of the largest of its row.  A row with an infinity or a NaN arrives as
-NaN.  Rows whose largest number is below 2^-93 lose more.
+2^-17 of the largest of its row.  A row with an infinity or a NaN arrives as NaN.  Rows whose largest number is below
+2^-93 lose more.
 """
 
 from __future__ import annotations

@@ -15,6 +15,7 @@ from torch.fx.experimental.proxy_tensor import make_fx
 from torchtrt_md.errors import VerificationError
 from torchtrt_md.program import placeholders
 from torchtrt_md.runtime.inductor import compile_graph
+from torchtrt_md.verification import compiled
 from torchtrt_md.verification.compiled import check_compiled
 from torchtrt_md.verification.operands import draw, limit
 
@@ -75,6 +76,26 @@ def test_what_is_wrong_in_a_later_call_only_is_found() -> None:
 
     with pytest.raises(VerificationError, match="in call 2"):
         check(late)
+
+
+def test_equal_bits_are_judged_once(monkeypatch: pytest.MonkeyPatch) -> None:
+    judged: list[Tensor] = []
+
+    def near(result: Tensor, plain: Tensor, near: float) -> bool:
+        judged.append(result)
+        return True
+
+    monkeypatch.setattr(compiled, "_is_near", near)
+    check(lambda *operands: list(norm_and_product(*operands)))
+    assert len(judged) == 1
+    calls: list[int] = []
+
+    def other_bits(x: Tensor, weight: Tensor) -> list[Tensor]:
+        calls.append(0)
+        return [norm_and_product(x, weight)[0] + (len(calls) == 2) * 2.0**-6]
+
+    check(other_bits)
+    assert (len(calls), len(judged)) == (3, 3), "the first, the second, and not the third, which is as the first"
 
 
 def test_memory_that_is_read_too_early_holds_no_right_values() -> None:
