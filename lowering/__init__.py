@@ -264,7 +264,7 @@ class Lowering:
         """
         if placement != "split":
             raise PlanError(
-                "exchanges in float8 are for the placement 'split': inside an engine collectives send what they get",
+                "exchanges in float8 are between engines; collectives inside one send what they are given",
                 fix="use placement='split', or leave exchange_dtype out",
             )
         target = torch.ops.torchtrt_md.context_attention.default

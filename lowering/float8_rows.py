@@ -3,7 +3,7 @@
     row of D numbers  ->  e4m3(x 2^(7 - e)) for each, and one byte: e + 127, where 2^e <= max |x| < 2^(e + 1)
 
 The scale is a power of two, so it adds no rounding of its own, and numbers that are sent on again round to themselves,
-but for the least of a row whose largest was rounded up to the next power.  Each is off by at most 1/16 of itself, or
+except the smallest of a row whose largest was rounded up to the next power.  Each is off by at most 1/16 of itself, or
 2^-17 of the largest of its row.  A row with an infinity or a NaN arrives as NaN.  Rows whose largest number is below
 2^-93 lose more.
 """

@@ -27,6 +27,7 @@ from torch import Tensor
 from torch.fx import GraphModule, Node
 from torch.fx.node import map_arg
 
+from torchtrt_md.graph.functional import eliminate_dead
 from torchtrt_md.graph.rewrite import ALONE, cast, emit, view
 from torchtrt_md.lowering.leading_dim import parts_first
 from torchtrt_md.lowering.merge_products import JOINS, SOURCE
@@ -52,7 +53,7 @@ def run(graph: GraphModule, context: PassContext) -> int:
     for axis, size in context.mesh.axes.items():
         rewritten = _Scattered(graph, axis, size).rewritten() if axis in context.alike and size > 1 else 0
         if rewritten:
-            graph.graph.eliminate_dead_code()  # what is not read any more would count along the next axis
+            eliminate_dead(graph.graph)  # what is not read any more would count along the next axis
         count += rewritten
     return count
 

@@ -159,7 +159,7 @@ class Weights:
     def local(self, weight: Weight, mesh: Mesh, rank: int) -> Tensor:
         """This rank's part of a weight, without a copy unless it is cut unevenly, read, or joined of several.
 
-        Not of those either, where they lie in a row.
+        Joined parts are not copied either if they already lie one after the other in memory.
 
         Raises:
             CaptureError: the process has only another rank's shard, or it has no value.
@@ -279,13 +279,19 @@ def _uneven_part(whole: Tensor, s: UnevenSharding, size: int, coordinate: int) -
     return found[0] if len(found) == 1 else torch.cat(found, s.dim)
 
 
+def _memory(tensor: Tensor) -> tuple[int, int]:
+    """Where its storage begins, and its bytes."""
+    storage = tensor.untyped_storage()
+    return storage.data_ptr(), storage.nbytes()
+
+
 def _joined(parts: Sequence[Tensor]) -> Tensor:
     """The parts on dim 0; a view where they lie in a row, as another program of the model has left them."""
     first, end = parts[0], parts[0].storage_offset()
     for each in parts:
         alike = (each.dtype, each.shape[1:], each.stride()) == (first.dtype, first.shape[1:], first.stride())
-        there = each.untyped_storage().data_ptr() == first.untyped_storage().data_ptr() and not each.is_meta
-        if not alike or not there or each.storage_offset() != end:
+        plain = not (each.is_meta or each.is_conj() or each.is_neg())
+        if not alike or not plain or _memory(each) != _memory(first) or each.storage_offset() != end:
             return torch.cat(list(parts))
         end += each.shape[0] * each.stride(0)
     return first.as_strided((sum(len(each) for each in parts), *first.shape[1:]), first.stride())

@@ -13,6 +13,7 @@ from torch import Tensor, nn
 
 import torchtrt_md as md
 from torchtrt_md.bundle import read_manifest
+from torchtrt_md.choices import Choices
 from torchtrt_md.doors.agreed import check_fit
 from torchtrt_md.errors import OptionError, PlanError, ShardingError, VerificationError
 from torchtrt_md.lowering import Lowering
@@ -20,6 +21,7 @@ from torchtrt_md.lowering.float8_rows import LARGEST_ERROR
 from torchtrt_md.options import Options
 from torchtrt_md.parallel import Strategy
 from torchtrt_md.program import dtype_name
+from torchtrt_md.verification import _changed
 from torchtrt_md.verification.compare import relative_error
 from torchtrt_md.verification.simulate import simulate
 
@@ -95,7 +97,7 @@ def test_a_bundle_has_it(ranks: Ranks, tmp_path: Path) -> None:
 def test_it_is_between_engines_and_for_attention(tmp_path: Path) -> None:
     model, args, _ = models.attention()
     how: dict[str, Any] = {"mesh": md.Mesh(cp=2), "out": tmp_path / "b", "exchange_dtype": "float8"}
-    with pytest.raises(PlanError, match="is for exchanges between engines"):
+    with pytest.raises(PlanError, match="exchanges in float8 are between engines"):
         md.export(model, args, parallel=parallel(), placement="engine", **how)
     with pytest.raises(OptionError, match="exchange_dtype"):
         md.export(model, args, parallel=parallel(), **{**how, "exchange_dtype": "float16"})
@@ -126,7 +128,7 @@ def test_a_model_that_makes_much_of_the_rounding_is_refused() -> None:
     model, x = Amplifies().eval(), torch.randn(1, 16, 32)
     program = md.capture(model, (x,), mesh=md.Mesh(cp=2), parallel=parallel())
     lowered = Lowering(program).lower(placement="split", wire="float8")
-    with pytest.raises(VerificationError, match="queries, keys and values in float8 change"):
+    with pytest.raises(VerificationError, match="queries, keys and values in float8 changes"):
         md.verify(lowered, model, (x,))
 
 
@@ -152,10 +154,28 @@ def test_what_is_filled_in_neither_hides_nor_makes_an_error(fill: float | None) 
         program = md.capture(model, (x,), mesh=md.Mesh(cp=2), parallel=parallel())
         return md.verify(Lowering(program).lower(placement="split", wire="float8"), model, (x,)).notes
 
-    with pytest.raises(VerificationError, match="queries, keys and values in float8 change"):
+    with pytest.raises(VerificationError, match="queries, keys and values in float8 changes"):
         verified(Amplifies())
     (note,) = verified(models.attention()[0])
-    assert note.startswith("queries, keys and values in float8 change what they change of the outputs by 0.0")
+    assert note.startswith("sending queries, keys and values in float8 changes the outputs by 0.0")
+
+
+def test_how_far_results_are_apart() -> None:
+    plain = torch.ones(1000).masked_fill(torch.arange(1000) % 10 > 0, 0.0)
+    flipped = plain.clone()
+    flipped[0], flipped[1] = 0.0, 1.0
+    assert _changed(flipped, plain) == pytest.approx(2**0.5 / 10)  # of a hundred ones
+    for fill in (-1e4, torch.finfo(torch.float32).min, float("inf"), float("nan")):
+        x = torch.cat([torch.ones(8), torch.full((8,), fill)])
+        y = x.clone()
+        y[0] += 0.5
+        assert _changed(y, x) == pytest.approx(0.5 / 8**0.5)
+        assert _changed(x, x) == 0.0
+        y[8] = 0.0
+        assert _changed(y, x) > 0.3, "it is no constant any more"
+    z = torch.complex(torch.ones(4), torch.zeros(4)).conj()
+    assert _changed(z * 1j, z) == pytest.approx(2**0.5)
+    assert _changed(torch.ones(4), torch.zeros(4)) == float("inf")
 
 
 def test_verify_reports_what_it_costs() -> None:
@@ -168,6 +188,18 @@ def test_verify_reports_what_it_costs() -> None:
     assert plain.structure_error <= 1e-8
     assert sent.dense_error == plain.dense_error
     assert sent.error > 100 * plain.error  # of float32
+
+
+@pytest.mark.parametrize("compute", ["tensorrt", "inductor"])
+def test_a_target_counts_where_engines_are_built(compute: str) -> None:
+    options = Options(mesh=md.Mesh(cp=2), parallel=parallel(), target="sm86", **{**FLOAT8, "compute": compute})
+    if compute == "inductor":
+        check_fit(options)
+        return
+    with pytest.raises(PlanError, match=r"the target 'sm86' has 8\.6"):
+        check_fit(options)
+    with pytest.raises(PlanError, match=r"the target 'sm86' has 8\.6"):
+        check_fit(Options(mesh=md.Mesh(cp=2), parallel=parallel(), target="sm86"), Choices("split", wire="float8"))
 
 
 @pytest.mark.parametrize("capability", [(8, 0), (8, 6), (8, 9), (9, 0), None])

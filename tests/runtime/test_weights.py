@@ -166,6 +166,10 @@ class TestModelWeights:
         turned = torch.arange(96.0).view(8, 12).t()
         assert torch.equal(local((a, b, c), {"a": turned[:4], "b": turned[4:8], "c": turned[8:]}), turned)
         assert not is_view(local((a, b), {**held, "a": whole[:8:2], "b": whole[8:]}))
+        assert not is_view(local((a, b), {**held, "b": torch._neg_view(whole[4:8])}))
+        shared = torch.arange(64, dtype=torch.float32).numpy()
+        parts = {"a": torch.from_numpy(shared[:32]).view(4, 8), "b": torch.from_numpy(shared).view(8, 8)[4:]}
+        assert len(local((a, b), parts)) == 8  # of two storages at one address
 
     @pytest.mark.parametrize("turned", [False, True])
     def test_a_whole_parameter_is_stored(self, turned: bool) -> None:

@@ -62,7 +62,7 @@ def check_fit(options: Options, choices: Choices | None = None, capability: tupl
         flavour().check_target(options.target)
         name, rings = flavour().name, capability is not None and flavour().rings(options.target)
     if options.exchange_dtype == "float8" or (choices is not None and choices.wire):
-        check_float8(capability, options.target)
+        check_float8(capability, options.target if options.engines else "")
     if choices is not None:
         return choices.placement
     placement = choose_placement(

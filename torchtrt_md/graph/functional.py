@@ -56,7 +56,7 @@ class _Lifting(Interpreter):
 def eliminate_dead(graph: Graph) -> None:
     """Remove what nobody uses, and check the graph.
 
-    Whether an op has an effect takes PyTorch long to say, and is asked of nodes without users only.
+    PyTorch is slow to tell whether an op has side effects, so only nodes without users are asked.
     """
     graph.eliminate_dead_code(is_impure_node=lambda node: bool(node.users) or node.is_impure())
 

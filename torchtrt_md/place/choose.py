@@ -45,7 +45,7 @@ def choose_placement(
     """
     if float8 and asked == "engine":
         raise PlanError(
-            "exchange_dtype='float8' is for exchanges between engines; collectives inside one send what they are given",
+            "exchanges in float8 are between engines; collectives inside one send what they are given",
             fix="use placement='split', or leave exchange_dtype out",
         )
     if compute == "inductor":
