@@ -32,6 +32,7 @@ from __future__ import annotations
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from contextvars import ContextVar
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -42,7 +43,7 @@ from torch.distributed.device_mesh import DeviceMesh
 
 from torchtrt_md.errors import CaptureError, CollectiveError, MeshError
 from torchtrt_md.lowering.attention_math import ring_attention_block
-from torchtrt_md.lowering.float8_rows import DTYPES, rounded
+from torchtrt_md.lowering.float8_rows import DTYPES, packed_bytes, rounded
 from torchtrt_md.lowering.float8_rows import FLOAT8 as FLOAT8_ROWS
 from torchtrt_md.lowering.quantize_math import FLOAT8 as FLOAT8
 from torchtrt_md.lowering.quantize_math import fake_quantized
@@ -459,9 +460,23 @@ def is_collective(node: torch.fx.Node) -> bool:
     return node.op == "call_function" and node.target in COLLECTIVES
 
 
-def sends_packed(node: torch.fx.Node) -> bool:
-    """Does this node send its operand as something else?"""
-    return is_collective(node) and bool(bound_args(node).get("wire"))
+@dataclass(frozen=True)
+class Packing:
+    """How rows in float8 are sent: the operand in so many ``parts``, of so many ``bytes`` each, and how many arrive."""
+
+    parts: int
+    arrive: int
+    bytes: int
+
+
+def packing_of(node: torch.fx.Node) -> Packing | None:
+    """How this node sends its operand, where it is a collective that sends it as something else."""
+    args = bound_args(node) if is_collective(node) else {}
+    if not args.get("wire"):
+        return None
+    parts = args["size"] if node.target is _ops.all_to_all.default else 1
+    arrive = 1 if node.target is _ops.permute_tensor.default else args["size"]
+    return Packing(parts, arrive, packed_bytes(args["x"].meta["val"].shape, parts))
 
 
 def is_sequence_mark(node: torch.fx.Node) -> bool:

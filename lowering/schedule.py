@@ -5,8 +5,7 @@ from __future__ import annotations
 import torch
 from torch.fx import GraphModule
 
-from torchtrt_md.lowering.float8_rows import packed_bytes
-from torchtrt_md.lowering.ops import bound_args, is_collective, sends_packed
+from torchtrt_md.lowering.ops import bound_args, is_collective, packing_of
 from torchtrt_md.program import value_of
 from torchtrt_md.segment import Collective
 
@@ -35,9 +34,9 @@ def schedule(graph: GraphModule) -> list[Collective]:
             operand = value_of(args["x"])
             op = str(node.target._schema.name).split("::")[1]
             dtype, elements = operand.dtype, operand.numel()
-            if sends_packed(node):
-                parts = args["size"] if op == "all_to_all" else 1
-                dtype, elements = torch.uint8, parts * packed_bytes(operand.shape, parts)
+            packing = packing_of(node)
+            if packing is not None:
+                dtype, elements = torch.uint8, packing.parts * packing.bytes
             found.append(collective(op, args["axis"], args["size"], dtype, elements))
         elif node.target is torch.ops.torchtrt_md.context_attention.default:  # lowered, it is a ring in the engine
             args = bound_args(node)

@@ -16,6 +16,7 @@ from torchtrt_md.parallel import PARALLELS, Gather, Parallel, Split
 if TYPE_CHECKING:
     from torch.distributed.device_mesh import DeviceMesh
 
+    from torchtrt_md.choices import Sent
     from torchtrt_md.lowering.passes import Exchange
 
 # Options of a few values.  The first is the default.
@@ -129,6 +130,11 @@ class Options:
         """``parallel``, as what it always is once the options are made: a tuple."""
         assert isinstance(self.parallel, tuple)
         return self.parallel
+
+    @property
+    def wire(self) -> Sent:
+        """What ``exchange_dtype`` is called behind the doors."""
+        return "float8" if self.exchange_dtype == "float8" else ""
 
     @property
     def engines(self) -> bool:

@@ -22,7 +22,7 @@ from typing import TYPE_CHECKING, Protocol, TypeVar
 
 import torch
 
-from torchtrt_md.choices import Choices, Decision, Sent, Transport
+from torchtrt_md.choices import Choices, Decision, Transport
 from torchtrt_md.errors import BuildError, ConversionError
 from torchtrt_md.launch.agree import Alone, Together
 from torchtrt_md.lowering import Lowering
@@ -150,7 +150,7 @@ class Road:
             flavour=name,
             capability=capability,
             rings=rings,
-            float8=self.options.exchange_dtype == "float8",
+            float8=bool(self.options.wire),
         )
         exchange = self.options.exchange
         exchanges = {} if exchange is None else dict.fromkeys(self.lowering.attention_keys(), exchange)
@@ -158,8 +158,7 @@ class Road:
         if why_compute:
             decisions.append(Decision("compute", "Inductor", why_compute))
         transport: Transport = "nccl" if self.options.transport == "auto" else self.options.transport
-        wire: Sent = "float8" if self.options.exchange_dtype == "float8" else ""
-        return Choices(placement, compute, exchanges, {}, transport, wire, tuple(decisions))
+        return Choices(placement, compute, exchanges, {}, transport, self.options.wire, tuple(decisions))
 
     def lower(self, choices: Choices, dump: Path | None = None) -> ShardedProgram:
         """The program in the collective IR; in a launch, the same collectives on all ranks.

@@ -117,8 +117,8 @@ def float8_exchanges(at: Rank) -> Found:
         told.append(f"{error:.2e} in {sent_as} by {transport}")
         found.expect(error < LARGEST_ERROR, f"{told[-1]}, by L2 norms")
         runner.close()
-    changed = torch.equal(results["nccl", "model"], results["nccl", "float8"])
-    found.expect(not changed, "nothing was rounded")
+    unchanged = torch.equal(results["nccl", "model"], results["nccl", "float8"])
+    found.expect(not unchanged, "nothing was rounded")
     found.expect(torch.equal(results["nccl", "float8"], results["store", "float8"]), "transports differ")
     found.message = f"errors by L2 norms: {', '.join(told)}"
     return found

@@ -91,12 +91,12 @@ def test_parts_begin_where_wide_loads_can(shape: tuple[int, ...]) -> None:
 
 
 def test_other_dtypes_and_other_ways_are_refused() -> None:
-    mesh = torch.zeros(4, 4, dtype=torch.float64, device="meta")
+    wide = torch.zeros(4, 4, dtype=torch.float64, device="meta")
+    x = wide.float()
     with pytest.raises(CollectiveError, match=r"sends torch\.float64 in float8"):
-        ops.all_gather(mesh, 0, "cp", 2, "float8")
+        ops.all_gather(wide, 0, "cp", 2, "float8")
     with pytest.raises(CollectiveError, match="sends 'float4'"):
-        ops.permute_tensor(mesh.float(), 1, "cp", 2, "float4")
-    x = mesh.float()
+        ops.permute_tensor(x, 1, "cp", 2, "float4")
     calls: dict[str, list[tuple[Any, ...]]] = {
         "all_to_all": [(x[0], 0, 0), (x, 1, 0), (x, 0, -1)],
         "all_gather": [(x, 1)],

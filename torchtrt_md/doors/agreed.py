@@ -61,7 +61,7 @@ def check_fit(options: Options, choices: Choices | None = None, capability: tupl
 
         flavour().check_target(options.target)
         name, rings = flavour().name, capability is not None and flavour().rings(options.target)
-    if options.exchange_dtype == "float8" or (choices is not None and choices.wire):
+    if options.wire or (choices is not None and choices.wire):
         check_float8(capability, options.target if options.engines else "")
     if choices is not None:
         return choices.placement
@@ -72,7 +72,7 @@ def check_fit(options: Options, choices: Choices | None = None, capability: tupl
         flavour=name,
         capability=capability,
         rings=rings,
-        float8=options.exchange_dtype == "float8",
+        float8=bool(options.wire),
     ).placement
     rung = [p.axis for p in sequences if p.strategy == "ring" and options.exchange is None]
     if placement == "engine" and isinstance(mesh, Mesh) and any(mesh.joined_size(joined(axis)) > 1 for axis in rung):

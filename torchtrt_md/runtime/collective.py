@@ -14,8 +14,7 @@ import torch.distributed as dist
 from torch import Tensor
 from torch.fx import Node
 
-from torchtrt_md.lowering.float8_rows import packed_bytes
-from torchtrt_md.lowering.ops import bound_args
+from torchtrt_md.lowering.ops import Packing, bound_args, packing_of
 from torchtrt_md.runtime import rows
 
 _REDUCTIONS = {
@@ -39,11 +38,8 @@ def runner_of(node: Node, groups: Mapping[str, dist.ProcessGroup]) -> Run:
     name = str(node.target).split(".")[1]
     dims = [args[key] for key in ("dim", "split_dim", "concat_dim") if key in args]
     assert not any(dims), f"{node.name} acts on dims {dims}; lowering moves collectives to dim 0"
-    run = _RUNS[name](args, groups[args["axis"]])
-    if not args.get("wire"):
-        return run
-    size = args["size"]
-    return _packed(run, size if name == "all_to_all" else 1, 1 if name == "permute_tensor" else size)
+    run, packing = _RUNS[name](args, groups[args["axis"]]), packing_of(node)
+    return run if packing is None else _packed(run, packing)
 
 
 def is_in_place(node: Node) -> bool:
@@ -51,14 +47,13 @@ def is_in_place(node: Node) -> bool:
     return str(node.target).split(".")[1] in ("all_reduce", "broadcast")
 
 
-def _packed(run: Run, parts: int, arrive: int) -> Run:
-    """The same of rows in float8: of an operand in so many parts, of which so many arrive."""
+def _packed(run: Run, packing: Packing) -> Run:
+    """The same of rows in float8."""
 
     def packed(out: Tensor, x: Tensor) -> None:
-        size = packed_bytes(x.shape, parts)
-        sent = torch.empty(parts, size, dtype=torch.uint8, device=x.device)
-        arrived = torch.empty(arrive, size, dtype=torch.uint8, device=x.device)
-        rows.pack([*zip(sent.chunk(parts), x.chunk(parts), strict=True)])
+        sent = torch.empty(packing.parts, packing.bytes, dtype=torch.uint8, device=x.device)
+        arrived = torch.empty(packing.arrive, packing.bytes, dtype=torch.uint8, device=x.device)
+        rows.pack([*zip(sent.chunk(packing.parts), x.chunk(packing.parts), strict=True)])
         run(arrived, sent)
         rows.unpack(arrived, out)
 

@@ -18,8 +18,7 @@ from torch.fx import Node
 
 from torchtrt_md.errors import LaunchError, first_line
 from torchtrt_md.graph.rewrite import ALONE
-from torchtrt_md.lowering.float8_rows import packed_bytes
-from torchtrt_md.lowering.ops import bound_args
+from torchtrt_md.lowering.ops import bound_args, packing_of
 from torchtrt_md.runtime import private, rows
 
 # (This rank's operand, what all ranks of the axis get, in order) -> what is copied: (to, from).
@@ -61,10 +60,8 @@ def push_of(node: Node, me: int) -> Push | None:
     """
     name, args = str(node.target).split(".")[1], bound_args(node)
     size, alone = args["size"], node.meta.get(ALONE, False)
-    packed = None
-    if args.get("wire"):
-        parts = size if name == "all_to_all" else 1
-        packed = (1 if name == "permute_tensor" else size), packed_bytes(args["x"].meta["val"].shape, parts)
+    packing = packing_of(node)
+    packed = None if packing is None else (packing.arrive, packing.bytes)
     if name == "all_to_all":
         return Push(lambda x, results: _exchanged(x.chunk(size), results, me), packed=packed, alone=alone)
     if name == "all_gather":

@@ -22,7 +22,7 @@ from torch.fx.node import map_arg
 
 from torchtrt_md.graph.functional import RESHAPES
 from torchtrt_md.lowering.attention_math import ring_attention_block
-from torchtrt_md.lowering.ops import bound_args, is_collective, sends_packed
+from torchtrt_md.lowering.ops import bound_args, is_collective, packing_of
 from torchtrt_md.program import outputs_of, placeholders
 from torchtrt_md.runtime import collective
 from torchtrt_md.runtime.engine import Engine
@@ -203,7 +203,7 @@ def _step(
         constant = getattr(graph, str(node.target))
         return Step(name[1], (), lambda values: values.update({name: constant}), (name,), looks=True, aliases=True)
     if is_collective(node):
-        if sends_packed(node):
+        if packing_of(node) is not None:
             check_device(device)
         slot = Slot(name, tuple(node.meta["val"].shape), node.meta["val"].dtype)
         go = collective.runner_of(node, groups)

@@ -33,7 +33,7 @@ from torchtrt_md.checks import check_verify
 from torchtrt_md.errors import VerificationError
 from torchtrt_md.lowering import lower
 from torchtrt_md.lowering.float8_rows import LARGEST_ERROR
-from torchtrt_md.lowering.ops import OF_PARTS, bound_args, sends_packed
+from torchtrt_md.lowering.ops import OF_PARTS, bound_args, packing_of
 from torchtrt_md.program import Output, ShardedProgram, Value, Weight, Weights, dtype_name, part, value_of
 from torchtrt_md.verification.compare import is_inexact, relative_error, rounding, structure, structure_tolerance
 from torchtrt_md.verification.dense import (
@@ -344,7 +344,7 @@ def _rounding(proof: _Proof, trial: _Trial) -> tuple[list[list[_Found]], float, 
     """
     graph = interpret(proof.dense, trial.inputs, weights=proof.weights)
     check_captured(proof.name, graph, trial.own, trial.reference, trial.samples)
-    packs = any(map(sends_packed, proof.program.graphs[0].graph.nodes))
+    packs = any(map(packing_of, proof.program.graphs[0].graph.nodes))
     program = simulate(proof.program, trial.inputs, weights=proof.weights, precision=Precision(None, wires=False))
     found = _differences(proof, trial, program, bounded=True)
     told = []
