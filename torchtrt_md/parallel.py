@@ -56,12 +56,6 @@ class Gather:
             raise PlanError(f"a Gather has the dim {self.dim!r}", fix="give the dimension as an integer: md.Gather(1)")
 
 
-NestedSplit: TypeAlias = "Split | Sequence[NestedSplit | None] | Mapping[str, NestedSplit | None]"
-NestedGather: TypeAlias = "Gather | Sequence[NestedGather | None] | Mapping[str | int, NestedGather | None]"
-ModulePlan: TypeAlias = "Mapping[str | int, NestedSplit] | NestedGather"
-ContextPlan: TypeAlias = "Mapping[str, ModulePlan]"
-
-
 @dataclass(frozen=True)
 class ContextParallel:
     """Split the sequence over one axis of the mesh, or over several.

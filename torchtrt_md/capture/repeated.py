@@ -30,7 +30,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 from torch.fx import GraphModule, Node
-from torch.fx.node import has_side_effect
+from torch.fx.node import has_side_effect, map_arg
 from torch.utils import _pytree as pytree
 
 from torchtrt_md.capture.alike import alike, is_atom, same
@@ -266,7 +266,10 @@ class _Record:
         to = dict(zip(self._inputs, inputs, strict=True))
         with graph.graph.inserting_before(at):
             for node in self._nodes:
-                to[node] = graph.graph.node_copy(node, to.__getitem__)
+                args, kwargs = map_arg((node.args, node.kwargs), to.__getitem__)
+                # Named after its op: node_copy would try the names of all that were copied before.
+                to[node] = graph.graph.create_node(node.op, node.target, args, kwargs)
+                to[node].meta = dict(node.meta)
         return [to[output] for output in self._outputs]
 
     def _text(self) -> list[object]:

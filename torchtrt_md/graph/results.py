@@ -12,7 +12,8 @@ from contextvars import ContextVar
 from typing import Any
 
 from torch import Tensor
-from torch._subclasses.fake_tensor import FakeTensorMode
+
+from torchtrt_md.graph.private import FakeTensorMode
 
 _known: ContextVar[dict[tuple[Any, ...], Any] | None] = ContextVar("results that are known", default=None)
 

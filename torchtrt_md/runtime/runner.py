@@ -307,10 +307,6 @@ class Runner:
 
         return self._launch.meet(f"timing the steps of {self.name}", step)
 
-    def settle(self) -> bool:
-        """Whether all calls are done, so far as the watchdog knows."""
-        return self._watchdog.settle() == 0
-
     def close(self) -> None:
         """Wait for the calls under way and let go of the program's memory.
 
