@@ -30,6 +30,7 @@ def attention_with_lse(
     scale: float | None,
     enable_gqa: bool,
     mask: Tensor | None = None,
+    offset: Tensor | None = None,
 ) -> tuple[Tensor, Tensor]:
     """Attention and the log-sum-exp of its scores, as ``scaled_dot_product_attention`` defines the arguments.
 
@@ -44,6 +45,8 @@ def attention_with_lse(
         scale: of the scores; 1/sqrt(D) where None.
         enable_gqa: each key/value head serves H / Hkv query heads.
         mask: boolean or added to the scores, broadcast to [B, H, Sq, Sk]; a query that it lets see nothing gets zeros.
+        offset: what is taken from all scores of a query, mask included, broadcast to [B, H, Sq, 1].  The output stays
+            the same, and the log-sum-exp is less by as much: one near the mask's -1e9 would lose all else to rounding.
 
     Returns:
         The output [B, H, Sq, Dv] in q's dtype, in any layout, and the natural logarithm of the sum of the
@@ -55,7 +58,7 @@ def attention_with_lse(
     elif kernel is SDPBackend.CUDNN_ATTENTION:
         out, lse, *_ = aten._scaled_dot_product_cudnn_attention(q, k, v, None, True, 0.0, is_causal, scale=scale)
     else:
-        return _attention_in_math(q, k, v, is_causal, scale, enable_gqa, mask)
+        return _attention_in_math(q, k, v, is_causal, scale, enable_gqa, mask, offset)
     return out, lse.reshape(q.shape[:3])  # cuDNN's is [B, H, Sq, 1]
 
 
@@ -71,7 +74,14 @@ def _fused_kernel(
 
 
 def _attention_in_math(
-    q: Tensor, k: Tensor, v: Tensor, is_causal: bool, scale: float | None, enable_gqa: bool, mask: Tensor | None
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    is_causal: bool,
+    scale: float | None,
+    enable_gqa: bool,
+    mask: Tensor | None,
+    offset: Tensor | None,
 ) -> tuple[Tensor, Tensor]:
     wide = torch.promote_types(q.dtype, torch.float32)
     if enable_gqa:
@@ -82,9 +92,15 @@ def _attention_in_math(
         scores = scores.masked_fill(~attended, -math.inf)
     if mask is not None:
         scores = scores.masked_fill(~mask, -math.inf) if mask.dtype is torch.bool else scores + mask
-    lse = scores.logsumexp(-1)
-    weighed = lse if mask is None else lse.masked_fill(lse == -math.inf, 0.0)  # of a query that sees nothing
-    return ((scores - weighed[..., None]).exp() @ v.to(wide)).to(q.dtype), lse
+    if offset is not None:  # behind the mask, in whose sum with a score that may be lost, as in the dense model
+        scores = scores - offset
+    largest = scores.amax(-1, keepdim=True)
+    largest = largest.masked_fill(largest == -math.inf, 0.0)  # of a query that sees nothing
+    weights = (scores - largest).exp()
+    # Not exp(scores - lse): a log-sum-exp that is large has lost the logarithm of how many keys there are.
+    total = weights.sum(-1, keepdim=True)
+    out = (weights @ v.to(wide)) / total.masked_fill(total == 0, 1.0)
+    return out.to(q.dtype), (largest + total.log()).squeeze(-1)
 
 
 def ring_attention_block(
@@ -117,10 +133,14 @@ def ring_attention_block(
             them; None where all keys are to be seen.
 
     Returns:
-        Output and log-sum-exp as in :func:`attention_with_lse`, both contiguous.  Queries that attend to nothing of
-        the block have zeros, and a log-sum-exp of -inf.
+        Output and log-sum-exp as in :func:`attention_with_lse`, both contiguous, the latter less the largest that the
+        mask adds to a score of the query, in any block.  Queries that attend to nothing of the block have zeros, and a
+        log-sum-exp of -inf.
     """
     source = (coordinate - step) % size
+    offset = None if mask is None or mask.dtype is torch.bool else mask.amax(-1, keepdim=True)
+    if offset is not None:
+        offset = offset.masked_fill(offset == -math.inf, 0.0)
     if lengths:
         k, v = (_there(x, lengths, source) for x in (k, v))
     if mask is not None and mask.shape[3] > 1:
@@ -135,7 +155,7 @@ def ring_attention_block(
         if missing:
             out, lse = F.pad(out, (0, 0, missing, 0)), F.pad(lse, (missing, 0), value=-math.inf)
     else:
-        out, lse = attention_with_lse(q, k, v, is_causal, scale, enable_gqa, mask)
+        out, lse = attention_with_lse(q, k, v, is_causal, scale, enable_gqa, mask, offset)
     return out.contiguous(), lse.contiguous()
 
 

@@ -22,6 +22,7 @@ from torchtrt_md.lowering.passes import PassContext, run_passes
 from torchtrt_md.mesh import Mesh
 from torchtrt_md.program import value_of
 from torchtrt_md.verification import verify
+from torchtrt_md.verification.simulate import simulate
 
 md = torch.ops.torchtrt_md
 PLAN = {"": {"x": torchtrt_md.Split(1)}, "out": torchtrt_md.Gather(1)}
@@ -243,7 +244,51 @@ def test_causal_in_the_engine_is_refused() -> None:
     assert "scaled_dot_product_attention" in raised.value.at
 
 
+@pytest.mark.parametrize("low", [-1e4, -1e9, torch.finfo(torch.float32).min, -math.inf])
+@pytest.mark.parametrize("causal", [False, True])
+@pytest.mark.parametrize("tokens", [8, 7])
+def test_queries_that_see_nothing_by_a_finite_mask(low: float, causal: bool, tokens: int) -> None:
+    """They attend to all keys alike, as in PyTorch, whatever the example masked; by -inf to none."""
+
+    class Masked(torch.nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.qkv, self.out = torch.nn.Linear(16, 48), torch.nn.Linear(16, 16)
+
+        def forward(self, x: Tensor, bias: Tensor) -> Tensor:
+            q, k, v = self.qkv(x).unflatten(-1, (3, 2, -1)).permute(2, 0, 3, 1, 4)
+            y: Tensor = self.out(F.scaled_dot_product_attention(q, k, v, attn_mask=bias).transpose(1, 2).flatten(2))
+            return y
+
+    def bias(padding: slice) -> Tensor:
+        hidden = torch.zeros(2, 1, tokens, tokens)
+        hidden[1, :, :, padding] = low
+        return torch.minimum(hidden, torch.full((tokens, tokens), low).triu(1)) if causal else hidden
+
+    model, x = Masked().eval(), torch.randn(2, tokens, 16)
+    parallel = torchtrt_md.ContextParallel(
+        "cp", "ring", {"": {"x": torchtrt_md.Split(1)}, "out": torchtrt_md.Gather(1)}
+    )
+    none, left, whole = (bias(hidden) for hidden in (slice(0, 0), slice(0, 3), slice(None)))
+    program = torchtrt_md.capture(model, (x, none), mesh=Mesh(cp=2), parallel=parallel)
+    lowered = lower(program, placement="split")
+    verify(lowered, model, (x, none))
+    for hidden in (none, left, whole) if low > -math.inf else (none,):
+        with torch.no_grad():
+            for outputs in simulate(lowered, {"x": x, "bias": hidden}):
+                torch.testing.assert_close(outputs[0], model(x, hidden), rtol=1e-5, atol=1e-5)
+
+
 # One block.
+
+
+@pytest.mark.parametrize("size", [1.0, 30.0, 1e3, 1e5])
+def test_large_scores(size: float) -> None:
+    """Equal ones, of which the dense model's softmax makes equal weights, however large they are."""
+    q, v = torch.full((1, 1, 1, 16), size), torch.randn(1, 1, 64, 16)
+    k = torch.full((1, 1, 64, 16), size)
+    out, _ = attention_with_lse(q, k, v, False, None, False)
+    torch.testing.assert_close(out[0, 0, 0], v.mean(2)[0, 0], rtol=1e-6, atol=1e-6)
 
 
 @pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.bfloat16, torch.float16])
