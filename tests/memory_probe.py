@@ -6,20 +6,14 @@ import gc
 import json
 import sys
 import tempfile
-from pathlib import Path
 
 import torch
+from resident import forget_peak, resident
 from transformers import LlamaConfig, LlamaForCausalLM
 
 import torchtrt_md as md
 from torchtrt_md.build import probes
 from torchtrt_md.build.torch_trt import load
-
-
-def resident(field: str) -> int:
-    """Bytes, of a field of /proc/self/status."""
-    line = next(line for line in Path("/proc/self/status").read_text().splitlines() if line.startswith(field))
-    return int(line.split()[1]) * 1024
 
 
 def main() -> None:
@@ -37,8 +31,7 @@ def main() -> None:
     model = LlamaForCausalLM(config).to(torch.bfloat16).eval()
     gc.collect()
     dense = sum(p.numel() * p.element_size() for p in model.parameters())
-    Path("/proc/self/clear_refs").write_text("5")  # the peak so far is forgotten
-    before = resident("VmRSS")
+    before = forget_peak()
     program = md.capture(
         model,
         (torch.randint(0, 32000, (1, 64)),),

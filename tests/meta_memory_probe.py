@@ -13,7 +13,7 @@ from pathlib import Path
 
 import torch
 import torch.distributed as dist
-from memory_probe import resident
+from resident import forget_peak, resident
 from torch import Tensor, nn
 
 import torchtrt_md as md
@@ -66,8 +66,7 @@ def main() -> None:
     dense = sum(p.numel() * p.element_size() for p in on_meta(LAYERS).parameters())
     limit = resident("VmData") + dense * 9 // 10
     resource.setrlimit(resource.RLIMIT_DATA, (limit, limit))
-    Path("/proc/self/clear_refs").write_text("5")  # the peak so far is forgotten
-    before = resident("VmRSS")
+    before = forget_peak()
     try:
         found = run(LAYERS, folder / "checkpoint", x)
     except md.MDError:

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 import random
-import resource
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -14,6 +13,7 @@ import msgspec
 import pytest
 import torch
 import torch.nn.functional as F
+from resident import forget_peak, resident
 from torch import Tensor
 
 import torchtrt_md as md
@@ -32,9 +32,9 @@ pytestmark = pytest.mark.timeout(600 + SECONDS)
 @pytest.fixture(autouse=True)
 def little_memory() -> Iterator[None]:
     """What a test takes beyond what it found."""
-    before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    before = forget_peak()
     yield
-    assert (resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before) << 10 < MEMORY
+    assert resident("VmHWM") - before < MEMORY
 
 
 @pytest.fixture(scope="module")

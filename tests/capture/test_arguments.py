@@ -7,6 +7,7 @@ import math
 from pathlib import Path
 from typing import Any, NamedTuple
 
+import numpy as np
 import pytest
 import torch
 from torch import Tensor, nn
@@ -201,7 +202,7 @@ def test_keyword_arguments_have_their_own_keys() -> None:
     assert program.positional == ("first", "args.0", "args.1")
     signature = signature_of(program)
     assert [id(t) for t in signature.bind(args, kwargs, CPU).values()] == [id(t) for t in (X, Y, Z, Z)]
-    with pytest.raises(InputError, match=r"args.0 is 3, and the bundle was built with args.0=2"):
+    with pytest.raises(InputError, match=r"args.0 is 3, and the program was built with args.0=2"):
         signature.bind((X, 3, Y), kwargs, CPU)
 
 
@@ -220,9 +221,30 @@ def test_what_cannot_be_compared_is_built_in_and_refused() -> None:
     assert list(signature.bind((X,), {"y": Y}, CPU)) == ["x", "y"]
 
 
+def test_the_order_of_a_dict_is_the_programs() -> None:
+    class Joined(nn.Module):
+        def forward(self, x: Tensor, parts: dict[str, Any]) -> Tensor:
+            return x + torch.cat([part for part in parts.values() if isinstance(part, Tensor)], -1)
+
+    parts = {"a": X[..., :2], "scale": 2.0, "b": X[..., 2:], "shift": 1.0}
+    signature = signature_of(md.capture(Joined(), (X, parts), mesh=ONE))
+    assert len(signature.bind((X, parts), {}, CPU)) == 3
+    assert len(signature.bind((), {"parts": parts, "x": X}, CPU)) == 3
+    for other in (("b", "scale", "a", "shift"), ("a", "shift", "b", "scale")):
+        with pytest.raises(InputError, match="in this order, and the program was built with parts"):
+            signature.bind((X, {key: parts[key] for key in other}), {}, CPU)
+
+
+def test_a_number_of_numpy_is_built_in_as_pythons() -> None:
+    program = md.capture(Open(), (X, np.float64(7.5), Y), {"args": {"deep": Z}, "kwargs": Z, "mode": "add"}, mesh=ONE)
+    assert type(program.constants["args.0"]) is float
+    signature = signature_of(program)
+    signature.bind((X, np.float64(7.5), Y), {"args": {"deep": Z}, "kwargs": Z, "mode": "add"}, CPU)
+
+
 def test_a_default_that_was_not_passed_has_no_position() -> None:
     signature = signature_of(md.capture(Optional(), (X,), {"y": Y}, mesh=ONE))
-    with pytest.raises(InputError, match="2 positional arguments, and the engines take 1: x"):
+    with pytest.raises(InputError, match="2 positional arguments, and the program takes 1: x"):
         signature.bind((X, Y), {}, CPU)
 
 
@@ -282,7 +304,7 @@ def test_through_a_bundle(tmp_path: Path) -> None:
     bound = Signature(manifest).bind((X, True, Y), {}, CPU)
     assert bound["x"] is X
     assert bound["y"] is Y
-    with pytest.raises(InputError, match="flag is False, and the bundle was built with flag=True"):
+    with pytest.raises(InputError, match="flag is False, and the program was built with flag=True"):
         Signature(manifest).bind((X, False, Y), {}, CPU)
 
 

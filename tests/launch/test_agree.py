@@ -48,7 +48,7 @@ def test_all_fine(ranks: Ranks) -> None:
 
 def one_fails(rank: int) -> tuple[str, bool] | None:
     agreement = Agreement(TIMEOUT)
-    error = InputError("input 'x' has shape [3] and the engines take [4]", fix="pass that shape")
+    error = InputError("input 'x' has shape [3] and the program takes [4]", fix="pass that shape")
     try:
         agreement.vote(error if rank == 1 else None, "the inputs of a call")
     except InputError as raised:
@@ -60,7 +60,7 @@ def one_fails(rank: int) -> tuple[str, bool] | None:
 def test_one_rank_fails_and_all_raise_the_same(ranks: Ranks) -> None:
     (zero, zero_cause), (one, one_cause) = (outcome.value for outcome in ranks(one_fails))
     assert zero == one
-    assert "rank 1: input 'x' has shape [3] and the engines take [4]" in zero
+    assert "rank 1: input 'x' has shape [3] and the program takes [4]" in zero
     assert "Instead: pass that shape" in zero
     assert (zero_cause, one_cause) == (False, True)
 

@@ -247,7 +247,7 @@ def generate(rank: int) -> None:
 def test_generate_runs_the_runner_which_says_what_it_takes(ranks: Ranks) -> None:
     for outcome in ranks(generate):
         assert outcome.error == "InputError"
-        assert "the engines have no input" in outcome.message
+        assert "the program has no input" in outcome.message
         assert "they take input_ids" in outcome.message
 
 

@@ -46,9 +46,9 @@ def test_constants_by_position() -> None:
     signature = Signature(bundle_samples.manifest(positional=["x", "return_dict", "mask"]))
     for args in ((X, False, [MASK]), (X, False, (MASK, None))):
         assert list(signature.bind(args, {}, CPU)) == ["x", "mask.0"]
-    with pytest.raises(InputError, match="return_dict is True, and the bundle was built with return_dict=False"):
+    with pytest.raises(InputError, match="return_dict is True, and the program was built with return_dict=False"):
         signature.bind((X, True, [MASK]), {}, CPU)
-    with pytest.raises(InputError, match=r"2 positional arguments, and the engines take 0\n"):
+    with pytest.raises(InputError, match=r"2 positional arguments, and the program takes 0\n"):
         Signature(bundle_samples.manifest(positional=[])).bind((X, [MASK]), {}, CPU)
 
 
@@ -57,21 +57,21 @@ REFUSED: dict[str, tuple[tuple[Any, ...], dict[str, Any]]] = {
     "inputs 'x', 'mask.0' are missing": ((), {}),
     "no input 'guidance'": ((X, [MASK]), {"guidance": X}),
     "no input 'mask.2'": ((X, [MASK, None, X]), {}),
-    "3 positional arguments, and the engines take 2: x, mask": ((X, [MASK], False), {}),
+    "3 positional arguments, and the program takes 2: x, mask": ((X, [MASK], False), {}),
     "argument 'x' is given twice": ((X, [MASK]), {"x": X}),
     "argument 'mask.0' is given twice": ((X,), {"mask": [MASK], "mask.0": MASK}),
-    "return_dict is device(type='cpu'), and the bundle was built with": ((X, [MASK]), {"return_dict": CPU}),
+    "return_dict is device(type='cpu'), and the program was built with": ((X, [MASK]), {"return_dict": CPU}),
     "guidance is a device, which cannot be compared": ((X, [MASK]), {"guidance": CPU}),
-    "return_dict is True, and the bundle was built with return_dict=False": ((X, [MASK]), {"return_dict": True}),
+    "return_dict is True, and the program was built with return_dict=False": ((X, [MASK]), {"return_dict": True}),
     "return_dict is 0, and": ((X, [MASK]), {"return_dict": 0}),
-    "mask.1 is a tensor of shape [2, 8], and the bundle was built with mask.1=None": ((X, [MASK, X]), {}),
+    "mask.1 is a tensor of shape [2, 8], and the program was built with mask.1=None": ((X, [MASK, X]), {}),
     "no input 'x.0'": (([X], [MASK]), {}),
-    "input 'x' is a NoneType, and the engines take a tensor": ((None, [MASK]), {}),
-    "input 'x' is torch.float16 and the engines take torch.float32": ((X.half(), [MASK]), {}),
-    "input 'x' is on meta and this rank's engines on cpu": ((X.to("meta"), [MASK]), {}),
+    "input 'x' is a NoneType, and the program takes a tensor": ((None, [MASK]), {}),
+    "input 'x' is torch.float16 and the program takes torch.float32": ((X.half(), [MASK]), {}),
+    "input 'x' is on meta and the program runs on cpu": ((X.to("meta"), [MASK]), {}),
     "input 'x' requires a gradient": ((X.clone().requires_grad_(), [MASK]), {}),
-    "input 'mask.0' has shape [3] and the engines take [4]": ((X, [MASK[:3]]), {}),
-    "input 'x' has shape [4, 8] and the engines take [2, 8]: this rank's chunk of [4, 8], split on dim 0 over the 2"
+    "input 'mask.0' has shape [3] and the program takes [4]": ((X, [MASK[:3]]), {}),
+    "input 'x' has shape [4, 8] and the program takes [2, 8]: this rank's chunk of [4, 8], split on dim 0 over the 2"
     " ranks of 'cp'": ((torch.randn(4, 8), [MASK]), {}),
 }
 
@@ -110,9 +110,9 @@ def test_a_gradient_is_no_matter_where_none_is_asked_for(signature: Signature) -
 def test_float_constants() -> None:
     signature = Signature(bundle_samples.manifest(constants={"scale": 0.5, "steps": 2, "mode": "ring"}))
     signature.bind((X, [MASK]), {"scale": 0.5, "steps": 2, "mode": "ring"}, CPU)
-    with pytest.raises(InputError, match=r"steps is 2\.0, and the bundle was built with steps=2"):
+    with pytest.raises(InputError, match=r"steps is 2\.0, and the program was built with steps=2"):
         signature.bind((X, [MASK]), {"steps": 2.0}, CPU)  # what is computed with it may be of another dtype
-    with pytest.raises(InputError, match="mode is 'ulysses', and the bundle was built with mode='ring'"):
+    with pytest.raises(InputError, match="mode is 'ulysses', and the program was built with mode='ring'"):
         signature.bind((X, [MASK]), {"mode": "ulysses"}, CPU)
 
 
@@ -121,7 +121,7 @@ def test_an_empty_list_is_not_what_was_built_in() -> None:
     signature.bind((X, [MASK]), {"residual": None}, CPU)
     empties: list[object] = [[], {}, ()]
     for empty in empties:
-        with pytest.raises(InputError, match=r"residual is .*, and the bundle was built with residual"):
+        with pytest.raises(InputError, match=r"residual is .*, and the program was built with residual"):
             signature.bind((X, [MASK]), {"residual": empty}, CPU)
 
 

@@ -81,7 +81,8 @@ class Arguments:
             raise CaptureError("no argument is a tensor", fix="pass example tensors as args or kwargs")
         for name, tensor in tensors.items():
             _check_plain(name, tensor)
-        constants = {name: leaf for name, leaf in by_name.items() if comparable(leaf)}
+        # A number of NumPy is a float, too, and a manifest has Python's.
+        constants = {n: float(x) if isinstance(x, float) else x for n, x in by_name.items() if comparable(x)}
         defaults = {p.name: p.default for p in signature.parameters.values()}
         opaque = [
             name

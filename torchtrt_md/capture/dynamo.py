@@ -45,7 +45,7 @@ from torchtrt_md.capture.dynamo_private import (
     source_path,
 )
 from torchtrt_md.capture.torch_private import FakeTensorMode, root_mesh
-from torchtrt_md.capture.trace import LocalWeight, as_placed, fake, recorded
+from torchtrt_md.capture.trace import LocalWeight, as_placed, fake, recorded, without_memory
 from torchtrt_md.errors import CaptureError, CollectiveError
 from torchtrt_md.graph.source import set_user_name, source_line
 from torchtrt_md.lowering.ops import COLLECTIVES, bound_args
@@ -365,9 +365,7 @@ def _trace(
     tensors = [i for i in inputs if i.kind != "constant"]
     tensors.sort(key=lambda i: i.kind == "value")  # stable: weights, then values
     flat = [
-        fake(mode, named[i.name])
-        if i.kind == "weight"
-        else mode.from_tensor(local_tensor(i.example).detach(), static_shapes=True)
+        fake(mode, named[i.name]) if i.kind == "weight" else without_memory(mode, local_tensor(i.example))
         for i in tensors
     ]
     run = Specialized(gm)

@@ -71,7 +71,7 @@ def trace(
     """
     mode = FakeTensorMode(allow_non_fake_inputs=True)
     fake_weights = [fake(mode, w) for w in weights]
-    fake_inputs = [mode.from_tensor(t.detach()) for t in arguments.tensors.values()]
+    fake_inputs = [without_memory(mode, t) for t in arguments.tensors.values()]
     structure: list[pytree.TreeSpec] = []
     leaves: list[object] = []
     known = KnownValues()
@@ -217,9 +217,17 @@ def _alike(a: Node, b: object) -> bool:
 
 def fake(mode: FakeTensorMode, w: LocalWeight) -> Tensor:
     """The local part of a weight, without memory."""
-    local = w.tensor.to_local() if isinstance(w.tensor, DTensor) else w.tensor.detach()
-    shape_only = torch.empty_strided(local.shape, local.stride(), dtype=local.dtype, device="meta")
-    return FakeTensor(mode, shape_only, w.device)
+    local = w.tensor.to_local() if isinstance(w.tensor, DTensor) else w.tensor
+    return without_memory(mode, local, w.device)
+
+
+def without_memory(mode: FakeTensorMode, tensor: Tensor, device: torch.device | None = None) -> Tensor:
+    """A tensor of this shape and dtype that is contiguous, as all is that a program is given when it runs.
+
+    What reads strides, as ``torch.stft`` does by ``as_strided``, would else be right for those of the example only.
+    """
+    shape_only = torch.empty([*map(int, tensor.shape)], dtype=tensor.dtype, device="meta")
+    return FakeTensor(mode, shape_only, device or tensor.device)
 
 
 def as_placed(shadow: Tensor, local: Tensor) -> Tensor:
@@ -232,7 +240,7 @@ def as_placed(shadow: Tensor, local: Tensor) -> Tensor:
         shadow.placements,
         run_check=False,
         shape=shadow.shape,
-        stride=shadow.stride(),
+        stride=torch.empty(shadow.shape, device="meta").stride(),  # as its parts, which are contiguous
     )
 
 

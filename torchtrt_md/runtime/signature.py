@@ -51,7 +51,7 @@ class Signature:
         if missing:
             raise InputError(
                 f"the engines' input{'s' if len(missing) > 1 else ''} {', '.join(map(repr, missing))}"
-                f" {'are' if len(missing) > 1 else 'is'} missing; they take {self._takes()}",
+                f" {'are' if len(missing) > 1 else 'is'} missing; it takes {self._takes()}",
                 fix="pass every tensor that was passed when the bundle was exported",
             )
         return {name: found[name] for name in self.inputs}
@@ -91,7 +91,7 @@ class Signature:
         if len(args) > len(self.positional):
             names = f": {', '.join(self.positional)}" if self.positional else ""
             raise InputError(
-                f"{len(args)} positional arguments, and the engines take {len(self.positional)}{names}",
+                f"{len(args)} positional arguments, and the program takes {len(self.positional)}{names}",
                 fix="pass the model's other arguments by name",
             )
         found: dict[str, Any] = {}
@@ -99,26 +99,39 @@ class Signature:
             leaves = list(named_leaves(argument, value))
             if not leaves:
                 self._check_empty(argument, value)
+            self._check_order(argument, [name for name, _ in leaves])
             for name, leaf in leaves:
                 if name in found:
                     raise InputError(f"argument {name!r} is given twice", fix="give it once, by position or by name")
                 found[name] = leaf
         return found
 
+    def _check_order(self, argument: str, names: Sequence[str]) -> None:
+        """Refuse a dict whose keys are in another order: what a model does with its values may depend on it."""
+        for known in (self.inputs, self.constants):
+            given = [name for name in names if name in known]
+            built = sorted(given, key=[*known].index)
+            if given != built:
+                raise InputError(
+                    f"{argument} has {', '.join(given)} in this order, and the program was built with"
+                    f" {', '.join(built)}",
+                    fix=f"pass {argument} in that order, or compile or export again with this one",
+                )
+
     def _check_empty(self, argument: str, value: object) -> None:
         """Refuse an empty list where something was built in."""
         built = [name for name in (*self.constants, *self.inputs) if name.partition(".")[0] == argument]
         if built:
             raise InputError(
-                f"{argument} is {value!r}, and the bundle was built with {', '.join(built)}",
-                fix=f"pass {argument} as it was, or export the bundle again with the other value",
+                f"{argument} is {value!r}, and the program was built with {', '.join(built)}",
+                fix=f"pass {argument} as it was, or compile or export again with the other value",
             )
 
     def _refuse(self, name: str, value: object) -> None:
         if isinstance(value, Tensor) or comparable(value):
             raise InputError(
-                f"the engines have no input {name!r}; they take {self._takes()}",
-                fix="leave it out, or export the bundle again with it among the example arguments",
+                f"the program has no input {name!r}; it takes {self._takes()}",
+                fix="leave it out, or compile or export again with it among the example arguments",
             )
         given = repr(value) if isinstance(value, float) else f"a {type(value).__name__}"
         raise InputError(
@@ -138,15 +151,15 @@ class Signature:
         if not same:
             given = f"a tensor of shape {list(value.shape)}" if isinstance(value, Tensor) else repr(value)
             raise InputError(
-                f"{name} is {given}, and the bundle was built with {name}={built!r}",
-                fix=f"leave {name} out, or export the bundle again with the other value",
+                f"{name} is {given}, and the program was built with {name}={built!r}",
+                fix=f"leave {name} out, or compile or export again with the other value",
             )
 
     def _check_tensor(self, name: str, value: object, device: torch.device) -> None:
         tensor, (dtype, shape) = self.inputs[name], self.local[name]
         if not isinstance(value, Tensor):
             raise InputError(
-                f"input {name!r} is a {type(value).__name__}, and the engines take a tensor there",
+                f"input {name!r} is a {type(value).__name__}, and the program takes a tensor there",
                 fix=f"pass a {dtype} tensor of shape {list(shape)}",
             )
         if isinstance(value, DTensor):
@@ -159,19 +172,21 @@ class Signature:
             )
         if value.device != device:
             raise InputError(
-                f"input {name!r} is on {value.device} and this rank's engines on {device}", fix=f"move it to {device}"
+                f"input {name!r} is on {value.device} and the program runs on {device}", fix=f"move it to {device}"
             )
         if value.dtype != dtype:
-            raise InputError(f"input {name!r} is {value.dtype} and the engines take {dtype}", fix=f"cast it to {dtype}")
+            raise InputError(
+                f"input {name!r} is {value.dtype} and the program takes {dtype}", fix=f"cast it to {dtype}"
+            )
         if value.shape != shape:
             raise InputError(
-                f"input {name!r} has shape {list(value.shape)} and the engines take {list(shape)}"
+                f"input {name!r} has shape {list(value.shape)} and the program takes {list(shape)}"
                 + _chunk_note(tensor, self.mesh),
                 fix="pass that shape, or compile or export the model for this one",
             )
         if value.requires_grad and torch.is_grad_enabled():
             raise InputError(
-                f"input {name!r} requires a gradient, and engines give none",
+                f"input {name!r} requires a gradient, and a compiled program gives none",
                 fix="call the runner under torch.no_grad(), or pass the detached tensor",
             )
 

@@ -12,7 +12,8 @@ that sends what there is.  What float8 adds is measured, and bounded by one roun
 ``compare`` says what a part is, and how an element's error is measured where terms cancel.  ``dense`` says how the
 model is run in fp64, and what happens where it cannot be.  ``draw`` says which inputs tell programs apart; where the
 given ones do not, structure is asked of both, and rounding of those that were drawn.  Where ranks compare the largest
-numbers that each found, structure is asked with those at the end, too.
+numbers that each found, structure is asked with those at the end, too, and where a model whose width is split has a
+bound that its numbers may stay inside, with inputs of other sizes.
 """
 
 from __future__ import annotations
@@ -48,9 +49,14 @@ from torchtrt_md.verification.dense import (
     widest,
     with_given,
 )
-from torchtrt_md.verification.draw import draw, largest_last
+from torchtrt_md.verification.draw import draw, largest_last, scaled
 from torchtrt_md.verification.simulate import Precision, interpret, simulate
 
+aten = torch.ops.aten
+# What does nothing, or one thing only, as long as numbers stay on one side of a bound or of each other.
+_BOUNDS = {aten.clamp, aten.clamp_min, aten.clamp_max, aten.minimum, aten.maximum, aten.gt, aten.ge, aten.lt, aten.le}
+_BOUNDS |= {aten.hardtanh, aten.hardswish, aten.hardsigmoid, aten.threshold, aten.softshrink, aten.hardshrink}
+_FACTORS = (64.0, 1 / 64)  # powers of two, by which nothing is rounded
 _CONSTANT = 256.0  # times the largest number that changes: what is larger and does not change is a filling
 
 
@@ -219,14 +225,19 @@ def _trials(proof: _Proof) -> tuple[list[_Trial], list[str]]:
 
 
 def _outlying(proof: _Proof, given: Mapping[str, Tensor]) -> tuple[list[_Trial], list[str]]:
-    """With the largest numbers at the end, where ranks may have to compare theirs; and what there is to say."""
-    inputs = largest_last(given) if _compares(proof.dense) else {}
-    if not inputs:
-        return [], []
-    try:
-        return [_trial(proof, {**given, **inputs}, draws=False)], []
-    except VerificationError as error:  # a model need not take these
-        return [], [f"inputs whose largest numbers are at the end do not fit: {error.problem}"]
+    """With numbers elsewhere or of other sizes, where the given ones may hide something; and what there is to say."""
+    others: dict[str, dict[str, Tensor]] = {}
+    if _compares(proof.dense):
+        others["inputs whose largest numbers are at the end"] = largest_last(given)
+    if _cuts_width(proof.program) and _bounds(proof.dense):
+        others |= {f"inputs {factor:g} times as large": scaled(given, factor) for factor in _FACTORS}
+    trials, said = [], []
+    for what, inputs in others.items():
+        try:
+            trials += [_trial(proof, {**given, **inputs}, draws=False)] if inputs else []
+        except VerificationError as error:  # a model need not take these
+            said.append(f"{what} do not fit: {error.problem}")
+    return trials, said
 
 
 def _compares(dense: ShardedProgram) -> bool:
@@ -238,6 +249,21 @@ def _compares(dense: ShardedProgram) -> bool:
             if {d % max(ndim, 1) for d in args.get("dim") or range(ndim)} - {ndim - 1}:
                 return True
     return False
+
+
+def _bounds(dense: ShardedProgram) -> bool:
+    """Does the model compare floating numbers with bounds, or with each other, which the given ones may stay inside?"""
+    for node in dense.graphs[0].graph.nodes:
+        if getattr(node.target, "overloadpacket", None) in _BOUNDS:
+            first = next(iter(node.all_input_nodes), None)
+            if first is not None and value_of(first).is_floating_point():
+                return True
+    return False
+
+
+def _cuts_width(program: ShardedProgram) -> bool:
+    """Has a rank a part of some weight?"""
+    return any(isinstance(source, Weight) and source.shardings for source in program.sources.values())
 
 
 def _trial(proof: _Proof, inputs: Mapping[str, Tensor], *, draws: bool = True) -> _Trial:
@@ -331,8 +357,8 @@ def _way_out(program: ShardedProgram) -> str:
         " the features, of which a rank has a part, as a norm, a softmax or a mean does: give the first the style"
         " colwise_gather_output and the second rowwise_split_input, or leave both out"
     )
-    cut = any(isinstance(source, Weight) and source.shardings for source in program.sources.values())
-    looked_at = [text for text, there in ((of_sequence, bool(program.strategies)), (of_width, cut)) if there]
+    there = ((of_sequence, bool(program.strategies)), (of_width, _cuts_width(program)))
+    looked_at = [text for text, is_split in there if is_split]
     return f"look at the plan: {'; '.join(looked_at or [of_sequence])}"
 
 
@@ -345,7 +371,9 @@ def _rounding(proof: _Proof, trial: _Trial) -> tuple[list[list[_Found]], float, 
     graph = interpret(proof.dense, trial.inputs, weights=proof.weights)
     check_captured(proof.name, graph, trial.own, trial.reference, trial.samples)
     packs = any(map(packing_of, proof.program.graphs[0].graph.nodes))
-    program = simulate(proof.program, trial.inputs, weights=proof.weights, precision=Precision(None, wires=False))
+    program = simulate(
+        proof.program, trial.inputs, weights=proof.weights, precision=Precision(None, float8_exchanges=False)
+    )
     found = _differences(proof, trial, program, bounded=True)
     told = []
     if packs:

@@ -214,8 +214,10 @@ def check_captured(
             if not difference.error <= sample.ratio:
                 raise VerificationError(
                     f"{name} computes something else than what is captured of it: output {index}, {difference.place}",
-                    fix="let forward do the same while it is traced: does it ask torch.compiler.is_compiling()?  Else"
-                    " report it, with the model",
+                    fix="let forward do the same while it is traced: does it ask torch.compiler.is_compiling(), how a"
+                    " tensor lies in memory, or whether two arguments are one tensor?  torch.nn.TransformerEncoder does"
+                    " otherwise with a mask in eval(): torch.backends.mha.set_fastpath_enabled(False).  Else report"
+                    " it, with the model",
                 )
 
 

@@ -7,11 +7,13 @@ is drawn anew, from a fixed seed, so that it is as valid as it was:
                 and infinities, as masks have them
     integers    from the range of the example; where the model does nothing with them but look something up, from all
                 that can be looked up
-    booleans    as they are
+    booleans    the other value at the end of the last row, as a mask has where a sequence is padded
 
 The largest number of a sequence is right wherever a program looks for it, unless it is where the program does not look;
 and programs forget the last position, or count it twice.  So where a model looks for such numbers, structure is asked
-once more, with the largest numbers of its inputs at the end (:func:`largest_last`).
+once more, with the largest numbers of its inputs at the end (:func:`largest_last`).  A bound that the example stays
+inside hides what is computed of it: where a model whose width is split has one, structure is asked with larger and with
+smaller inputs, too (:func:`scaled`).
 """
 
 from __future__ import annotations
@@ -82,6 +84,15 @@ def largest_last(inputs: Mapping[str, Tensor]) -> dict[str, Tensor]:
     return {name: _with_largest_last(t.detach()) for name, t in inputs.items() if t.dtype in _SCALED and t.numel() > 1}
 
 
+def scaled(inputs: Mapping[str, Tensor], factor: float) -> dict[str, Tensor]:
+    """The inputs of floating dtypes times a power of two; empty if there are none.
+
+    Args:
+        inputs: by name.
+    """
+    return {name: t.detach() * factor for name, t in inputs.items() if t.dtype in _SCALED and t.numel()}
+
+
 def _with_largest_last(example: Tensor) -> Tensor:
     found = example.clone(memory_format=torch.contiguous_format)
     rows = found.view(-1, found.shape[-1])
@@ -104,7 +115,7 @@ def repeats(tensor: Tensor) -> bool:
 def _drawn(example: Tensor, node: Node, generator: torch.Generator) -> Tensor:
     shape, dtype = example.shape, example.dtype
     if dtype == torch.bool:
-        return example
+        return _with_other_end(example)
     if dtype.is_floating_point or dtype.is_complex:
         if not bool(example.ne(0).any() if dtype.itemsize > 1 else example.float().any()):
             of = dtype if dtype.is_complex else torch.float32
@@ -116,6 +127,15 @@ def _drawn(example: Tensor, node: Node, generator: torch.Generator) -> Tensor:
     if looked_up is not None and low >= 0:
         low, high = 0, looked_up - 1
     return torch.randint(low, high + 1, shape, generator=generator).to(example.device, dtype)
+
+
+def _with_other_end(example: Tensor) -> Tensor:
+    """The last quarter of the last row inverted; rows are along the last dim that has more than one element."""
+    found = example.clone(memory_format=torch.contiguous_format)
+    row = next(size for size in reversed(found.shape) if size > 1)
+    last = found.view(-1, row)[-1]
+    last[-max(row // 4, 1) :].logical_not_()
+    return found
 
 
 def _looked_up(node: Node) -> int | None:

@@ -40,14 +40,15 @@ class Precision:
 
     Attributes:
         wide: None for the program as it is.
-        wires: round what is sent in float8 (:mod:`torchtrt_md.lowering.float8_rows`), where ``wide`` is None.
+        float8_exchanges: round what is sent in float8 (:mod:`torchtrt_md.lowering.float8_rows`), where ``wide`` is
+            None.
         jitter: change this share of the elements of each weight and input by one rounding, at random: what that changes
             of a result is what rounding may change.
     """
 
     wide: torch.dtype | None
     jitter: float = 0.0
-    wires: bool = True
+    float8_exchanges: bool = True
 
     def of(self, x: Any) -> Any:
         """A tensor or dtype in the precision that is computed in; all else as it is."""
@@ -65,8 +66,8 @@ class Precision:
         return pytree.tree_map(self.of, results)
 
     def given(self, x: Tensor, name: str) -> Tensor:
-        """A weight or an input."""
-        x = self.of(x)
+        """A weight or an input, laid out as it is when the program runs."""
+        x = self.of(x.contiguous().resolve_conj().resolve_neg())
         if not self.jitter or x.dtype.itemsize == 1 or not (x.is_floating_point() or x.is_complex()):
             return x  # float8 has no arithmetic
         generator = torch.Generator(x.device).manual_seed(zlib.crc32(name.encode()))
@@ -329,7 +330,7 @@ def _ready_group(mesh: Mesh, waiting: Mapping[int, Request], done: Mapping[int, 
 def _compute(requests: Sequence[Request], precision: Precision) -> list[Tensor]:
     operands = [[request.operands[name] for request in requests] for name in requests[0].operands]
     rest = requests[0].rest
-    if rest.pop("wire", "") and precision.wires and precision.wide is None:
+    if rest.pop("exchange_dtype", "") and precision.float8_exchanges and precision.wide is None:
         operands = [[rounded(x) for x in xs] for xs in operands]
     for name in ("axis", "size"):
         rest.pop(name)

@@ -1,0 +1,111 @@
+"""Programs that are right for the example and wrong for other inputs: what is tried beside the example."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+import torchtrt_md as md
+from torchtrt_md.errors import VerificationError
+from torchtrt_md.verification.draw import repeats
+
+NONE = torch.zeros(2, 8, dtype=torch.bool)
+SOME = NONE.clone()
+SOME[1, 5:] = True
+
+
+class Encoder(nn.Module):
+    """PyTorch's own encoder, which in ``eval()`` gives zeros where a sequence is padded, unless it is traced."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        layer = nn.TransformerEncoderLayer(16, 2, 32, batch_first=True)
+        self.encoder = nn.TransformerEncoder(layer, 2)
+        self.up, self.down = nn.Linear(16, 32), nn.Linear(32, 16)
+
+    def forward(self, x: Tensor, padding: Tensor) -> Tensor:
+        y: Tensor = self.down(self.up(self.encoder(x, src_key_padding_mask=padding))).mean(1)
+        return y
+
+
+@pytest.mark.parametrize("padding", [NONE, SOME], ids=["no padding", "padding"])
+def test_a_mask_that_masks_nothing_is_tried_with_something_masked(padding: Tensor) -> None:
+    model, x = Encoder().eval(), torch.randn(2, 8, 16)
+    parallel = md.ContextParallel("cp", plan={"up": {"input": md.Split(1)}, "down": md.Gather(1)})
+    program = md.capture(model, (x, padding), mesh=md.Mesh(cp=2), parallel=parallel)
+    with pytest.raises(VerificationError, match="something else than what is captured") as raised:
+        md.verify(program, model, (x, padding))
+    assert "set_fastpath_enabled(False)" in raised.value.fix
+    before = torch.backends.mha.get_fastpath_enabled()
+    torch.backends.mha.set_fastpath_enabled(False)
+    try:
+        md.verify(program, model, (x, padding))
+    finally:
+        torch.backends.mha.set_fastpath_enabled(before)
+
+
+class Masked(nn.Module):
+    def forward(self, x: Tensor, mask: Tensor) -> Tensor:
+        return F.scaled_dot_product_attention(x, x, x, attn_mask=mask)
+
+
+@pytest.mark.parametrize("shape", [(8,), (1, 8), (8, 8), (2, 1, 1, 8), (2, 1, 8, 1)])
+@pytest.mark.parametrize("value", [False, True])
+def test_booleans_that_are_all_equal_are_drawn(shape: tuple[int, ...], value: bool) -> None:
+    class Chosen(nn.Module):
+        def forward(self, x: Tensor, mask: Tensor) -> Tensor:
+            return torch.where(mask, x, -x)
+
+    model, x, mask = Chosen(), torch.randn(2, 1, 8, 8), torch.full(shape, value)
+    report = md.verify(md.capture(model, (x, mask), mesh=md.Mesh(cp=1)), model, (x, mask))
+    assert report.notes == ("'mask' cannot tell programs apart, so others were drawn too",)
+    assert repeats(mask)
+
+
+def test_a_mask_leaves_something_to_see() -> None:
+    mask = torch.ones(2, 1, 8, 8, dtype=torch.bool)
+    model, x = Masked(), torch.randn(2, 1, 8, 8)
+    report = md.verify(md.capture(model, (x, mask), mesh=md.Mesh(cp=1)), model, (x, mask))
+    assert report.error < 1e-5
+
+
+class Bounded(nn.Module):
+    """No row of what is between the two layers is longer than a bound."""
+
+    def __init__(self, bound: float, least: bool) -> None:
+        super().__init__()
+        self.up, self.down = nn.Linear(16, 64, bias=False), nn.Linear(64, 16)
+        self.bound, self.least = bound, least
+
+    def forward(self, x: Tensor) -> Tensor:
+        y = self.up(x)
+        length = y.norm(dim=-1, keepdim=True)
+        if self.least:
+            y = y * (self.bound / length).clamp(min=1)
+        else:
+            y = y * torch.minimum(self.bound / length, torch.ones_like(length))
+        z: Tensor = self.down(y)
+        return z
+
+
+@pytest.mark.parametrize(("bound", "least"), [(100.0, False), (0.1, True)])
+def test_a_bound_across_features_that_the_example_stays_inside(bound: float, least: bool) -> None:
+    model, x = Bounded(bound, least).eval(), torch.randn(4, 16)
+    parallel = md.TensorParallel("tp", {"up": "colwise", "down": "rowwise"})
+    program = md.capture(model, (x,), mesh=md.Mesh(tp=2), parallel=parallel)
+    with pytest.raises(VerificationError, match="does not compute what Bounded computes") as raised:
+        md.verify(program, model, (x,))
+    assert "reads across the features" in raised.value.fix
+
+
+def test_a_bound_of_each_feature_is_right() -> None:
+    class Clamped(Bounded):
+        def forward(self, x: Tensor) -> Tensor:
+            y: Tensor = self.down(F.relu6(self.up(x)))
+            return y
+
+    model, x = Clamped(0, False).eval(), torch.randn(4, 16)
+    parallel = md.TensorParallel("tp", {"up": "colwise", "down": "rowwise"})
+    md.verify(md.capture(model, (x,), mesh=md.Mesh(tp=2), parallel=parallel), model, (x,))
