@@ -52,7 +52,7 @@ def worker(bundle: Path, folder: Path, name: str, repeat: int, cuda_graph: bool)
         before = total - free
     dist.init_process_group("nccl" if cuda else "gloo", device_id=device if cuda else None)
     began = time.perf_counter()
-    runner = md.load(bundle, device=device if cuda else None, check="first", cuda_graph=cuda_graph, static_outputs=True)
+    runner = md.load(bundle, device=device if cuda else None, votes="first", cuda_graph=cuda_graph, static_outputs=True)
     loaded = time.perf_counter() - began
     whole = load_file(folder / "inputs.safetensors")
     mesh = mesh_of(runner.manifest)

@@ -56,35 +56,35 @@ MODELS = (
         "FLUX.1, 57 blocks, 4096 + 512 tokens",
         "FLUX.1",
         {1: "2026-11-22-flux-h200", 2: "2026-11-23-flux-backends-h200-x2", 4: "2026-11-22-flux-beside-h200-x4"},
-        "the best peer: compiled by PyTorch, in a CUDA graph, by diffusers' Ulysses; on 4 with cuDNN's attention only",
+        "Best peer: diffusers with `torch.compile` in a CUDA graph, by its Ulysses (on 4 with cuDNN attention only)",
     ),
     Model(
         "flux2048",
         "FLUX.1 at 2048 x 2048, 16,384 + 512 tokens",
         "FLUX.1 at 2048 px",
         {2: "2026-11-23-flux2048-float8-exchanges-h200-x2"},
-        "diffusers' Ulysses, as above",
+        "Peer: as above",
     ),
     Model(
         "flux",
         "FLUX.1 in float8 by torchao",
         "FLUX.1 in float8",
         {4: "2026-11-22-float8-h200-x4"},
-        "diffusers' Ulysses, as above",
+        "Peer: as above",
     ),
     Model(
         "llama",
         "Llama at the width of 8B, 16 layers, 2048 tokens",
         "Llama",
         {2: "2026-11-23-llama-summed-h200-x2", 4: "2026-11-22-llama-scattered-h200-x4"},
-        "the best peer: DTensor and `torch.compile`, in a CUDA graph",
+        "Peer: DTensor (tensor parallel, not sequence parallel) and `torch.compile`, in a CUDA graph",
     ),
     Model(
         "llama8192",
         "Llama, 8192 tokens",
         "Llama, 8192 tokens",
         {2: "2026-11-23-llama8192-h200-x2"},
-        "the best peer, as above",
+        "Peer: as above; it passes the causal mask as a tensor",
     ),
     Model(
         "cosmos3",
@@ -105,7 +105,7 @@ MODELS = (
         "Wan2.1 14B, 4 blocks, 720p",
         "Wan2.1 14B",
         {2: "2026-11-23-wan-float8-exchanges-h200-x2", 4: "2026-11-22-wan-peer-h200-x4"},
-        "the best peer: diffusers' Ulysses, as for FLUX.1",
+        "Best peer: diffusers' Ulysses, as for FLUX.1",
     ),
 )
 
@@ -149,14 +149,21 @@ def table() -> str:
     for model in MODELS:
         found = figures(model)
         reports = ", ".join(f"[{gpus}]({RESULTS}/{name}.md)" for gpus, name in model.reports.items())
-        title = f"**{model.title}** ({reports})"
+        title = f"**{model.title}** ({reports}; dense model's error {_dense_error(model):.2g})"
         if model.peer is not None:
-            lines.append(_row(f"{title}: {model.peer}", "peer", found))
+            lines.append(_row(f"{title}. {model.peer}", "peer", found))
         else:
-            other = "the dense model, compiled by PyTorch; no peer was timed on several"
-            lines.append(_row(f"{title}: {other}", "dense", found))
+            other = "The dense model, compiled by PyTorch; no peer was timed on several GPUs"
+            lines.append(_row(f"{title}. {other}", "dense", found))
         lines += [_row(label, name, found) for name, label in ROWS.items() if any(name in at for at in found.values())]
     return "\n".join(lines) + "\n"
+
+
+def _dense_error(model: Model) -> float:
+    """That of the report with the most GPUs."""
+    name = model.reports[max(model.reports)]
+    found = json.loads((ROOT / RESULTS / f"{name}.json").read_text())["models"][model.key]["dense_error"]
+    return float(found)
 
 
 def _row(label: str, name: str, found: Mapping[int, Mapping[str, Figure]]) -> str:

@@ -167,14 +167,15 @@ class Lowering:
         placement: Placement = "engine",
         exchanges: Mapping[str, Exchange] | None = None,
         stores: bool = False,
-        wire: str = "",
+        exchange_dtype: str = "model",
         dump: str | Path | None = None,
     ) -> ShardedProgram:
         """See :func:`lower`.
 
         Args:
             stores: ranks will store into each other's memory (``transport="store"``), and not exchange by NCCL.
-            wire: what is sent of queries, keys and values, in the placement ``split``: "" or "float8".
+            exchange_dtype: what queries, keys and values are sent as: their own dtype (``model``) or, in the placement
+                ``split``, ``float8``.
         """
         program = self.program
         check_lower(program, placement, exchanges, dump)
@@ -189,13 +190,13 @@ class Lowering:
             exchanges or {},
             alike=program.alike,
             stores=stores,
-            wire=wire,
+            exchange_dtype=exchange_dtype,
         )
         lowered: dict[int, GraphModule] = {}
         counts: dict[str, int] = {}
         analyzed = self._analysis(placement, dump)
-        if wire:
-            self._check_wire(placement, [graph for graph, _ in analyzed.values()])
+        if exchange_dtype != "model":
+            self._check_float8(placement, [graph for graph, _ in analyzed.values()])
         for graph, ranks in program.distinct():
             analysis, before = analyzed[id(graph)]
             new = copied(analysis)
@@ -255,7 +256,7 @@ class Lowering:
             self._analyzed[placement] = found
         return self._analyzed[placement]
 
-    def _check_wire(self, placement: Placement, graphs: list[GraphModule]) -> None:
+    def _check_float8(self, placement: Placement, graphs: list[GraphModule]) -> None:
         """See that there are queries, keys and values that can be sent in float8, if there are ranks to send them to.
 
         Raises:

@@ -3,9 +3,9 @@
     before    y = context_attention(q, k, v, ..., "auto", axis, P)
     after     y = context_attention(q, k, v, ..., "ulysses", axis, P)
 
-What ``PassContext.exchanges`` has for an attention's :func:`attention_key` goes before the axis's strategy.  ``auto``
-is the strategy that sends the fewest bytes among those that are possible.  Sent by each rank, where q, k, v and the
-result y of one rank count their bytes:
+What ``PassContext.exchanges`` has for an attention's :func:`attention_key` takes precedence over the strategy of
+the axis.  ``auto`` is the strategy that sends the fewest bytes among those that are possible.  Sent by each rank, where
+q, k, v and the result y of one rank count their bytes:
 
     ulysses         (q + k + v + y) (P - 1) / P      with as many heads as P divides
     allgather_kv    (k + v) (P - 1)

@@ -41,16 +41,16 @@ def run(graph: GraphModule, context: PassContext) -> int:
     return count
 
 
-def _gather_then_cat(gather: Node, x: Node, axis: str, size: int, wire: str | None) -> int:
+def _gather_then_cat(gather: Node, x: Node, axis: str, size: int, exchange_dtype: str | None) -> int:
     split = _only_user(gather)
     cat = _cat_of_all_parts(split, size) if split else None
     if split is None or cat is None or bound_args(split)["dim"] != 0:
         return 0
-    substitute(cat, emit(cat, md.all_gather.default, x, _dim(cat), axis, size, wire))
+    substitute(cat, emit(cat, md.all_gather.default, x, _dim(cat), axis, size, exchange_dtype))
     return 1
 
 
-def _gather_then_view(gather: Node, x: Node, axis: str, size: int, wire: str | None) -> int:
+def _gather_then_view(gather: Node, x: Node, axis: str, size: int, exchange_dtype: str | None) -> int:
     shape = list(value_of(x).shape)
     user = _only_user(gather)
     if user is None or user.target not in RESHAPES:
@@ -58,7 +58,7 @@ def _gather_then_view(gather: Node, x: Node, axis: str, size: int, wire: str | N
     for dim in range(1, len(shape)):
         whole = [*shape[:dim], shape[dim] * size, *shape[dim + 1 :]]
         if set(shape[:dim]) == {1} and list(value_of(user).shape) == whole:
-            substitute(user, emit(user, md.all_gather.default, x, dim, axis, size, wire))
+            substitute(user, emit(user, md.all_gather.default, x, dim, axis, size, exchange_dtype))
             return 1
     return 0
 

@@ -20,8 +20,9 @@ its shapes depend on and holds no process group.  Semantics, for the ``size`` ra
                                              to ends[1] by weight[1], and so on; rows behind the last are undefined
     fake_quantize(x, amax, num_bits, ...)    x rounded to few bits, by a scale that amax gives, and as wide as before
 
-``wire`` is what ``all_gather``, ``all_to_all`` and ``permute_tensor`` send: None for x as it is, and ``"float8"`` for
-its rows in float8 (:mod:`torchtrt_md.lowering.float8_rows`): they then give what they would of x rounded so.
+``exchange_dtype`` is what ``all_gather``, ``all_to_all`` and ``permute_tensor`` send: None for x as it is, and
+``"float8"`` for its rows in float8 (:mod:`torchtrt_md.lowering.float8_rows`): they then give what they would of x
+rounded so.
 
 Each has a shape rule and an eager rule over ``torch.distributed`` here, and one for all ranks at once in
 :mod:`torchtrt_md.verification.simulate`.
@@ -125,7 +126,7 @@ def check_reduction(op: str, dtype: torch.dtype) -> None:
         raise CollectiveError(f"averages {dtype} values", fix="reduce by sum and divide, or average floating values")
 
 
-def check_wire(wire: str | None, x: Tensor, *dims: int) -> None:
+def check_exchange_dtype(exchange_dtype: str | None, x: Tensor, *dims: int) -> None:
     """Refuse what cannot be sent so.
 
     Args:
@@ -134,23 +135,23 @@ def check_wire(wire: str | None, x: Tensor, *dims: int) -> None:
     Raises:
         CollectiveError: no such way, a dtype that it is not for, or an operand without rows that stay whole.
     """
-    if wire not in (None, FLOAT8_ROWS):
-        raise CollectiveError(f"sends {wire!r}", fix=f"send {FLOAT8_ROWS!r}, or what there is: None")
-    if wire and x.dtype not in DTYPES:
+    if exchange_dtype not in (None, FLOAT8_ROWS):
+        raise CollectiveError(f"sends {exchange_dtype!r}", fix=f"send {FLOAT8_ROWS!r}, or what there is: None")
+    if exchange_dtype and x.dtype not in DTYPES:
         raise CollectiveError(
             f"sends {x.dtype} in float8", fix="leave exchange_dtype out, or use a model in 16 or 32 bits"
         )
-    if wire and (x.dim() < 2 or any(dim % x.dim() == x.dim() - 1 for dim in dims)):
+    if exchange_dtype and (x.dim() < 2 or any(dim % x.dim() == x.dim() - 1 for dim in dims)):
         raise CollectiveError(
             f"sends {list(x.shape)} in float8, split or joined on {list(dims)}",
             fix="send rows, along the last dim, that stay whole",
         )
 
 
-def _sent(x: Tensor, wire: str | None, *dims: int) -> Tensor:
+def _sent(x: Tensor, exchange_dtype: str | None, *dims: int) -> Tensor:
     """The operand as the others get it."""
-    check_wire(wire, x, *dims)
-    return rounded(x) if wire else x
+    check_exchange_dtype(exchange_dtype, x, *dims)
+    return rounded(x) if exchange_dtype else x
 
 
 def _resized(x: Tensor, **factors: Any) -> Tensor:
@@ -162,6 +163,11 @@ def _resized(x: Tensor, **factors: Any) -> Tensor:
 
 @torch.library.custom_op(f"{NAMESPACE}::all_reduce", mutates_args=())
 def all_reduce(x: Tensor, op: str, axis: str, size: int) -> Tensor:
+    """[...] of every rank -> [...], the same on all, of the same dtype.
+
+    Raises:
+        CollectiveError: an ``op`` that is none of ``REDUCE_OPS``, or ``avg`` of integers.
+    """
     check_reduction(op, x.dtype)
     return _wait(_c10d.all_reduce(x.contiguous(), op, _group(axis, size).group_name))
 
@@ -173,20 +179,30 @@ def _(x: Tensor, op: str, axis: str, size: int) -> Tensor:
 
 
 @torch.library.custom_op(f"{NAMESPACE}::all_gather", mutates_args=())
-def all_gather(x: Tensor, dim: int, axis: str, size: int, wire: str | None = None) -> Tensor:
-    x = _sent(x, wire, dim)
+def all_gather(x: Tensor, dim: int, axis: str, size: int, exchange_dtype: str | None = None) -> Tensor:
+    """[.., n, ..] of every rank -> [.., n * size, ..], in the order of ranks on ``dim``; any dtype.
+
+    Raises:
+        CollectiveError: an operand that cannot be sent as ``exchange_dtype``.
+    """
+    x = _sent(x, exchange_dtype, dim)
     out = _wait(_c10d.all_gather_into_tensor(x.contiguous(), size, _group(axis, size).group_name))
     return torch.cat(out.chunk(size), dim) if dim else out
 
 
 @all_gather.register_fake
-def _(x: Tensor, dim: int, axis: str, size: int, wire: str | None = None) -> Tensor:
-    check_wire(wire, x, dim)
+def _(x: Tensor, dim: int, axis: str, size: int, exchange_dtype: str | None = None) -> Tensor:
+    check_exchange_dtype(exchange_dtype, x, dim)
     return _resized(x, dims={dim: x.shape[dim] * size})
 
 
 @torch.library.custom_op(f"{NAMESPACE}::reduce_scatter", mutates_args=())
 def reduce_scatter(x: Tensor, op: str, dim: int, axis: str, size: int) -> Tensor:
+    """[.., n, ..] of every rank -> [.., n / size, ..]: of the reduced tensor the rank's chunk on ``dim``.
+
+    Raises:
+        CollectiveError: as for ``all_reduce``; the ranks do not divide n.
+    """
     check_reduction(op, x.dtype)
     by_rank = (torch.cat(x.chunk(size, dim)) if dim else x).contiguous()
     return _wait(_c10d.reduce_scatter_tensor(by_rank, op, size, _group(axis, size).group_name))
@@ -199,16 +215,23 @@ def _(x: Tensor, op: str, dim: int, axis: str, size: int) -> Tensor:
 
 
 @torch.library.custom_op(f"{NAMESPACE}::all_to_all", mutates_args=())
-def all_to_all(x: Tensor, split_dim: int, concat_dim: int, axis: str, size: int, wire: str | None = None) -> Tensor:
-    x = _sent(x, wire, split_dim, concat_dim)
+def all_to_all(
+    x: Tensor, split_dim: int, concat_dim: int, axis: str, size: int, exchange_dtype: str | None = None
+) -> Tensor:
+    """[.., n, .., m, ..] -> [.., n / size, .., m * size, ..]: split on one dim, joined on another; any dtype.
+
+    Raises:
+        CollectiveError: the ranks do not divide n; an operand that cannot be sent as ``exchange_dtype``.
+    """
+    x = _sent(x, exchange_dtype, split_dim, concat_dim)
     by_rank = torch.stack(x.chunk(size, split_dim)).contiguous()  # channels_last operands stack to channels_last
     received = _wait(_c10d.all_to_all_single(by_rank, [1] * size, [1] * size, _group(axis, size).group_name))
     return torch.cat(received.unbind(), concat_dim)
 
 
 @all_to_all.register_fake
-def _(x: Tensor, split_dim: int, concat_dim: int, axis: str, size: int, wire: str | None = None) -> Tensor:
-    check_wire(wire, x, split_dim, concat_dim)
+def _(x: Tensor, split_dim: int, concat_dim: int, axis: str, size: int, exchange_dtype: str | None = None) -> Tensor:
+    check_exchange_dtype(exchange_dtype, x, split_dim, concat_dim)
     chunk = chunk_size(x.shape[split_dim], size, f"all_to_all on dim {split_dim}")
     if split_dim % x.dim() == concat_dim % x.dim():
         return torch.empty_like(x, memory_format=torch.contiguous_format)
@@ -217,6 +240,7 @@ def _(x: Tensor, split_dim: int, concat_dim: int, axis: str, size: int, wire: st
 
 @torch.library.custom_op(f"{NAMESPACE}::broadcast", mutates_args=())
 def broadcast(x: Tensor, src: int, axis: str, size: int) -> Tensor:
+    """[...] -> [...]: that of rank ``src`` of the axis; any dtype."""
     group = _group(axis, size)
     out = x.clone(memory_format=torch.contiguous_format)
     dist.broadcast(out, group=group, group_src=src)
@@ -229,9 +253,15 @@ def _(x: Tensor, src: int, axis: str, size: int) -> Tensor:
 
 
 @torch.library.custom_op(f"{NAMESPACE}::permute_tensor", mutates_args=())
-def permute_tensor(x: Tensor, shift: int, axis: str, size: int, wire: str | None = None) -> Tensor:
-    """PyTorch's functional collective of this name, for a rotation; as there, an all-to-all of uneven parts."""
-    x = _sent(x, wire)
+def permute_tensor(x: Tensor, shift: int, axis: str, size: int, exchange_dtype: str | None = None) -> Tensor:
+    """[...] -> [...] of rank i - ``shift``: PyTorch's functional collective of this name, for a rotation; any dtype.
+
+    As there, it is an all-to-all of uneven parts.
+
+    Raises:
+        CollectiveError: an operand that cannot be sent as ``exchange_dtype``.
+    """
+    x = _sent(x, exchange_dtype)
     group = _group(axis, size)
     mine = dist.get_rank(group)
     sent, received = [0] * size, [0] * size
@@ -241,13 +271,18 @@ def permute_tensor(x: Tensor, shift: int, axis: str, size: int, wire: str | None
 
 
 @permute_tensor.register_fake
-def _(x: Tensor, shift: int, axis: str, size: int, wire: str | None = None) -> Tensor:
-    check_wire(wire, x)
+def _(x: Tensor, shift: int, axis: str, size: int, exchange_dtype: str | None = None) -> Tensor:
+    check_exchange_dtype(exchange_dtype, x)
     return torch.empty_like(x, memory_format=torch.contiguous_format)
 
 
 @torch.library.custom_op(f"{NAMESPACE}::shard", mutates_args=())
 def shard(x: Tensor, dim: int, axis: str, size: int) -> Tensor:
+    """[.., n, ..] -> [.., n / size, ..]: this rank's chunk on ``dim``, without communication; any dtype.
+
+    Raises:
+        CollectiveError: the ranks do not divide n.
+    """
     mine = dist.get_rank(_group(axis, size))
     return x.chunk(size, dim)[mine].clone(memory_format=torch.contiguous_format)
 
@@ -261,11 +296,13 @@ def _(x: Tensor, dim: int, axis: str, size: int) -> Tensor:
 # and all_gather.  Their results are contiguous, as those are.
 @torch.library.custom_op(f"{NAMESPACE}::split_sequence", mutates_args=())
 def split_sequence(x: Tensor, dim: int, axis: str, size: int) -> Tensor:
+    """[...] -> [...]: a mark, see above; lowering puts ``shard`` in its place."""
     return x.clone(memory_format=torch.contiguous_format)
 
 
 @torch.library.custom_op(f"{NAMESPACE}::gather_sequence", mutates_args=())
 def gather_sequence(x: Tensor, dim: int, axis: str, size: int) -> Tensor:
+    """[...] -> [...]: a mark, see above; lowering puts ``all_gather`` in its place."""
     return x.clone(memory_format=torch.contiguous_format)
 
 
@@ -286,6 +323,7 @@ def _attended(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
 def attention(
     q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, is_causal: bool, scale: float | None, enable_gqa: bool
 ) -> Tensor:
+    """q [.., H, L, E], k [.., Hkv, S, E], v [.., Hkv, S, Ev], mask [.., L, S] -> [.., H, L, Ev], as PyTorch's."""
     out = F.scaled_dot_product_attention(q, k, v, mask, 0.0, is_causal, scale=scale, enable_gqa=enable_gqa)
     return out.contiguous()
 
@@ -403,7 +441,7 @@ def seen_by(
 def grouped_mm(x: Tensor, weight: Tensor, ends: Tensor) -> Tensor:
     """x [S, K], weight [E, K, N], ends int [E] -> [S, N].  PyTorch's kernel takes 16-bit floats only, on GPUs."""
     if x.is_cuda and x.dtype in (torch.bfloat16, torch.float16):
-        product: Tensor = torch._grouped_mm(x, weight, offs=ends.to(torch.int32))
+        product: Tensor = _aten._grouped_mm.default(x, weight, ends.to(torch.int32))
         return product
     out = x.new_zeros(x.shape[0], weight.shape[2])
     begin = 0
@@ -472,7 +510,7 @@ class Packing:
 def packing_of(node: torch.fx.Node) -> Packing | None:
     """How this node sends its operand, where it is a collective that sends it as something else."""
     args = bound_args(node) if is_collective(node) else {}
-    if not args.get("wire"):
+    if not args.get("exchange_dtype"):
         return None
     parts = args["size"] if node.target is _ops.all_to_all.default else 1
     arrive = 1 if node.target is _ops.permute_tensor.default else args["size"]

@@ -46,10 +46,10 @@ class PassContext:
         groups: process-local group name in the captured graph -> mesh axis.
         placement: where attention will run, ``engine`` or ``split``.
         exchanges: what was chosen for attentions of some shapes, by
-            :func:`torchtrt_md.lowering.choose_strategy.attention_key`; it goes before ``strategies``.
+            :func:`torchtrt_md.lowering.choose_strategy.attention_key`; it takes precedence over ``strategies``.
         alike: the axes along which the graph is that of all ranks, which differ by what its placeholders say only.
         stores: ranks will store into each other's memory, and not exchange by NCCL.
-        wire: what is sent of queries, keys and values, as the collectives have it; "" for what they are.
+        exchange_dtype: what queries, keys and values are sent as: ``model`` for their own dtype, or ``float8``.
     """
 
     mesh: Mesh
@@ -59,12 +59,12 @@ class PassContext:
     exchanges: Mapping[str, Exchange] = field(default_factory=dict)
     alike: frozenset[str] = frozenset()
     stores: bool = False
-    wire: str = ""
+    exchange_dtype: str = "model"
 
     @property
     def sent(self) -> tuple[str, ...]:
         """The last arguments of a collective that sends queries, keys or values."""
-        return (self.wire,) if self.wire else ()
+        return () if self.exchange_dtype == "model" else (self.exchange_dtype,)
 
 
 Pass: TypeAlias = Callable[[GraphModule, PassContext], int]

@@ -141,8 +141,8 @@ def collectives(graph: GraphModule) -> list[tuple[object, ...]]:
         if is_collective(node):
             args = bound_args(node)
             args.pop("x")
-            if not args.get("wire"):
-                args.pop("wire", None)
+            if not args.get("exchange_dtype"):
+                args.pop("exchange_dtype", None)
             found.append((str(node.target).split(".")[1], *args.values()))
     return found
 

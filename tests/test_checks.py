@@ -14,6 +14,7 @@ from torch import nn
 import torchtrt_md as md
 from torchtrt_md.checks import check_export
 from torchtrt_md.errors import OptionError
+from torchtrt_md.options import Options
 
 MODEL, ARGS, _ = models.mlp()
 X = ARGS[0]
@@ -45,12 +46,9 @@ def export(**changes: Any) -> None:
         "mesh": ONE,
         "parallel": (),
         "out": "out.mdtrt",
-        "target": "portable",
         "check": True,
-        "placement": "auto",
         "compute": "tensorrt",
         "transport": "nccl",
-        "exchange_dtype": "model",
         "choices": None,
         "dense": None,
         "weights": None,
@@ -61,7 +59,9 @@ def export(**changes: Any) -> None:
         "dump": None,
         "progress": print,
     }
+    options = {name: changes.pop(name) for name in ("target", "placement", "exchange_dtype") if name in changes}
     check_export(**{**given, **changes})
+    Options(**options)
 
 
 @pytest.mark.parametrize(

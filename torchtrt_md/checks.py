@@ -102,7 +102,7 @@ def check_build(program: object, folder: object, target: object, ranks: object, 
         for rank in ranks:  # type: ignore[attr-defined]
             check_choice("ranks", rank, range(program.mesh.size))  # type: ignore[attr-defined]
     if not callable(progress):
-        raise refused("progress", _shown(progress), "a function that takes one line of text")
+        raise refused("progress", shown(progress), "a function that takes one line of text")
 
 
 def check_export(
@@ -113,12 +113,9 @@ def check_export(
     mesh: object,
     parallel: object,
     out: object,
-    target: object,
     check: object,
-    placement: object,
     compute: object,
     transport: object,
-    exchange_dtype: object,
     choices: object,
     dense: object,
     weights: object,
@@ -138,14 +135,11 @@ def check_export(
     check_mesh(mesh)
     as_parallels(parallel)
     check_folder("out", out)
-    check_type("target", target, str, '"portable", "current" or a GPU such as "sm89"')
     check_choice("check", check, (True, False))
     check_choice("coordinates_inside", coordinates_inside, (True, False))
     check_choice("format", format, FORMATS)
-    check_choice("placement", placement, PLACEMENTS)
-    check_choice("compute", compute, COMPUTES)
+    check_choice("compute", compute, COMPUTES)  # no "auto" as in Options, which are checked behind these
     check_choice("transport", transport, TRANSPORTS)
-    check_choice("exchange_dtype", exchange_dtype, EXCHANGE_DTYPES)
     if choices is not None:
         check_type("choices", choices, Choices, "the choices of a runner that md.compile made")
     if dense is not None:
@@ -157,7 +151,7 @@ def check_export(
         check_folder("dump", dump)
         check_place("dump", Path(dump), folder=True)  # type: ignore[arg-type]
     if not callable(progress):
-        raise refused("progress", _shown(progress), "a function that takes (stage, detail, seconds)")
+        raise refused("progress", shown(progress), "a function that takes (stage, detail, seconds)")
 
 
 def check_program(program: object) -> None:
@@ -190,13 +184,13 @@ def check_choice(name: str, value: object, choices: Any) -> None:
     """One of a few values."""
     # 1 == True, but is another choice.
     if not any(type(value) is type(choice) and value == choice for choice in choices):
-        raise refused(name, _shown(value), " or ".join(map(repr, choices)))
+        raise refused(name, shown(value), " or ".join(map(repr, choices)))
 
 
 def check_type(name: str, value: object, types: type | tuple[type, ...], allowed: str) -> None:
     """An instance of one of the types; ``allowed`` says in words what that is."""
     if not isinstance(value, types):
-        raise refused(name, _shown(value), allowed)
+        raise refused(name, shown(value), allowed)
 
 
 def refused(name: str, shown: str, allowed: str) -> OptionError:
@@ -204,5 +198,6 @@ def refused(name: str, shown: str, allowed: str) -> OptionError:
     return OptionError(f"{name!r} cannot be {shown}", fix=f"pass {allowed}")
 
 
-def _shown(value: object) -> str:
+def shown(value: object) -> str:
+    """A value as an error shows it."""
     return repr(value) if isinstance(value, (str, int, float, type(None))) else f"a {type(value).__name__}"

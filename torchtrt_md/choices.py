@@ -13,7 +13,7 @@ from torchtrt_md.parallel import Placement
 from torchtrt_md.segment import Runs
 
 Transport: TypeAlias = Literal["nccl", "store"]
-Sent: TypeAlias = Literal["", "float8"]
+ExchangeDtype: TypeAlias = Literal["model", "float8"]
 
 
 class Decision(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
@@ -40,7 +40,7 @@ class Choices:
             :func:`torchtrt_md.lowering.choose_strategy.attention_key`; others follow the axis's strategy.
         runs: what compute parts of some graphs run as, by the graph's digest; others as ``compute`` says.
         transport: what does the exchanges between engines: ``nccl``, or a kernel that ``store``s.
-        wire: what is sent of queries, keys and values: "" for them as they are, or "float8".
+        exchange_dtype: what queries, keys and values are sent as: their own dtype (``model``) or ``float8``.
         decisions: why, in words, and the times that decided.
         tuned_on: the GPU that they were timed on, "" where nothing was timed.
     """
@@ -50,7 +50,7 @@ class Choices:
     exchanges: Mapping[str, Exchange] = field(default_factory=dict)
     runs: Mapping[str, Runs] = field(default_factory=dict)
     transport: Transport = "nccl"
-    wire: Sent = ""
+    exchange_dtype: ExchangeDtype = "model"
     decisions: tuple[Decision, ...] = ()
     tuned_on: str = ""
 

@@ -8,7 +8,7 @@ from dataclasses import dataclass, fields
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal, Self, TypeGuard
 
-from torchtrt_md.checks import COMPUTES, EXCHANGE_DTYPES, PLACEMENTS, TRANSPORTS
+from torchtrt_md.checks import COMPUTES, EXCHANGE_DTYPES, PLACEMENTS, TRANSPORTS, check_choice, refused, shown
 from torchtrt_md.errors import OptionError
 from torchtrt_md.mesh import Mesh, axis_names
 from torchtrt_md.parallel import PARALLELS, Gather, Parallel, Split
@@ -16,7 +16,6 @@ from torchtrt_md.parallel import PARALLELS, Gather, Parallel, Split
 if TYPE_CHECKING:
     from torch.distributed.device_mesh import DeviceMesh
 
-    from torchtrt_md.choices import Sent
     from torchtrt_md.lowering.passes import Exchange
 
 # Options of a few values.  The first is the default.
@@ -102,10 +101,7 @@ class Options:
         parallel = (self.parallel,) if single or not isinstance(self.parallel, Sequence) else tuple(self.parallel)
         object.__setattr__(self, "parallel", parallel)
         for name, choices in CHOICES.items():
-            value = getattr(self, name)
-            # 1 == True, but is not what these options take.
-            if not any(type(value) is type(choice) and value == choice for choice in choices):
-                raise _refused(name, value, " or ".join(map(repr, choices)))
+            check_choice(name, getattr(self, name), choices)
         self._check_types()
 
     @classmethod
@@ -130,11 +126,6 @@ class Options:
         """``parallel``, as what it always is once the options are made: a tuple."""
         assert isinstance(self.parallel, tuple)
         return self.parallel
-
-    @property
-    def wire(self) -> Sent:
-        """What ``exchange_dtype`` is called behind the doors."""
-        return "float8" if self.exchange_dtype == "float8" else ""
 
     @property
     def engines(self) -> bool:
@@ -183,7 +174,7 @@ class Options:
             ("exchange", self.exchange is None or isinstance(self.exchange, Exchange), "a lowering.passes.Exchange"),
         ):
             if not fine:
-                raise _refused(name, getattr(self, name), allowed)
+                raise refused(name, shown(getattr(self, name)), allowed)
 
 
 def seconds(timeout: object) -> float:
@@ -209,7 +200,3 @@ def _told(name: str, entry: Any) -> dict[str, str]:
     for key, value in nested:
         told |= _told(f"{name}[{key!r}]", value)
     return told
-
-
-def _refused(name: str, value: object, allowed: str) -> OptionError:
-    return OptionError(f"the option {name!r} cannot be {value!r}", fix=f"pass {allowed}")

@@ -29,9 +29,9 @@ from torchtrt_md.lowering import Lowering
 from torchtrt_md.lowering.schedule import schedule
 from torchtrt_md.options import Options
 from torchtrt_md.place import PlacedProgram, place
-from torchtrt_md.place.choose import choose_compute, choose_placement
+from torchtrt_md.place.choose import Choice, choose_compute, choose_placement
 from torchtrt_md.program import ShardedProgram, Weight
-from torchtrt_md.segment import Part, Segment
+from torchtrt_md.segment import Part, Runs, Segment
 from torchtrt_md.selftest import self_tests
 
 if TYPE_CHECKING:
@@ -135,22 +135,8 @@ class Road:
         Raises:
             PlanError: options that do not go together.
         """
-        name, rings = "", False
-        if self.options.engines:
-            from torchtrt_md.build.flavour import flavour
-
-            name, rings = flavour().name, capability is not None and flavour().rings(self.options.target)
-        compute, why_compute = choose_compute(
-            self.options.compute, self.options.placement, flavour=name, capability=capability
-        )
-        placement, why = choose_placement(
-            self.options.placement,
-            strategies=set(self.program.strategies.values()),
-            compute=compute,
-            flavour=name,
-            capability=capability,
-            rings=rings,
-            float8=bool(self.options.wire),
+        (compute, why_compute), (placement, why) = by_default(
+            self.options, set(self.program.strategies.values()), capability
         )
         exchange = self.options.exchange
         exchanges = {} if exchange is None else dict.fromkeys(self.lowering.attention_keys(), exchange)
@@ -158,7 +144,7 @@ class Road:
         if why_compute:
             decisions.append(Decision("compute", "Inductor", why_compute))
         transport: Transport = "nccl" if self.options.transport == "auto" else self.options.transport
-        return Choices(placement, compute, exchanges, {}, transport, self.options.wire, tuple(decisions))
+        return Choices(placement, compute, exchanges, {}, transport, self.options.exchange_dtype, tuple(decisions))
 
     def lower(self, choices: Choices, dump: Path | None = None) -> ShardedProgram:
         """The program in the collective IR; in a launch, the same collectives on all ranks.
@@ -170,7 +156,7 @@ class Road:
         """
         asks = partial(self.lowering.asks_for_transport, choices.placement)
         stores = choices.transport == "store" and self._stage("the analysis for stores", asks)
-        key = (choices.placement, frozenset(choices.exchanges.items()), stores, choices.wire)
+        key = (choices.placement, frozenset(choices.exchanges.items()), stores, choices.exchange_dtype)
         if key in self._lowered and dump is None:
             return self._lowered[key]
 
@@ -179,7 +165,7 @@ class Road:
                 placement=choices.placement,
                 exchanges=choices.exchanges,
                 stores=stores,
-                wire=choices.wire,
+                exchange_dtype=choices.exchange_dtype,
                 dump=dump,
             )
 
@@ -396,6 +382,36 @@ class Road:
                     self._with_engine(part)
 
         self._stage("building a share of the engines", step)
+
+
+def by_default(
+    options: Options, strategies: Collection[str], capability: tuple[int, int] | None
+) -> tuple[tuple[Runs, str], Choice]:
+    """What compute parts run as and where attention runs, each with why, where nothing is timed.
+
+    Args:
+        strategies: of the context-parallel axes.
+        capability: of the GPU that it will run on; None where that is not known, or is no GPU.
+
+    Raises:
+        PlanError: options that do not go together.
+    """
+    name, rings = "", False
+    if options.engines:
+        from torchtrt_md.build.flavour import flavour
+
+        name, rings = flavour().name, capability is not None and flavour().rings(options.target)
+    compute = choose_compute(options.compute, options.placement, flavour=name, capability=capability)
+    placement = choose_placement(
+        options.placement,
+        strategies=strategies,
+        compute=compute[0],
+        flavour=name,
+        capability=capability,
+        rings=rings,
+        float8=options.exchange_dtype == "float8",
+    )
+    return compute, placement
 
 
 def _different(parts: Iterable[Part]) -> list[Part]:

@@ -91,7 +91,7 @@ class Session:
             manifest_of(lowered, ranks, built.choices, target=self.options.target),
             executor,
             launch=self.launch,
-            check=self.options.votes,
+            votes=self.options.votes,
             cuda_graph=self.options.cuda_graph,
             static_outputs=self.options.static_outputs,
             budget=budget or Budget(self.options.max_graphs),

@@ -333,7 +333,7 @@ def test_trim_deletes_what_a_killed_process_left(tmp_path: Path) -> None:
 
 def test_the_folder_is_the_users_unless_told(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv(FOLDER, str(tmp_path / "here"))
-    assert EngineCache().folder == tmp_path / "here"
+    assert EngineCache().folder == tmp_path / "here" / "engines"
     assert EngineCache(tmp_path).folder == tmp_path
     monkeypatch.delenv(FOLDER)
     monkeypatch.setenv("HOME", str(tmp_path))

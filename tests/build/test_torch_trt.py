@@ -19,7 +19,7 @@ def test_interpreter_constructs_a_network_without_a_gpu() -> None:
     assert {"_construct_trt_network_def", "output", "run_node"} <= set(dir(names.TRTInterpreter))
     net, segment, interpreter = network(md.capture(nn.Linear(3, 2), (torch.randn(1, 3),), mesh=md.Mesh(tp=1)))
     assert net.num_inputs == len(segment.inputs) == 1
-    assert interpreter._cur_node.op == "output"  # the node that an error would name
+    assert interpreter.converting.op == "output"  # the node that an error would name
 
 
 def test_constants_become_tensors_of_the_network() -> None:

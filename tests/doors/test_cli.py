@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import inspect
 import json
 import subprocess
 import sys
@@ -298,6 +299,22 @@ def test_options_that_do_not_go_together_are_refused_before_the_capture(
     assert code == 1
     assert message in wrong
     assert "Instead: use --placement" in wrong or "Instead: leave" in wrong
+
+
+def test_a_bundle_without_engines(run: Run, mine: Path, tmp_path: Path) -> None:
+    code, _, wrong = run("export", mine, "--mesh", "sp=2", "-o", tmp_path / "o", "--compute", "inductor")
+    assert code == 0, wrong
+    assert {segment.runs for segment in read_manifest(tmp_path / "o").ranks[0]} == {"eager", "inductor"}
+    code, _, wrong = run("export", mine, "--mesh", "sp=2", "--dry-run", "--compute", "inductor", "--placement=engine")
+    assert code == 1
+    assert "Instead: use --placement split, or --compute tensorrt" in wrong
+
+
+def test_all_that_export_takes_is_an_option() -> None:
+    of_python = {"model", "args", "kwargs", "parallel", "choices", "dense", "coordinates_inside", "progress"}
+    taken = set(inspect.signature(md.export).parameters) - of_python
+    options = {"verify" if name == "check" else name for name in taken}
+    assert options <= set(inspect.signature(cli.export).parameters)
 
 
 def test_a_report_gets_the_folders_above_it(run: Run, mine: Path, tmp_path: Path) -> None:

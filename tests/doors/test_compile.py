@@ -262,9 +262,9 @@ def test_a_mesh_that_is_missing_or_does_not_fit(ranks: Ranks) -> None:
 
 # What one rank alone gets wrong, in the arguments of md.compile.
 WRONG: dict[str, tuple[dict[str, Any], str, str]] = {
-    "value": ({"placement": "splti"}, "OptionError", "the option 'placement' cannot be 'splti'"),
+    "value": ({"placement": "splti"}, "OptionError", "'placement' cannot be 'splti'"),
     "name": ({"cudagraph": True}, "OptionError", "there is no option 'cudagraph'"),
-    "timeout": ({"timeout": "long"}, "OptionError", "the option 'timeout' cannot be 'long'"),
+    "timeout": ({"timeout": "long"}, "OptionError", "'timeout' cannot be 'long'"),
     "no mesh": ({"mesh": None}, "LaunchError", "compile needs a mesh"),
 }
 

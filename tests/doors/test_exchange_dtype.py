@@ -38,7 +38,7 @@ def simulated(strategy: Strategy) -> Tensor:
     """What the program computes, by the simulator."""
     model, args, _ = models.attention()
     program = md.capture(model, args, mesh=md.Mesh(cp=2), parallel=parallel(strategy))
-    lowered = Lowering(program).lower(placement="split", wire="float8")
+    lowered = Lowering(program).lower(placement="split", exchange_dtype="float8")
     return simulate(lowered, {"x": args[0]})[0][0]
 
 
@@ -127,7 +127,7 @@ def test_a_model_that_makes_much_of_the_rounding_is_refused() -> None:
     torch.manual_seed(0)
     model, x = Amplifies().eval(), torch.randn(1, 16, 32)
     program = md.capture(model, (x,), mesh=md.Mesh(cp=2), parallel=parallel())
-    lowered = Lowering(program).lower(placement="split", wire="float8")
+    lowered = Lowering(program).lower(placement="split", exchange_dtype="float8")
     with pytest.raises(VerificationError, match="queries, keys and values in float8 changes"):
         md.verify(lowered, model, (x,))
 
@@ -152,7 +152,7 @@ def test_what_is_filled_in_neither_hides_nor_makes_an_error(fill: float | None) 
         torch.manual_seed(0)
         model, x = Filled(inner, fill).eval(), torch.randn(1, 16, 32)
         program = md.capture(model, (x,), mesh=md.Mesh(cp=2), parallel=parallel())
-        return md.verify(Lowering(program).lower(placement="split", wire="float8"), model, (x,)).notes
+        return md.verify(Lowering(program).lower(placement="split", exchange_dtype="float8"), model, (x,)).notes
 
     with pytest.raises(VerificationError, match="queries, keys and values in float8 changes"):
         verified(Amplifies())
@@ -182,7 +182,8 @@ def test_verify_reports_what_it_costs() -> None:
     model, args, _ = models.attention()
     program = md.capture(model, args, mesh=md.Mesh(cp=2), parallel=parallel())
     plain, sent = (
-        md.verify(Lowering(program).lower(placement="split", wire=wire), model, args) for wire in ("", "float8")
+        md.verify(Lowering(program).lower(placement="split", exchange_dtype=dtype), model, args)
+        for dtype in ("model", "float8")
     )
     assert sent.structure_error <= 1e-8
     assert plain.structure_error <= 1e-8
@@ -199,7 +200,9 @@ def test_a_target_counts_where_engines_are_built(compute: str) -> None:
     with pytest.raises(PlanError, match=r"the target 'sm86' has 8\.6"):
         check_fit(options)
     with pytest.raises(PlanError, match=r"the target 'sm86' has 8\.6"):
-        check_fit(Options(mesh=md.Mesh(cp=2), parallel=parallel(), target="sm86"), Choices("split", wire="float8"))
+        check_fit(
+            Options(mesh=md.Mesh(cp=2), parallel=parallel(), target="sm86"), Choices("split", exchange_dtype="float8")
+        )
 
 
 @pytest.mark.parametrize("capability", [(8, 0), (8, 6), (8, 9), (9, 0), None])

@@ -100,8 +100,8 @@ def test_without_a_launch(tmp_path: Path) -> None:
 
 
 def test_an_unknown_check(tmp_path: Path) -> None:
-    with pytest.raises(errors.LaunchError, match="check='never' is not understood"):
-        load(tmp_path, check="never")  # type: ignore[arg-type]
+    with pytest.raises(errors.LaunchError, match="votes='never' is not understood"):
+        load(tmp_path, votes="never")  # type: ignore[arg-type]
 
 
 def load_with_a_wrong_argument(rank: int, folders: list[str], given: dict[str, Any]) -> float:
@@ -117,10 +117,10 @@ def load_with_a_wrong_argument(rank: int, folders: list[str], given: dict[str, A
 @pytest.mark.parametrize(
     ("given", "problem"),
     [
-        ({"check": "never"}, "rank 1: check='never' is not understood"),
+        ({"votes": "never"}, "rank 1: votes='never' is not understood"),
         ({"timeout": -1.0}, "rank 1: a timeout of -1.0 s leaves no time to agree"),
         ({"weight_budget": -1}, "rank 1: "),
-        ({"check": "first"}, "the ranks differ in the arguments of load: check: rank 0 has 'always', rank 1 has"),
+        ({"votes": "first"}, "the ranks differ in the arguments of load: votes: rank 0 has 'always', rank 1 has"),
     ],
 )
 def test_an_argument_that_is_wrong_on_one_rank(

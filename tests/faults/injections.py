@@ -132,7 +132,7 @@ def prepare(place: str, number: int) -> None:
 def silent(rank: int, bundle: str) -> int:
     """Rank 1 makes no second call, and lives on."""
     _, x = product()
-    with md.load(bundle, timeout=TIMEOUT, check="first") as runner:
+    with md.load(bundle, timeout=TIMEOUT, votes="first") as runner:
         runner(x)
         if rank == 1:
             tell(strike=time.time())

@@ -132,16 +132,16 @@ def test_queries_keys_and_values_are_sent_so_and_results_are_not(how: Exchange, 
 
     graph = graphs.trace(forward, q[0], k[0], v[0])
     (node,) = graph.graph.find_nodes(op="call_function", target=ops.context_attention.default)
-    context = PassContext(Mesh(cp=2), {}, {}, "split", {attention_key(node): how}, wire="float8")
+    context = PassContext(Mesh(cp=2), {}, {}, "split", {attention_key(node): how}, exchange_dtype="float8")
     run_passes({"it": PASSES[how.strategy]}, graph, context)
     collectives = [n for n in graph.graph.nodes if is_collective(n)]
-    assert [bound_args(n)["wire"] for n in collectives] == sent
+    assert [bound_args(n)["exchange_dtype"] for n in collectives] == sent
     for collective, node in zip(schedule(graph), collectives, strict=True):
         operand = node.all_input_nodes[0].meta["val"]
         full = operand.nbytes // (2 if "all_to_all" in str(node.target) else 1)
         numbers = full // 4
         rows_sent = -(-(numbers + numbers // 16) // 16) * 16  # each 16 wide, with an exponent
-        assert collective.bytes_sent == (rows_sent if bound_args(node)["wire"] else full)
+        assert collective.bytes_sent == (rows_sent if bound_args(node)["exchange_dtype"] else full)
     found = graphs.run_ranks(graph, Mesh(cp=2), q, k, v)
     own, (q, k, v) = q, ([rounded(x) for x in of_ranks] for of_ranks in (q, k, v))
     expected = graphs.attended(Mesh(cp=2), "cp", q if how.strategy == "ulysses" else own, k, v, is_causal=False)
@@ -157,8 +157,12 @@ def test_over_several_axes(strategy: Strategy) -> None:
     plan = {"": {"x": md.Split(1)}, "out": md.Gather(1)}
     parallel = md.ContextParallel(("ring", "ulysses"), strategy, plan)
     program = md.capture(model, args, kwargs, mesh=md.Mesh(ring=2, ulysses=2), parallel=parallel)
-    lowered = Lowering(program).lower(placement="split", wire="float8")
-    sent = {(bound_args(n)["axis"], bound_args(n)["wire"]) for n in lowered.graphs[0].graph.nodes if is_collective(n)}
+    lowered = Lowering(program).lower(placement="split", exchange_dtype="float8")
+    sent = {
+        (bound_args(n)["axis"], bound_args(n)["exchange_dtype"])
+        for n in lowered.graphs[0].graph.nodes
+        if is_collective(n)
+    }
     assert {("ring", "float8"), ("ulysses", "float8"), ("ulysses", None)} <= sent
     report = md.verify(lowered, model, args, kwargs)
     assert report.structure_error < 1e-8
@@ -170,14 +174,14 @@ def test_a_program_that_exchanges_nothing_of_attention_is_refused() -> None:
     plan = {"": {"input": md.Split(0)}}
     program = md.capture(model, (torch.randn(4, 8),), mesh=Mesh(cp=2), parallel=md.ContextParallel("cp", plan=plan))
     with pytest.raises(ShardingError, match="no attention exchanges"):
-        Lowering(program).lower(placement="split", wire="float8")
+        Lowering(program).lower(placement="split", exchange_dtype="float8")
 
 
 def test_of_one_rank_nothing_is_sent() -> None:
     model, args, _ = models.attention()
     plan = {"": {"x": md.Split(1)}, "out": md.Gather(1)}
     program = md.capture(model, args, mesh=Mesh(cp=1), parallel=md.ContextParallel("cp", plan=plan))
-    lowered = Lowering(program).lower(placement="split", wire="float8")
+    lowered = Lowering(program).lower(placement="split", exchange_dtype="float8")
     assert not schedule(lowered.graphs[0])
 
 
@@ -186,7 +190,7 @@ def test_not_inside_an_engine() -> None:
     plan = {"": {"x": md.Split(1)}, "out": md.Gather(1)}
     program = md.capture(model, args, mesh=Mesh(cp=2), parallel=md.ContextParallel("cp", plan=plan))
     with pytest.raises(PlanError, match="exchanges in float8 are between engines"):
-        Lowering(program).lower(placement="engine", wire="float8")
+        Lowering(program).lower(placement="engine", exchange_dtype="float8")
 
 
 def test_a_dtype_that_is_finer_is_refused_with_the_line() -> None:
@@ -194,5 +198,5 @@ def test_a_dtype_that_is_finer_is_refused_with_the_line() -> None:
     plan = {"": {"x": md.Split(1)}, "out": md.Gather(1)}
     program = md.capture(model, args, mesh=Mesh(cp=2), parallel=md.ContextParallel("cp", plan=plan))
     with pytest.raises(ShardingError, match=r"is in float64, .*") as caught:
-        Lowering(program).lower(placement="split", wire="float8")
+        Lowering(program).lower(placement="split", exchange_dtype="float8")
     assert "models.py" in caught.value.at

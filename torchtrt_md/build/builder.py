@@ -121,12 +121,12 @@ def _convert(graph: GraphModule, segment: Segment) -> Any:
                 input_binding_names=[b.name for b in segment.inputs],
                 output_binding_names=[b.name for b in segment.outputs],
             )
-            interpreter._construct_trt_network_def()
+            interpreter.convert()
     except BuildError as error:
-        node = getattr(interpreter, "_cur_node", None)
+        node = interpreter and interpreter.converting
         raise ConversionError(error.problem, fix=error.fix, at=error.at, node=origin(node) if node else "") from error
     except Exception as error:  # converters raise anything; the user's line is what helps
-        node = getattr(interpreter, "_cur_node", None)
+        node = interpreter and interpreter.converting
         raise ConversionError(
             f"converting {node.target if node else 'the graph'} failed: {type(error).__name__}: {first_line(error)}",
             fix="see lower(program, dump=...) for the graph",

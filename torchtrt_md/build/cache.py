@@ -76,11 +76,16 @@ def _sources() -> str:
     return hashlib.sha256(b"".join(file.read_bytes() for file in files)).hexdigest()
 
 
+def user_folder() -> Path:
+    """Where caches are that nobody said the folder of: ``$TORCHTRT_MD_CACHE``, else ``~/.cache/torchtrt_md``."""
+    return Path(os.environ.get(FOLDER) or Path.home() / ".cache" / "torchtrt_md")
+
+
 class EngineCache:
     """Engines by key in a folder, which any number of processes may use at once.
 
     Args:
-        folder: where; by default ``$TORCHTRT_MD_CACHE``, else ``~/.cache/torchtrt_md/engines``.
+        folder: where; by default ``$TORCHTRT_MD_CACHE/engines``, else ``~/.cache/torchtrt_md/engines``.
         max_bytes: what :meth:`store` trims the folder to.
 
     Attributes:
@@ -90,8 +95,7 @@ class EngineCache:
     """
 
     def __init__(self, folder: Path | None = None, max_bytes: int = MAX_BYTES) -> None:
-        default = os.environ.get(FOLDER) or Path.home() / ".cache" / "torchtrt_md" / "engines"
-        self.folder, self.max_bytes = Path(default if folder is None else folder), max_bytes
+        self.folder, self.max_bytes = user_folder() / "engines" if folder is None else Path(folder), max_bytes
         self.hits = self.misses = self.stored = 0
         self.own = uuid.uuid4().hex
 

@@ -57,7 +57,9 @@ def _collective(op: str) -> Callable[..., Any]:
         x, size = _operand(ctx, values["x"], f"{name}_operand"), values["size"]
         dims = [values[d] for d in ("dim", "split_dim", "concat_dim") if d in values]
         assert not any(dims), f"{name} acts on dims {dims}; lowering moves collectives to dim 0"
-        assert not values.get("wire"), f"{name} sends {values['wire']}; lowering has that between engines only"
+        assert not values.get("exchange_dtype"), (
+            f"{name} sends {values['exchange_dtype']}; lowering has that between engines only"
+        )
         dtype, root = x.dtype.name, values.get("src", layers.NO_ROOT)
         if dtype == "INT64" and op in layers.MOVES and not probes.moves(op, dtype):
             return _in_words(ctx, x, op, size, root, name)

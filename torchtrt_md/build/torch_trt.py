@@ -2,8 +2,9 @@
 
 ``dynamo_tensorrt_converter``, ``get_decompositions``, ``post_lowering`` and ``CompilationSettings`` are its
 documented ways to extend it.  The private ones are ``TRTInterpreter`` (its public callers deserialize the
-engine that they built, for which there must be a GPU), ``get_trt_tensor`` and ``_TorchTensorRTConstantFolder``;
-``tests/build/test_torch_trt.py`` says what breaks without each.
+engine that they built, for which there must be a GPU) with its ``_construct_trt_network_def`` and ``_cur_node``,
+``get_trt_tensor`` and ``_TorchTensorRTConstantFolder``; ``tests/build/test_torch_trt.py`` says what breaks without
+each.
 """
 
 from __future__ import annotations
@@ -136,6 +137,15 @@ def _with_own_outputs(interpreter: Any, get_trt_tensor: Any) -> Any:
     """
 
     class Interpreter(interpreter):  # type: ignore[misc]
+        def convert(self) -> None:
+            """Make the network, without building an engine of it."""
+            self._construct_trt_network_def()
+
+        @property
+        def converting(self) -> Node | None:
+            """The node that was being converted when that failed."""
+            return getattr(self, "_cur_node", None)
+
         def output(self, target: Any, args: Any, kwargs: Any) -> Any:
             net = self.ctx.net
             taken = {net.get_input(i).name for i in range(net.num_inputs)}

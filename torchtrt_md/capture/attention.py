@@ -18,6 +18,7 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch.overrides import TorchFunctionMode
 
+from torchtrt_md.capture.torch_private import grouped_mm
 from torchtrt_md.errors import CaptureError
 from torchtrt_md.graph.source import running_line
 from torchtrt_md.lowering import ops
@@ -50,7 +51,7 @@ class WholeAttention(TorchFunctionMode):
     ) -> Any:
         if func is self._original:
             return _attention(*args, **(kwargs or {}))
-        if func is torch._grouped_mm:
+        if func is grouped_mm:
             return _grouped_mm(*args, **(kwargs or {}))
         return func(*args, **(kwargs or {}))
 

@@ -27,6 +27,7 @@ from torch.utils import _pytree as pytree
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from torchtrt_md.capture import quantizers
+from torchtrt_md.capture.transformers_private import mark_expert_parallel
 from torchtrt_md.errors import PlanError
 from torchtrt_md.graph.source import running_line
 from torchtrt_md.lowering import ops
@@ -373,7 +374,7 @@ class Dispatched(Style):
             )
         here = experts // axis.size
         module.num_experts = here  # type: ignore[assignment]
-        module._is_expert_parallel = True  # type: ignore[assignment]
+        mark_expert_parallel(module)
 
         def before(args: Args) -> Args:
             tokens, chosen, weights, *rest = args

@@ -9,6 +9,7 @@ from collections.abc import Iterator, Mapping
 from contextlib import AbstractContextManager, contextmanager
 from typing import Any
 
+import torch
 import torch.distributed as dist
 import torch.distributed.distributed_c10d as c10d
 from torch import nn
@@ -29,6 +30,8 @@ from torchtrt_md.mesh import OF_A_CAPTURE, Mesh, axis_names
 
 # What fake tensors raise where a size, or which code runs, depends on values.
 DEPENDS_ON_VALUES = (DataDependentOutputException, DynamicOutputShapeException)
+# The function that models call for products of rows with a matrix for each expert; public names of it are later ones.
+grouped_mm = torch._grouped_mm
 _COORDINATE = "_coordinate_on_dim"
 _CREATE = "create_node"
 

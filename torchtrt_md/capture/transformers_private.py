@@ -42,3 +42,11 @@ class Reading:
         return next(
             (parts for names, on, parts in self._joins if on == dim and names.rename_source_key(name)[1] is not None), 1
         )
+
+
+def mark_expert_parallel(module: nn.Module) -> None:
+    """Say that a module has some of the experts only: what is routed to others gives zeros.
+
+    Without it the forward would index the weights of experts that are not there.
+    """
+    module._is_expert_parallel = True  # type: ignore[assignment]

@@ -12,7 +12,8 @@ from torchtrt_md.launch.agree import Agreement, Alone, Together, check_same
 from torchtrt_md.mesh import Mesh, joined
 from torchtrt_md.options import Options, seconds
 from torchtrt_md.parallel import ContextParallel, Placement
-from torchtrt_md.place.choose import check_float8, choose_placement
+from torchtrt_md.place.choose import check_float8
+from torchtrt_md.road import by_default
 
 
 def agreed_options(timeout: object, read: Callable[[], Options]) -> Options:
@@ -55,25 +56,15 @@ def check_fit(options: Options, choices: Choices | None = None, capability: tupl
         check_axes(parallels, mesh)
         parallels = [with_one_name(p, mesh) for p in parallels]
     sequences = [p for p in parallels if isinstance(p, ContextParallel)]
-    name, rings = "", False
     if options.engines:
         from torchtrt_md.build.flavour import flavour
 
         flavour().check_target(options.target)
-        name, rings = flavour().name, capability is not None and flavour().rings(options.target)
-    if options.wire or (choices is not None and choices.wire):
+    if "float8" in (options.exchange_dtype, choices and choices.exchange_dtype):
         check_float8(capability, options.target if options.engines else "")
     if choices is not None:
         return choices.placement
-    placement = choose_placement(
-        options.placement,
-        strategies={p.strategy for p in sequences},
-        compute=options.compute,
-        flavour=name,
-        capability=capability,
-        rings=rings,
-        float8=bool(options.wire),
-    ).placement
+    _, (placement, _) = by_default(options, {p.strategy for p in sequences}, capability)
     rung = [p.axis for p in sequences if p.strategy == "ring" and options.exchange is None]
     if placement == "engine" and isinstance(mesh, Mesh) and any(mesh.joined_size(joined(axis)) > 1 for axis in rung):
         flavour().check_ring(options.target)

@@ -15,7 +15,7 @@ from rich.table import Table
 
 # What imports PyTorch, which takes seconds, is imported behind the first line of output.
 import torchtrt_md
-from torchtrt_md.checks import EXCHANGE_DTYPES, FORMATS, PLACEMENTS, TRANSPORTS, check_choice, check_place
+from torchtrt_md.checks import COMPUTES, EXCHANGE_DTYPES, FORMATS, PLACEMENTS, TRANSPORTS, check_choice, check_place
 from torchtrt_md.doors.flags import for_command_line
 from torchtrt_md.errors import LaunchError, MDError, PlanError
 from torchtrt_md.mesh import Mesh
@@ -47,7 +47,7 @@ def _commands(
         bool, typer.Option("--version", callback=_print_version, is_eager=True, help="print the version and end")
     ] = False,
 ) -> None:
-    """One TensorRT engine per rank from a sharded PyTorch model, the NCCL communication inside the engine."""
+    """Compile a PyTorch model to run on several GPUs at once: TensorRT engines, with NCCL inside or between them."""
 
 
 @app.command()
@@ -68,6 +68,9 @@ def export(
         ),
     ] = "",
     placement: Annotated[str, typer.Option(help="where attention runs: engine, split or auto")] = "auto",
+    compute: Annotated[
+        str, typer.Option(help="what runs all that is not attention or a collective: tensorrt or inductor")
+    ] = "tensorrt",
     transport: Annotated[
         str, typer.Option(help="what does the exchanges between engines: nccl, or store (GPUs of one host)")
     ] = "nccl",
@@ -97,6 +100,7 @@ def export(
     """Capture, lower, verify, build and bundle a model; needs no GPU."""
     sizes = Mesh.parse(mesh)
     check_choice("placement", placement, PLACEMENTS)
+    check_choice("compute", compute, COMPUTES)
     check_choice("transport", transport, TRANSPORTS)
     check_choice("exchange_dtype", exchange_dtype, EXCHANGE_DTYPES)
     check_choice("format", format, FORMATS)
@@ -139,7 +143,7 @@ def export(
 
         call = (user.model, user.args, user.kwargs)
         how: dict[str, Any] = {"mesh": sizes, "parallel": parallel, "placement": placement, "check": verify}
-        how |= {"weights": weights, "exchange_dtype": exchange_dtype}
+        how |= {"weights": weights, "compute": compute, "exchange_dtype": exchange_dtype}
         if out is None or dry_run:
             inside = format == "triton"
             proven = prove(*call, stages=Stages(progress), dump=dump, coordinates_inside=inside, **how)

@@ -107,8 +107,8 @@ def export(
             kernel that stores into the other GPUs' memory (GPUs of one host only).
         exchange_dtype: ``"float8"`` sends queries, keys and values as rows in float8 between engines; see
             :class:`~torchtrt_md.options.Options`.
-        choices: what ``md.compile`` found on GPUs: its ``runner.choices``.  It goes before ``placement``, ``transport``
-            and ``exchange_dtype``.
+        choices: what ``md.compile`` found on GPUs: its ``runner.choices``.  It takes precedence over ``placement``,
+            ``compute``, ``transport`` and ``exchange_dtype``.
         dense: the dense model, where ``model`` is one that ``parallelize_module`` has sharded already: it has the
             weights of all ranks, and is what the program is compared with.
         weights: of a model whose parameters are on meta: the folder of its checkpoint in safetensors files, one file,
@@ -135,12 +135,9 @@ def export(
         mesh=mesh,
         parallel=parallel,
         out=out,
-        target=target,
         check=check,
-        placement=placement,
         compute=compute,
         transport=transport,
-        exchange_dtype=exchange_dtype,
         choices=choices,
         dense=dense,
         weights=weights,
@@ -151,11 +148,6 @@ def export(
         dump=dump,
         progress=progress,
     )
-    out = Path(out)
-    if format == "bundle":
-        check_destination(out)
-    else:
-        check_new(out)
     options = Options(
         mesh=mesh,
         parallel=parallel,
@@ -165,6 +157,11 @@ def export(
         exchange_dtype=exchange_dtype,
         target=target,
     )
+    out = Path(out)
+    if format == "bundle":
+        check_destination(out)
+    else:
+        check_new(out)
     where = check_fit(options, choices)
     if format == "triton" and compute == "tensorrt":
         from torchtrt_md.build.flavour import flavour
@@ -230,6 +227,7 @@ def prove(
     mesh: Mesh,
     parallel: Parallel | Sequence[Parallel] = (),
     placement: Literal["auto", "engine", "split"] = "auto",
+    compute: Literal["tensorrt", "inductor"] = "tensorrt",
     exchange_dtype: Literal["model", "float8"] = "model",
     check: bool = True,
     weights: Given = None,
@@ -242,7 +240,7 @@ def prove(
     Raises:
         MDError: of the stage that failed.
     """
-    options = Options(mesh=mesh, parallel=parallel, placement=placement, exchange_dtype=exchange_dtype)
+    options = Options(mesh=mesh, parallel=parallel, placement=placement, compute=compute, exchange_dtype=exchange_dtype)
     how = (check, None, None, weights, None, coordinates_inside, dump, stages or Stages())
     return _prove(model, args, kwargs, options, *how)
 

@@ -16,7 +16,7 @@ _IN_FILE = {
 }
 _OPTIONS = frozenset(
     {
-        *("mesh", "strategy", "placement", "transport", "exchange_dtype", "target"),
+        *("mesh", "strategy", "placement", "compute", "transport", "exchange_dtype", "target"),
         *("weights", "weight_streaming", "strip_weights", "weight_budget", "kernel_cache"),
     }
 )

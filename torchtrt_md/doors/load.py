@@ -32,7 +32,7 @@ from torchtrt_md.options import seconds
 from torchtrt_md.runtime.bring_up import bring_up
 from torchtrt_md.runtime.graphs import Budget
 from torchtrt_md.runtime.offers import Offers
-from torchtrt_md.runtime.runner import MAX_GRAPHS, Check, Runner
+from torchtrt_md.runtime.runner import MAX_GRAPHS, Runner, Votes
 from torchtrt_md.runtime.weights import check_parts, checksum
 from torchtrt_md.segment import Part, Segment, Wire
 
@@ -42,7 +42,7 @@ def load(
     *,
     device: torch.device | None = None,
     timeout: float = 300.0,
-    check: Check = "always",
+    votes: Votes = "always",
     cuda_graph: bool = False,
     static_outputs: bool = False,
     max_graphs: int = MAX_GRAPHS,
@@ -61,7 +61,7 @@ def load(
         device: this rank's GPU; the current one by default.  A bundle without engines runs on the CPU where there is
             no GPU.
         timeout: seconds of silence after which another rank is given up, while loading and running.
-        check: how often the ranks vote on their inputs, see :class:`Runner`.
+        votes: how often the ranks vote on their inputs, see :class:`Runner`.
         cuda_graph: capture a call, engines, attention and NCCL, in a CUDA graph and replay it.
         static_outputs: return what the graph writes, which the next call overwrites, and not a copy of it.
         max_graphs: how many graphs are captured, one for each signature of inputs.
@@ -83,8 +83,8 @@ def load(
     def asked_for() -> Offers:
         if not timeout > 0:
             raise LaunchError(f"a timeout of {timeout} s leaves no time to agree", fix="give seconds, more than 0")
-        if check not in get_args(Check):
-            raise LaunchError(f"check={check!r} is not understood", fix=f"give one of {', '.join(get_args(Check))}")
+        if votes not in get_args(Votes):
+            raise LaunchError(f"votes={votes!r} is not understood", fix=f"give one of {', '.join(get_args(Votes))}")
         return Offers.of(weight_budget, kernel_cache)
 
     if not dist.is_initialized():
@@ -92,7 +92,7 @@ def load(
     folder, agreement = Path(folder), Agreement(seconds(timeout))
     manifest = read_together(folder, agreement, asked_for)
     offers = asked_for()
-    asked = {"check": check, "cuda_graph": cuda_graph, "max_graphs": max_graphs}  # the ranks vote by these
+    asked = {"votes": votes, "cuda_graph": cuda_graph, "max_graphs": max_graphs}  # the ranks vote by these
     check_same(agreement, {name: repr(value) for name, value in asked.items()}, "the arguments of load")
     engines = any(segment.runs == "engine" for segments in manifest.ranks for segment in segments)
     launch = Launch.join(timeout, device=device, cpu=not engines)
@@ -116,7 +116,7 @@ def load(
         manifest,
         executor,
         launch=launch,
-        check=check,
+        votes=votes,
         cuda_graph=cuda_graph,
         static_outputs=static_outputs,
         budget=Budget(max_graphs),

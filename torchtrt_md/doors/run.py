@@ -144,7 +144,7 @@ def run_bundle(
         bundle,
         device=device,
         timeout=timeout,
-        check="first",
+        votes="first",
         cuda_graph=cuda_graph,
         weights=weights if stripped or verify is None else None,
         weight_budget=weight_budget,

@@ -86,7 +86,7 @@ def _load(options: dict[str, Any]) -> Runner:
         Path(options["bundle"]),
         device=device,
         timeout=options["timeout"],
-        check="first",
+        votes="first",
         cuda_graph=options["cuda_graph"],
         static_outputs=True,
     )

@@ -28,10 +28,10 @@ from typing import Any
 
 import torch
 from torch import Tag
-from torch._decomp import decomposition_table
 from torch.fx import Node
 
 from torchtrt_md.errors import BundleError
+from torchtrt_md.graph.private import decomposition_table
 from torchtrt_md.lowering.ops import COLLECTIVES
 from torchtrt_md.lowering.sharding_rules import RULES
 
@@ -95,7 +95,7 @@ _WRAPPED = re.compile(r"^(?:Optional|List)\[(.*)\]$")
 _WORDS = {
     *("rounding_mode", "approximate", "reduce", "op", "axis", "norm", "indexing", "side", "mode", "UPLO", "driver"),
     "api_name",  # of an assertion: "linalg.inv"
-    "wire",
+    "exchange_dtype",
 }
 _DEVICES = ("cpu", "cuda")
 _OTHER = "compute it outside of the model, or another way; if it is a function of tensors, report the model"

@@ -52,7 +52,7 @@ def compile_graph(
     if device.type == "cuda":
         fuse_gelu(module)
     with torch.no_grad(), uncollected(), private.compiling(examples(0)) as like:
-        compiled = torch._inductor.compile(module, [*like], options=_OPTIONS)
+        compiled = private.by_inductor(module, like, _OPTIONS)
 
     def call(*tensors: Tensor) -> Sequence[Tensor]:
         results: Sequence[Tensor] = compiled(*tensors)

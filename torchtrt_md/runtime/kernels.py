@@ -10,7 +10,6 @@ from __future__ import annotations
 
 import hashlib
 import logging
-import os
 from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
@@ -92,7 +91,6 @@ def kernel_file(folder: Path, engines: Iterable[Path], version: str, gpu: str) -
 
 def default_folder() -> Path:
     """The user's: ``$TORCHTRT_MD_CACHE/kernels``, else ``~/.cache/torchtrt_md/kernels``."""
-    from torchtrt_md.build.cache import FOLDER
+    from torchtrt_md.build.cache import user_folder
 
-    own = os.environ.get(FOLDER)
-    return (Path(own) if own else Path.home() / ".cache" / "torchtrt_md") / "kernels"
+    return user_folder() / "kernels"

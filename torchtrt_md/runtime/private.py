@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from typing import Any
 
 import torch
 import torch.distributed as dist
 from torch._subclasses.fake_tensor import FakeTensorMode
+from torch.fx import GraphModule
 from torch.fx.experimental.symbolic_shapes import ShapeEnv
 
 
@@ -24,6 +25,14 @@ def compiling(examples: Sequence[torch.Tensor]) -> Iterator[list[torch.Tensor]]:
     mode = FakeTensorMode(shape_env=ShapeEnv())
     with torch._guards.tracing(torch._guards.TracingContext(mode)):
         yield [mode.from_tensor(example, static_shapes=True) for example in examples]
+
+
+def by_inductor(
+    graph: GraphModule, examples: Sequence[torch.Tensor], options: dict[str, Any]
+) -> Callable[..., Sequence[torch.Tensor]]:
+    """The graph as Inductor compiles it for such tensors."""
+    compiled: Callable[..., Sequence[torch.Tensor]] = torch._inductor.compile(graph, [*examples], options=options)
+    return compiled
 
 
 def start_compile_workers() -> None:

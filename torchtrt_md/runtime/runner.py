@@ -27,7 +27,7 @@ from torchtrt_md.segment import Wire
 if TYPE_CHECKING:
     from torchtrt_md.runtime.timing import StepTime
 
-Check = Literal["always", "first"]
+Votes = Literal["always", "first"]
 MAX_GRAPHS = 8
 M = TypeVar("M", bound=nn.Module)
 
@@ -54,7 +54,7 @@ class Runner:
         manifest: what the bundle says, or would say.
         rank: this process.
         device: this rank's GPU, where inputs must be and outputs are.
-        check: ``"always"``: all ranks vote on their inputs before each call, so that a wrong input on one rank
+        votes: ``"always"``: all ranks vote on their inputs before each call, so that a wrong input on one rank
             is refused on all.  ``"first"``: they vote before the first call only, which saves the host an
             exchange through the launch's store per call; a wrong input later raises on its own rank alone, and its
             peers, already in a collective, are ended by the watchdog after the timeout.
@@ -71,7 +71,7 @@ class Runner:
         executor: Executor,
         *,
         launch: Launch,
-        check: Check,
+        votes: Votes,
         cuda_graph: bool = False,
         static_outputs: bool = False,
         budget: Budget | None = None,
@@ -82,7 +82,7 @@ class Runner:
         guard: Callable[[], None] = lambda: None,
         parts_of: Callable[[Mapping[str, Tensor]], WeightOf] | None = None,
     ) -> None:
-        self.manifest, self.executor, self.check = manifest, executor, check
+        self.manifest, self.executor, self.votes = manifest, executor, votes
         self.summary, self.choices = summary, choices
         self.device = executor.device
         self.agreement, self.rank = launch.agreement, launch.rank
@@ -117,7 +117,7 @@ class Runner:
             What the model returns, of a bundle dataclasses as dicts, ordered after the current stream's work.
 
         Raises:
-            InputError: on every rank, naming the ranks whose inputs are wrong (``check="first"``: see there).
+            InputError: on every rank, naming the ranks whose inputs are wrong (``votes="first"``: see there).
             LaunchError: another rank did not make this call within the timeout, or an engine could not be run.
         """
         return self._nest(self.call(lambda: self.signature.bind(args, kwargs, self.device)))
@@ -147,7 +147,7 @@ class Runner:
             return bind()
 
         with self._launch.one_thread(self.name):
-            if self.check == "first" and self._agreed:
+            if self.votes == "first" and self._agreed:
                 inputs = checked()
             else:
                 inputs = self.agreement.together(f"a call of {self.name}{about}", checked)
