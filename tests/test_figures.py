@@ -38,3 +38,12 @@ def test_the_chart_is_that_of_the_reports(tmp_path: Path) -> None:
     assert [line for line in made.splitlines() if "<text" in line] == [
         line for line in committed.splitlines() if "<text" in line
     ], "run python benchmarks/figures.py"
+
+
+def test_every_report_is_where_a_reader_comes_by() -> None:
+    """Those that are less favourable, too."""
+    pages = [ROOT / "README.md", *(ROOT / "docs").glob("*.md"), *(ROOT / figures.RESULTS).glob("*.md")]
+    sources = [*(ROOT / "torchtrt_md").rglob("*.py"), *(ROOT / "lowering").glob("*.py")]  # comments name some
+    told = {path: path.read_text() for path in (*pages, *sources)}
+    for report in (ROOT / figures.RESULTS).glob("*.md"):
+        assert any(report.stem in text for path, text in told.items() if path != report), report.stem
