@@ -190,6 +190,8 @@ class Bench:
         if self.workload.parallel == "tp":
             self.with_graph("DTensor, eager", lambda: self.call_of(self.tensor_parallel()))
             self.with_graph("DTensor, compiled", lambda: self.call_of(self.compiled(self.tensor_parallel())))
+            no_mask = partial(self.tensor_parallel, masked=False)
+            self.with_graph("DTensor, no mask, compiled", lambda: self.call_of(self.compiled(no_mask())))
             return
         for strategy in ("ulysses", "ring"):
             for backend in backends:
@@ -263,7 +265,13 @@ class Bench:
     def by_xdit(self) -> nn.Module:
         return xdit.ulysses(self.twin(), self.kwargs["encoder_hidden_states"].shape[1])
 
-    def tensor_parallel(self) -> nn.Module:
+    def tensor_parallel(self, *, masked: bool = True) -> nn.Module:
+        """The model by DTensor.
+
+        Args:
+            masked: as transformers has it under ``torch.compile``: it passes attention the causal mask as a tensor.
+                Else attention is told that it is causal, by transformers' own registry.
+        """
         from torch.distributed.device_mesh import init_device_mesh
         from torch.distributed.tensor.parallel import (
             ColwiseParallel,
@@ -280,7 +288,15 @@ class Bench:
             for name, row in styles.items()
         }
         mesh = init_device_mesh(self.launch.device.type, (self.launch.ranks,))
-        return parallelize_module(copy.deepcopy(self.model), mesh, plan)
+        model: Any = copy.deepcopy(self.model)
+        if not masked:
+            from transformers import AttentionInterface, AttentionMaskInterface
+            from transformers.integrations.sdpa_attention import sdpa_attention_forward
+
+            AttentionInterface.register("sdpa_no_mask", sdpa_attention_forward)
+            AttentionMaskInterface.register("sdpa_no_mask", lambda *args, **kwargs: None)
+            model.set_attn_implementation("sdpa_no_mask")
+        return parallelize_module(model, mesh, plan)
 
     def compiled(self, model: Any, *, whole: bool = False) -> nn.Module:
         """As the library's documentation says, by its blocks where it has repeated ones; or the ``whole``."""
