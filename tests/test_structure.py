@@ -124,7 +124,17 @@ def test_the_table_of_options_has_all_with_their_defaults() -> None:
 
 # Names with a leading underscore that all FX code shares, as docs/design.md lists them.
 SHARED = ("torch.utils._pytree", "torch._ops", "torch.ops.", "torch.utils._python_dispatch.TorchDispatchMode")
-SHARED_ATTRIBUTES = {"_schema", "_parameters", "_buffers", "_modules", "_version", "_base"}
+SHARED_ATTRIBUTES = {
+    "_schema",
+    "_parameters",
+    "_buffers",
+    "_modules",
+    "_version",
+    "_base",
+    "_fields",
+    "_cp_plan",
+    "_tp_plan",
+}
 LIBRARIES = ("torch", "torch_tensorrt", "tensorrt", "transformers", "diffusers", "modelopt", "torchao", "triton")
 # Names of objects that are no library's: Python's, this package's, and the namespace of ops.
 OWN = ("self", "cls", "other", "os", "functools", "aten", "_aten")
@@ -149,6 +159,9 @@ def private_names(path: Path) -> Iterator[str]:
             names = [f"{node.module}.{alias.name}" for alias in node.names]
         elif isinstance(node, ast.Import):
             names = [alias.name for alias in node.names]
+        elif isinstance(node, ast.Call) and ast.unparse(node.func) in ("getattr", "hasattr", "setattr"):
+            told = node.args[1]
+            names = [f"torch.{told.value}"] if isinstance(told, ast.Constant) and isinstance(told.value, str) else []
         elif isinstance(node, ast.Attribute) and re.fullmatch(r"[\w.]+", ast.unparse(node)):
             names = [ast.unparse(node)]
         if not isinstance(node, ast.Attribute):

@@ -238,6 +238,9 @@ def test_the_order_of_a_dict_is_the_programs() -> None:
 def test_a_number_of_numpy_is_built_in_as_pythons() -> None:
     program = md.capture(Open(), (X, np.float64(7.5), Y), {"args": {"deep": Z}, "kwargs": Z, "mode": "add"}, mesh=ONE)
     assert type(program.constants["args.0"]) is float
+    named = md.capture(Open(), (X, 2, Y), {"args": {"deep": Z}, "kwargs": Z, "mode": np.str_("add")}, mesh=ONE)
+    assert type(named.constants["mode"]) is str
+    signature_of(named)
     signature = signature_of(program)
     signature.bind((X, np.float64(7.5), Y), {"args": {"deep": Z}, "kwargs": Z, "mode": "add"}, CPU)
 

@@ -82,3 +82,27 @@ def test_what_depends_on_the_layout_itself_is_refused(read: Any) -> None:
     md.verify(
         md.capture(model, (sound.contiguous(),), mesh=md.Mesh(cp=2), parallel=parallel), model, (sound.contiguous(),)
     )
+
+
+class Viewed(nn.Module):
+    """Views that exist for the user's layout and not for contiguous tensors, and the other way round."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.conv, self.out = nn.Conv2d(3, 8, 3, padding=1), nn.Linear(8, 4)
+        self.scale = nn.Parameter(torch.randn(4, 8).t())
+
+    def forward(self, image: Tensor) -> Tensor:
+        rows = self.conv(image).permute(0, 2, 3, 1)
+        rows = rows.view(size=(-1, 8)) if rows.is_contiguous() else rows.reshape(-1, 8)
+        pixels = image.permute(0, 2, 3, 1)
+        first = pixels.view(-1, 3)[:, :1].view_as(pixels[..., :1].reshape(-1, 1))
+        y: Tensor = self.out(rows * self.scale.t().view(-1)[:8]) + first.view(torch.int32).view(torch.float32)
+        return y
+
+
+def test_views_of_what_lies_otherwise() -> None:
+    model = Viewed().eval().to(memory_format=torch.channels_last)
+    image = torch.randn(1, 3, 4, 4).to(memory_format=torch.channels_last)
+    program = md.capture(model, (image,), mesh=md.Mesh(cp=1))
+    md.verify(program, model, (image,))

@@ -99,7 +99,7 @@ def test_without_a_launch(tmp_path: Path) -> None:
         load(tmp_path)
 
 
-def test_an_unknown_check(tmp_path: Path) -> None:
+def test_unknown_votes(tmp_path: Path) -> None:
     with pytest.raises(errors.LaunchError, match="votes='never' is not understood"):
         load(tmp_path, votes="never")  # type: ignore[arg-type]
 

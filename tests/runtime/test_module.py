@@ -248,7 +248,7 @@ def test_generate_runs_the_runner_which_says_what_it_takes(ranks: Ranks) -> None
     for outcome in ranks(generate):
         assert outcome.error == "InputError"
         assert "the program has no input" in outcome.message
-        assert "they take input_ids" in outcome.message
+        assert "it takes input_ids" in outcome.message
 
 
 # --- the model's own ---

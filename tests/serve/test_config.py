@@ -139,7 +139,11 @@ def _inputs(*more: Binding) -> tuple[Binding, ...]:
     ("made", "message", "fix"),
     [
         (lambda: one_engine(versions=bundle_samples.installed()), "the engines are of TensorRT-RTX", "triton-python"),
-        (lambda: one_engine(versions=Versions("", "", "", "")), "the engines are of no TensorRT", "triton-python"),
+        (
+            lambda: one_engine(versions=Versions("", "", "", "")),
+            "nothing of the program is in an engine",
+            "triton-python",
+        ),
         (
             lambda: one_engine(versions=Versions("", "", "TensorRT", "10.9.0")),
             "the engines are of TensorRT 10.9.0",

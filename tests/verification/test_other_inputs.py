@@ -51,7 +51,7 @@ class Masked(nn.Module):
         return F.scaled_dot_product_attention(x, x, x, attn_mask=mask)
 
 
-@pytest.mark.parametrize("shape", [(8,), (1, 8), (8, 8), (2, 1, 1, 8), (2, 1, 8, 1)])
+@pytest.mark.parametrize("shape", [(8,), (1, 8), (8, 8), (2, 1, 1, 8)])
 @pytest.mark.parametrize("value", [False, True])
 def test_booleans_that_are_all_equal_are_drawn(shape: tuple[int, ...], value: bool) -> None:
     class Chosen(nn.Module):
@@ -62,6 +62,52 @@ def test_booleans_that_are_all_equal_are_drawn(shape: tuple[int, ...], value: bo
     report = md.verify(md.capture(model, (x, mask), mesh=md.Mesh(cp=1)), model, (x, mask))
     assert report.notes == ("'mask' cannot tell programs apart, so others were drawn too",)
     assert repeats(mask)
+
+
+@pytest.mark.parametrize("padding", [torch.zeros(2, 1), torch.tensor([[1, 1, 0, 0]] * 2), torch.tensor([[1, 0]] * 2)])
+def test_a_mask_that_does_not_fit_is_told_of(padding: Tensor) -> None:
+    """Where all that is not padding would be masked, attention gives NaN, of which the caller knows nothing."""
+
+    class Attending(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.attention = nn.MultiheadAttention(16, 2, batch_first=True)
+
+        def forward(self, x: Tensor, padding: Tensor) -> Tensor:
+            y: Tensor = self.attention(x, x, x, key_padding_mask=padding, need_weights=False)[0]
+            return y
+
+    padding = padding.bool()
+    model, x = Attending().eval(), torch.randn(2, padding.shape[1], 16)
+    program = md.capture(model, (x, padding), mesh=md.Mesh(cp=1))
+    before = torch.backends.mha.get_fastpath_enabled()
+    torch.backends.mha.set_fastpath_enabled(False)
+    try:
+        report = md.verify(program, model, (x, padding))
+    finally:
+        torch.backends.mha.set_fastpath_enabled(before)
+    assert all("do not fit" in note or "cannot tell" in note for note in report.notes)
+
+
+def test_numbers_are_drawn_where_a_mask_does_not_fit() -> None:
+    """A norm across split features shows with numbers that are drawn, which a mask that cannot be must not hide."""
+
+    class Filled(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.up, self.down = nn.Linear(16, 64, bias=False), nn.Linear(64, 16)
+
+        def forward(self, x: Tensor, hidden: Tensor) -> Tensor:
+            y = self.up(x)
+            y = y / (y.norm(dim=-1, keepdim=True) + 1)
+            z: Tensor = self.down(y) + torch.zeros(2, 2).masked_fill(hidden, -torch.inf).softmax(-1)[:, :1]
+            return z
+
+    model, x, hidden = Filled().eval(), torch.zeros(2, 16), torch.tensor([[True, False]] * 2)
+    parallel = md.TensorParallel("tp", {"up": "colwise", "down": "rowwise"})
+    program = md.capture(model, (x, hidden), mesh=md.Mesh(tp=2), parallel=parallel)
+    with pytest.raises(VerificationError, match="does not compute what Filled computes"):
+        md.verify(program, model, (x, hidden))
 
 
 def test_a_mask_leaves_something_to_see() -> None:

@@ -11,6 +11,7 @@ import inspect
 import math
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from enum import Enum
 from itertools import takewhile
 from typing import Any
 
@@ -81,8 +82,7 @@ class Arguments:
             raise CaptureError("no argument is a tensor", fix="pass example tensors as args or kwargs")
         for name, tensor in tensors.items():
             _check_plain(name, tensor)
-        # A number of NumPy is a float, too, and a manifest has Python's.
-        constants = {n: float(x) if isinstance(x, float) else x for n, x in by_name.items() if comparable(x)}
+        constants = {name: _plain(leaf) for name, leaf in by_name.items() if comparable(leaf)}
         defaults = {p.name: p.default for p in signature.parameters.values()}
         opaque = [
             name
@@ -138,6 +138,13 @@ def named_leaves(argument: str, value: Any) -> Iterator[tuple[str, Any]]:
     for path, leaf in leaves:
         keys = (str(getattr(key, "key", getattr(key, "idx", getattr(key, "name", key)))) for key in path)
         yield ".".join([argument, *keys]), leaf
+
+
+def _plain(leaf: object) -> object:
+    """A constant as a manifest has it: NumPy's numbers and texts are Python's, too, by their class, and are no JSON."""
+    if isinstance(leaf, Enum) or not isinstance(leaf, (float, str)):
+        return leaf
+    return float(leaf) if isinstance(leaf, float) else str(leaf)
 
 
 def comparable(leaf: object) -> bool:

@@ -53,6 +53,11 @@ class WholeAttention(TorchFunctionMode):
             return _attention(*args, **(kwargs or {}))
         if func is grouped_mm:
             return _grouped_mm(*args, **(kwargs or {}))
+        # What is traced is contiguous where the model's own tensor may not be, and then has no such view.
+        if func is Tensor.view and not any(isinstance(a, torch.dtype) for a in (*args, *(kwargs or {}).values())):
+            return Tensor.reshape(args[0], *args[1:], *(kwargs or {}).values())
+        if func is Tensor.view_as:
+            return Tensor.reshape_as(*args, **(kwargs or {}))
         return func(*args, **(kwargs or {}))
 
 

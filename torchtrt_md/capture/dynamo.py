@@ -111,6 +111,13 @@ def graph_inputs(gm: GraphModule, example_inputs: Sequence[Any]) -> list[GraphIn
     return inputs
 
 
+def _value(mode: FakeTensorMode, example: Tensor) -> Tensor:
+    """An input without memory; of a DTensor the part of this rank, as it lies."""
+    if isinstance(example, DTensor):
+        return mode.from_tensor(local_tensor(example).detach(), static_shapes=True)
+    return without_memory(mode, example)
+
+
 def _check_placed(what: str, tensor: DTensor, broken: str) -> None:
     """Refuse a DTensor that goes in or out with parts that are not equal on all ranks in shape and kind.
 
@@ -364,10 +371,7 @@ def _trace(
     named = {w.weight.name: w for w in weights}
     tensors = [i for i in inputs if i.kind != "constant"]
     tensors.sort(key=lambda i: i.kind == "value")  # stable: weights, then values
-    flat = [
-        fake(mode, named[i.name]) if i.kind == "weight" else without_memory(mode, local_tensor(i.example))
-        for i in tensors
-    ]
+    flat = [fake(mode, named[i.name]) if i.kind == "weight" else _value(mode, i.example) for i in tensors]
     run = Specialized(gm)
     broken = graph_break(gm) or ""
     # Before it is traced: DTensor's mask of a split vocabulary, in a sum that is not reduced yet, outlives no graph.

@@ -217,8 +217,11 @@ def _alike(a: Node, b: object) -> bool:
 
 def fake(mode: FakeTensorMode, w: LocalWeight) -> Tensor:
     """The local part of a weight, without memory."""
-    local = w.tensor.to_local() if isinstance(w.tensor, DTensor) else w.tensor
-    return without_memory(mode, local, w.device)
+    if not isinstance(w.tensor, DTensor):
+        return without_memory(mode, w.tensor, w.device)
+    local = w.tensor.to_local()  # as it lies, since results that are DTensors have strides, too
+    shape_only = torch.empty_strided(local.shape, local.stride(), dtype=local.dtype, device="meta")
+    return FakeTensor(mode, shape_only, w.device)
 
 
 def without_memory(mode: FakeTensorMode, tensor: Tensor, device: torch.device | None = None) -> Tensor:
@@ -240,7 +243,7 @@ def as_placed(shadow: Tensor, local: Tensor) -> Tensor:
         shadow.placements,
         run_check=False,
         shape=shadow.shape,
-        stride=torch.empty(shadow.shape, device="meta").stride(),  # as its parts, which are contiguous
+        stride=shadow.stride(),
     )
 
 

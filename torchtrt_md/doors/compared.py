@@ -19,7 +19,7 @@ from torchtrt_md.errors import VerificationError
 from torchtrt_md.launch import communicator
 from torchtrt_md.lowering import uninitialized
 from torchtrt_md.lowering.ops import use_device_mesh
-from torchtrt_md.program import Coordinate, ShardedProgram, Weight, placeholders
+from torchtrt_md.program import Coordinate, ShardedProgram, Weight, placeholders, value_of
 from torchtrt_md.verification.compare import relative_error
 
 # Two runs of the same ops in the same dtype: what differs is the order of sums.
@@ -78,7 +78,9 @@ def run_rank(program: ShardedProgram, inputs: Mapping[str, Tensor], device_mesh:
         elif isinstance(source, Coordinate):
             flat.append(torch.tensor([program.mesh.coordinate(rank, source.axis)], dtype=torch.int32, device=device))
         else:
-            flat.append(inputs[source.name])
+            given = inputs[source.name]
+            # As a runner gives it, where that is how it was captured.
+            flat.append(given.contiguous() if value_of(node).is_contiguous() else given)
     if device_mesh is None and not dist.is_initialized():
         return list(Interpreter(graph).run(*flat))
     with use_device_mesh(device_mesh or communicator.device_mesh(program.mesh, device.type)):

@@ -21,13 +21,14 @@ from torchtrt_md.wrappers import is_wrapper
 
 
 class Signature:
-    """What the engines take and give, on each rank."""
+    """What a program takes and gives, on each rank."""
 
     def __init__(self, manifest: m.Manifest) -> None:
         self.mesh = mesh_of(manifest)
         self.constants, self.result, self.positional = manifest.constants, manifest.result, manifest.positional
         self.inputs = {t.name: t for t in manifest.inputs}
         self.outputs = manifest.outputs
+        self._places = [{name: i for i, name in enumerate(known)} for known in (self.inputs, self.constants)]
         self.local = {t.name: (t.dtype, torch.Size(local_shape(t, self.mesh))) for t in manifest.inputs}
 
     def named(self, args: Sequence[Any], kwargs: Mapping[str, Any]) -> dict[str, Any]:
@@ -50,9 +51,9 @@ class Signature:
         missing = [name for name in self.inputs if name not in found]
         if missing:
             raise InputError(
-                f"the engines' input{'s' if len(missing) > 1 else ''} {', '.join(map(repr, missing))}"
+                f"the program's input{'s' if len(missing) > 1 else ''} {', '.join(map(repr, missing))}"
                 f" {'are' if len(missing) > 1 else 'is'} missing; it takes {self._takes()}",
-                fix="pass every tensor that was passed when the bundle was exported",
+                fix="pass every tensor that was passed when it was compiled or exported",
             )
         return {name: found[name] for name in self.inputs}
 
@@ -99,7 +100,8 @@ class Signature:
             leaves = list(named_leaves(argument, value))
             if not leaves:
                 self._check_empty(argument, value)
-            self._check_order(argument, [name for name, _ in leaves])
+            if len(leaves) > 1:
+                self._check_order(argument, [name for name, _ in leaves])
             for name, leaf in leaves:
                 if name in found:
                     raise InputError(f"argument {name!r} is given twice", fix="give it once, by position or by name")
@@ -108,9 +110,9 @@ class Signature:
 
     def _check_order(self, argument: str, names: Sequence[str]) -> None:
         """Refuse a dict whose keys are in another order: what a model does with its values may depend on it."""
-        for known in (self.inputs, self.constants):
+        for known in self._places:
             given = [name for name in names if name in known]
-            built = sorted(given, key=[*known].index)
+            built = sorted(given, key=known.__getitem__)
             if given != built:
                 raise InputError(
                     f"{argument} has {', '.join(given)} in this order, and the program was built with"

@@ -102,9 +102,14 @@ def check_flavour(name: str, version: str) -> None:
     Raises:
         BundleError: with both.
     """
+    if not name:
+        raise BundleError(
+            "nothing of the program is in an engine, and Triton's TensorRT backend runs engines",
+            fix="use --compute tensorrt, or --format triton-python, a process for each rank",
+        )
     if name != "TensorRT" or int(version.partition(".")[0]) < 11:
         raise BundleError(
-            f"the engines are of {f'{name} {version}'.strip() or 'no TensorRT'}, and Triton's TensorRT backend runs"
+            f"the engines are of {name} {version}, and Triton's TensorRT backend runs"
             " engines of TensorRT 11 on several GPUs",
             fix="export with TensorRT 11 installed, or with --format triton-python, a process for each rank",
         )

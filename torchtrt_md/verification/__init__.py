@@ -56,6 +56,7 @@ aten = torch.ops.aten
 # What does nothing, or one thing only, as long as numbers stay on one side of a bound or of each other.
 _BOUNDS = {aten.clamp, aten.clamp_min, aten.clamp_max, aten.minimum, aten.maximum, aten.gt, aten.ge, aten.lt, aten.le}
 _BOUNDS |= {aten.hardtanh, aten.hardswish, aten.hardsigmoid, aten.threshold, aten.softshrink, aten.hardshrink}
+_BOUNDS |= {aten.fmin, aten.fmax}
 _FACTORS = (64.0, 1 / 64)  # powers of two, by which nothing is rounded
 _CONSTANT = 256.0  # times the largest number that changes: what is larger and does not change is a filling
 
@@ -214,14 +215,21 @@ def _trials(proof: _Proof) -> tuple[list[_Trial], list[str]]:
     if not drawn:
         outlying, said = _outlying(proof, given)
         return [_trial(proof, given), *outlying], said
-    names = ", ".join(map(repr, drawn))
-    try:
-        first = _reference(proof, {**given, **drawn})
-    except VerificationError as error:  # a model need not take what was drawn
-        return [_trial(proof, given)], [f"{names} cannot tell programs apart, and others do not fit: {error.problem}"]
-    note = f"{names} cannot tell programs apart, so others were drawn too"
-    outlying, said = _outlying(proof, {**given, **drawn})
-    return [_with_program(proof, *first), _trial(proof, given, draws=False), *outlying], [note, *said]
+    notes: list[str] = []
+    # A mask need not fit, which is no reason to leave out the numbers that were drawn beside it.
+    for these in (drawn, {name: t for name, t in drawn.items() if t.dtype != torch.bool}):
+        if not these or (notes and these.keys() == drawn.keys()):
+            continue
+        names = ", ".join(map(repr, these))
+        try:
+            first = _trial(proof, {**given, **these})
+        except VerificationError as error:  # a model need not take what was drawn
+            notes.append(f"{names} cannot tell programs apart, and others do not fit: {error.problem}")
+            continue
+        notes.append(f"{names} cannot tell programs apart, so others were drawn too")
+        outlying, said = _outlying(proof, {**given, **these})
+        return [first, _trial(proof, given, draws=False), *outlying], [*notes, *said]
+    return [_trial(proof, given)], notes
 
 
 def _outlying(proof: _Proof, given: Mapping[str, Tensor]) -> tuple[list[_Trial], list[str]]:

@@ -130,11 +130,11 @@ def _drawn(example: Tensor, node: Node, generator: torch.Generator) -> Tensor:
 
 
 def _with_other_end(example: Tensor) -> Tensor:
-    """The last quarter of the last row inverted; rows are along the last dim that has more than one element."""
+    """The last quarter of the last row inverted, along the last dim; as it is where that has one element."""
     found = example.clone(memory_format=torch.contiguous_format)
-    row = next(size for size in reversed(found.shape) if size > 1)
-    last = found.view(-1, row)[-1]
-    last[-max(row // 4, 1) :].logical_not_()
+    row = found.shape[-1]
+    if row > 1:
+        found.view(-1, row)[-1, -max(row // 4, 1) :].logical_not_()
     return found
 
 
