@@ -141,6 +141,11 @@ class Checkpoint:
                 return found
             return found.clone(memory_format=torch.contiguous_format)
 
+    def tensors(self, names: Iterable[str], device: torch.device) -> dict[str, Tensor]:
+        """Of these weights the ones that were given as tensors on this device, of which a rank may have views."""
+        found = {name: self._tensors[name] for name in names if name in self._tensors}
+        return {name: tensor for name, tensor in found.items() if tensor.device == device}
+
     @contextmanager
     def _whole(self, name: str) -> Iterator[Tensor]:
         """A weight; of a file what is not looked at is not read, and it must not be used afterwards."""

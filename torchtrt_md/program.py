@@ -130,7 +130,7 @@ class Weights:
     checkpoint: Checkpoint | None = None
     holders: Mapping[str, tuple[Tensor, str]] = field(default_factory=dict)
     constants: Sequence[Constant] = ()
-    replaced: Callable[[], Iterable[tuple[str, Tensor, object]]] = tuple
+    replaced: Callable[[], Iterable[tuple[str, Tensor | None, object]]] = tuple
 
     def check_values(self, weights: Iterable[Weight]) -> None:
         """Refuse weights on meta of which nothing says what they are.  Ask before they are wanted one by one.

@@ -96,7 +96,7 @@ class Session:
             static_outputs=self.options.static_outputs,
             budget=budget or Budget(self.options.max_graphs),
             nest=lambda outputs: _nested(lowered, outputs),
-            guard=_guard(lowered.weights).check,
+            guard=_guard(lowered.weights, executor.device).check,
             name=name,
             summary=summary_of(name, built, rank),
             choices=built.choices,
@@ -111,8 +111,11 @@ def _with(program: ShardedProgram, others: Mapping[str, Tensor]) -> ShardedProgr
     return replace(program, weights=replace(held, whole=whole, shards=shards))
 
 
-def _guard(weights: Weights) -> WeightGuard:
-    return WeightGuard({**weights.shards, **weights.whole}, weights.holders, weights.constants, weights.replaced)
+def _guard(weights: Weights, device: torch.device) -> WeightGuard:
+    held = {**weights.shards, **weights.whole}
+    if weights.checkpoint is not None:
+        held |= weights.checkpoint.tensors(weights.given.values(), device)
+    return WeightGuard(held, weights.holders, weights.constants, weights.replaced)
 
 
 def _nested(program: ShardedProgram, outputs: Mapping[str, Tensor]) -> Any:

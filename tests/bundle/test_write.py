@@ -88,6 +88,27 @@ def test_a_folder_that_is_no_bundle_is_left_alone(tmp_path: Path) -> None:
     assert all(path.exists() for path in files.values())
 
 
+@pytest.mark.parametrize("content", ['{"name": "a web app", "icons": []}', "[]", "no JSON", '{"schema": 1}'])
+def test_another_programs_manifest_is_left_alone(tmp_path: Path, content: str) -> None:
+    (tmp_path / "out" / "weights").mkdir(parents=True)
+    (tmp_path / "out" / "manifest.json").write_text(content)
+    (tmp_path / "out" / "weights" / "mine.safetensors").write_text("years of work")
+    with pytest.raises(BundleError, match="is not a bundle and is not replaced"):
+        write_bundle(tmp_path / "out", bundle_samples.manifest(), bundle_samples.engine_files(tmp_path / "built"))
+    assert (tmp_path / "out" / "manifest.json").read_text() == content
+    assert (tmp_path / "out" / "weights" / "mine.safetensors").read_text() == "years of work"
+
+
+def test_files_that_are_no_bundles_stay_in_one(tmp_path: Path) -> None:
+    bundle = bundle_samples.bundle(tmp_path / "out")
+    (bundle / "weights").mkdir(exist_ok=True)
+    (bundle / "weights" / "mine.safetensors").write_text("years of work")
+    (bundle / "engines" / f"{'0' * 64}.engine").write_text("of an older bundle")
+    bundle_samples.split_bundle(tmp_path / "out")
+    assert (bundle / "weights" / "mine.safetensors").read_text() == "years of work"
+    assert not (bundle / "engines" / f"{'0' * 64}.engine").exists()
+
+
 def test_a_file_is_left_alone(tmp_path: Path) -> None:
     (tmp_path / "out").write_text("a file")
     with pytest.raises(BundleError, match="is a file"):

@@ -128,6 +128,43 @@ def test_weights_that_were_replaced_are_refused_by_name(change: str) -> None:
             guard.check()
 
 
+class Acting(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.up, self.act, self.down = nn.Linear(8, 16, bias=False), nn.GELU(), nn.Linear(16, 8)
+
+    def forward(self, x: Tensor) -> Tensor:
+        y: Tensor = self.down(self.act(self.up(x)))
+        return y
+
+
+OTHERWISE: dict[str, tuple[str, Callable[[Acting], object]]] = {
+    "an activation": ("module 'act'", lambda m: setattr(m, "act", nn.ReLU())),
+    "the same with another attribute": ("module 'act'", lambda m: setattr(m, "act", nn.GELU("tanh"))),
+    "one that is longer": ("module 'act", lambda m: setattr(m, "act", nn.Sequential(m.act, nn.Identity()))),
+    "with weights of its own": ("weight 'act.1.", lambda m: setattr(m, "act", nn.Sequential(m.act, nn.Linear(16, 16)))),
+    "a bias where there was none": ("weight 'up.bias'", lambda m: setattr(m.up, "bias", nn.Parameter(torch.ones(16)))),
+    "a buffer more": ("weight 'table'", lambda m: m.register_buffer("table", torch.ones(3))),
+    "a module more": ("module 'more'", lambda m: m.add_module("more", nn.Identity())),
+    "a module less": ("module 'act'", lambda m: delattr(m, "act")),
+}
+
+
+@pytest.mark.parametrize("change", OTHERWISE)
+def test_modules_that_were_replaced_or_added_are_refused_by_name(change: str) -> None:
+    name, do = OTHERWISE[change]
+    model = Acting().eval()
+    program = md.capture(model, (torch.randn(2, 8),), mesh=md.Mesh(cp=1))
+    guard = WeightGuard(program.weights.whole, replaced=program.weights.replaced)
+    guard.check()
+    model.act = nn.GELU().eval()  # equal to the one that it had
+    guard.check()
+    do(model)
+    for _ in range(2):
+        with pytest.raises(md.InputError, match=f"the {name}"):
+            guard.check()
+
+
 def test_what_took_the_place_of_its_equal_is_watched() -> None:
     model, program = captured(CP)
     guard = WeightGuard(program.weights.whole, replaced=program.weights.replaced)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections import OrderedDict
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -144,6 +145,23 @@ def load_and_run(rank: int, folder: str, weights: list[str | None], x: Tensor) -
         return result
 
 
+def write_to_what_was_given(rank: int, folder: str, x: Tensor) -> str:
+    model, _ = product(1)
+    with md.load(folder, timeout=60.0, weights=model.state_dict()) as runner:
+        runner(x)
+        with torch.no_grad():
+            model.up.weight.mul_(2)
+        return message_of(lambda: runner(x))
+
+
+def message_of(call: Callable[[], object]) -> str:
+    try:
+        call()
+    except md.InputError as error:
+        return str(error)
+    return ""
+
+
 def test_a_bundle_without_weights_runs_with_those_that_it_is_given(ranks: Ranks, tmp_path: Path) -> None:
     out, files = tmp_path / "out.mdtrt", []
     for seed in (1, 2):
@@ -165,6 +183,10 @@ def test_a_bundle_without_weights_runs_with_those_that_it_is_given(ranks: Ranks,
         for outcome in ranks(load_and_run, str(out), [file, file], x):
             assert not outcome.error, outcome.message
             torch.testing.assert_close(outcome.value, expected, rtol=1e-4, atol=1e-4)
+
+    for outcome in ranks(write_to_what_was_given, str(out), x):
+        assert not outcome.error, outcome.message
+        assert "the weight 'up.weight' was changed after the model was compiled" in outcome.value
 
     for given, kind, message in (
         ([None, None], "BundleError", "the bundle was exported without its 2 weights"),

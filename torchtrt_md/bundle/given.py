@@ -11,6 +11,13 @@ from torchtrt_md.checkpoint import Checkpoint, Given
 from torchtrt_md.errors import BundleError
 
 
+def given_tensors(manifest: Manifest, source: Given, device: torch.device) -> dict[str, Tensor]:
+    """Of the weights that are given as tensors those on this device: what is read of them may be views."""
+    if source is None or not manifest.given:
+        return {}
+    return Checkpoint(source).tensors([value.name for value in manifest.given], device)
+
+
 def given_weights(manifest: Manifest, rank: int, source: Given, device: torch.device | str) -> dict[str, Tensor]:
     """A rank's part of the weights that the bundle does not have, by the names that segments read.
 

@@ -7,6 +7,7 @@ import fcntl
 import glob
 import hashlib
 import os
+import re
 import shutil
 import time
 import uuid
@@ -23,6 +24,7 @@ from torchtrt_md.errors import BundleError
 from torchtrt_md.segment import Segment
 from torchtrt_md.whole_file import link_or_copy
 
+_OWN = re.compile("[0-9a-f]{64}")  # files of a bundle are named by their SHA-256
 _ENGINES, _GRAPHS, _WEIGHTS = "engines/{}.engine", "graphs/{}.json", "weights/{}.safetensors"
 _UNFINISHED = ".unfinished"
 _FOLDER = os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC
@@ -138,11 +140,21 @@ def check_destination(folder: Path | str) -> None:
         return
     if not folder.is_dir():
         raise BundleError(f"{folder} is a file, and a bundle is a folder", fix="give another name")
-    if not (folder / MANIFEST).is_file() and any(folder.iterdir()):
+    if any(folder.iterdir()) and not _is_manifest(folder / MANIFEST):
         raise BundleError(
-            f"{folder} is not empty and has no {MANIFEST}, so it is not a bundle and is not replaced",
+            f"{folder} is not empty and has no {MANIFEST} of a bundle, so it is not a bundle and is not replaced",
             fix="give a new folder, or an existing bundle to replace",
         )
+
+
+def _is_manifest(file: Path) -> bool:
+    """Is it one of any version?  Other programs have files of this name, too."""
+    try:
+        with file.open("rb") as opened:
+            found = msgspec.json.decode(opened.read(MAX_MANIFEST_BYTES + 1))
+    except (OSError, msgspec.DecodeError, UnicodeDecodeError):
+        return False
+    return isinstance(found, dict) and {"schema", "mesh", "ranks", "files"} <= found.keys()
 
 
 def _form(segment: Segment) -> str:
@@ -255,7 +267,7 @@ def _put_in_place(unfinished: Path, folder: Path, written: Manifest) -> None:
         _sync(folder)
         for form in (_ENGINES, _GRAPHS, _WEIGHTS):
             for path in folder.glob(form.format("*")):
-                if path.relative_to(folder).as_posix() not in written.files:
+                if _OWN.fullmatch(path.stem) and path.relative_to(folder).as_posix() not in written.files:
                     path.unlink(missing_ok=True)
 
 

@@ -13,6 +13,7 @@ from typing import Any
 
 from torch import Tensor, nn
 
+from torchtrt_md.capture.alike import alike
 from torchtrt_md.program import Constant
 from torchtrt_md.wrappers import named_weights
 
@@ -76,23 +77,32 @@ class Slots:
 
     def __init__(self, model: nn.Module) -> None:
         self._model = model
-        self._held = named_weights(model)
-        self._slots = self._all()
+        self._look()
 
-    def replaced(self) -> Iterator[tuple[str, Tensor, object]]:
+    def replaced(self) -> Iterator[tuple[str, Tensor | None, object]]:
         """The name of each weight that is another object than at the last look, what it was, and what is there now.
 
-        Whoever does not take all of them, because one is refused, finds them again.
+        And of each weight that was added, and of each module that was, or is gone, or is not like the one in its place;
+        these were None.  Whoever does not take all of them, because one is refused, finds them again.
         """
-        if all(of.get(key) is value for of, key, value in self._slots):
+        same_keys = all(len(of) == size for of, size in self._sizes)
+        if same_keys and all(of.get(key) is value for of, key, value in self._slots):
             return
-        held, slots = named_weights(self._model), self._all()
+        held, modules = named_weights(self._model), dict(self._model.named_modules())
         for name, weight in self._held.items():
             if held.get(name) is not weight:
                 yield name, weight, held.get(name)
-        self._held, self._slots = held, slots
+        for name in held.keys() - self._held.keys():
+            yield name, None, held[name]
+        for path in self._modules.keys() | modules.keys():
+            was, now = self._modules.get(path), modules.get(path)
+            if was is not now and not (was is not None and now is not None and alike(was, now)):
+                yield path, None, now
+        self._look()
 
-    def _all(self) -> list[tuple[Mapping[str, object], str, object]]:
+    def _look(self) -> None:
         kinds = ("_modules", "_parameters", "_buffers")
-        of_all = [vars(module)[kind] for module in self._model.modules() for kind in kinds]
-        return [(of, key, value) for of in of_all for key, value in of.items()]
+        of_all = [getattr(module, kind) for module in self._model.modules() for kind in kinds]
+        self._held, self._modules = named_weights(self._model), dict(self._model.named_modules())
+        self._sizes = [(of, len(of)) for of in of_all]
+        self._slots = [(of, key, value) for of in of_all for key, value in of.items()]

@@ -10,7 +10,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from torchtrt_md.bundle.given import given_weights
+from torchtrt_md.bundle.given import given_tensors, given_weights
 from torchtrt_md.bundle.limits import MAX_GRAPH_BYTES
 from torchtrt_md.bundle.manifest import Manifest
 from torchtrt_md.bundle.read import (
@@ -33,7 +33,7 @@ from torchtrt_md.runtime.bring_up import bring_up
 from torchtrt_md.runtime.graphs import Budget
 from torchtrt_md.runtime.offers import Offers
 from torchtrt_md.runtime.runner import MAX_GRAPHS, Runner, Votes
-from torchtrt_md.runtime.weights import check_parts, checksum
+from torchtrt_md.runtime.weights import WeightGuard, check_parts, checksum
 from torchtrt_md.segment import Part, Segment, Wire
 
 
@@ -120,6 +120,7 @@ def load(
         cuda_graph=cuda_graph,
         static_outputs=static_outputs,
         budget=Budget(max_graphs),
+        guard=WeightGuard(given_tensors(manifest, weights, launch.device)).check,
         name="a bundle",
     )
 

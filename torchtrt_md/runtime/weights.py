@@ -119,7 +119,8 @@ class WeightGuard:
         holders: name -> the tensor subclass that holds it, and the attribute.  ``model.to()`` gives it another, whose
             writes are counted from then on, if its values are still those.
         constants: what the model holds beside its weights, of which graphs have the values; the same holds for these.
-        replaced: gives name, former and present tensor of the weights that were replaced since it was asked last.
+        replaced: gives name, former and present tensor of the weights that were replaced since it was asked last; and
+            None as the former one of what was added, and of modules.
     """
 
     def __init__(
@@ -127,7 +128,7 @@ class WeightGuard:
         weights: Mapping[str, Tensor],
         holders: Mapping[str, tuple[Tensor, str]] | None = None,
         constants: Sequence[Constant] = (),
-        replaced: Callable[[], Iterable[tuple[str, Tensor, object]]] = tuple,
+        replaced: Callable[[], Iterable[tuple[str, Tensor | None, object]]] = tuple,
     ) -> None:
         held = holders or {}
         self._replaced = replaced
@@ -159,6 +160,8 @@ class WeightGuard:
     def check(self) -> None:
         """Raises InputError: a weight was changed.  What is written through ``.data`` is not seen."""
         for name, weight, now in self._replaced():
+            if weight is None:
+                raise self._changed(_weight(name) if isinstance(now, Tensor) else f"module {name!r}")
             self._follow(_weight(name), weight, now)
         for index, (name, read, weight) in enumerate(self._held):
             now = read()
