@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import warnings
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any, NamedTuple
 
@@ -295,6 +296,52 @@ def test_an_argument_that_only_kwargs_takes_may_be_split_where_it_is_passed() ->
         program = capture({"blocks.0": {"bias": md.Split(1), "x": md.Split(1)}, "proj": md.Gather(1)})
     shards = program.graphs[0].graph.find_nodes(op="call_function", target=torch.ops.torchtrt_md.split_sequence.default)
     assert len(list(shards)) == 2
+
+
+class Scaled(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.linear = nn.Linear(4, 4)
+
+    def forward(self, x: Tensor, scale: float = 1.0, *more: Tensor, bias: float = 0.0) -> Tensor:
+        result: Tensor = self.linear(x) * scale + bias + sum(more)
+        return result
+
+
+@pytest.mark.parametrize(
+    ("passed", "seen"),
+    [
+        (lambda inner, x: inner(x=x, scale=2.0, bias=1.0), "() bias=1.0 scale=2.0 x"),
+        (lambda inner, x: inner(x, scale=2.0), "(x) scale=2.0"),
+        (lambda inner, x: inner(x, 2.0, x, x, bias=1.0), "(x, 2.0, x, x) bias=1.0"),
+    ],
+)
+def test_arguments_stay_by_position_and_by_name(passed: Callable[[nn.Module, Tensor], Tensor], seen: str) -> None:
+    """A hook of the user's finds them as the model passed them."""
+    calls = []
+
+    def hook(_: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[tuple[Any, ...], dict[str, Any]]:
+        of = ["x" if isinstance(a, Tensor) else str(a) for a in args]
+        by_name = [name if isinstance(v, Tensor) else f"{name}={v}" for name, v in sorted(kwargs.items())]
+        calls.append(" ".join([f"({', '.join(of)})", *by_name]))
+        return args, {**kwargs, **({"scale": 3 * kwargs["scale"]} if "scale" in kwargs else {})}
+
+    class Outer(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.inner = Scaled()
+
+        def forward(self, x: Tensor) -> Tensor:
+            return passed(self.inner, x)
+
+    model = Outer().eval()
+    model.inner.register_forward_pre_hook(hook, with_kwargs=True)
+    program = md.capture(
+        model, (X,), mesh=CP2, parallel=md.ContextParallel("cp", plan={"inner": {"x": md.Split(1)}, "": md.Gather(1)})
+    )
+    assert set(calls) == {seen}
+    if "(x, 2.0" not in seen:  # more of x would have to be split too
+        md.verify(program, model, (X,))
 
 
 def test_a_named_tuple_of_results_stays_one() -> None:

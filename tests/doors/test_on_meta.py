@@ -77,13 +77,52 @@ def test_what_is_wrong_on_one_rank_is_refused_on_all(ranks: Ranks, tmp_path: Pat
         (damaged, "WeightsError", "rank 1: .*up.safetensors is not a whole safetensors file"),
         (more, "WeightsError", "rank 1: .* has 'lora', and MLP has no weight of that name"),
         (None, "CaptureError", "rank 1: the weight 'up.weight' and 3 more of the model is on meta and has no value"),
-        # A rank's own part may be anything; of what both hold one must be the other's.
         (other, "RankMismatchError", "the weight 'down.bias' is not the same on ranks that hold the same part of it"),
     ):
         outcomes = ranks(compile_and_run, [str(good), second and str(second)], x)
         assert [outcome.error for outcome in outcomes] == [kind] * 2
         for outcome in outcomes:
             assert re.search(message, outcome.message), outcome.message
+
+
+def test_checkpoints_that_differ_only_in_what_each_rank_has_a_part_of(ranks: Ranks, tmp_path: Path) -> None:
+    """As those of two finetunings that left the norms as they were."""
+    model, x = checkpoint(tmp_path / "a")
+    stripped = md.export(
+        model,
+        (x,),
+        mesh=md.Mesh(tp=2),
+        parallel=PARALLEL,
+        compute="inductor",
+        out=tmp_path / "bare",
+        strip_weights=True,
+    )
+    assert {value.name for value in stripped.manifest.given if not value.sharding} == {"down.bias"}
+    checkpoint(tmp_path / "b")
+    other = {"up.weight": model.up.weight * 2, "up.bias": model.up.bias}
+    save_file(other, tmp_path / "b" / "up.safetensors")
+    folders = [str(tmp_path / name) for name in "ab"]
+    for outcomes in (
+        ranks(compile_and_run, folders, x),
+        ranks(compile_own_model, x),
+        ranks(load_with_own_weights, str(tmp_path / "bare"), folders, x),
+    ):
+        for outcome in outcomes:
+            assert outcome.error == "RankMismatchError", outcome
+            assert "the weight 'up.weight' is not the same" in outcome.message
+
+
+def compile_own_model(rank: int, x: Tensor) -> None:
+    """Dense models of which the ranks' parts of one weight differ, and all that both hold is equal."""
+    torch.manual_seed(0)
+    model = models.MLP().eval()
+    with torch.no_grad():
+        model.up.weight.mul_(rank + 1)
+    md.compile(model, (x,), mesh=md.Mesh(tp=2), parallel=PARALLEL, **OPTIONS)
+
+
+def load_with_own_weights(rank: int, bundle: str, folders: list[str], x: Tensor) -> None:
+    md.load(bundle, timeout=60.0, weights=folders[rank])
 
 
 def test_a_bundle_of_a_model_on_meta(ranks: Ranks, tmp_path: Path) -> None:

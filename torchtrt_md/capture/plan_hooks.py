@@ -141,9 +141,22 @@ def _argument_hook(
                 entry.why = others if entry.undeclared else f"it is {'None' if key in where else 'not passed'}"
             else:
                 where[key] = _changed(where[key], split, entry, f"argument {key!r} of {named(path)}")
-        return bound.args, bound.kwargs
+        return _as_passed(bound, args, kwargs)
 
     return split_arguments
+
+
+def _as_passed(
+    bound: inspect.BoundArguments, args: Sequence[Any], kwargs: Mapping[str, Any]
+) -> tuple[tuple[Any, ...], dict[str, Any]]:
+    """The arguments of a call, by position and by name as these are: ``BoundArguments`` would pass by position all that
+    it can, and other hooks look for names.
+    """
+    parameters = bound.signature.parameters.values()
+    named_only = {p.name for p in parameters if p.kind in (p.POSITIONAL_OR_KEYWORD, p.KEYWORD_ONLY)}
+    extra: dict[str, Any] = next((bound.arguments.get(p.name, {}) for p in parameters if p.kind is p.VAR_KEYWORD), {})
+    by_name = {key: bound.arguments[key] if key in named_only else extra[key] for key in kwargs}
+    return bound.args[: len(args)], by_name
 
 
 def _result_hook(path: str, entries: Mapping[int | str, tuple[Nested, Entry]]) -> Callable[[nn.Module, Any, Any], Any]:

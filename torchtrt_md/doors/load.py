@@ -22,7 +22,7 @@ from torchtrt_md.bundle.read import (
 )
 from torchtrt_md.bundle.structure import mesh_of
 from torchtrt_md.bundle.weights import rank_weights
-from torchtrt_md.checkpoint import Given
+from torchtrt_md.checkpoint import Checkpoint, Given
 from torchtrt_md.errors import LaunchError
 from torchtrt_md.graph.json import check_bindings, graph_from_json
 from torchtrt_md.launch import Launch
@@ -33,7 +33,7 @@ from torchtrt_md.runtime.bring_up import bring_up
 from torchtrt_md.runtime.graphs import Budget
 from torchtrt_md.runtime.offers import Offers
 from torchtrt_md.runtime.runner import MAX_GRAPHS, Runner, Votes
-from torchtrt_md.runtime.weights import WeightGuard, check_parts, checksum
+from torchtrt_md.runtime.weights import WeightGuard, check_parts, check_samples, checksum
 from torchtrt_md.segment import Part, Segment, Wire
 
 
@@ -99,7 +99,7 @@ def load(
     mesh, segments = mesh_of(manifest), manifest.ranks[launch.rank]
     parts = launch.together("reading the graphs", lambda: [_part(folder, manifest, segment) for segment in segments])
     read = launch.together("reading the weights", lambda: _weights(folder, manifest, launch, weights))
-    _check_given(manifest, mesh, read, launch)
+    _check_given(manifest, mesh, read, weights, launch)
     executor = bring_up(
         launch,
         mesh,
@@ -130,8 +130,8 @@ def _weights(folder: Path, manifest: Manifest, launch: Launch, given: Given) -> 
     return own | given_weights(manifest, launch.rank, given, launch.device)
 
 
-def _check_given(manifest: Manifest, mesh: Mesh, read: Mapping[str, Tensor], launch: Launch) -> None:
-    """Ranks that hold the same part of a weight must have been given the same: nothing else would tell.  Collective.
+def _check_given(manifest: Manifest, mesh: Mesh, read: Mapping[str, Tensor], given: Given, launch: Launch) -> None:
+    """Ranks must have been given the weights of one model: nothing else would tell.  Collective.
 
     Raises:
         RankMismatchError: on every rank, naming the weight.
@@ -145,6 +145,10 @@ def _check_given(manifest: Manifest, mesh: Mesh, read: Mapping[str, Tensor], lau
 
     if names:
         check_parts(mesh, {name: axes[name] for name in names}, sums, launch.agreement)
+    if cut := [value.name for value in manifest.given if value.sharding]:
+        assert given is not None, "given_weights has refused it"
+        checkpoint = launch.together("reading the weights", lambda: Checkpoint(given))
+        check_samples(mesh, cut, lambda n: checkpoint.sample(n) if n in checkpoint.forms else None, launch.agreement)
 
 
 def read_together(folder: Path, agreement: Agreement, first: Callable[[], object] = lambda: None) -> Manifest:

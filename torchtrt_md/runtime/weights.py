@@ -10,6 +10,7 @@ from __future__ import annotations
 import math
 from collections import Counter
 from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import replace
 from functools import partial
 from operator import attrgetter
 
@@ -200,29 +201,67 @@ def _constant(constant: Constant) -> str:
 def check_equal(program: ShardedProgram, agreement: Agreement) -> None:
     """Refuse weights that differ between ranks which the program says hold the same.  Collective.
 
+    Where each rank has the whole of a weight, it is the whole that must be equal, though a rank computes with a part of
+    it: the parts of different models would make up another one.  Of checkpoints :func:`check_samples` asks that.
+
     Raises:
         RankMismatchError: on every rank, naming the weight and who has what.
     """
-    mesh = program.mesh
-    unrelated = program.weights.unrelated
-    weights = [s for s in program.sources.values() if isinstance(s, Weight) and not s.parts and s.name not in unrelated]
-
-    agreement.same(f"{len(weights)} of {sum(math.prod(w.shape) for w in weights)} elements", "their weights")
+    mesh, held = program.mesh, program.weights
+    weights = [
+        replace(s, shardings=()) if s.name in held.whole and s.name not in held.given else s
+        for s in program.sources.values()
+        if isinstance(s, Weight) and not s.parts and s.name not in held.unrelated
+    ]
+    whole = sum(not w.shardings for w in weights)
+    elements = sum(math.prod(w.shape) for w in weights)
+    agreement.same(f"{len(weights)} of {elements} elements, {whole} of them not cut", "their weights")
 
     def sums() -> list[int | None]:
-        return [checksum(program.weights.local(w, mesh, agreement.rank)) for w in weights]
+        return [checksum(held.local(w, mesh, agreement.rank)) for w in weights]
 
     check_parts(mesh, {w.name: [s.axis for s in w.shardings] for w in weights}, sums, agreement)
+    checkpoint = held.checkpoint
+    if checkpoint is not None:
+        cut = {w.name: held.given[w.name] for w in weights if w.shardings and w.name in held.given}
+        check_samples(mesh, list(cut), lambda name: checkpoint.sample(cut[name]), agreement)
+
+
+def check_samples(
+    mesh: Mesh, names: Sequence[str], sample: Callable[[str], Tensor | None], agreement: Agreement
+) -> None:
+    """Refuse checkpoints of several models, of which each rank reads a part.  Collective.
+
+    Args:
+        names: of weights, the same on all ranks, of which ranks read different parts.
+        sample: of the whole weight, a part that is the same for all ranks; None where a rank was not given the weight.
+
+    Raises:
+        RankMismatchError: on every rank, naming the weight and who has what.
+    """
+
+    def sums() -> list[int | None]:
+        found = map(sample, names)
+        return [None if t is None else checksum(t) for t in found]
+
+    if names:
+        check_parts(mesh, dict.fromkeys(names, ()), sums, agreement, where="in the checkpoints of all ranks")
 
 
 def check_parts(
-    mesh: Mesh, weights: Mapping[str, Sequence[str]], sums: Callable[[], list[int | None]], agreement: Agreement
+    mesh: Mesh,
+    weights: Mapping[str, Sequence[str]],
+    sums: Callable[[], list[int | None]],
+    agreement: Agreement,
+    *,
+    where: str = "on ranks that hold the same part of it",
 ) -> None:
     """Refuse weights that differ between ranks which hold the same part of them.  Collective.
 
     Args:
         weights: their names, the same on all ranks, and the axes that cut each.
         sums: gives the checksum of this rank's part of each, None of what it does not hold.
+        where: it should have been the same, for messages.
 
     Raises:
         RankMismatchError: on every rank, naming the weight and who has what.
@@ -237,7 +276,7 @@ def check_parts(
         for held in parts.values():
             if len(set(held.values())) > 1:
                 raise RankMismatchError(
-                    f"the weight {name!r} is not the same on ranks that hold the same part of it: by checksum, "
+                    f"the weight {name!r} is not the same {where}: by checksum, "
                     + ", ".join(f"rank {rank} has {value:016x}" for rank, value in held.items()),
                     fix="load the same checkpoint on every rank, or seed them alike; broadcast what rank 0 has",
                 )
