@@ -15,7 +15,7 @@ import torch
 from torch.fx import Node
 
 import torchtrt_md.lowering.ops  # noqa: F401  defines torch.ops.torchtrt_md
-from torchtrt_md.build import layers, probes, quantizers
+from torchtrt_md.build import layers, pairs, probes, quantizers
 from torchtrt_md.build.flavour import PORTABLE, flavour
 from torchtrt_md.build.torch_trt import load
 from torchtrt_md.errors import BuildError, TargetError
@@ -110,9 +110,7 @@ def _attention(ctx: Any, target: Any, args: tuple[Any, ...], kwargs: dict[str, A
         mask = _operand(ctx, mask, f"{name}_mask")
         rank = len(mask.shape)
         if rank < 4:  # the layer takes masks of four dims
-            shuffle = ctx.net.add_shuffle(mask)
-            shuffle.reshape_dims = (*(1,) * (4 - rank), *mask.shape)
-            mask = shuffle.get_output(0)
+            mask = layers.viewed(ctx.net, mask, (*(1,) * (4 - rank), *mask.shape))
     scales = _scales(ctx, q, scale, name)
     with _at(ctx.current_node, name):
         return layers.add_attention(flavour(), ctx.net, q, k, v, mask, is_causal, scales)
@@ -180,4 +178,5 @@ _CONVERTERS: dict[Any, Callable[..., Any]] = {
     md.attention.default: _attention,
     md.context_attention.default: _context_attention,
     md.fake_quantize.default: quantizers.convert,
+    md.rotate_every_two.default: pairs.convert,
 }

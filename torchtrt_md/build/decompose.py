@@ -11,6 +11,7 @@ from torch import Tensor, nn
 from torch.fx import GraphModule, Interpreter, Node
 from torch.fx.experimental.proxy_tensor import make_fx
 
+from torchtrt_md.build.pairs import find_pairs
 from torchtrt_md.build.torch_trt import load, without_gpu
 from torchtrt_md.capture.torch_private import FakeTensorMode
 from torchtrt_md.errors import BuildError, MDError, first_line
@@ -67,6 +68,8 @@ def decompose(graph: GraphModule) -> GraphModule:
 
 
 def _decompose(graph: GraphModule) -> GraphModule:
+    graph = copied(graph)
+    find_pairs(graph)
     mode = FakeTensorMode(allow_non_fake_inputs=True)
     fakes = []
     for node in placeholders(graph):

@@ -69,14 +69,9 @@ def add_in_words(flavour: Flavour, network: Any, x: Any, op: str, size: int, roo
     def computed(a: Any, b: Any, operation: Any) -> Any:
         return network.add_elementwise(a, b, operation).get_output(0)
 
-    def viewed(a: Any, shape: tuple[int, ...]) -> Any:
-        shuffle = network.add_shuffle(a)
-        shuffle.reshape_dims = shape
-        return shuffle.get_output(0)
-
     rows, *rest = tuple(x.shape)
     width = math.prod(rest)
-    x = viewed(x, (rows, width))
+    x = viewed(network, x, (rows, width))
     high = computed(x, word, ops.FLOOR_DIV)
     low = computed(computed(x, computed(high, word, ops.PROD), ops.SUB), half, ops.SUB)
     words = network.add_concatenation(
@@ -88,7 +83,7 @@ def add_in_words(flavour: Flavour, network: Any, x: Any, op: str, size: int, roo
     rows, _ = tuple(moved.shape)
     high, low = (network.add_slice(moved, (0, at), (rows, width), (1, 1)).get_output(0) for at in (0, width))
     found = computed(computed(high, word, ops.PROD), computed(low, half, ops.SUM), ops.SUM)
-    return viewed(found, (rows, *rest))
+    return viewed(network, found, (rows, *rest))
 
 
 def add_attention(
@@ -155,6 +150,15 @@ def add_attention(
     if out_width < width:
         out = network.add_slice(out, (0,) * 4, (batch, heads, tokens, out_width), (1,) * 4).get_output(0)
     return out
+
+
+def add_product_of_rows(flavour: Flavour, network: Any, x: Any, matrix: Any) -> Any:
+    """x [..., K] @ matrix [K, N] -> [..., N]."""
+    none = flavour.trt.MatrixOperation.NONE
+    (*dims, width), (_, columns) = tuple(x.shape), tuple(matrix.shape)
+
+    product = network.add_matrix_multiply(viewed(network, x, (math.prod(dims), width)), none, matrix, none)
+    return viewed(network, product.get_output(0), (*dims, columns))
 
 
 def add_quantize_dequantize(flavour: Flavour, network: Any, x: Any, scale: Any, axis: int | None, kind: str) -> Any:
@@ -226,6 +230,13 @@ def _shape(x: Any) -> tuple[int, ...] | None:
         return None if x is None else tuple(x.shape)
     except (RuntimeError, ValueError):  # versions differ
         return None
+
+
+def viewed(network: Any, x: Any, shape: tuple[int, ...]) -> Any:
+    """x in another shape."""
+    shuffle = network.add_shuffle(x)
+    shuffle.reshape_dims = shape
+    return shuffle.get_output(0)
 
 
 def _scaled(trt: Any, network: Any, q: Any, scale: Any) -> Any:
