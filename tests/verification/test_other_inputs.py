@@ -9,7 +9,7 @@ from torch import Tensor, nn
 
 import torchtrt_md as md
 from torchtrt_md.errors import VerificationError
-from torchtrt_md.verification.draw import repeats
+from torchtrt_md.verification.draw import drawn_constants, repeats
 
 NONE = torch.zeros(2, 8, dtype=torch.bool)
 SOME = NONE.clone()
@@ -155,3 +155,78 @@ def test_a_bound_of_each_feature_is_right() -> None:
     model, x = Clamped(0, False).eval(), torch.randn(4, 16)
     parallel = md.TensorParallel("tp", {"up": "colwise", "down": "rowwise"})
     md.verify(md.capture(model, (x,), mesh=md.Mesh(tp=2), parallel=parallel), model, (x,))
+
+
+class Gated(nn.Module):
+    """A softmax over features of which a rank has a part, behind weights with which it adds nothing."""
+
+    def __init__(self, hidden: str) -> None:
+        super().__init__()
+        self.up, self.down = nn.Linear(8, 16), nn.Linear(16, 8)
+        self.gate = nn.Parameter(torch.ones(1))
+        zeros: dict[str, list[Tensor]] = {"matrix": [self.down.weight], "scalar": [self.gate]}
+        for parameter in zeros.get(hidden, []):
+            nn.init.zeros_(parameter)
+        self.scale = nn.Parameter(torch.zeros(8) if hidden == "vector" else torch.rand(8))
+
+    def forward(self, x: Tensor) -> Tensor:
+        y: Tensor = self.down(self.up(x).softmax(-1))
+        return x + self.gate * self.scale * y
+
+
+@pytest.mark.parametrize("hidden", ["nothing", "matrix", "scalar", "vector"])
+def test_weights_that_hide_an_error_are_drawn(hidden: str) -> None:
+    """A bundle may get other weights than it was verified with."""
+    model, x = Gated(hidden).eval(), torch.randn(2, 4, 8)
+    program = md.capture(
+        model, (x,), mesh=md.Mesh(tp=2), parallel=md.TensorParallel("tp", {"up": "colwise", "down": "rowwise"})
+    )
+    before = {name: p.clone() for name, p in model.named_parameters()}
+    with pytest.raises(VerificationError, match="does not compute what Gated computes") as raised:
+        md.verify(program, model, (x,))
+    assert ("with other numbers in " in raised.value.problem) == (hidden != "nothing")
+    assert all(torch.equal(p, before[name]) for name, p in model.named_parameters()), "the model is as it was"
+
+
+class OnlyZeros(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.zeros, self.linear = nn.Parameter(torch.zeros(8)), nn.Linear(8, 8)
+
+    def forward(self, x: Tensor) -> Tensor:
+        y: Tensor = self.linear(x) * (-self.zeros.abs()).sqrt()
+        return y
+
+
+def test_a_model_that_other_numbers_make_nan_of_is_compared_with_its_own() -> None:
+    model, x = OnlyZeros().eval(), torch.randn(2, 4, 8)
+    plan = {"": {"x": md.Split(1)}, "linear": md.Gather(1)}
+    program = md.capture(model, (x,), mesh=md.Mesh(cp=2), parallel=md.ContextParallel("cp", plan=plan))
+    report = md.verify(program, model, (x,))
+    assert report.structure_error == 0.0
+    (note,) = report.notes  # zeros are all that it takes
+    assert "some weights hide errors" in note
+    assert "is not finite" in note
+
+
+def test_what_is_drawn_of_constants() -> None:
+    ones, tied = torch.ones(4, 6, dtype=torch.bfloat16), torch.zeros(3)
+    found = drawn_constants(
+        {
+            "ones": ones,
+            "a": tied,
+            "b": tied.view(3),
+            "one": torch.ones(1),
+            "zero": torch.zeros(()),
+            "numbers": torch.arange(4.0),
+            "integers": torch.zeros(4, dtype=torch.int64),
+            "none": torch.zeros(0, 3),
+        }
+    )
+    assert sorted(found) == ["a", "b", "ones", "zero"]
+    assert found["a"] is found["b"]
+    assert found["ones"].dtype == torch.bfloat16
+    assert 0.7 < float(found["ones"].min()) < float(found["ones"].max()) < 1.3
+    assert float(found["zero"]) != 0.0
+    assert not repeats(found["ones"])
+    assert torch.equal(found["ones"], drawn_constants({"ones": ones})["ones"]), "each run draws the same"

@@ -20,44 +20,23 @@ from __future__ import annotations
 
 import time
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.distributed.tensor import DTensor
-from torch.utils import _pytree as pytree
 
-from torchtrt_md.capture.arguments import Arguments
-from torchtrt_md.capture.kept_state import OwnState
 from torchtrt_md.checks import check_verify
 from torchtrt_md.errors import VerificationError
 from torchtrt_md.lowering import lower
 from torchtrt_md.lowering.float8_rows import LARGEST_ERROR
-from torchtrt_md.lowering.ops import OF_PARTS, bound_args, packing_of
-from torchtrt_md.program import Output, ShardedProgram, Value, Weight, Weights, dtype_name, part, value_of
-from torchtrt_md.verification.compare import is_inexact, relative_error, rounding, structure, structure_tolerance
-from torchtrt_md.verification.dense import (
-    Sample,
-    captured,
-    check_captured,
-    check_finite,
-    precision_name,
-    run,
-    samples,
-    weights_of,
-    widest,
-    with_given,
-)
-from torchtrt_md.verification.draw import draw, largest_last, scaled
+from torchtrt_md.lowering.ops import packing_of
+from torchtrt_md.program import ShardedProgram, Value, dtype_name, part
+from torchtrt_md.verification.compare import is_inexact, rounding, structure, structure_tolerance
+from torchtrt_md.verification.dense import Sample, check_captured, precision_name
 from torchtrt_md.verification.simulate import Precision, interpret, simulate
+from torchtrt_md.verification.trials import Proof, Trial, cuts_width, trials_of
 
-aten = torch.ops.aten
-# What does nothing, or one thing only, as long as numbers stay on one side of a bound or of each other.
-_BOUNDS = {aten.clamp, aten.clamp_min, aten.clamp_max, aten.minimum, aten.maximum, aten.gt, aten.ge, aten.lt, aten.le}
-_BOUNDS |= {aten.hardtanh, aten.hardswish, aten.hardsigmoid, aten.threshold, aten.softshrink, aten.hardshrink}
-_BOUNDS |= {aten.fmin, aten.fmax}
-_FACTORS = (64.0, 1 / 64)  # powers of two, by which nothing is rounded
 _CONSTANT = 256.0  # times the largest number that changes: what is larger and does not change is a filling
 
 
@@ -115,16 +94,17 @@ def verify(
     check_verify(program, model, args, kwargs)
     start = time.perf_counter()
     program = lower(program)
-    proof = _Proof.of(program, model, args, dict(kwargs or {}))
-    trials, notes = _trials(proof)
+    proof = Proof.of(program, model, args, dict(kwargs or {}))
+    trials, notes = trials_of(proof)
+    asked = [trial for trial in trials if trial.exact]
     if proof.weights.checkpoint is not None:
         notes.append(
             f"{proof.name} is on meta: the whole of it was compared, its weights read one at a time from"
             f" {proof.weights.checkpoint.where}"
         )
-    if trials[0].limited:
-        notes.append(f"compared in {precision_name(trials[0].precision)}: {trials[0].limited}")
-    structures = [_structure(proof, trial) for trial in trials]
+    if asked[0].limited:
+        notes.append(f"compared in {precision_name(asked[0].precision)}: {asked[0].limited}")
+    structures = [_structure(proof, trial) for trial in asked]
     errors, dense_error, told = _rounding(proof, trials[0])
     notes += told
     worst_structure = max(structures, key=lambda found: found.error)
@@ -139,65 +119,9 @@ def verify(
         seconds=time.perf_counter() - start,
         worst=max(flat, key=lambda found: found.error).place if flat else "",
         structure_worst=worst_structure.place,
-        precision=trials[0].precision,
+        precision=asked[0].precision,
         notes=tuple(notes),
     )
-
-
-@dataclass(frozen=True)
-class _Proof:
-    """What is compared.  ``dense`` is the captured graph of ``model``."""
-
-    program: ShardedProgram
-    model: nn.Module
-    weights: Weights
-    arguments: Arguments
-    dense: ShardedProgram
-
-    @property
-    def name(self) -> str:
-        return type(self.model).__name__
-
-    def of_tables(self) -> float:
-        """What the structure may differ by where one graph holds a table that the other computes.
-
-        A model that keeps tables, in an attribute or a buffer, gives those of its own dtype once it was called; what
-        is captured before computes them, and so in fp64.
-        """
-        held = [_tables(self.program, self.model), _tables(self.dense, self.model)]
-        different = [dtype for dtype in {*held[0], *held[1]} if held[0].count(dtype) != held[1].count(dtype)]
-        return max((4 * torch.finfo(dtype).eps for dtype in different), default=0.0)
-
-    @classmethod
-    def of(cls, program: ShardedProgram, model: nn.Module, args: Sequence[Any], kwargs: Mapping[str, Any]) -> _Proof:
-        weights = _dense_weights(program, model)
-        arguments = Arguments.of(model, args, kwargs)
-        _check_inputs(program, arguments.tensors)
-        dense = captured(model, args, kwargs)
-        _check_result(program, dense, type(model).__name__)
-        return cls(program, model, weights, arguments, dense)
-
-
-@dataclass(frozen=True)
-class _Trial:
-    """What dense model and program compute from some inputs.
-
-    Attributes:
-        inputs: by name.
-        own: the outputs of the dense model in its own dtype, by PyTorch.
-        reference: the same in ``precision``.
-        samples: what rounding does to them.
-        exact: the outputs of each rank of the program in ``precision``.
-        limited: why ``precision`` is not float64.
-    """
-
-    inputs: Mapping[str, Tensor]
-    own: Sequence[Tensor]
-    reference: Sequence[Tensor]
-    samples: Sequence[Sample]
-    exact: Sequence[Sequence[Tensor]]
-    precision: torch.dtype | None
-    limited: str
 
 
 @dataclass(frozen=True)
@@ -208,130 +132,7 @@ class _Found:
     place: str
 
 
-def _trials(proof: _Proof) -> tuple[list[_Trial], list[str]]:
-    """With the inputs that tell programs apart best first, and the given ones among them; and what there is to say."""
-    given = proof.arguments.tensors
-    drawn = draw(proof.dense, given)
-    if not drawn:
-        outlying, said = _outlying(proof, given)
-        return [_trial(proof, given), *outlying], said
-    notes: list[str] = []
-    # A mask need not fit, which is no reason to leave out the numbers that were drawn beside it.
-    for these in (drawn, {name: t for name, t in drawn.items() if t.dtype != torch.bool}):
-        if not these or (notes and these.keys() == drawn.keys()):
-            continue
-        names = ", ".join(map(repr, these))
-        try:
-            first = _trial(proof, {**given, **these})
-        except VerificationError as error:  # a model need not take what was drawn
-            notes.append(f"{names} cannot tell programs apart, and others do not fit: {error.problem}")
-            continue
-        notes.append(f"{names} cannot tell programs apart, so others were drawn too")
-        outlying, said = _outlying(proof, {**given, **these})
-        return [first, _trial(proof, given, draws=False), *outlying], [*notes, *said]
-    return [_trial(proof, given)], notes
-
-
-def _outlying(proof: _Proof, given: Mapping[str, Tensor]) -> tuple[list[_Trial], list[str]]:
-    """With numbers elsewhere or of other sizes, where the given ones may hide something; and what there is to say."""
-    others: dict[str, dict[str, Tensor]] = {}
-    if _compares(proof.dense):
-        others["inputs whose largest numbers are at the end"] = largest_last(given)
-    if _cuts_width(proof.program) and _bounds(proof.dense):
-        others |= {f"inputs {factor:g} times as large": scaled(given, factor) for factor in _FACTORS}
-    trials, said = [], []
-    for what, inputs in others.items():
-        try:
-            trials += [_trial(proof, {**given, **inputs}, draws=False)] if inputs else []
-        except VerificationError as error:  # a model need not take these
-            said.append(f"{what} do not fit: {error.problem}")
-    return trials, said
-
-
-def _compares(dense: ShardedProgram) -> bool:
-    """Does the model look for the largest, or least, of more than each row by itself?  Those may be of all tokens."""
-    for node in dense.graphs[0].graph.nodes:
-        if node.target in OF_PARTS:
-            args = bound_args(node)
-            ndim = value_of(args["self"]).ndim
-            if {d % max(ndim, 1) for d in args.get("dim") or range(ndim)} - {ndim - 1}:
-                return True
-    return False
-
-
-def _bounds(dense: ShardedProgram) -> bool:
-    """Does the model compare floating numbers with bounds, or with each other, which the given ones may stay inside?"""
-    for node in dense.graphs[0].graph.nodes:
-        if getattr(node.target, "overloadpacket", None) in _BOUNDS:
-            first = next(iter(node.all_input_nodes), None)
-            if first is not None and value_of(first).is_floating_point():
-                return True
-    return False
-
-
-def _cuts_width(program: ShardedProgram) -> bool:
-    """Has a rank a part of some weight?"""
-    return any(isinstance(source, Weight) and source.shardings for source in program.sources.values())
-
-
-def _trial(proof: _Proof, inputs: Mapping[str, Tensor], *, draws: bool = True) -> _Trial:
-    return _with_program(proof, *_reference(proof, inputs), draws=draws)
-
-
-def _reference(proof: _Proof, inputs: Mapping[str, Tensor]) -> tuple[Mapping[str, Tensor], list[Tensor]]:
-    """The inputs, and what the dense model makes of them in its own dtype."""
-
-    def call() -> list[Tensor]:
-        args, kwargs = proof.arguments.call_with(inputs)
-        found = pytree.tree_leaves(run(proof.model, args, kwargs, proof.weights))
-        return [t.detach().clone() for t in found if isinstance(t, Tensor)]
-
-    with OwnState(proof.model) as state:
-        own = call()
-        if state.changed():  # a table that it keeps, or what its next call depends on
-            _check_alike(proof.name, own, call())
-    return inputs, own
-
-
-def _check_alike(name: str, first: Sequence[Tensor], again: Sequence[Tensor]) -> None:
-    """Refuse a model whose result depends on the calls before: what is compiled knows of none.
-
-    Raises:
-        VerificationError: it returned something else when it was called again.
-    """
-    for a, b in zip(first, again, strict=True):
-        same = (a.shape, a.dtype) == (b.shape, b.dtype)
-        # Kernels of a GPU may sum in another order each time, which a deep model in bfloat16 makes much of.
-        limit = 5e-2 if a.is_cuda else 1e-5
-        if not same or not (torch.equal(a, b) or relative_error(b, a) <= limit):
-            raise VerificationError(
-                f"{name} keeps something from one call to the next, and returns something else when it is called again"
-                " with the same arguments",
-                fix="pass in what it keeps, and return the new value",
-            )
-
-
-def _with_program(proof: _Proof, inputs: Mapping[str, Tensor], own: list[Tensor], *, draws: bool = True) -> _Trial:
-    def both(precision: Precision) -> tuple[tuple[Tensor, ...], list[tuple[Tensor, ...]]]:
-        reference = interpret(proof.dense, inputs, weights=proof.weights, precision=precision)
-        return reference, simulate(proof.program, inputs, weights=proof.weights, precision=precision)
-
-    (reference, exact), wide, limited = widest(both)
-    check_finite({v.name: t for v, t in zip(proof.program.outputs, reference, strict=True)})
-    made = samples(proof.dense, inputs, proof.weights, own, reference, wide, draws=draws)
-    return _Trial(inputs, own, reference, made, exact, wide, limited)
-
-
-def _tables(program: ShardedProgram, model: nn.Module) -> list[torch.dtype]:
-    """The floating dtypes of the tensors that a program holds in its graph, or reads from buffers of the model."""
-    graph = program.graphs[0]
-    held = [getattr(graph, str(node.target)) for node in graph.graph.find_nodes(op="get_attr")]
-    buffers = dict(model.named_buffers(remove_duplicate=False))
-    held += [buffers[s.name] for s in program.sources.values() if isinstance(s, Weight) and s.name in buffers]
-    return [t.dtype for t in held if isinstance(t, Tensor) and t.is_floating_point()]
-
-
-def _structure(proof: _Proof, trial: _Trial) -> _Found:
+def _structure(proof: Proof, trial: Trial) -> _Found:
     """Is it the same function?
 
     Raises:
@@ -343,7 +144,7 @@ def _structure(proof: _Proof, trial: _Trial) -> _Found:
     of_tables = proof.of_tables()
     for rank, output, value, reference, sample in _parts(proof, trial, trial.exact):
         difference = structure(value, reference, _part(sample.value, output, proof.program, rank), sample.finer)
-        place = f"{output.name!r} of rank {rank}: {difference.place}"
+        place = ", ".join(filter(None, (f"{output.name!r} of rank {rank}: {difference.place}", trial.about)))
         tolerance = max(structure_tolerance(value.dtype), of_tables)
         if not difference.error <= tolerance:
             raise VerificationError(
@@ -365,12 +166,12 @@ def _way_out(program: ShardedProgram) -> str:
         " the features, of which a rank has a part, as a norm, a softmax or a mean does: give the first the style"
         " colwise_gather_output and the second rowwise_split_input, or leave both out"
     )
-    there = ((of_sequence, bool(program.strategies)), (of_width, _cuts_width(program)))
+    there = ((of_sequence, bool(program.strategies)), (of_width, cuts_width(program)))
     looked_at = [text for text, is_split in there if is_split]
     return f"look at the plan: {'; '.join(looked_at or [of_sequence])}"
 
 
-def _rounding(proof: _Proof, trial: _Trial) -> tuple[list[list[_Found]], float, list[str]]:
+def _rounding(proof: Proof, trial: Trial) -> tuple[list[list[_Found]], float, list[str]]:
     """Is it as accurate?  The errors of each rank, by output, the dense model's own, and what there is to say.
 
     Raises:
@@ -395,7 +196,7 @@ def _rounding(proof: _Proof, trial: _Trial) -> tuple[list[list[_Found]], float, 
 
 
 def _differences(
-    proof: _Proof, trial: _Trial, program: Sequence[Sequence[Tensor]], *, bounded: bool
+    proof: Proof, trial: Trial, program: Sequence[Sequence[Tensor]], *, bounded: bool
 ) -> list[list[_Found]]:
     """The errors of each rank, by output.
 
@@ -420,7 +221,7 @@ def _differences(
 
 
 def _check_sent(
-    proof: _Proof, trial: _Trial, plain: Sequence[Sequence[Tensor]], sent: Sequence[Sequence[Tensor]]
+    proof: Proof, trial: Trial, plain: Sequence[Sequence[Tensor]], sent: Sequence[Sequence[Tensor]]
 ) -> float:
     """What exchanges in float8 change of an output, at most, relative, by L2 norms.
 
@@ -460,7 +261,7 @@ def _changed(value: Tensor, without: Tensor) -> float:
 
 
 def _parts(
-    proof: _Proof, trial: _Trial, ranks: Sequence[Sequence[Tensor]]
+    proof: Proof, trial: Trial, ranks: Sequence[Sequence[Tensor]]
 ) -> Iterator[tuple[int, Value, Tensor, Tensor, Sample]]:
     """Rank, output, value, what it should be, and its sample, of every output of every rank."""
     for rank, values in enumerate(ranks):
@@ -474,63 +275,7 @@ def _part(whole: Tensor, output: Value, program: ShardedProgram, rank: int) -> T
     return part(whole, output.sharding, program.mesh, rank)
 
 
-def _dense_weights(program: ShardedProgram, model: nn.Module) -> Weights:
-    """The dense model's weights, which must be those that the engines will get.
-
-    Raises:
-        VerificationError: the model is sharded itself, or a weight of the program is another.
-    """
-    own_weights, mesh = weights_of(model), program.mesh
-    tensors, dense = own_weights.whole, with_given(own_weights, program.weights)
-    sharded = next((name for name, t in tensors.items() if isinstance(t, DTensor)), None)
-    if sharded is not None:
-        raise VerificationError(
-            f"parameter {sharded!r} of the model to compare with is a DTensor",
-            fix="pass the dense model, as it was before parallelize_module; md.export(..., dense=...)",
-        )
-    read = {leaf.name for weight in program.read() for leaf in weight.parts or (weight,)}
-    for source in program.sources.values():
-        if not isinstance(source, Weight) or source.parts:  # the parts are among the sources themselves
-            continue
-        if source.name not in tensors:
-            raise VerificationError(
-                f"the program has a weight {source.name!r} and {type(model).__name__} has none of that name",
-                fix="verify with the model that was captured",
-            )
-        if source.name in dense.given or source.name not in read:  # of the same checkpoint, or of no use
-            continue
-        held = replace(source, shardings=()) if source.name in program.weights.whole else source
-        rank = program.weights.rank  # the one whose part is held, where not the whole is
-        own, expected = program.weights.local(held, mesh, rank), dense.local(held, mesh, rank)
-        same = own.data_ptr() == expected.data_ptr() and own.stride() == expected.stride()
-        if own.dtype != expected.dtype or own.shape != expected.shape or not (same or torch.equal(own, expected)):
-            raise VerificationError(
-                f"weight {source.name!r} of the program is not that of the dense {type(model).__name__}",
-                fix="capture with the dense model's own weights, or verify with the model that was captured",
-            )
-    return dense
-
-
-def _check_inputs(program: ShardedProgram, inputs: Mapping[str, Tensor]) -> None:
-    expected = {v.name: (v.shape, v.dtype) for v in program.inputs}
-    found = {name: (tuple(t.shape), t.dtype) for name, t in inputs.items()}
-    if expected != found:
-        raise VerificationError(
-            f"the program takes {expected} and was given {found}",
-            fix="verify with arguments of the shapes and dtypes that were captured",
-        )
-
-
-def _check_result(program: ShardedProgram, dense: ShardedProgram, name: str) -> None:
-    expected, found = ([None if isinstance(leaf, Output) else leaf for leaf in p.out_leaves] for p in (program, dense))
-    if dense.out_spec != program.out_spec or found != expected:
-        raise VerificationError(
-            f"{name} returns {found} in {dense.out_spec}, and the program {expected} in {program.out_spec}",
-            fix="return no numbers that depend on the length of the sequence; under a plan they are those of one rank",
-        )
-
-
-def _dtype(proof: _Proof) -> torch.dtype:
+def _dtype(proof: Proof) -> torch.dtype:
     """The floating dtype that most of the model's weights are in; of the inputs, where it has none."""
     counts: dict[torch.dtype, int] = {}
     for t in [*proof.model.parameters(), *proof.model.buffers()] or list(proof.arguments.tensors.values()):

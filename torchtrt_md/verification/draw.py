@@ -9,6 +9,10 @@ is drawn anew, from a fixed seed, so that it is as valid as it was:
                 that can be looked up
     booleans    the other value at the end of the last row, as a mask has where a sequence is padded
 
+A weight of zeros hides what it is multiplied with, and a bias of zeros how often it is added; so models are made, and a
+bundle may get other weights later.  So for structure, parameters that are one number everywhere are drawn too
+(:func:`drawn_constants`).
+
 The largest number of a sequence is right wherever a program looks for it, unless it is where the program does not look;
 and programs forget the last position, or count it twice.  So where a model looks for such numbers, structure is asked
 once more, with the largest numbers of its inputs at the end (:func:`largest_last`).  A bound that the example stays
@@ -19,6 +23,7 @@ smaller inputs, too (:func:`scaled`).
 from __future__ import annotations
 
 from collections.abc import Mapping
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -27,6 +32,7 @@ from torch.fx import Node
 from torchtrt_md.program import ShardedProgram, Value, placeholders, value_of
 
 _SEED = 0
+_OF_BIAS = 0.25
 _OUTLIES = 4.0  # times the largest of the others
 _SCALED = (torch.float64, torch.float32, torch.bfloat16, torch.float16)
 aten = torch.ops.aten
@@ -71,6 +77,44 @@ def draw(dense: ShardedProgram, inputs: Mapping[str, Tensor]) -> dict[str, Tenso
             if not repeats(new) or not torch.equal(new.cpu(), example.cpu()):
                 drawn[source.name] = new
     return drawn
+
+
+def drawn_constants(parameters: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """New tensors for those parameters that are one number everywhere; empty if there are none.
+
+    Zeros become normal numbers, which in a matrix are the smaller, the longer the sums; all else is multiplied by
+    numbers from [0.75, 1.25).
+
+    Args:
+        parameters: by name; tied ones stay tied.
+    """
+    generator = torch.Generator().manual_seed(_SEED)
+    found: dict[str, Tensor] = {}
+    made: dict[tuple[Any, ...], Tensor] = {}
+    for name, t in parameters.items():
+        memory = (t.data_ptr(), t.shape, t.stride(), t.dtype)
+        if t.dtype in _SCALED and _is_constant(t):
+            if memory not in made:
+                made[memory] = _other(t, generator)
+            found[name] = made[memory]
+    return found
+
+
+def _is_constant(t: Tensor) -> bool:
+    """Is it one number everywhere?  Of a single one, is it zero?"""
+    if not t.numel():
+        return False
+    number = t[(0,) * t.ndim]
+    if t.numel() == 1:
+        return not bool(number)
+    return bool((t[(0,) * (t.ndim - 1)] == number).all()) and bool((t == number).all())
+
+
+def _other(t: Tensor, generator: torch.Generator) -> Tensor:
+    if bool(t[(0,) * t.ndim]):
+        return (t * (0.75 + torch.rand(t.shape, generator=generator) / 2).to(t.device)).to(t.dtype)
+    size = (t.numel() / len(t)) ** -0.5 if t.ndim > 1 else _OF_BIAS
+    return (torch.randn(t.shape, generator=generator) * size).to(t.device, t.dtype)
 
 
 def largest_last(inputs: Mapping[str, Tensor]) -> dict[str, Tensor]:
