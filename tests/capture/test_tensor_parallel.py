@@ -150,6 +150,50 @@ def test_a_style_that_does_not_fit_its_module() -> None:
     assert isinstance(caught.value.__cause__, NotImplementedError)
 
 
+class OwnCopies(nn.Module):
+    """Copies of it have parameters of their own, tied as its are."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.weight = nn.Parameter(torch.randn(16, 16))
+        self.tied = self.weight
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return x @ self.weight + x @ self.tied
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> OwnCopies:
+        made = OwnCopies()
+        made.tied = made.weight
+        return made
+
+
+class Between(nn.Module):
+    def __init__(self, module: nn.Module) -> None:
+        super().__init__()
+        self.up, self.module, self.down = nn.Linear(16, 16), module, nn.Linear(16, 16)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        y: torch.Tensor = self.down(self.module(self.up(x)))
+        return y
+
+
+WHOLE_BETWEEN = md.TensorParallel("tp", {"up": "colwise_gather_output", "down": "rowwise_split_input"})
+
+
+def test_a_module_that_copies_its_parameters() -> None:
+    model, x = Between(OwnCopies()).eval(), torch.randn(2, 16)
+    program = md.capture(model, (x,), mesh=TP2, parallel=WHOLE_BETWEEN)
+    assert "module.weight" in {weight.name for weight in md.lower(program).read()}
+    md.verify(program, model, (x,))
+
+
+@pytest.mark.filterwarnings("ignore:.torch.jit.script. is deprecated:FutureWarning")
+def test_a_scripted_module_is_refused_where_weights_are_cut() -> None:
+    model, x = Between(torch.jit.script(nn.Linear(16, 16))).eval(), torch.randn(2, 16)
+    with pytest.raises(CaptureError, match="a module that TorchScript compiled"):
+        md.capture(model, (x,), mesh=TP2, parallel=WHOLE_BETWEEN)
+
+
 def test_tied_weights_are_one() -> None:
     class Tied(nn.Module):
         def __init__(self) -> None:

@@ -141,6 +141,7 @@ def test_what_needs_no_work_is_checked_before_the_file_is_run(
     ("content", "message", "line"),
     [
         ("def model():\n    return 1 / 0\n", "mine.py failed: ZeroDivisionError: division by zero", "return 1 / 0"),
+        ("def model():\n    raise SystemExit(0)\n", "mine.py failed: SystemExit: 0", "raise SystemExit"),
         ("import no_such_module\n", "mine.py failed: ModuleNotFoundError", "import no_such_module"),
         ("def model(:\n", "mine.py failed: SyntaxError", ""),
         ("x = 1\n", "mine.py has no function 'model'", ""),

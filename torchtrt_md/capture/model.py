@@ -188,14 +188,17 @@ def _shadow(model: nn.Module, without_memory: bool) -> tuple[nn.Module, dict[int
     except Exception as error:  # any class may refuse to be copied, in its own way
         raise _uncopied(model, {**shared, **links}, error) from error
     if without_memory:
-        empty = {
-            key: t if isinstance(t, DTensor) else nn.Parameter(t.detach().to("meta"), requires_grad=False)
-            for key, t in shared.items()
-            if isinstance(t, nn.Parameter)
-        }
+        empty: dict[int, nn.Parameter] = {}
         for module in shadow.modules():
+            if isinstance(module, torch.jit.ScriptModule):
+                raise CaptureError(
+                    f"{type(model).__name__} holds a module that TorchScript compiled, whose parameters cannot be cut",
+                    fix="use the module that was scripted or traced in its place",
+                )
             for name, parameter in module._parameters.items():
-                if parameter is not None:
+                if parameter is not None and not isinstance(parameter, DTensor):
+                    if id(parameter) not in empty:  # one that is tied stays so
+                        empty[id(parameter)] = nn.Parameter(parameter.detach().to("meta"), requires_grad=False)
                     module._parameters[name] = empty[id(parameter)]  # registering asks for what a module may compute
     return shadow, originals(memo)
 

@@ -63,7 +63,7 @@ def read_user_file(path: str | Path, seed: int = 0, device: str = "cpu") -> User
             result = namespace[FUNCTION]()
     except CaptureError:
         raise
-    except Exception as error:  # it is the user's own code
+    except (Exception, SystemExit) as error:  # of the user's own code
         reason = next(iter(str(error).strip().splitlines()), "")
         raise CaptureError(
             f"{path} failed: {type(error).__name__}: {reason}",
