@@ -72,6 +72,31 @@ def test_a_network_has_q_and_dq_with_the_scales(how: Any, rows: bool, dtype: tor
     assert engine.file.stat().st_size
 
 
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("rows", [False, True])
+@pytest.mark.parametrize("how", [FLOAT8, INT8])
+def test_float8_is_within_its_range_in_front_of_q(how: Any, rows: bool, dtype: torch.dtype) -> None:
+    """TensorRT-RTX rounds to integers of 8 bits within their range, and to float8 without a look at it."""
+    layer = Layer(how, rows)
+    with torch.no_grad():
+        layer.of_weight.mul_(0.5)  # as a calibration that leaves outliers out
+    net, _, interpreter = networks.network(captured(layer, dtype))
+    selects = networks.layers_of(net, "SELECT")
+    assert len(selects) == (2 if how is FLOAT8 else 0), "of the argument; the weight is a constant"
+    found = {}
+    for constant in networks.layers_of(net, "CONSTANT"):
+        constant.__class__ = flavour().trt.IConstantLayer
+        found[constant.get_output(0).name] = constant.get_output(0).dtype, constant.weights
+    for q in networks.layers_of(net, "QUANTIZE"):
+        x = q.get_input(0)
+        if x.name not in found:
+            assert how is INT8 or x.name == selects[-1].get_output(0).name
+        elif found[x.name][0] == flavour().trt.float32:
+            beyond = np.abs(np.reshape(found[x.name][1], (32, 16))) > layer.of_weight.numpy()
+            assert beyond.any() == (how is INT8)
+    del interpreter
+
+
 @pytest.mark.parametrize("how", [FLOAT8, INT8])
 def test_the_scale_is_amax_over_the_largest_number(how: Any) -> None:
     """And of a row that is all zero, one with which zero stays zero."""

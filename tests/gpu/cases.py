@@ -24,7 +24,17 @@ from gpu.bundles import (
     wrong_input,
 )
 from gpu.case import Case, Found, Rank
-from gpu.checks import CALLS, float8_exchanges, graphs, many_calls, ring_self_test, self_tests, vote_cost, weights_once
+from gpu.checks import (
+    CALLS,
+    float8_exchanges,
+    graphs,
+    many_calls,
+    quantizers,
+    ring_self_test,
+    self_tests,
+    vote_cost,
+    weights_once,
+)
 from gpu.doors import CPU_DOORS, DOORS, one_by_one, ranks_differ, through, two_models
 from gpu.networks import make
 from gpu.offers import step_times
@@ -43,6 +53,7 @@ OTHERS: list[tuple[str, Callable[[Rank], Found]]] = [
     ("md.compile: the cost of a vote", vote_cost),
     (f"md.compile: {CALLS} calls", many_calls),
     ("md.compile: exchanges in float8", float8_exchanges),
+    ("md.compile: quantizers in engines", quantizers),
     ("CUDA graphs: replays, budget, failures", graphs),
     ("self-tests: every op", self_tests),
     ("ring inside an engine: the self-test", ring_self_test),

@@ -340,3 +340,43 @@ def test_operands_that_are_drawn(dtype: torch.dtype) -> None:
     assert drawn.shape == (5, 7)
     assert torch.equal(drawn, other) == (dtype == torch.int64)
     assert torch.equal(drawn, draw((5, 7), dtype, CPU, 1))
+
+
+def clipped(x: Tensor, weight: Tensor) -> list[Tensor]:
+    return [(x @ weight).clamp(-100.0, 100.0), x.exp()]
+
+
+def unclipped(x: Tensor, weight: Tensor) -> list[Tensor]:
+    y = x @ weight
+    return [torch.where(y.abs() <= 100.0, y, torch.nan), x.exp()]
+
+
+def without_bounds(x: Tensor, weight: Tensor) -> list[Tensor]:
+    return [x @ weight, x.exp()]
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_what_is_beyond_a_bound_is_compared_too(dtype: torch.dtype) -> None:
+    """Where numbers overflow in the graph they may in what is compiled of it."""
+    operands = examples(dtype, (32, WIDTH), (WIDTH, WIDTH))
+
+    def larger(number: int) -> list[Tensor]:
+        x, weight = operands(number)
+        return [x * 64, weight]
+
+    graph = graph_of(clipped, operands(0))
+    assert float(clipped(*operands(0))[0].abs().max()) < 100.0, "what is drawn stays inside"
+    assert not bool(clipped(*larger(0))[1].isfinite().all())
+    check_compiled("part 3", graph, unclipped, operands, by="TensorRT")
+    check_compiled("part 3", graph, clipped, operands, by="TensorRT", larger=larger)
+    with pytest.raises(VerificationError, match="part 3, as TensorRT compiled it, computes something else"):
+        check_compiled("part 3", graph, unclipped, operands, by="TensorRT", larger=larger)
+
+
+def test_larger_numbers_are_asked_for_only_where_there_is_a_bound() -> None:
+    def never(number: int) -> list[Tensor]:
+        raise AssertionError("there is no bound")
+
+    operands = examples(torch.float32, (32, WIDTH), (WIDTH, WIDTH))
+    graph = graph_of(without_bounds, operands(0))
+    check_compiled("part 3", graph, without_bounds, operands, by="Inductor", larger=never)

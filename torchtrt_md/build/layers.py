@@ -178,6 +178,27 @@ def add_quantize_dequantize(flavour: Flavour, network: Any, x: Any, scale: Any, 
     return dequantize.get_output(0)
 
 
+def add_bounds(flavour: Flavour, network: Any, x: Any, scale: Any, largest: Any, axis: int | None) -> Any:
+    """x, no further from zero than ``scale * largest``; NaN stays NaN, which IElementWiseLayer's MIN would lose.
+
+    Args:
+        scale: float32, one number, or [n] for the places of the dim ``axis``.
+        largest: float32, of as many dims.
+    """
+    trt = flavour.trt
+    ops = trt.ElementWiseOperation
+    bound = network.add_elementwise(scale, largest, ops.PROD).get_output(0)
+    shape = [1] * len(x.shape)
+    if axis is not None:
+        shape[axis] = x.shape[axis]
+    upper = network.add_cast(viewed(network, bound, tuple(shape)), x.dtype).get_output(0)
+    lower = network.add_unary(upper, trt.UnaryOperation.NEG).get_output(0)
+    for limit, beyond in ((upper, ops.GREATER), (lower, ops.LESS)):
+        is_beyond = network.add_elementwise(x, limit, beyond).get_output(0)
+        x = network.add_select(is_beyond, limit, x).get_output(0)
+    return x
+
+
 def add_scale_of_8_bits(flavour: Flavour, network: Any, amax: Any, largest: Any, limit: Any, otherwise: Any) -> Any:
     """amax / largest, and ``otherwise`` where amax is not above ``limit``; all of them float32 of as many dims."""
     trt = flavour.trt

@@ -62,12 +62,30 @@ def convert(ctx: Any, target: Any, args: tuple[Any, ...], kwargs: dict[str, Any]
         )
     x, amax, num_bits, exponent_bits, _ = args
     float8 = (num_bits, exponent_bits) == FLOAT8
+    held = isinstance(x, torch.Tensor) and isinstance(amax, torch.Tensor)
+    if float8 and held:
+        x = _within(x, amax)
     x = load().get_trt_tensor(ctx, x, f"{name}_operand")
     shape = tuple(amax.shape)
     long = [dim for dim, extent in enumerate(shape) if extent > 1]
     axis = long[0] + len(x.shape) - len(shape) if long else None
     scale = _scale(ctx, amax, [shape[dim] for dim in long], float8, name)
+    if float8 and not held:
+        x = _bounded(ctx, x, scale, axis, name)
     return layers.add_quantize_dequantize(flavour(), ctx.net, x, scale, axis, "FP8" if float8 else "INT8")
+
+
+def _within(x: torch.Tensor, amax: torch.Tensor) -> torch.Tensor:
+    """A constant within its amax, as :func:`_bounded`; the tensor itself where it is."""
+    wide = amax.detach().to(x.device, torch.float32)
+    limit = torch.where(wide > NO_AMAX, wide, 1.0).to(x.dtype)
+    return torch.clamp(x.detach(), -limit, limit) if bool((x.detach().abs() > limit).any()) else x
+
+
+def _bounded(ctx: Any, x: Any, scale: Any, axis: int | None, name: str) -> Any:
+    """x within what the scale makes the largest float8: TensorRT-RTX 1.6.1 makes NaN of what is beyond on an H200."""
+    largest = load().get_trt_tensor(ctx, torch.full([1] * len(scale.shape), LARGEST_FLOAT8), f"{name}_bound")
+    return layers.add_bounds(flavour(), ctx.net, x, scale, largest, axis)
 
 
 def _scale(ctx: Any, amax: Any, dims: list[int], float8: bool, name: str) -> Any:

@@ -37,10 +37,11 @@ from torchtrt_md.runtime.steps import Key, Step, Values, call_step, eager_steps,
 from torchtrt_md.runtime.two_steps import sum_in_two
 from torchtrt_md.runtime.weights import Stored, WeightOf, laid_out
 from torchtrt_md.segment import Part, Segment, Wire
-from torchtrt_md.verification.compiled import check_compiled
+from torchtrt_md.verification.compiled import Operands, check_compiled
 from torchtrt_md.verification.operands import draw, limit
 
 log = logging.getLogger(__name__)
+_LARGER = 64.0  # times what is drawn: beyond what it is compared with, or quantized by
 
 
 @dataclass
@@ -299,12 +300,13 @@ def assemble(
         fixed[Wire("coordinate", axis)] = torch.tensor([at], dtype=torch.int32, device=device)
     steps: list[Step] = []
     for index, part in enumerate(parts):
-        name, examples = named(part.segment, index), partial(_examples, part, fixed, device)
+        name = named(part.segment, index)
+        examples, larger = (partial(_examples, part, fixed, device, factor) for factor in (1.0, _LARGER))
         if index in engines:
             steps.append(engine_step(part.segment, engines[index]))
             if part.graph is not None and part.segment.axis is None and part.digest not in known.checked:
                 with known.working():
-                    _check_engine(name, part.segment, part.graph, steps[-1], examples, device)
+                    _check_engine(name, part.segment, part.graph, steps[-1], examples, larger, device)
                 known.checked.add(part.digest)
             continue
         assert part.graph is not None, f"{name} has nothing that runs it"
@@ -313,7 +315,7 @@ def assemble(
                 from torchtrt_md.runtime.inductor import compile_graph
 
                 with known.working():
-                    known.compiled[part.digest] = compile_graph(name, part.graph, examples, device)
+                    known.compiled[part.digest] = compile_graph(name, part.graph, examples, device, larger=larger)
             steps.append(call_step(part.segment, known.compiled[part.digest]))
         else:
             graph = copied(part.graph)
@@ -325,13 +327,21 @@ def assemble(
     return steps, fixed
 
 
-def _examples(part: Part, fixed: Mapping[Key, Tensor], device: torch.device, number: int) -> list[Tensor]:
-    """Operands for a part with a graph: weights as they are, all else drawn, otherwise for another number."""
+def _examples(
+    part: Part, fixed: Mapping[Key, Tensor], device: torch.device, factor: float, number: int
+) -> list[Tensor]:
+    """Operands for a part with a graph: weights as they are, all else drawn, otherwise for another number.
+
+    Floating ones that are drawn are multiplied by ``factor``.
+    """
     assert part.graph is not None
     found = []
     for place, (node, b) in enumerate(zip(placeholders(part.graph), part.segment.inputs, strict=True)):
         held = fixed.get(source_key(b))
-        found.append(draw(b.shape, b.dtype, device, 1000 * number + place, limit(node)) if held is None else held)
+        if held is None:
+            held = draw(b.shape, b.dtype, device, 1000 * number + place, limit(node))
+            held = held * factor if b.dtype.is_floating_point and b.dtype.itemsize > 1 else held
+        found.append(held)
     return found
 
 
@@ -340,7 +350,8 @@ def _check_engine(
     segment: Segment,
     graph: GraphModule,
     step: Step,
-    examples: Callable[[int], list[Tensor]],
+    examples: Operands,
+    larger: Operands,
     device: torch.device,
 ) -> None:
     """Compare an engine without collectives with the graph that it was built of.
@@ -362,4 +373,4 @@ def _check_engine(
         stream.synchronize()
         return [values[slot.name] for slot in step.slots]
 
-    check_compiled(name, graph, run, examples, by="TensorRT")
+    check_compiled(name, graph, run, examples, by="TensorRT", larger=larger)

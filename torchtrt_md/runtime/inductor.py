@@ -16,7 +16,7 @@ from torchtrt_md.lowering.ops import bound_args
 from torchtrt_md.runtime import private
 from torchtrt_md.runtime.epilogue import fuse_gelu
 from torchtrt_md.runtime.steps import to_device
-from torchtrt_md.verification.compiled import check_compiled
+from torchtrt_md.verification.compiled import Operands, check_compiled
 
 log = logging.getLogger(__name__)
 # Fusing after loops were reordered makes the kernels that torchtrt_md.verification.compiled tells of.
@@ -30,7 +30,7 @@ def prepare(device: torch.device) -> None:
 
 
 def compile_graph(
-    name: str, graph: GraphModule, examples: Callable[[int], list[Tensor]], device: torch.device
+    name: str, graph: GraphModule, examples: Operands, device: torch.device, *, larger: Operands | None = None
 ) -> Callable[..., Sequence[Tensor]]:
     """The graph as a function of tensors like these, compiled now, and compared with what PyTorch's own ops compute.
 
@@ -40,6 +40,7 @@ def compile_graph(
         name: of the part, for messages.
         graph: without collectives.
         examples: gives operands on the device, other ones for another number.
+        larger: the same of larger numbers.
 
     Raises:
         VerificationError: what was compiled computes something else.
@@ -59,7 +60,7 @@ def compile_graph(
         return results
 
     between = time.perf_counter()
-    check_compiled(name, own, call, examples, by="Inductor")
+    check_compiled(name, own, call, examples, by="Inductor", larger=larger)
     end = time.perf_counter()
     log.info("%s: Inductor took %.2f s, the comparison %.2f s", name, between - start, end - between)
     return call

@@ -8,6 +8,10 @@ So what was compiled is called some times on operands that are drawn, and each r
 graph's own ops; the same bits again are not compared again.  Between calls, memory of the results' sizes is filled with
 NaN and let go of: what a kernel reads too early is then no right value of the call before.  Where the graph itself
 makes NaN of what was drawn, nothing is asked.
+
+Numbers may stay inside a bound, as the range of a quantizer.  So a graph that has one is called with larger numbers,
+too: TensorRT-RTX 1.6.1 has made NaN on an H200 of what an IQuantizeLayer should have made the largest float8
+(benchmarks/results/2026-11-23-model-optimizer-flux-h200.md).
 """
 
 from __future__ import annotations
@@ -25,11 +29,12 @@ from torchtrt_md.errors import VerificationError, first_line
 from torchtrt_md.program import outputs_of
 from torchtrt_md.verification.compare import FP32_TOLERANCE, coarsest, is_inexact, relative_error
 from torchtrt_md.verification.dense import computed_in, widest
-from torchtrt_md.verification.operands import unsaid
+from torchtrt_md.verification.operands import has_bounds, unsaid
 from torchtrt_md.verification.simulate import compute
 
 log = logging.getLogger(__name__)
 Function = Callable[..., Sequence[Tensor]]
+Operands = Callable[[int], list[Tensor]]
 Compiler = Literal["Inductor", "TensorRT"]
 _OTHER = {"Inductor": "tensorrt", "TensorRT": "inductor"}
 _CALLS = 3
@@ -45,7 +50,13 @@ _RATIO = 4.0  # times the error of the graph's own ops; a part is small, and cha
 
 
 def check_compiled(
-    name: str, graph: GraphModule, function: Function, operands: Callable[[int], list[Tensor]], *, by: Compiler
+    name: str,
+    graph: GraphModule,
+    function: Function,
+    operands: Operands,
+    *,
+    by: Compiler,
+    larger: Operands | None = None,
 ) -> None:
     """Compare what was compiled of a graph with the graph, on this device.
 
@@ -55,33 +66,42 @@ def check_compiled(
         function: what was compiled of it.
         operands: gives them, other ones for another number.
         by: what compiled it.
+        larger: the same of larger numbers.
 
     Raises:
         VerificationError: it computes something else, with each of some draws of operands, or in some of the calls
             with one.
     """
+    sizes = [operands, larger] if larger is not None and has_bounds(graph) else [operands]
     try:
         reason = unsaid(graph)
-        for number in range(_DRAWS if not reason else 0):
-            found, differs = _wrong(graph, function, operands(number))
-            if not found:
-                return
-            log.info("%s: draw %d: %s", name, number, found)
-            if differs:
-                break
+        found = "" if reason else next(filter(None, (_wrong_in_draws(name, graph, function, of) for of in sizes)), "")
     # An op that runs compiled only, one without a kernel for a dtype, or what is too large.
     except (torch.OutOfMemoryError, VerificationError, NotImplementedError) as error:
-        reason = first_line(error)
+        reason, found = first_line(error), ""
     finally:
         if torch.cuda.is_initialized():  # type: ignore[no-untyped-call]
             torch.cuda.empty_cache()  # NCCL and TensorRT have memory of their own
     if reason:
         log.warning("%s was not compared with its graph: %s", name, reason)
-        return
-    raise VerificationError(
-        f"{name}, as {by} compiled it, computes something else than its graph: {found}",
-        fix=f"this is a fault of {by}: use another version of it, or compute={_OTHER[by]!r}",
-    )
+    if found:
+        raise VerificationError(
+            f"{name}, as {by} compiled it, computes something else than its graph: {found}",
+            fix=f"this is a fault of {by}: use another version of it, or compute={_OTHER[by]!r}",
+        )
+
+
+def _wrong_in_draws(name: str, graph: GraphModule, function: Function, operands: Operands) -> str:
+    """What is wrong with the results in each of some draws, or in some of the calls with one; "" where nothing is."""
+    found = ""
+    for number in range(_DRAWS):
+        found, differs = _wrong(graph, function, operands(number))
+        if not found:
+            return ""
+        log.info("%s: draw %d: %s", name, number, found)
+        if differs:
+            break
+    return found
 
 
 def _wrong(graph: GraphModule, function: Function, operands: list[Tensor]) -> tuple[str, bool]:

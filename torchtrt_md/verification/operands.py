@@ -27,6 +27,10 @@ _MOVES = (
 )
 _SHAPES = (aten.zeros_like.default, aten.ones_like.default, aten.full_like.default, aten.empty_like.default)
 _SORTS = (aten.sort.default, aten.sort.stable, aten.topk.default)  # their indices are each there once, and in bounds
+# What does nothing, or one thing only, as long as numbers stay on one side of a bound or of each other.
+_BOUNDS = {aten.clamp, aten.clamp_min, aten.clamp_max, aten.minimum, aten.maximum, aten.gt, aten.ge, aten.lt, aten.le}
+_BOUNDS |= {aten.hardtanh, aten.hardswish, aten.hardsigmoid, aten.threshold, aten.softshrink, aten.hardshrink}
+_BOUNDS |= {aten.fmin, aten.fmax, torch.ops.torchtrt_md.fake_quantize}
 _WRITES = (aten.index_put.default, aten._unsafe_index_put.default, aten.index_copy.default, aten.scatter.src)
 
 
@@ -42,6 +46,16 @@ def draw(shape: Sequence[int], dtype: torch.dtype, device: torch.device, seed: i
     if count <= below:
         return torch.randperm(below, generator=generator, device=device)[:count].reshape(tuple(shape)).to(dtype)
     return torch.randint(below, tuple(shape), generator=generator, device=device).to(dtype)
+
+
+def has_bounds(graph: GraphModule) -> bool:
+    """Are floating numbers compared with bounds, or each other, or rounded to a range, which they may stay inside?"""
+    for node in graph.graph.nodes:
+        if getattr(node.target, "overloadpacket", None) in _BOUNDS:
+            first = next(iter(node.all_input_nodes), None)
+            if first is not None and _is_floating(first):
+                return True
+    return False
 
 
 def limit(node: Node) -> int:

@@ -28,13 +28,10 @@ from torchtrt_md.verification.dense import (
     with_given,
 )
 from torchtrt_md.verification.draw import draw, drawn_constants, largest_last, scaled
+from torchtrt_md.verification.operands import has_bounds
 from torchtrt_md.verification.simulate import Precision, interpret, simulate
 
 aten = torch.ops.aten
-# What does nothing, or one thing only, as long as numbers stay on one side of a bound or of each other.
-_BOUNDS = {aten.clamp, aten.clamp_min, aten.clamp_max, aten.minimum, aten.maximum, aten.gt, aten.ge, aten.lt, aten.le}
-_BOUNDS |= {aten.hardtanh, aten.hardswish, aten.hardsigmoid, aten.threshold, aten.softshrink, aten.hardshrink}
-_BOUNDS |= {aten.fmin, aten.fmax}
 _FACTORS = (64.0, 1 / 64)  # powers of two, by which nothing is rounded
 _CONSTANTS = "all zeros, or all ones"
 _NAMED = 3  # weights in a message
@@ -158,7 +155,7 @@ def _outlying(proof: Proof, given: Mapping[str, Tensor]) -> tuple[list[Trial], l
     others: dict[str, dict[str, Tensor]] = {}
     if _compares(proof.dense):
         others["inputs whose largest numbers are at the end"] = largest_last(given)
-    if cuts_width(proof.program) and _bounds(proof.dense):
+    if cuts_width(proof.program) and has_bounds(proof.dense.graphs[0]):
         others |= {f"inputs {factor:g} times as large": scaled(given, factor) for factor in _FACTORS}
     trials, said = [], []
     for what, inputs in others.items():
@@ -176,16 +173,6 @@ def _compares(dense: ShardedProgram) -> bool:
             args = bound_args(node)
             ndim = value_of(args["self"]).ndim
             if {d % max(ndim, 1) for d in args.get("dim") or range(ndim)} - {ndim - 1}:
-                return True
-    return False
-
-
-def _bounds(dense: ShardedProgram) -> bool:
-    """Does the model compare floating numbers with bounds, or with each other, which the given ones may stay inside?"""
-    for node in dense.graphs[0].graph.nodes:
-        if getattr(node.target, "overloadpacket", None) in _BOUNDS:
-            first = next(iter(node.all_input_nodes), None)
-            if first is not None and value_of(first).is_floating_point():
                 return True
     return False
 
