@@ -83,7 +83,11 @@ def _within(x: torch.Tensor, amax: torch.Tensor) -> torch.Tensor:
 
 
 def _bounded(ctx: Any, x: Any, scale: Any, axis: int | None, name: str) -> Any:
-    """x within what the scale makes the largest float8: TensorRT-RTX 1.6.1 makes NaN of what is beyond on an H200."""
+    """x within what the scale makes the largest float8, as Q should make it.
+
+    Q does so by itself where it was tried alone.  But of FLUX in float8 TensorRT-RTX 1.6.1 makes NaN on an H200, and
+    not so (benchmarks/results/2026-11-23-model-optimizer-flux-h200.md).
+    """
     largest = load().get_trt_tensor(ctx, torch.full([1] * len(scale.shape), LARGEST_FLOAT8), f"{name}_bound")
     return layers.add_bounds(flavour(), ctx.net, x, scale, largest, axis)
 

@@ -10,8 +10,7 @@ NaN and let go of: what a kernel reads too early is then no right value of the c
 makes NaN of what was drawn, nothing is asked.
 
 Numbers may stay inside a bound, as the range of a quantizer.  So a graph that has one is called with larger numbers,
-too: TensorRT-RTX 1.6.1 has made NaN on an H200 of what an IQuantizeLayer should have made the largest float8
-(benchmarks/results/2026-11-23-model-optimizer-flux-h200.md).
+too.
 """
 
 from __future__ import annotations
