@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -15,7 +16,7 @@ from torch import Tensor
 from torchtrt_md.checkpoint import Checkpoint
 from torchtrt_md.errors import WeightsError
 from torchtrt_md.mesh import Mesh
-from torchtrt_md.program import Sharding, UnevenSharding, part
+from torchtrt_md.program import Sharding, UnevenSharding, part, rows_of
 
 MESH = Mesh(dp=2, tp=2)
 WHOLE = {
@@ -157,3 +158,18 @@ def test_tied_weights_of_several_names_must_be_equal(tmp_path: Path) -> None:
         checkpoint.check_equal(["a", "b"])
         with pytest.raises(WeightsError, match="the weights 'a' and 'other' are tied in the model, and differ in"):
             checkpoint.check_equal(["a", "b", "other"])
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float8_e4m3fn, torch.int8, torch.bool])
+@pytest.mark.parametrize("shape", [(), (5,), (0, 4), (3, 4), (200, 4), (8, 1, 4), (2, 300, 4), (1, 2, 500, 1)])
+def test_rows_of_a_weight_are_few_and_tell_others_apart(dtype: torch.dtype, shape: tuple[int, ...]) -> None:
+    whole = torch.arange(math.prod(shape)).remainder(7).reshape(shape).to(dtype)
+    rows = rows_of(whole)
+    assert rows.numel() <= max(64 * (shape[-1] if shape else 1), 5)
+    if len(shape) < 2 or math.prod(shape[:-1]) <= 64:
+        assert rows.numel() == whole.numel(), "of few rows all"
+    assert torch.equal(rows.float(), rows_of(whole.clone()).float())
+    assert rows.data_ptr() != whole.data_ptr() or not whole.numel()
+    if dtype == torch.float32 and whole.numel():
+        assert not torch.equal(rows, rows_of(whole + 1))
+        assert torch.equal(rows_of(whole.mT.contiguous().mT if len(shape) > 1 else whole), rows), "however it lies"

@@ -18,7 +18,7 @@ from torch import Tensor
 
 from torchtrt_md.errors import WeightsError
 from torchtrt_md.mesh import Mesh
-from torchtrt_md.program import Sharding, UnevenSharding, dtype_name, part
+from torchtrt_md.program import Sharding, UnevenSharding, dtype_name, part, rows_of
 
 Given: TypeAlias = Mapping[str, Tensor] | Path | str | None
 
@@ -142,11 +142,9 @@ class Checkpoint:
             return found.clone(memory_format=torch.contiguous_format)
 
     def sample(self, name: str) -> Tensor:
-        """A copy of some of a weight that is there: of a matrix the first row, the middle one and the last."""
+        """A copy of some rows of a weight that is there; see :func:`rows_of`."""
         with self._whole(name) as whole:
-            if whole.ndim < 2 or not whole.numel():
-                return whole.clone()
-            return torch.stack([whole[0], whole[len(whole) // 2], whole[-1]])
+            return rows_of(whole)
 
     def tensors(self, names: Iterable[str], device: torch.device) -> dict[str, Tensor]:
         """Of these weights the ones that were given as tensors on this device, of which a rank may have views."""

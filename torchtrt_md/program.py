@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from typing import TYPE_CHECKING, NamedTuple
@@ -14,6 +15,8 @@ from torch.utils._pytree import TreeSpec
 
 from torchtrt_md.errors import CaptureError
 from torchtrt_md.mesh import Mesh
+
+_SAMPLED = 64  # rows
 
 if TYPE_CHECKING:
     from torchtrt_md.checkpoint import Checkpoint
@@ -110,6 +113,16 @@ class Constant:
     read: Callable[[], object] | None = None
 
 
+def rows_of(whole: Tensor) -> Tensor:
+    """A copy of rows of a tensor, as far apart as 64 can be; of one dim, all of it."""
+    if whole.ndim < 2 or not whole.numel():
+        return whole.clone()
+    whole = whole.view(torch.uint8) if whole.dtype.itemsize == 1 else whole  # float8 cannot be indexed everywhere
+    count = math.prod(whole.shape[:-1])
+    at = sorted({i * (count - 1) // (_SAMPLED - 1) for i in range(_SAMPLED)})
+    return whole[torch.unravel_index(torch.tensor(at), whole.shape[:-1])]
+
+
 @dataclass
 class Weights:
     """The model's weights by name, whole where this process has them, else as this process's DTensor shards.
@@ -155,6 +168,13 @@ class Weights:
             fix="let the model's constructor make what no checkpoint has, such as tables, with values: put only the"
             " parameters on meta, as accelerate's init_empty_weights() does, or assign it a tensor",
         )
+
+    def sample(self, name: str) -> Tensor | None:
+        """Some rows of the whole of a weight (:func:`rows_of`); None where the process has a shard only."""
+        if name in self.given:
+            assert self.checkpoint is not None
+            return self.checkpoint.sample(self.given[name])
+        return rows_of(self.whole[name].detach()) if name in self.whole else None
 
     def local(self, weight: Weight, mesh: Mesh, rank: int) -> Tensor:
         """This rank's part of a weight, without a copy unless it is cut unevenly, read, or joined of several.

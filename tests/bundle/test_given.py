@@ -13,7 +13,7 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 from bundle import bundle_samples
-from torchtrt_md.bundle.given import given_weights
+from torchtrt_md.bundle.given import given_checkpoint, given_weights
 from torchtrt_md.bundle.manifest import Manifest
 from torchtrt_md.bundle.structure import check_structure
 from torchtrt_md.bundle.weights import rank_weights
@@ -97,7 +97,7 @@ def test_each_rank_has_the_part_that_the_program_took(source: Callable[[Path], A
     check_structure(manifest())
     given = source(tmp_path)
     for rank in range(4):
-        found = given_weights(manifest(), rank, given, "cpu")
+        found = given_weights(manifest(), rank, given_checkpoint(manifest(), given), "cpu")
         expected = as_captured(rank)
         assert list(found) == sorted(expected)
         assert all(torch.equal(found[name], expected[name]) for name in expected)
@@ -107,11 +107,11 @@ def test_each_rank_has_the_part_that_the_program_took(source: Callable[[Path], A
 
 def test_what_is_given_where_it_is_not_wanted_and_not_where_it_is() -> None:
     with pytest.raises(BundleError, match="exported without its 4 weights"):
-        given_weights(manifest(), 0, None, "cpu")
+        given_weights(manifest(), 0, given_checkpoint(manifest(), None), "cpu")
     whole = bundle_samples.split_manifest()
     with pytest.raises(BundleError, match="weights are given, and the bundle has its own"):
-        given_weights(whole, 0, WHOLE, "cpu")
-    assert given_weights(whole, 0, None, "cpu") == {}
+        given_weights(whole, 0, given_checkpoint(whole, WHOLE), "cpu")
+    assert given_weights(whole, 0, given_checkpoint(whole, None), "cpu") == {}
 
 
 @pytest.mark.parametrize("files", [False, True])
@@ -134,19 +134,19 @@ def test_what_does_not_fit_is_refused(
         save_file(given, tmp_path / "w.safetensors")
         given = tmp_path / "w.safetensors"
     with pytest.raises(WeightsError, match=message):
-        given_weights(manifest(), 1, given, "cpu")
+        given_weights(manifest(), 1, given_checkpoint(manifest(), given), "cpu")
 
 
 def test_folders_of_none_and_of_two_checkpoints(tmp_path: Path) -> None:
     with pytest.raises(WeightsError, match="there is no safetensors file in"):
-        given_weights(manifest(), 0, tmp_path, "cpu")
+        given_weights(manifest(), 0, given_checkpoint(manifest(), tmp_path), "cpu")
     one_file(tmp_path)
     save_file(WHOLE, tmp_path / "other.safetensors")
     with pytest.raises(WeightsError, match=r"is in more than one file of .*, other\.safetensors among them"):
-        given_weights(manifest(), 0, tmp_path, "cpu")
+        given_weights(manifest(), 0, given_checkpoint(manifest(), tmp_path), "cpu")
     (tmp_path / "bad").write_bytes(b"no weights")
     with pytest.raises(WeightsError, match="is not a whole safetensors file"):
-        given_weights(manifest(), 0, tmp_path / "bad", "cpu")
+        given_weights(manifest(), 0, given_checkpoint(manifest(), tmp_path / "bad"), "cpu")
 
 
 @pytest.mark.parametrize(

@@ -192,6 +192,8 @@ def test_a_scripted_module_is_refused_where_weights_are_cut() -> None:
     model, x = Between(torch.jit.script(nn.Linear(16, 16))).eval(), torch.randn(2, 16)
     with pytest.raises(CaptureError, match="a module that TorchScript compiled"):
         md.capture(model, (x,), mesh=TP2, parallel=WHOLE_BETWEEN)
+    model = Between(torch.jit.script(nn.SiLU())).eval()  # there is nothing to cut
+    md.verify(md.capture(model, (x,), mesh=TP2, parallel=WHOLE_BETWEEN), model, (x,))
 
 
 def test_tied_weights_are_one() -> None:

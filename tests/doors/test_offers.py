@@ -18,7 +18,7 @@ import torchtrt_md as md
 from torchtrt_md.build import probes
 from torchtrt_md.build.flavour import flavour
 from torchtrt_md.bundle import check_files, rank_files, read_manifest
-from torchtrt_md.bundle.given import given_weights
+from torchtrt_md.bundle.given import given_checkpoint, given_weights
 from torchtrt_md.bundle.weights import rank_weights
 from torchtrt_md.errors import BuildError, BundleError
 
@@ -231,7 +231,7 @@ def test_what_is_given_is_what_the_bundle_would_have_had(placement: Any, tmp_pat
     assert not any(path.startswith("weights/") for path in manifest.files)
     assert {value.name for value in manifest.given} == set(model.state_dict())
     for rank in range(2):
-        given = given_weights(manifest, rank, model.state_dict(), "cpu")
+        given = given_weights(manifest, rank, given_checkpoint(manifest, model.state_dict()), "cpu")
         assert set(given) == {w for s in manifest.ranks[rank] for w in s.weights}
         if placement == "split":
             own = rank_weights(tmp_path / "whole", whole.manifest, rank, "cpu")

@@ -112,6 +112,30 @@ def test_checkpoints_that_differ_only_in_what_each_rank_has_a_part_of(ranks: Ran
             assert "the weight 'up.weight' is not the same" in outcome.message
 
 
+def compile_on_one_rank_and_read_on_the_other(rank: int, folder: str, factor: float, x: Tensor) -> Tensor:
+    """Rank 0 alone has the dense model, with which it verifies; of it the first weight times ``factor``."""
+    torch.manual_seed(0)
+    model, weights = (on_meta(), folder) if rank else (models.MLP().eval(), None)
+    if not rank:
+        with torch.no_grad():
+            model.up.weight.mul_(factor)
+    with md.compile(model, (x,), mesh=md.Mesh(tp=2), parallel=PARALLEL, weights=weights, **OPTIONS) as runner:
+        result: Tensor = runner(x)
+        return result.clone()
+
+
+def test_the_dense_model_on_one_rank_and_its_checkpoint_on_the_other(ranks: Ranks, tmp_path: Path) -> None:
+    model, x = checkpoint(tmp_path / "a")
+    with torch.no_grad():
+        expected = model(x)
+    for outcome in ranks(compile_on_one_rank_and_read_on_the_other, str(tmp_path / "a"), 1.0, x):
+        assert not outcome.error, outcome.message
+        assert relative_error(outcome.value, expected) < 1e-6
+    for outcome in ranks(compile_on_one_rank_and_read_on_the_other, str(tmp_path / "a"), 2.0, x):
+        assert outcome.error == "RankMismatchError"
+        assert "the weight 'up.weight' is not the same on all ranks, by some of its rows" in outcome.message
+
+
 def compile_own_model(rank: int, x: Tensor) -> None:
     """Dense models of which the ranks' parts of one weight differ, and all that both hold is equal."""
     torch.manual_seed(0)

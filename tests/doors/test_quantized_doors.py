@@ -13,7 +13,7 @@ from rank_processes import Ranks
 from torch.utils import _pytree as pytree
 
 import torchtrt_md as md
-from torchtrt_md.bundle.given import given_weights
+from torchtrt_md.bundle.given import given_checkpoint, given_weights
 from torchtrt_md.bundle.read import read_manifest
 from torchtrt_md.bundle.weights import rank_weights
 from torchtrt_md.errors import InputError
@@ -94,7 +94,7 @@ def test_a_bundle_has_the_plain_tensors(config: str, tmp_path: Path) -> None:
     assert {"up.weight.qdata", "down.weight.scale"} <= manifest.given_names
     for rank in range(2):
         stored = rank_weights(whole, read_manifest(whole), rank, "cpu")
-        given = given_weights(manifest, rank, model.state_dict(), "cpu")
+        given = given_weights(manifest, rank, given_checkpoint(manifest, model.state_dict()), "cpu")
         assert stored.keys() == given.keys() <= named_weights(model).keys()
         for name, tensor in stored.items():
             assert tensor.dtype == given[name].dtype == named_weights(model)[name].dtype

@@ -9,6 +9,7 @@ from torch import Tensor, nn
 
 import torchtrt_md as md
 from torchtrt_md.errors import VerificationError
+from torchtrt_md.verification import draw as drawing
 from torchtrt_md.verification.draw import drawn_constants, repeats
 
 NONE = torch.zeros(2, 8, dtype=torch.bool)
@@ -188,6 +189,58 @@ def test_weights_that_hide_an_error_are_drawn(hidden: str) -> None:
     assert all(torch.equal(p, before[name]) for name, p in model.named_parameters()), "the model is as it was"
 
 
+class Routed(nn.Module):
+    """Of tokens that go to one expert, a softmax over features of which a rank has a part; the router's bias is 0."""
+
+    def __init__(self, wrong: int) -> None:
+        super().__init__()
+        self.router, self.bias = nn.Linear(8, 4), nn.Parameter(torch.zeros(4))
+        self.up, self.down, self.wrong = nn.Linear(8, 16), nn.Linear(16, 8), wrong
+
+    def forward(self, x: Tensor) -> Tensor:
+        chosen = (self.router(x).softmax(-1) + self.bias).topk(1).indices
+        y = self.up(x)
+        z: Tensor = self.down(torch.where(chosen == self.wrong, y + 1e-3 * y.softmax(-1), y))
+        return z
+
+
+@pytest.mark.parametrize("wrong", range(4))
+def test_structure_is_asked_with_the_given_weights_too(wrong: int) -> None:
+    """What is drawn in the place of zeros may send all tokens past an error."""
+    torch.manual_seed(1)
+    model, x = Routed(wrong).to(torch.bfloat16).eval(), torch.randn(4, 32, 8, dtype=torch.bfloat16)
+    program = md.capture(
+        model, (x,), mesh=md.Mesh(tp=2), parallel=md.TensorParallel("tp", {"up": "colwise", "down": "rowwise"})
+    )
+    with pytest.raises(VerificationError, match="does not compute what Routed computes"):
+        md.verify(program, model, (x,))
+
+
+class KeepsATable(nn.Module):
+    """As LeViT does in ``eval()``: a table of what a parameter says is made once."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.biases, self.linear, self.cache = nn.Parameter(torch.zeros(8)), nn.Linear(8, 8), dict[str, Tensor]()
+
+    def forward(self, x: Tensor) -> Tensor:
+        if "table" not in self.cache:
+            self.cache["table"] = self.biases[torch.arange(7, -1, -1)]
+        y: Tensor = self.linear(x) + self.cache["table"]
+        return y
+
+
+@pytest.mark.parametrize("called", [False, True])
+def test_a_table_that_was_made_of_a_constant_stays(called: bool) -> None:
+    model, x = KeepsATable().eval(), torch.randn(2, 4, 8)
+    plan = {"": {"x": md.Split(1)}, "linear": md.Gather(1)}
+    program = md.capture(model, (x,), mesh=md.Mesh(cp=2), parallel=md.ContextParallel("cp", plan=plan))
+    if called:
+        with torch.no_grad():
+            model(x)
+    md.verify(program, model, (x,))
+
+
 class OnlyZeros(nn.Module):
     def __init__(self) -> None:
         super().__init__()
@@ -205,28 +258,34 @@ def test_a_model_that_other_numbers_make_nan_of_is_compared_with_its_own() -> No
     report = md.verify(program, model, (x,))
     assert report.structure_error == 0.0
     (note,) = report.notes  # zeros are all that it takes
-    assert "some weights hide errors" in note
+    assert "some weights hide errors, being one number everywhere" in note
     assert "is not finite" in note
 
 
 def test_what_is_drawn_of_constants() -> None:
     ones, tied = torch.ones(4, 6, dtype=torch.bfloat16), torch.zeros(3)
-    found = drawn_constants(
-        {
-            "ones": ones,
-            "a": tied,
-            "b": tied.view(3),
-            "one": torch.ones(1),
-            "zero": torch.zeros(()),
-            "numbers": torch.arange(4.0),
-            "integers": torch.zeros(4, dtype=torch.int64),
-            "none": torch.zeros(0, 3),
-        }
-    )
+    parameters = {
+        "ones": ones,
+        "a": tied,
+        "b": tied.view(3),
+        "one": torch.ones(1),
+        "zero": torch.zeros(()),
+        "numbers": torch.arange(4.0),
+        "integers": torch.zeros(4, dtype=torch.int64),
+        "none": torch.zeros(0, 3),
+    }
+    found = drawn_constants(parameters)
     assert sorted(found) == ["a", "b", "ones", "zero"]
     assert found["a"] is found["b"]
     assert found["ones"].dtype == torch.bfloat16
     assert 0.7 < float(found["ones"].min()) < float(found["ones"].max()) < 1.3
     assert float(found["zero"]) != 0.0
     assert not repeats(found["ones"])
-    assert torch.equal(found["ones"], drawn_constants({"ones": ones})["ones"]), "each run draws the same"
+    again = drawn_constants(parameters)
+    assert all(torch.equal(found[name], again[name]) for name in found), "each run draws the same"
+
+
+def test_the_largest_of_many_constants_stay(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(drawing, "_MOST_BYTES", 100)
+    found = drawn_constants({"large": torch.zeros(20), "small": torch.zeros(10), "tied": torch.zeros(10)})
+    assert list(found) == ["small", "tied"]

@@ -190,7 +190,7 @@ def _shadow(model: nn.Module, without_memory: bool) -> tuple[nn.Module, dict[int
     if without_memory:
         empty: dict[int, nn.Parameter] = {}
         for module in shadow.modules():
-            if isinstance(module, torch.jit.ScriptModule):
+            if isinstance(module, torch.jit.ScriptModule) and any(True for _ in module.parameters(recurse=False)):
                 raise CaptureError(
                     f"{type(model).__name__} holds a module that TorchScript compiled, whose parameters cannot be cut",
                     fix="use the module that was scripted or traced in its place",

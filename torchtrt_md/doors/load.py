@@ -10,7 +10,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from torchtrt_md.bundle.given import given_tensors, given_weights
+from torchtrt_md.bundle.given import given_checkpoint, given_weights
 from torchtrt_md.bundle.limits import MAX_GRAPH_BYTES
 from torchtrt_md.bundle.manifest import Manifest
 from torchtrt_md.bundle.read import (
@@ -98,8 +98,9 @@ def load(
     launch = Launch.join(timeout, device=device, cpu=not engines)
     mesh, segments = mesh_of(manifest), manifest.ranks[launch.rank]
     parts = launch.together("reading the graphs", lambda: [_part(folder, manifest, segment) for segment in segments])
-    read = launch.together("reading the weights", lambda: _weights(folder, manifest, launch, weights))
-    _check_given(manifest, mesh, read, weights, launch)
+    checkpoint = launch.together("reading the weights", lambda: given_checkpoint(manifest, weights))
+    read = launch.together("reading the weights", lambda: _weights(folder, manifest, launch, checkpoint))
+    _check_given(manifest, mesh, read, checkpoint, launch)
     executor = bring_up(
         launch,
         mesh,
@@ -120,17 +121,24 @@ def load(
         cuda_graph=cuda_graph,
         static_outputs=static_outputs,
         budget=Budget(max_graphs),
-        guard=WeightGuard(given_tensors(manifest, weights, launch.device)).check,
+        guard=WeightGuard(_watched(manifest, checkpoint, launch.device)).check,
         name="a bundle",
     )
 
 
-def _weights(folder: Path, manifest: Manifest, launch: Launch, given: Given) -> dict[str, Tensor]:
+def _weights(folder: Path, manifest: Manifest, launch: Launch, given: Checkpoint | None) -> dict[str, Tensor]:
     own = rank_weights(folder, manifest, launch.rank, launch.device)
     return own | given_weights(manifest, launch.rank, given, launch.device)
 
 
-def _check_given(manifest: Manifest, mesh: Mesh, read: Mapping[str, Tensor], given: Given, launch: Launch) -> None:
+def _watched(manifest: Manifest, given: Checkpoint | None, device: torch.device) -> dict[str, Tensor]:
+    """Of the weights that are given as tensors those on this device: what is read of them may be views."""
+    return given.tensors([value.name for value in manifest.given], device) if given is not None else {}
+
+
+def _check_given(
+    manifest: Manifest, mesh: Mesh, read: Mapping[str, Tensor], given: Checkpoint | None, launch: Launch
+) -> None:
     """Ranks must have been given the weights of one model: nothing else would tell.  Collective.
 
     Raises:
@@ -146,9 +154,8 @@ def _check_given(manifest: Manifest, mesh: Mesh, read: Mapping[str, Tensor], giv
     if names:
         check_parts(mesh, {name: axes[name] for name in names}, sums, launch.agreement)
     if cut := [value.name for value in manifest.given if value.sharding]:
-        assert given is not None, "given_weights has refused it"
-        checkpoint = launch.together("reading the weights", lambda: Checkpoint(given))
-        check_samples(mesh, cut, lambda n: checkpoint.sample(n) if n in checkpoint.forms else None, launch.agreement)
+        assert given is not None, "given_checkpoint has refused it"
+        check_samples(mesh, cut, lambda name: given.sample(name) if name in given.forms else None, launch.agreement)
 
 
 def read_together(folder: Path, agreement: Agreement, first: Callable[[], object] = lambda: None) -> Manifest:

@@ -202,39 +202,36 @@ def check_equal(program: ShardedProgram, agreement: Agreement) -> None:
     """Refuse weights that differ between ranks which the program says hold the same.  Collective.
 
     Where each rank has the whole of a weight, it is the whole that must be equal, though a rank computes with a part of
-    it: the parts of different models would make up another one.  Of checkpoints :func:`check_samples` asks that.
+    it: the parts of different models would make up another one.  Where some read parts of a checkpoint, that is asked
+    of some rows (:func:`check_samples`).
 
     Raises:
         RankMismatchError: on every rank, naming the weight and who has what.
     """
     mesh, held = program.mesh, program.weights
     weights = [
-        replace(s, shardings=()) if s.name in held.whole and s.name not in held.given else s
-        for s in program.sources.values()
-        if isinstance(s, Weight) and not s.parts and s.name not in held.unrelated
+        s for s in program.sources.values() if isinstance(s, Weight) and not s.parts and s.name not in held.unrelated
     ]
-    whole = sum(not w.shardings for w in weights)
-    elements = sum(math.prod(w.shape) for w in weights)
-    agreement.same(f"{len(weights)} of {elements} elements, {whole} of them not cut", "their weights")
+    agreement.same(f"{len(weights)} of {sum(math.prod(w.shape) for w in weights)} elements", "their weights")
+    mine = [w.name for w in weights if w.name in held.whole and w.name not in held.given]
+    on_all = set(mine).intersection(*agreement.gather(mine, "which weights they have whole"))
+    weights = [replace(w, shardings=()) if w.name in on_all else w for w in weights]
 
     def sums() -> list[int | None]:
         return [checksum(held.local(w, mesh, agreement.rank)) for w in weights]
 
     check_parts(mesh, {w.name: [s.axis for s in w.shardings] for w in weights}, sums, agreement)
-    checkpoint = held.checkpoint
-    if checkpoint is not None:
-        cut = {w.name: held.given[w.name] for w in weights if w.shardings and w.name in held.given}
-        check_samples(mesh, list(cut), lambda name: checkpoint.sample(cut[name]), agreement)
+    check_samples(mesh, [w.name for w in weights if w.shardings], held.sample, agreement)
 
 
 def check_samples(
     mesh: Mesh, names: Sequence[str], sample: Callable[[str], Tensor | None], agreement: Agreement
 ) -> None:
-    """Refuse checkpoints of several models, of which each rank reads a part.  Collective.
+    """Refuse weights of several models, of which each rank takes a part.  Collective.
 
     Args:
-        names: of weights, the same on all ranks, of which ranks read different parts.
-        sample: of the whole weight, a part that is the same for all ranks; None where a rank was not given the weight.
+        names: of weights, the same on all ranks, of which ranks take different parts.
+        sample: rows of the whole weight, the same for all ranks; None where a rank has no more than its part.
 
     Raises:
         RankMismatchError: on every rank, naming the weight and who has what.
@@ -245,7 +242,7 @@ def check_samples(
         return [None if t is None else checksum(t) for t in found]
 
     if names:
-        check_parts(mesh, dict.fromkeys(names, ()), sums, agreement, where="in the checkpoints of all ranks")
+        check_parts(mesh, dict.fromkeys(names, ()), sums, agreement, where="on all ranks, by some of its rows")
 
 
 def check_parts(

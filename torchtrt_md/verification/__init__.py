@@ -96,15 +96,14 @@ def verify(
     program = lower(program)
     proof = Proof.of(program, model, args, dict(kwargs or {}))
     trials, notes = trials_of(proof)
-    asked = [trial for trial in trials if trial.exact]
     if proof.weights.checkpoint is not None:
         notes.append(
             f"{proof.name} is on meta: the whole of it was compared, its weights read one at a time from"
             f" {proof.weights.checkpoint.where}"
         )
-    if asked[0].limited:
-        notes.append(f"compared in {precision_name(asked[0].precision)}: {asked[0].limited}")
-    structures = [_structure(proof, trial) for trial in asked]
+    if trials[0].limited:
+        notes.append(f"compared in {precision_name(trials[0].precision)}: {trials[0].limited}")
+    structures = [_structure(proof, trial) for trial in trials]
     errors, dense_error, told = _rounding(proof, trials[0])
     notes += told
     worst_structure = max(structures, key=lambda found: found.error)
@@ -119,7 +118,7 @@ def verify(
         seconds=time.perf_counter() - start,
         worst=max(flat, key=lambda found: found.error).place if flat else "",
         structure_worst=worst_structure.place,
-        precision=asked[0].precision,
+        precision=trials[0].precision,
         notes=tuple(notes),
     )
 

@@ -33,6 +33,7 @@ from torchtrt_md.program import ShardedProgram, Value, placeholders, value_of
 
 _SEED = 0
 _OF_BIAS = 0.25
+_MOST_BYTES = 4 << 30
 _OUTLIES = 4.0  # times the largest of the others
 _SCALED = (torch.float64, torch.float32, torch.bfloat16, torch.float16)
 aten = torch.ops.aten
@@ -86,15 +87,20 @@ def drawn_constants(parameters: Mapping[str, Tensor]) -> dict[str, Tensor]:
     numbers from [0.75, 1.25).
 
     Args:
-        parameters: by name; tied ones stay tied.
+        parameters: by name; tied ones stay tied.  Of those that take more than 4 GiB together the largest stay as
+            they are, as those of a model that nobody has given weights.
     """
     generator = torch.Generator().manual_seed(_SEED)
     found: dict[str, Tensor] = {}
     made: dict[tuple[Any, ...], Tensor] = {}
-    for name, t in parameters.items():
+    held = 0
+    for name, t in sorted(parameters.items(), key=lambda item: item[1].numel()):
         memory = (t.data_ptr(), t.shape, t.stride(), t.dtype)
         if t.dtype in _SCALED and _is_constant(t):
             if memory not in made:
+                held += t.numel() * t.dtype.itemsize
+                if held > _MOST_BYTES:
+                    break
                 made[memory] = _other(t, generator)
             found[name] = made[memory]
     return found

@@ -33,7 +33,6 @@ from torchtrt_md.verification.simulate import Precision, interpret, simulate
 
 aten = torch.ops.aten
 _FACTORS = (64.0, 1 / 64)  # powers of two, by which nothing is rounded
-_CONSTANTS = "all zeros, or all ones"
 _NAMED = 3  # weights in a message
 
 
@@ -80,7 +79,7 @@ class Trial:
         own: the outputs of the dense model in its own dtype, by PyTorch.
         reference: the same in ``precision``.
         samples: what rounding does to them.
-        exact: the outputs of each rank of the program in ``precision``; none where another trial asks for structure.
+        exact: the outputs of each rank of the program in ``precision``.
         limited: why ``precision`` is not float64.
         about: what is not as it was given, for messages.
     """
@@ -126,28 +125,40 @@ def trials_of(proof: Proof) -> tuple[list[Trial], list[str]]:
 
 
 def _first(proof: Proof, inputs: Mapping[str, Tensor]) -> tuple[list[Trial], list[str]]:
-    """The trial for rounding, which is one for structure too unless weights that hide something were drawn for that."""
+    """The trial for rounding, and one with other numbers in the weights that hide something, where there are such.
+
+    Drawn numbers may hide something as well, so structure is asked with both.
+    """
+    first = _trial(proof, inputs)
     drawn = drawn_constants(_parameters(proof))
     if not drawn:
-        return [_trial(proof, inputs)], []
-    own = _trial(proof, inputs, program=False)
+        return [first], []
     about = f"with other numbers in {', '.join(list(drawn)[:_NAMED])}{', ...' if len(drawn) > _NAMED else ''}"
     other = replace(proof, weights=replace(proof.weights, whole={**proof.weights.whole, **drawn}))
     try:
         graph = list(interpret(other.dense, inputs, weights=other.weights))
-        return [own, replace(_with_program(other, inputs, graph, draws=False), about=about)], []
+        return [first, replace(_with_program(other, inputs, graph, draws=False), about=about)], []
     except VerificationError as error:  # a model need not take these
-        said = f"some weights hide errors, being {_CONSTANTS}, and others do not fit: {error.problem}"
-        return [_trial(proof, inputs)], [said]
+        return [first], [f"some weights hide errors, being one number everywhere; others do not fit: {error.problem}"]
 
 
 def _parameters(proof: Proof) -> dict[str, Tensor]:
-    """The plain parameters that model and program read, and that are in memory; tied ones by the names of both."""
-    weights = [*proof.dense.read(), *proof.program.read()]
-    read = {leaf.name for weight in weights for leaf in weight.parts or (weight,)}
-    named = proof.model.named_parameters(remove_duplicate=False)
-    names = [name for name, p in named if type(p) is nn.Parameter and name in read and not p.is_meta]
-    return {name: proof.weights.whole[name] for name in names}
+    """The plain parameters in memory that both model and program read; tied ones by the names of both.
+
+    What one of them reads and the other does not, a table was made of that the model keeps.
+    """
+    plain = {
+        name: p
+        for name, p in proof.model.named_parameters(remove_duplicate=False)
+        if type(p) is nn.Parameter and not p.is_meta
+    }
+    names = [
+        {leaf.name for weight in program.read() for leaf in weight.parts or (weight,)} & plain.keys()
+        for program in (proof.dense, proof.program)
+    ]
+    of_model, of_program = ({id(plain[name]) for name in read} for read in names)
+    both = of_model & of_program
+    return {name: proof.weights.whole[name] for name in sorted(names[0] | names[1]) if id(plain[name]) in both}
 
 
 def _outlying(proof: Proof, given: Mapping[str, Tensor]) -> tuple[list[Trial], list[str]]:
@@ -182,8 +193,8 @@ def cuts_width(program: ShardedProgram) -> bool:
     return any(isinstance(source, Weight) and source.shardings for source in program.sources.values())
 
 
-def _trial(proof: Proof, inputs: Mapping[str, Tensor], *, draws: bool = True, program: bool = True) -> Trial:
-    return _with_program(proof, inputs, _own(proof, inputs), draws=draws, program=program)
+def _trial(proof: Proof, inputs: Mapping[str, Tensor], *, draws: bool = True) -> Trial:
+    return _with_program(proof, inputs, _own(proof, inputs), draws=draws)
 
 
 def _own(proof: Proof, inputs: Mapping[str, Tensor]) -> list[Tensor]:
@@ -219,15 +230,11 @@ def _check_alike(name: str, first: Sequence[Tensor], again: Sequence[Tensor]) ->
             )
 
 
-def _with_program(
-    proof: Proof, inputs: Mapping[str, Tensor], own: list[Tensor], *, draws: bool, program: bool = True
-) -> Trial:
+def _with_program(proof: Proof, inputs: Mapping[str, Tensor], own: list[Tensor], *, draws: bool) -> Trial:
     """What model and program compute; ``own`` is the model's result in its own dtype."""
 
     def both(precision: Precision) -> tuple[tuple[Tensor, ...], list[tuple[Tensor, ...]]]:
         reference = interpret(proof.dense, inputs, weights=proof.weights, precision=precision)
-        if not program:
-            return reference, []
         return reference, simulate(proof.program, inputs, weights=proof.weights, precision=precision)
 
     (reference, exact), wide, limited = widest(both)
