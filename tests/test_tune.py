@@ -221,7 +221,7 @@ def searched(rank: int, folder: str, allowed: Sequence[float], engines_ms: float
         compiled = "torchtrt_md.runtime.inductor.compile_graph"
         with (
             engines.patched(),
-            unittest.mock.patch(compiled, lambda name, graph, *rest: graph),
+            unittest.mock.patch(compiled, lambda name, graph, *rest, **named: graph),
             unittest.mock.patch.object(session, "executor", told),
         ):
             choices = tune(session, Choices("split", "engine"), clock)
@@ -469,7 +469,7 @@ def searched_in_spite(rank: int, folder: str, how: Any) -> Choices:
     options = Options(mesh=md.Mesh(cp=2), cache=folder, report=False, compute=how, tune=True, tune_seconds=10_000.0)
     session, clock = Session(Launch.join(60.0, cpu=True), program, options), Ticking(lambda executor: 50.0)
     engines, compiled = Failing(Path(folder), clock, 1, rank), "torchtrt_md.runtime.inductor.compile_graph"
-    with engines.patched(), unittest.mock.patch(compiled, lambda name, graph, *rest: graph):
+    with engines.patched(), unittest.mock.patch(compiled, lambda name, graph, *rest, **named: graph):
         return tune(session, Choices("split"), clock)
 
 

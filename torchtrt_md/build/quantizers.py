@@ -75,11 +75,11 @@ def convert(ctx: Any, target: Any, args: tuple[Any, ...], kwargs: dict[str, Any]
     return layers.add_quantize_dequantize(flavour(), ctx.net, x, scale, axis, "FP8" if float8 else "INT8")
 
 
-def _within(x: torch.Tensor, amax: torch.Tensor) -> torch.Tensor:
+def _within(weight: torch.Tensor, amax: torch.Tensor) -> torch.Tensor:
     """A constant within its amax, as :func:`_bounded`; the tensor itself where it is."""
-    wide = amax.detach().to(x.device, torch.float32)
-    limit = torch.where(wide > NO_AMAX, wide, 1.0).to(x.dtype)
-    return torch.clamp(x.detach(), -limit, limit) if bool((x.detach().abs() > limit).any()) else x
+    held, wide = weight.detach(), amax.detach().to(weight.device, torch.float32)
+    limit = torch.where(wide > NO_AMAX, wide, 1.0).to(held.dtype)
+    return torch.clamp(held, -limit, limit) if bool((held.abs() > limit).any()) else weight
 
 
 def _bounded(ctx: Any, x: Any, scale: Any, axis: int | None, name: str) -> Any:
