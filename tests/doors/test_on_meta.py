@@ -42,12 +42,17 @@ def on_meta() -> models.MLP:
         return models.MLP().eval()
 
 
+def run_compiled(model: models.MLP, weights: str | None, x: Tensor) -> Tensor:
+    with md.compile(model, (x,), mesh=md.Mesh(tp=2), parallel=PARALLEL, weights=weights, **OPTIONS) as runner:
+        result: Tensor = runner(x)
+        return result.clone()
+
+
 def compile_and_run(rank: int, folders: list[str | None], x: Tensor) -> Tensor:
     model = on_meta()
-    with md.compile(model, (x,), mesh=md.Mesh(tp=2), parallel=PARALLEL, weights=folders[rank], **OPTIONS) as runner:
-        result: Tensor = runner(x)
-        assert all(p.is_meta for p in model.parameters()), "the model is as it was"
-        return result.clone()
+    result = run_compiled(model, folders[rank], x)
+    assert all(p.is_meta for p in model.parameters()), "the model is as it was"
+    return result
 
 
 def load_and_run(rank: int, bundle: str, weights: str | None, x: Tensor) -> Tensor:
@@ -119,9 +124,7 @@ def compile_on_one_rank_and_read_on_the_other(rank: int, folder: str, factor: fl
     if not rank:
         with torch.no_grad():
             model.up.weight.mul_(factor)
-    with md.compile(model, (x,), mesh=md.Mesh(tp=2), parallel=PARALLEL, weights=weights, **OPTIONS) as runner:
-        result: Tensor = runner(x)
-        return result.clone()
+    return run_compiled(model, weights, x)
 
 
 def test_the_dense_model_on_one_rank_and_its_checkpoint_on_the_other(ranks: Ranks, tmp_path: Path) -> None:

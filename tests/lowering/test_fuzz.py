@@ -26,9 +26,8 @@ from torchtrt_md.verification.simulate import simulate
 
 EXAMPLES = 600
 SECONDS = float(os.environ.get("TORCHTRT_MD_FUZZ_SECONDS", "0"))
-# Of all programs: those that are accepted although something in them is split.  It was 0.34 when this was written, and
-# differs by what else a process has loaded, since Hypothesis draws numbers that it finds there.
-LEAST_ACCEPTED = 0.2
+# Of all programs: those that are accepted although something in them is split.  It was 0.34 when this was written.
+LEAST_ACCEPTED = 0.25
 
 
 @pytest.fixture(autouse=True)
@@ -69,7 +68,8 @@ def test_what_is_accepted_is_right() -> None:
     @settings(
         max_examples=EXAMPLES, deadline=None, derandomize=True, suppress_health_check=list(HealthCheck), database=None
     )
-    @given(st.randoms(use_true_random=False))
+    # Of a seed each: drawn one by one, its numbers would depend on the modules that a process has loaded.
+    @given(st.randoms(use_true_random=True))
     def run(random: Random) -> None:
         program = random_programs.program(random)
         try:

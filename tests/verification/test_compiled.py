@@ -13,11 +13,12 @@ from torch.fx import GraphModule
 from torch.fx.experimental.proxy_tensor import make_fx
 
 from torchtrt_md.errors import VerificationError
+from torchtrt_md.lowering.ops import attention
 from torchtrt_md.program import placeholders
 from torchtrt_md.runtime.inductor import compile_graph
 from torchtrt_md.verification import compiled
 from torchtrt_md.verification.compiled import check_compiled
-from torchtrt_md.verification.operands import draw, limit
+from torchtrt_md.verification.operands import draw, has_bounds, limit
 
 CPU = torch.device("cpu")
 WIDTH = 64
@@ -373,10 +374,20 @@ def test_what_is_beyond_a_bound_is_compared_too(dtype: torch.dtype) -> None:
         check_compiled("part 3", graph, unclipped, operands, by="TensorRT", larger=larger)
 
 
-def test_larger_numbers_are_asked_for_only_where_there_is_a_bound() -> None:
-    def never(number: int) -> list[Tensor]:
-        raise AssertionError("there is no bound")
+def attended(x: Tensor) -> list[Tensor]:
+    return [attention(x, x, x, None, False, None, False).clamp(-100.0, 100.0)]
 
-    operands = examples(torch.float32, (32, WIDTH), (WIDTH, WIDTH))
-    graph = graph_of(without_bounds, operands(0))
-    check_compiled("part 3", graph, without_bounds, operands, by="Inductor", larger=never)
+
+@pytest.mark.parametrize(
+    ("function", "shapes"), [(without_bounds, [(32, WIDTH), (WIDTH, WIDTH)]), (attended, [(1, 2, 32, WIDTH)])]
+)
+def test_larger_numbers_are_asked_for_only_where_there_is_a_bound_and_no_attention(
+    function: Callable[..., list[Tensor]], shapes: list[tuple[int, ...]]
+) -> None:
+    def never(number: int) -> list[Tensor]:
+        raise AssertionError("larger numbers would say nothing")
+
+    operands = examples(torch.float32, *shapes)
+    graph = graph_of(function, operands(0))
+    assert has_bounds(graph) == (function is attended)
+    check_compiled("part 3", graph, function, operands, by="Inductor", larger=never)

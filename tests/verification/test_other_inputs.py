@@ -147,6 +147,21 @@ def test_a_bound_across_features_that_the_example_stays_inside(bound: float, lea
     assert "reads across the features" in raised.value.fix
 
 
+def test_a_bound_across_features_of_a_model_that_attends() -> None:
+    """What is compiled is not compared with large numbers where attention is; graphs are, in fp64."""
+
+    class Attending(Bounded):
+        def forward(self, x: Tensor) -> Tensor:
+            heads = x.reshape(4, 2, 8).transpose(0, 1)[None]
+            return super().forward(F.scaled_dot_product_attention(heads, heads, heads).transpose(1, 2).flatten(2))
+
+    model, x = Attending(100.0, False).eval(), torch.randn(4, 16)
+    parallel = md.TensorParallel("tp", {"up": "colwise", "down": "rowwise"})
+    program = md.capture(model, (x,), mesh=md.Mesh(tp=2), parallel=parallel)
+    with pytest.raises(VerificationError, match="does not compute what Attending computes"):
+        md.verify(program, model, (x,))
+
+
 def test_a_bound_of_each_feature_is_right() -> None:
     class Clamped(Bounded):
         def forward(self, x: Tensor) -> Tensor:

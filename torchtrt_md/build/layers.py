@@ -156,7 +156,6 @@ def add_product_of_rows(flavour: Flavour, network: Any, x: Any, matrix: Any) -> 
     """x [..., K] @ matrix [K, N] -> [..., N]."""
     none = flavour.trt.MatrixOperation.NONE
     (*dims, width), (_, columns) = tuple(x.shape), tuple(matrix.shape)
-
     product = network.add_matrix_multiply(viewed(network, x, (math.prod(dims), width)), none, matrix, none)
     return viewed(network, product.get_output(0), (*dims, columns))
 

@@ -101,8 +101,7 @@ def _scale(ctx: Any, amax: Any, dims: list[int], float8: bool, name: str) -> Any
         return operand(ctx, torch.where(wide > NO_AMAX, wide / largest, otherwise), f"{name}_scale")
     if amax.dtype.name != "FLOAT":
         amax = ctx.net.add_cast(amax, flavour().trt.DataType.FLOAT).get_output(0)
-    shuffle = ctx.net.add_shuffle(amax)
-    shuffle.reshape_dims = tuple(dims)
+    amax = layers.viewed(ctx.net, amax, tuple(dims))
     numbers = {"largest": largest, "limit": NO_AMAX, "otherwise": otherwise}
     of = {n: operand(ctx, torch.full([1] * len(dims), value), f"{name}_{n}") for n, value in numbers.items()}
-    return layers.add_scale_of_8_bits(flavour(), ctx.net, shuffle.get_output(0), **of)
+    return layers.add_scale_of_8_bits(flavour(), ctx.net, amax, **of)

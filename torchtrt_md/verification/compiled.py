@@ -74,7 +74,7 @@ def check_compiled(
     found, reason = _wrong_in_draws(name, graph, function, operands)
     if reason:
         log.warning("%s was not compared with its graph: %s", name, reason)
-    elif not found and larger is not None and has_bounds(graph):
+    elif not found and larger is not None and has_bounds(graph) and not _attends(graph):
         found, reason = _wrong_in_draws(name, graph, function, larger)
         if reason:
             log.warning("%s was not compared with its graph beyond its bounds: %s", name, reason)
@@ -83,6 +83,11 @@ def check_compiled(
             f"{name}, as {by} compiled it, computes something else than its graph: {found}",
             fix=f"this is a fault of {by}: use another version of it, or compute={_OTHER[by]!r}",
         )
+
+
+def _attends(graph: GraphModule) -> bool:
+    """Is attention computed?  Of larger numbers its scores say nothing in 16 bits, whoever computes it."""
+    return bool(graph.graph.find_nodes(op="call_function", target=torch.ops.torchtrt_md.attention.default))
 
 
 def _wrong_in_draws(name: str, graph: GraphModule, function: Function, operands: Operands) -> tuple[str, str]:

@@ -49,12 +49,7 @@ def draw(shape: Sequence[int], dtype: torch.dtype, device: torch.device, seed: i
 
 
 def has_bounds(graph: GraphModule) -> bool:
-    """Are floating numbers compared with bounds, or each other, or rounded to a range, which they may stay inside?
-
-    Not where attention is computed, whose scores of large numbers say nothing in 16 bits.
-    """
-    if any(node.target is torch.ops.torchtrt_md.attention.default for node in graph.graph.nodes):
-        return False
+    """Are floating numbers compared with bounds, or each other, or rounded to a range, which they may stay inside?"""
     for node in graph.graph.nodes:
         if getattr(node.target, "overloadpacket", None) in _BOUNDS:
             first = next(iter(node.all_input_nodes), None)
