@@ -27,6 +27,7 @@ import torch.distributed as dist
 from torch.distributed.distributed_c10d import PrefixStore, _get_default_store
 
 from gpu.case import Call, Case, Found, Rank
+from torchtrt_md.launch.shared_gpu import own_gpu
 
 RANKS_DIFFER = 3  # exit code: the ranks are not where each other are
 ENOUGH_SECONDS = 10.0  # for a case to be begun before the deadline
@@ -43,11 +44,11 @@ class Cases(Protocol):
 
 
 def join(device: str) -> torch.device:
-    """Join the launch, on a GPU of this rank's own or on the CPU."""
+    """Join the launch, on a GPU, of this rank's own unless NCCL may share it, or on the CPU."""
     if device == "cpu":
         dist.init_process_group("gloo", timeout=timedelta(seconds=120))
         return torch.device("cpu")
-    own = torch.device("cuda", int(os.environ["LOCAL_RANK"]))
+    own = own_gpu(int(os.environ["LOCAL_RANK"]))
     torch.cuda.set_device(own)
     dist.init_process_group("nccl", device_id=own, timeout=timedelta(seconds=120))
     return own

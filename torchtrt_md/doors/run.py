@@ -6,7 +6,6 @@ torchrun --nproc_per_node=4 -m torchtrt_md.run model.mdtrt --verify model.py --r
 from __future__ import annotations
 
 import os
-import socket
 import sys
 import threading
 import traceback
@@ -27,6 +26,7 @@ from torchtrt_md.doors.flags import for_command_line
 from torchtrt_md.doors.load import load
 from torchtrt_md.doors.user_file import check_user_file, load_user_file
 from torchtrt_md.errors import BundleError, InputError, LaunchError, MDError, OptionError, VerificationError
+from torchtrt_md.launch.shared_gpu import own_gpu
 from torchtrt_md.program import Value, part
 from torchtrt_md.runtime.report import RankReport, Timing, rank_report, report, show_steps
 from torchtrt_md.runtime.runner import Runner
@@ -208,13 +208,7 @@ def join_launch(bundle: Path, timeout: float) -> torch.device:
             f"{', '.join(lacking)} {'is' if len(lacking) == 1 else 'are'} not set, so this is no launch",
             fix=f"torchrun --nproc_per_node={size} -m torchtrt_md.run {bundle}",
         )
-    local, gpus = int(os.environ["LOCAL_RANK"]), torch.cuda.device_count()
-    if local >= gpus:
-        raise LaunchError(
-            f"local rank {local} has no GPU of its own: {socket.gethostname()} has {gpus}",
-            fix=f"launch the bundle's {size} ranks on hosts that have a GPU for each",
-        )
-    device = torch.device("cuda", local)
+    device = own_gpu(int(os.environ["LOCAL_RANK"]))
     torch.cuda.set_device(device)
     try:
         dist.init_process_group("nccl", device_id=device, timeout=timedelta(seconds=timeout))

@@ -4,6 +4,7 @@ agree          votes: all ranks go on, or all raise the same error
 watchdog       ends a process whose GPU waits for too long
 communicator   a group for each axis of a mesh, and its binding to engines
 host           which host a process is on, and whether it still runs
+shared_gpu     ranks that share a GPU, where the user asks for it
 private        the private names of PyTorch that these need
 """
 
@@ -23,7 +24,8 @@ import torch.distributed as dist
 
 from torchtrt_md.errors import LaunchError
 from torchtrt_md.launch import communicator, private
-from torchtrt_md.launch.agree import Agreement, grouped, said_ended
+from torchtrt_md.launch.agree import Agreement, said_ended
+from torchtrt_md.launch.shared_gpu import check_apart, nccl_may
 from torchtrt_md.launch.watchdog import Watchdog
 from torchtrt_md.mesh import Mesh
 
@@ -198,12 +200,8 @@ def _own_gpu(agreement: Agreement, device: torch.device | None) -> torch.device:
         return chosen, f"{socket.gethostname()} {chosen} ({uuid})"
 
     chosen, told = agreement.together("finding a GPU", find)
-    gpus = agreement.gather(told, "the ranks' GPUs")
-    if len(set(gpus)) < len(gpus):
-        raise LaunchError(
-            f"ranks share a GPU: {grouped(gpus)}",
-            fix='call torch.cuda.set_device(int(os.environ["LOCAL_RANK"])) first, or pass load(..., device=...)',
-        )
+    gpus, may = zip(*agreement.gather((told, nccl_may()), "the ranks' GPUs"), strict=True)
+    check_apart(gpus, may)
     return chosen
 
 

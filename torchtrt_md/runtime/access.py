@@ -6,6 +6,7 @@ import torch
 
 from torchtrt_md.errors import LaunchError
 from torchtrt_md.launch import Launch
+from torchtrt_md.launch.shared_gpu import STORES_SWITCH, stores_may
 from torchtrt_md.mesh import Mesh
 
 
@@ -27,7 +28,8 @@ def check_access(launch: Launch, mesh: Mesh) -> None:
     if pairs:
         raise LaunchError(
             f"transport='store' needs GPUs with access to each other's memory, and these have none: {', '.join(pairs)}",
-            fix="use transport='nccl'; nvidia-smi topo -p2p w shows which GPUs have access",
+            fix="use transport='nccl'; nvidia-smi topo -p2p w shows which GPUs have access;"
+            f" ranks that share a GPU need {STORES_SWITCH}=1",
         )
 
 
@@ -55,4 +57,10 @@ def without_access(device: torch.device, peers: dict[int, str]) -> list[int]:
     """
     seen = {_uuid(torch.device("cuda", index)): index for index in range(torch.cuda.device_count())}
     known = {rank: seen[uuid] for rank, uuid in peers.items() if uuid in seen}
-    return [rank for rank, index in known.items() if not torch.cuda.can_device_access_peer(device, index)]
+    return [rank for rank, index in known.items() if not _can_write(device, index)]
+
+
+def _can_write(device: torch.device, index: int) -> bool:
+    if index == device.index:  # ranks that share a GPU
+        return stores_may()
+    return torch.cuda.can_device_access_peer(device, index)
