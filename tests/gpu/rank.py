@@ -6,6 +6,7 @@ go on; else they leave, and the suite runs what is left in a new launch.
 
 from __future__ import annotations
 
+import ctypes
 import faulthandler
 import importlib
 import json
@@ -18,7 +19,7 @@ import traceback
 from collections.abc import Iterable
 from datetime import timedelta
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Protocol
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
@@ -54,12 +55,19 @@ def join(device: str) -> torch.device:
     return own
 
 
+def nccl_version() -> str:
+    """Of the library that runs; PyTorch tells with which it was compiled."""
+    number = ctypes.c_int()
+    ctypes.CDLL("libnccl.so.2").ncclGetVersion(ctypes.byref(number))  # which PyTorch has loaded
+    major, rest = divmod(number.value, 10000)
+    return f"{major}.{rest // 100}.{rest % 100}"
+
+
 def versions() -> dict[str, str]:
     """Of what ran."""
     found = {"python": platform.python_version(), "torch": str(torch.__version__), "CUDA": torch.version.cuda or ""}
     if torch.cuda.is_available():
-        nccl: Any = torch.cuda.nccl.version()  # type: ignore[no-untyped-call]
-        found["NCCL"] = ".".join(map(str, nccl))
+        found["NCCL"] = nccl_version()
     try:
         from torchtrt_md.build.flavour import flavour
 

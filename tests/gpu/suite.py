@@ -38,6 +38,7 @@ import torchtrt_md
 from gpu.case import ROOT, Case
 from gpu.networks import SIZES
 from gpu.report import FAILED, NOT_RUN, PASSED, REFUSED, Result, SuiteReport
+from torchtrt_md.launch.shared_gpu import NCCL_SWITCH, STORES_SWITCH
 
 START_SECONDS = 90.0  # of a launch: imports, and NCCL
 LEAST_SECONDS = 25.0  # with less left, no launch is started
@@ -119,6 +120,8 @@ class Suite:
         self.results = {name: Result(name) for name in self.cases}
         gpus = _lines(["nvidia-smi", "--query-gpu=name", "--format=csv,noheader"]) if device == "cuda" else []
         commit = commit or next(iter(_lines(["git", "-C", str(ROOT), "rev-parse", "HEAD"])), "")
+        # Ranks that share a GPU: their times mean nothing, their results do.
+        self.shared = {NCCL_SWITCH: "1", STORES_SWITCH: "1"} if len(gpus) in range(1, ranks) else {}
         self.report = SuiteReport(ranks, shlex.join(sys.orig_argv), commit, gpus, list(self.results.values()))
         self.logs: list[str] = []
         self.launches = 0
@@ -154,6 +157,7 @@ class Suite:
             "OMP_NUM_THREADS": threads,
             "TORCHINDUCTOR_COMPILE_THREADS": threads,
             "PYTHONUNBUFFERED": "1",
+            **self.shared,
             **env,
         }
         told = {"module": self.module, "device": self.device, "work": str(self.work / "bundles"), **given}
@@ -352,7 +356,9 @@ def _free_port() -> int:
 def main(argv: Sequence[str] | None = None) -> int:
     """The command; its exit code."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0] if __doc__ else "")
-    parser.add_argument("--ranks", type=int, default=2, help="processes, with a GPU each")
+    parser.add_argument(
+        "--ranks", type=int, default=2, help="processes; those beyond the GPUs share them, by NCCL 2.30"
+    )
     parser.add_argument("--out", type=Path, required=True, help="the folder of the report")
     parser.add_argument("--device", choices=("cuda", "cpu"), default="cuda", help="cpu: a few cases, without a GPU")
     parser.add_argument("--deadline", type=float, help="seconds; by default 360 for 2 ranks, 480 for more")
