@@ -32,6 +32,7 @@ class Server(NamedTuple):
     http: str
     grpc: str
     log: Path
+    opened: list[Any]  # clients; the server waits half a minute for what they keep open
 
     def clients(self) -> list[tuple[Any, Any]]:
         """New clients, each with the module that it is of: over HTTP and over gRPC."""
@@ -39,10 +40,9 @@ class Server(NamedTuple):
         import tritonclient.http
 
         over_http = tritonclient.http.InferenceServerClient(self.http, network_timeout=SECONDS)
-        return [
-            (over_http, tritonclient.http),
-            (tritonclient.grpc.InferenceServerClient(self.grpc), tritonclient.grpc),
-        ]
+        over_grpc = tritonclient.grpc.InferenceServerClient(self.grpc)
+        self.opened.extend((over_http, over_grpc))
+        return [(over_http, tritonclient.http), (over_grpc, tritonclient.grpc)]
 
 
 @contextmanager
@@ -67,12 +67,14 @@ def served(models: Path, work: Path) -> Iterator[Server]:
     }
     with log.open("wb") as file:
         process = subprocess.Popen(command, env=env, stdout=file, stderr=file)
-    server = Server(process, f"127.0.0.1:{ports[0]}", f"127.0.0.1:{ports[1]}", log)
+    server = Server(process, f"127.0.0.1:{ports[0]}", f"127.0.0.1:{ports[1]}", log, [])
     try:
         wait_until(lambda: process.poll() is not None or _is_up(server), "the server is up")
         assert process.poll() is None, log.read_text()
         yield server
     finally:
+        for client in server.opened:
+            client.close()
         process.send_signal(signal.SIGTERM)
         try:
             process.wait(60)
