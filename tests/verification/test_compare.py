@@ -8,7 +8,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from torchtrt_md.verification import compare
+from torchtrt_md.verification import cells, judge
 from torchtrt_md.verification.compare import (
     FP32_TOLERANCE,
     engine_ratio,
@@ -233,7 +233,7 @@ def test_the_place_is_named() -> None:
     assert f"and should be {found.expected:.9g}" in found.place
     assert found.index is not None
     assert found.index[2] == 2
-    assert "of shape [2] and" not in compare.SAME.place
+    assert "of shape [2] and" not in judge.SAME.place
 
 
 def test_integers() -> None:
@@ -269,7 +269,7 @@ def test_errors_are_relative() -> None:
 def test_blocks_are_joined(monkeypatch: pytest.MonkeyPatch) -> None:
     made = Outputs(torch.bfloat16)
     whole = made.rounding(made.program), made.structure(FAULTS["a row"](made.exact, 1.0))
-    monkeypatch.setattr(compare, "_BLOCK", 300)
+    monkeypatch.setattr(cells, "_BLOCK", 300)
     assert (made.rounding(made.program), made.structure(FAULTS["a row"](made.exact, 1.0))) == pytest.approx(whole)
 
 

@@ -9,11 +9,11 @@ Two questions, answered apart because 16-bit rounding would hide a wrong answer 
 What is exchanged in float8 (:mod:`torchtrt_md.lowering.float8_rows`) is left out of both: they are asked of the program
 that sends what there is.  What float8 adds is measured, and bounded by one rounding of it.
 
-``compare`` says what a part is, and how an element's error is measured where terms cancel.  ``dense`` says how the
-model is run in fp64, and what happens where it cannot be.  ``draw`` says which inputs tell programs apart; where the
-given ones do not, structure is asked of both, and rounding of those that were drawn.  Where ranks compare the largest
-numbers that each found, structure is asked with those at the end, too, and where a model whose width is split has a
-bound that its numbers may stay inside, with inputs of other sizes.
+``compare`` asks both, of parts (``cells``) in units (``units``) by which ``judge`` finds the worst.  ``dense`` says
+how the model is run in fp64, and what happens where it cannot be.  ``draw`` says which inputs tell programs apart;
+where the given ones do not, structure is asked of both, and rounding of those that were drawn.  Where ranks compare
+the largest numbers that each found, structure is asked with those at the end, too, and where a model whose width is
+split has a bound that its numbers may stay inside, with inputs of other sizes.
 """
 
 from __future__ import annotations
