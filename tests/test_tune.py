@@ -313,7 +313,7 @@ class Told(Search):
         mesh = md.Mesh({parallel.axis: 2})
         program = md.capture(model, (x,), mesh=mesh, parallel=parallel)
         asked = Options(mesh=mesh, **{"compute": "inductor", **options})
-        launch = SimpleNamespace(rank=0, hosts=[0, 0], device=torch.device("cpu"), agreement=Alone())
+        launch = SimpleNamespace(rank=0, hosts=[0, 0], device=torch.device("cpu"), agreement=Alone(), shares_gpus=False)
         placed = SimpleNamespace(parts=[(), ()])
         session: Any = SimpleNamespace(
             program=program,
@@ -543,9 +543,13 @@ def deep_program() -> ShardedProgram:
     return md.capture(models.Deep(1).eval(), (torch.randn(1, 8, 32),), mesh=md.Mesh(cp=2), parallel=parallel)
 
 
-def key_of(program: ShardedProgram, hosts: Sequence[int] = (0, 0), device: str = "cpu", **options: Any) -> str:
+def key_of(
+    program: ShardedProgram, hosts: Sequence[int] = (0, 0), device: str = "cpu", shares: bool = False, **options: Any
+) -> str:
     asked = Options(mesh=md.Mesh(cp=2), **options)
-    launch = SimpleNamespace(hosts=hosts, rank=0, device=torch.device(device), agreement=Hosts(hosts))
+    launch = SimpleNamespace(
+        hosts=hosts, rank=0, device=torch.device(device), agreement=Hosts(hosts), shares_gpus=shares
+    )
     session: Any = SimpleNamespace(program=program, options=asked, launch=launch, road=Road(program, asked, ranks=[0]))
     return kept.key(session, EAGER)
 
@@ -554,6 +558,7 @@ def key_of(program: ShardedProgram, hosts: Sequence[int] = (0, 0), device: str =
     "options",
     [
         {"hosts": (0, 1)},
+        {"shares": True},
         {"transport": "store"},
         {"overlap": False},
         {"placement": "split"},

@@ -493,18 +493,20 @@ class TestUnconvertible:
 
 
 @pytest.mark.parametrize(
-    ("tune", "device", "given", "timed"),
+    ("tune", "device", "given", "shares", "timed"),
     [
-        ("auto", "cuda", [False, False], True),
-        ("auto", "cpu", [False, False], False),
-        ("auto", "cuda", [False, True], False),
-        (True, "cpu", [True, True], True),
-        (False, "cuda", [False, False], False),
+        ("auto", "cuda", [False, False], False, True),
+        ("auto", "cuda", [False, False], True, False),
+        ("auto", "cpu", [False, False], False, False),
+        ("auto", "cuda", [False, True], False, False),
+        (True, "cpu", [True, True], False, True),
+        (True, "cuda", [False, False], True, True),
+        (False, "cuda", [False, False], False, False),
     ],
 )
-def test_what_is_timed_by_default(tune: Any, device: str, given: list[bool], timed: bool) -> None:
+def test_what_is_timed_by_default(tune: Any, device: str, given: list[bool], shares: bool, timed: bool) -> None:
     agreement = SimpleNamespace(gather=lambda value, about: given)
-    launch: Any = SimpleNamespace(device=torch.device(device), agreement=agreement)
+    launch: Any = SimpleNamespace(device=torch.device(device), agreement=agreement, shares_gpus=shares)
     program: Any = SimpleNamespace(weights=SimpleNamespace(given={"w": "w"} if given[0] else {}))
     assert _times(Options(tune=tune), launch, program) == timed
 

@@ -42,8 +42,8 @@ def test_all_ranks_must_be_told(may: tuple[bool, ...]) -> None:
 
 
 def test_ranks_that_share_by_request_and_ranks_that_do_not_share_go_on() -> None:
-    check_apart(["host cuda:0 (A)", "host cuda:0 (A)"], [True, True])
-    check_apart(["host cuda:0 (A)", "host cuda:1 (B)"], [False, False])
+    assert check_apart(["host cuda:0 (A)", "host cuda:0 (A)"], [True, True])
+    assert not check_apart(["host cuda:0 (A)", "host cuda:1 (B)"], [False, False])
 
 
 def test_stores_have_a_switch_of_their_own(one_gpu: None, monkeypatch: pytest.MonkeyPatch) -> None:

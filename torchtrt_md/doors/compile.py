@@ -126,11 +126,14 @@ def _may_use_inductor(options: Options, capability: tuple[int, int] | None) -> b
 
 
 def _times(options: Options, launch: Launch, program: ShardedProgram) -> bool:
-    """Are candidates to be timed?  By itself not where each of them would read its weights from files again."""
+    """Are candidates to be timed?
+
+    By itself not where each of them would read its weights from files again, nor where ranks take turns on a GPU.
+    """
     if options.tune != "auto":
         return options.tune
     reads = launch.agreement.gather(bool(program.weights.given), "where their weights are")
-    return launch.device.type == "cuda" and not any(reads)
+    return launch.device.type == "cuda" and not launch.shares_gpus and not any(reads)
 
 
 def compile_program(

@@ -47,11 +47,12 @@ class Launch:
         watchdog: of what is enqueued on the device.
         groups: of the meshes that programs were connected on.
         hosts: for each rank the number of its host.
+        shares_gpus: are there ranks that share a GPU?  What is timed there says nothing of other launches.
         tested: the self-tests that passed, by mesh, name and target; the same on all ranks.
     """
 
-    def __init__(self, agreement: Agreement, device: torch.device) -> None:
-        self.agreement, self.device = agreement, device
+    def __init__(self, agreement: Agreement, device: torch.device, shares_gpus: bool = False) -> None:
+        self.agreement, self.device, self.shares_gpus = agreement, device, shares_gpus
         self.rank, self.size, self.timeout = agreement.rank, agreement.size, agreement.timeout
         self.groups: list[dist.ProcessGroup] = []
         self.hosts = agreement.hosts()
@@ -76,10 +77,11 @@ class Launch:
             LaunchError: no process group, no GPU, or one GPU for two ranks.
         """
         agreement = Agreement(timeout)
-        found = torch.device("cpu") if cpu and not torch.cuda.is_available() else _own_gpu(agreement, device)
+        on_cpu = cpu and not torch.cuda.is_available()
+        found, shares = (torch.device("cpu"), False) if on_cpu else _own_gpu(agreement, device)
         held = _launches.setdefault(agreement.board, {})
         if (timeout, found) not in held:
-            held[timeout, found] = cls(agreement, found)
+            held[timeout, found] = cls(agreement, found, shares)
         return held[timeout, found]
 
     def name_program(self, what: str) -> str:
@@ -183,8 +185,8 @@ def _arm() -> None:
 _launches: dict[object, dict[tuple[float, torch.device], Launch]] = {}
 
 
-def _own_gpu(agreement: Agreement, device: torch.device | None) -> torch.device:
-    """This rank's GPU, once every rank has one that no other has."""
+def _own_gpu(agreement: Agreement, device: torch.device | None) -> tuple[torch.device, bool]:
+    """This rank's GPU, once every rank has one, and whether some share theirs."""
 
     def find() -> tuple[torch.device, str]:
         if not torch.cuda.is_available():
@@ -201,8 +203,7 @@ def _own_gpu(agreement: Agreement, device: torch.device | None) -> torch.device:
 
     chosen, told = agreement.together("finding a GPU", find)
     gpus, may = zip(*agreement.gather((told, nccl_may()), "the ranks' GPUs"), strict=True)
-    check_apart(gpus, may)
-    return chosen
+    return chosen, check_apart(gpus, may)
 
 
 __all__ = ["Launch"]

@@ -43,8 +43,8 @@ def own_gpu(local_rank: int) -> torch.device:
     return torch.device("cuda", local_rank % gpus)
 
 
-def check_apart(gpus: Sequence[str], may: Sequence[bool]) -> None:
-    """See that each rank has a GPU of its own, or that all were told that they may share.
+def check_apart(gpus: Sequence[str], may: Sequence[bool]) -> bool:
+    """See that each rank has a GPU of its own, or that all were told that they may share.  Do some?
 
     Args:
         gpus: what tells a GPU from others, in rank order.
@@ -53,12 +53,14 @@ def check_apart(gpus: Sequence[str], may: Sequence[bool]) -> None:
     Raises:
         LaunchError: ranks share a GPU.
     """
-    if len(set(gpus)) < len(gpus) and not all(may):
+    share = len(set(gpus)) < len(gpus)
+    if share and not all(may):
         raise LaunchError(
             f"ranks share a GPU: {grouped(gpus)}",
             fix='call torch.cuda.set_device(int(os.environ["LOCAL_RANK"])) first, or pass load(..., device=...)'
             + or_share(),
         )
+    return share
 
 
 def or_share() -> str:

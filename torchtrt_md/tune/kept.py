@@ -62,6 +62,7 @@ def key(session: Session, default: Choices) -> str:
         list(session.program.mesh.axes.items()),
         # where the ranks are: what is sent between hosts is another matter
         launch.agreement.gather((launch.hosts[launch.rank], gpu), "the ranks' GPUs"),
+        launch.shares_gpus,
         pairs_without_access(launch, session.program.mesh) if launch.device.type == "cuda" else [],
         (flavour, str(torch.__version__), torchtrt_md.__version__, _sources()),
         (options.tune_seconds, options.placement, options.target, str(options.exchange)),

@@ -106,8 +106,9 @@ class Search:
         why = "the fastest" + (f"; no time was left for {', '.join(self.no_time)}" if self.no_time else "")
         why += f"; errors were raised for {', '.join(self.left_out)}" if self.left_out else ""
         decisions.append(Decision(_STEP, best, why, times))
-        device = self.session.launch.device
-        gpu = torch.cuda.get_device_name(device) if device.type == "cuda" else "CPU"
+        launch = self.session.launch
+        gpu = torch.cuda.get_device_name(launch.device) if launch.device.type == "cuda" else "CPU"
+        gpu += ", which ranks share" if launch.shares_gpus else ""
         return replace(steps[best], decisions=tuple(decisions), tuned_on=gpu)
 
     def _by(
