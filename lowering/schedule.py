@@ -9,6 +9,8 @@ from torchtrt_md.lowering.ops import bound_args, is_collective, packing_of
 from torchtrt_md.program import value_of
 from torchtrt_md.segment import Collective
 
+_HOW = ("op", "src", "shift")  # arguments that ranks share; how a rank splits and joins is its own matter
+
 
 def collective(op: str, axis: str, ranks: int, dtype: torch.dtype, elements: int) -> Collective:
     """A collective of ``elements`` of each rank's operand, with the bytes that a rank sends for it."""
@@ -23,6 +25,13 @@ def collective(op: str, axis: str, ranks: int, dtype: torch.dtype, elements: int
         "ring_attention": operand * others,
     }[op]
     return Collective(op, axis, ranks, dtype, elements, sent)
+
+
+def listed(graph: GraphModule) -> str:
+    """What ranks must have in common, a line for each collective: its place in the schedule, and how it reduces."""
+    nodes = [node for node in graph.graph.nodes if is_collective(node)]
+    how = [{name: value for name, value in bound_args(node).items() if name in _HOW} for node in nodes]
+    return "\n".join(map(str, [*schedule(graph), *how]))
 
 
 def schedule(graph: GraphModule) -> list[Collective]:

@@ -26,7 +26,7 @@ from torchtrt_md.choices import Choices, Decision, Transport
 from torchtrt_md.errors import BuildError, ConversionError
 from torchtrt_md.launch.agree import Alone, Together
 from torchtrt_md.lowering import Lowering
-from torchtrt_md.lowering.schedule import schedule
+from torchtrt_md.lowering.schedule import listed
 from torchtrt_md.options import Options
 from torchtrt_md.place import PlacedProgram, place
 from torchtrt_md.place.choose import Choice, choose_compute, choose_placement
@@ -170,8 +170,8 @@ class Road:
             )
 
         lowered = self._stage("lowering", step)
-        listed = "\n".join(map(str, schedule(lowered.graphs[self.agreement.rank])))
-        self.agreement.same(_digest(listed), "the hash of their programs' collectives")
+        told = listed(lowered.graphs[self.agreement.rank])
+        self.agreement.same(_digest(told), "the hash of their programs' collectives")
         if self.options.parallels:  # one dense model, of which each rank has a part: other models may meet all the same
             held = {source for source in lowered.sources.values() if isinstance(source, Weight)}
             forms = sorted(f"{w.name} {w.dtype} {w.shape}" for w in held)

@@ -21,7 +21,7 @@ from torchtrt_md.runtime.bring_up import Known, bring_up
 from torchtrt_md.runtime.executor import Executor
 from torchtrt_md.runtime.graphs import Budget
 from torchtrt_md.runtime.runner import Runner
-from torchtrt_md.runtime.weights import ModelWeights, WeightGuard
+from torchtrt_md.runtime.weights import ModelWeights, WeightGuard, check_equal
 from torchtrt_md.segment import Part, Wire
 
 
@@ -101,7 +101,13 @@ class Session:
             summary=summary_of(name, built, rank),
             choices=built.choices,
             parts_of=lambda others: ModelWeights(_with(lowered, others), rank).local,
+            check_others=self._check_others,
         )
+
+    def _check_others(self, others: Mapping[str, Tensor]) -> None:
+        """Compare other weights among the ranks, as the program's own were."""
+        if self.options.check:
+            check_equal(_with(self.program, others), self.launch.agreement)
 
 
 def _with(program: ShardedProgram, others: Mapping[str, Tensor]) -> ShardedProgram:

@@ -454,3 +454,53 @@ def test_a_length_that_the_model_makes_need_not_divide(size: int) -> None:
 def test_wrong_types_in_a_plan(kind: type, given: dict[str, Any], problem: str) -> None:
     with pytest.raises(PlanError, match=problem):
         kind(**given)
+
+
+# --- one module by several names ---
+
+
+class Shared(nn.Module):
+    """Two names for each of two modules, as T5 has for its embedding."""
+
+    encoder: Any
+    decoder: Any
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.encoder, self.decoder = nn.Module(), nn.Module()
+        self.encoder.tokens = self.decoder.tokens = nn.Embedding(16, 8)
+        self.encoder.up = self.decoder.up = nn.Linear(8, 32)
+        self.down = nn.Linear(32, 8)
+
+    def forward(self, ids: Tensor, others: Tensor) -> Tensor:
+        wide = self.encoder.up(self.encoder.tokens(ids)) + self.decoder.up(self.decoder.tokens(others))
+        result: Tensor = self.down(wide.relu())
+        return result
+
+
+@pytest.mark.parametrize(
+    "plan",
+    [
+        {"*.tokens": "embedding_rowwise", "*.up": "colwise", "down": "rowwise"},
+        {"encoder.tokens": "embedding_rowwise", "decoder.tokens": "embedding_rowwise"},
+        {"decoder.up.weight": "colwise", "encoder.up": "colwise", "down": "rowwise"},
+    ],
+    ids=["by a pattern", "by both names", "and its parameter"],
+)
+def test_a_module_with_several_names_is_cut_once(plan: dict[str, str]) -> None:
+    torch.manual_seed(0)
+    model, ids = Shared().eval(), torch.arange(16).reshape(2, 8)
+    call = (model, (ids, ids.flip(1)))
+    program = md.capture(*call, mesh=md.Mesh(tp=2), parallel=md.TensorParallel("tp", plan=plan))
+    md.verify(md.lower(program), *call)
+    cut = {w.name: (w.shape, len(w.shardings)) for w in program.read()}
+    if "*.tokens" in plan:
+        assert cut["encoder.tokens.weight"] == ((16, 8), 1)
+
+
+def test_a_module_with_several_names_has_one_style() -> None:
+    plan = {"encoder.up": "colwise_gather_output", "decoder.up": "colwise"}
+    with pytest.raises(PlanError, match="two styles for what is called 'encoder"):
+        md.capture(
+            Shared().eval(), (X[..., 0].long(),) * 2, mesh=md.Mesh(tp=2), parallel=md.TensorParallel("tp", plan=plan)
+        )

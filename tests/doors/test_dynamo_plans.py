@@ -120,7 +120,7 @@ def refused(rank: int, case: str) -> str:
         return message_of(lambda: call(x, case))
 
 
-LACKS = "which the graph of torch.compile does not have: it is a part of the model"
+AROUND = "has what torch.compile runs around the function that it compiles: "
 
 
 @pytest.mark.parametrize(
@@ -135,7 +135,7 @@ LACKS = "which the graph of torch.compile does not have: it is a part of the mod
             "output 0 of the graph of torch.compile, torch.float32 [2, 8, 32], is none",
             "gather",
         ),
-        ("outside", "CaptureError", f"Twice uses 'b.weight', {LACKS}", "torchtrt_md.compile"),
+        ("outside", "CaptureError", f"Twice {AROUND}_skipped (", "torchtrt_md.compile"),
         ("twins", "CaptureError", "two outputs of Twice have the same shape and values", "torchtrt_md.compile"),
         ("autocast", "CaptureError", "Twice was called under autocast", "check=False"),
     ],
@@ -147,27 +147,53 @@ def test_dense_models_that_are_refused(ranks: Ranks, case: str, kind: str, probl
         assert fix in outcome.value
 
 
-class Doubled(nn.Module):
-    """A model that does something after its only module, of which the frame of that module knows nothing."""
+class Around(nn.Module):
+    """A model that does something beside its only module, of which the frame of that module knows nothing.
 
-    def __init__(self) -> None:
+    All of it is the identity on small numbers, so that no values tell.
+    """
+
+    def __init__(self, how: str) -> None:
         super().__init__()
-        self.a = models.MLP()
+        self.a, self.how = models.MLP(), how
+        if how == "hook":
+            self.register_forward_hook(lambda module, args, y: y.clamp(max=1e3))
+        if how == "hook in front":
+            self.register_forward_pre_hook(lambda module, args: (args[0].clamp(max=1e3),))
 
     def forward(self, x: Tensor) -> Any:
-        return skipped(self.a, x) * 2
+        if self.how == "skipped":
+            return skipped(self.a, x).clamp(max=1e3)
+        y = self.a(x)
+        if self.how == "keeps":
+            self.last = y
+            return y.clamp(max=1e3)
+        return y
 
 
-def part_of_the_model(rank: int) -> str:
+def around(rank: int, how: str, check: bool) -> str:
+    torch.compiler.reset()
     plan = {"": {"x": Split(1)}, "a": Gather(1)}
-    call = compiled(Doubled().eval(), InPyTorch(), mesh=Mesh(cp=2), parallel=ContextParallel("cp", plan=plan))
+    options: dict[str, Any] = {"mesh": Mesh(cp=2), "parallel": ContextParallel("cp", plan=plan), "check": check}
+    call = compiled(Around(how).eval(), InPyTorch(), **options)
     with torch.no_grad():
         return message_of(lambda: call(torch.randn(2, 8, 32)))
 
 
-def test_a_part_with_all_weights_is_not_taken_for_the_model(ranks: Ranks) -> None:
-    for outcome in ranks(part_of_the_model):
-        assert outcome.value.startswith("CaptureError: every rank: output 0 of the graph of torch.compile"), outcome
+@pytest.mark.parametrize("check", [True, False])
+@pytest.mark.parametrize(
+    ("how", "problem"),
+    [
+        ("skipped", f"Around {AROUND}_skipped ("),
+        ("hook", f"Around {AROUND}hooks of its own"),
+        ("hook in front", f"Around {AROUND}hooks of its own"),
+        ("keeps", "Around keeps a tensor beside what it returns"),
+    ],
+)
+def test_a_part_is_not_taken_for_the_model(ranks: Ranks, how: str, problem: str, check: bool) -> None:
+    for outcome in ranks(around, how, check):
+        assert outcome.value.startswith("CaptureError: every rank: "), outcome
+        assert problem in outcome.value, outcome
 
 
 def compiled_forward(rank: int) -> list[float]:

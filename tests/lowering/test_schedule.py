@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import graphs
 import pytest
 import torch
@@ -10,7 +12,7 @@ from torch.fx import GraphModule
 
 from torchtrt_md.lowering import allgather_kv, leading_dim, ring, ulysses
 from torchtrt_md.lowering.passes import PassContext, run_passes
-from torchtrt_md.lowering.schedule import collective, schedule
+from torchtrt_md.lowering.schedule import collective, listed, schedule
 from torchtrt_md.mesh import Mesh
 
 md = torch.ops.torchtrt_md
@@ -44,6 +46,23 @@ def test_the_collectives_in_order() -> None:
         ("all_reduce", "cp", 3, torch.float32, 24, 2 * 2 * 24 * 4 // 3),
         ("permute_tensor", "cp", 3, torch.float16, 24, 24 * 2),
     ]
+
+
+@pytest.mark.parametrize(
+    ("one", "other"),
+    [
+        (lambda x: md.all_reduce(x, "sum", "tp", 2), lambda x: md.all_reduce(x, "max", "tp", 2)),
+        (lambda x: md.reduce_scatter(x, "sum", 0, "tp", 2), lambda x: md.reduce_scatter(x, "avg", 0, "tp", 2)),
+        (lambda x: md.broadcast(x, 0, "tp", 2), lambda x: md.broadcast(x, 1, "tp", 2)),
+        (lambda x: md.permute_tensor(x, 1, "tp", 4), lambda x: md.permute_tensor(x, 2, "tp", 4)),
+    ],
+    ids=["all_reduce", "reduce_scatter", "broadcast", "permute_tensor"],
+)
+def test_what_ranks_have_in_common_says_how_they_reduce(one: Any, other: Any) -> None:
+    x = torch.ones(4, 6)
+    graphs_of = [graphs.trace(function, x) for function in (one, other)]
+    assert schedule(graphs_of[0]) == schedule(graphs_of[1])
+    assert listed(graphs_of[0]) != listed(graphs_of[1])
 
 
 def test_nothing_is_communicated() -> None:

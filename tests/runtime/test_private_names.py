@@ -54,6 +54,15 @@ def test_cublas_workspaces_can_be_cleared() -> None:
     assert hasattr(torch._C, "_cuda_clearCublasWorkspaces"), "CUDA graphs of one stream would share a workspace"
 
 
+def test_a_swap_changes_the_body_of_a_tensor_and_nothing_else_does() -> None:
+    one, other = nn.Parameter(torch.zeros(2)), nn.Parameter(torch.zeros(2))
+    body = private.body_of(one)
+    one.data = torch.ones(2)
+    assert private.body_of(one) == body
+    torch.utils.swap_tensors(one, other)  # type: ignore[no-untyped-call]
+    assert private.body_of(one) != body, "weights that were swapped would not be noticed"
+
+
 def test_inductors_workers_can_be_started_early(monkeypatch: pytest.MonkeyPatch) -> None:
     from torch._inductor.async_compile import AsyncCompile
 

@@ -6,6 +6,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+from torch._subclasses.fake_tensor import FakeTensor
 
 import torchtrt_md as md
 from torchtrt_md.errors import VerificationError
@@ -304,3 +305,28 @@ def test_the_largest_of_many_constants_stay(monkeypatch: pytest.MonkeyPatch) -> 
     monkeypatch.setattr(drawing, "_MOST_BYTES", 100)
     found = drawn_constants({"large": torch.zeros(20), "small": torch.zeros(10), "tied": torch.zeros(10)})
     assert list(found) == ["small", "tied"]
+
+
+class Packed(nn.Module):
+    """A model that looks at its positions where it is not traced, as masks of transformers' Llama 4 do."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.up, self.down = nn.Linear(16, 32), nn.Linear(32, 16)
+
+    def forward(self, x: Tensor, positions: Tensor) -> Tensor:
+        y: Tensor = self.down(self.up(x))
+        consecutive = not isinstance(positions, FakeTensor) and bool((positions.diff(dim=-1) == 1).all())
+        return y * 2 if consecutive else y
+
+
+def test_what_a_model_does_with_the_given_inputs_alone_is_compared_beside_what_is_drawn() -> None:
+    """Rows of positions that are equal tell no programs apart, so that others are drawn: which it takes otherwise."""
+    model, x = Packed().eval(), torch.randn(2, 8, 16)
+    positions = torch.arange(8).expand(2, -1).contiguous()
+    parallel = md.ContextParallel("cp", plan={"up": {"input": md.Split(1)}, "down": md.Gather(1)})
+    program = md.capture(model, (x, positions), mesh=md.Mesh(cp=2), parallel=parallel)
+    with pytest.raises(VerificationError, match="something else than what is captured"):
+        md.verify(program, model, (x, positions))
+    others = torch.arange(16).reshape(2, 8) * 3  # neither does anything else with these
+    md.verify(md.capture(model, (x, others), mesh=md.Mesh(cp=2), parallel=parallel), model, (x, others))

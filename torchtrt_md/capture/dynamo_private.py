@@ -25,6 +25,7 @@ from torchtrt_md.errors import MDError
 
 # The function that torch.compile puts in place of another, and the methods of a module that are its whole forward.
 _WRAPPER = ("torch._dynamo.eval_frame", "compile_wrapper")
+_COMPILING = "torch._dynamo.convert_frame"
 _FORWARDS = ("forward", "_call_impl", "_wrapped_call_impl")
 
 
@@ -126,6 +127,24 @@ def call_in_progress() -> CallInProgress | None:
     if not isinstance(module, nn.Module) or not isinstance(args, tuple) or not isinstance(kwargs, dict):
         return None
     return CallInProgress(module, args, kwargs)
+
+
+def runs_outside(model: nn.Module) -> str | None:
+    """What of the model's call Dynamo leaves to Python, around the function that it compiles; None where nothing.
+
+    Without it, what runs there would be done twice: the program is of the whole call.
+    """
+    if model._forward_hooks or model._forward_pre_hooks:
+        return "hooks of its own"
+    frame, between = inspect.currentframe(), list[Any]()
+    while frame is not None and (frame.f_globals.get("__name__"), frame.f_code.co_name) != _WRAPPER:
+        name = str(frame.f_globals.get("__name__"))
+        if name == _COMPILING:
+            between.clear()
+        elif name != nn.Module.__module__ and not name.startswith("torch._dynamo."):
+            between.append(f"{frame.f_code.co_qualname} ({frame.f_code.co_filename}:{frame.f_lineno})")
+        frame = frame.f_back
+    return between[0] if between and frame is not None else None
 
 
 def group_ranks(name: str) -> Sequence[int]:

@@ -10,7 +10,7 @@ from __future__ import annotations
 import difflib
 import fnmatch
 import warnings
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Collection, Mapping
 from dataclasses import dataclass, field, replace
 from typing import Any
 
@@ -162,9 +162,11 @@ def apply(
                 )
     if parallel.plan is not None:
         _tell_missing(shadow, missing, len(missing) == len(plan))
+    taken = _each_once(taken, plan, modules)
     for path in taken:
         _refuse_sharded(path, modules)
     reading = Reading(shadow)
+    alone = {_known_as(path, modules) for path in taken if path not in modules}
     quantizers.check_rest(shadow, set(taken))
     # In the order of the model, as an outer module's hooks look at what is in it.
     for path, pattern in taken.items():
@@ -175,11 +177,36 @@ def apply(
             _check_divides(modules[path], path, style, axis)
             _parallelize(modules[path], path, _along(device_mesh, axis.name), style)
         elif path in modules:
-            _apply_to_module(modules, path, style, axis, parts, taken)
+            _apply_to_module(modules, path, style, axis, parts, alone)
         else:
             owner, _, name = path.rpartition(".")
             quantizers.cut(modules[owner], owner, Style(), axis, parts)  # none of them is known to fit
             _cut(modules[owner], path, name, _as_read(style, modules[owner], path, reading), axis, parts)
+
+
+def _each_once(taken: Mapping[str, str], plan: Mapping[str, Any], modules: Mapping[str, nn.Module]) -> dict[str, str]:
+    """The first name of each thing that the plan names, for a module may have several; it is cut once.
+
+    Raises:
+        PlanError: one module, or parameter, has two styles by two of its names.
+    """
+    first: dict[tuple[int, str], str] = {}
+    for path, pattern in taken.items():
+        before = first.setdefault(_known_as(path, modules), path)
+        one, other = plan[taken[before]], plan[pattern]
+        if one is not other and one != other:
+            raise PlanError(
+                f"the plan has two styles for what is called {before!r} and {path!r}, and is one"
+                f" {'module' if path in modules else 'parameter'}: by {taken[before]!r} and by {pattern!r}",
+                fix="let one of the two names stand for it",
+            )
+    return {path: taken[path] for path in first.values()}
+
+
+def _known_as(path: str, modules: Mapping[str, nn.Module]) -> tuple[int, str]:
+    """Equal for all names of a module, and for all of a module's parameter."""
+    owner, _, name = path.rpartition(".")
+    return (id(modules[path]), "") if path in modules else (id(modules[owner]), name)
 
 
 def _along(device_mesh: DeviceMesh, axis: str) -> DeviceMesh:
@@ -262,8 +289,14 @@ def _tell_missing(model: nn.Module, missing: list[str], all_of_them: bool) -> No
 
 
 def _apply_to_module(
-    modules: Mapping[str, nn.Module], path: str, style: Style, axis: Axis, parts: Parts, taken: Mapping[str, str]
+    modules: Mapping[str, nn.Module],
+    path: str,
+    style: Style,
+    axis: Axis,
+    parts: Parts,
+    alone: Collection[tuple[int, str]],
 ) -> None:
+    """``alone`` are the parameters that the plan names by themselves."""
     module = modules[path]
     style = _by_heads(modules, path, style, axis)
     try:
@@ -273,7 +306,7 @@ def _apply_to_module(
         raise PlanError(problem, fix=error.fix) from None
     quantizers.cut(module, path, style, axis, parts)  # before the weight, of whose whole shape they are
     for name, parameter in list(module.named_parameters(recurse=False)):
-        if f"{path}.{name}" not in taken:
+        if (id(module), name) not in alone:
             _cut(module, f"{path}.{name}" if path else name, name, style, axis, parts, parameter)
     if hooks is not None:
         hooks.put_on(module)

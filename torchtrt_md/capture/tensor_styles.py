@@ -195,7 +195,7 @@ class Rowwise(Style):
             if bias is None:
                 return y
             module._parameters["bias"] = bias
-            return y + bias
+            return y + bias.to(y.dtype)  # which autocast may have changed
 
         return Hooks(before, behind)
 

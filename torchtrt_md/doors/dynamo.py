@@ -43,6 +43,7 @@ from torchtrt_md.capture.dynamo_private import (
     local_tensor,
     outside_dynamo,
     passed_on,
+    runs_outside,
 )
 from torchtrt_md.capture.torch_private import root_mesh
 from torchtrt_md.doors.agreed import agreed_options
@@ -307,6 +308,13 @@ def _of_model(gm: GraphModule, inputs: Sequence[GraphInput], options: Options, a
             f"{name} is not one graph, as the option 'parallel' needs: Dynamo broke it off: {broken}",
             fix="mend what broke it (torch.compile(fullgraph=True) shows the line), or use torchtrt_md.compile",
         )
+    outside = runs_outside(call.module)
+    if outside is not None:
+        raise CaptureError(
+            f"{name} has what torch.compile runs around the function that it compiles: {outside}",
+            fix="use torchtrt_md.compile, which compiles it with the model; or let hooks be of modules inside, and no"
+            " function in the model be disabled for Dynamo",
+        )
     if options.mesh is None and not any(isinstance(i.example, DTensor) for i in inputs):
         raise OptionError("the option 'parallel' needs the option 'mesh'", fix='options={"mesh": Mesh(cp=2), ...}')
     if autocast.on and options.check:
@@ -412,11 +420,18 @@ def _results(
     with torch.compiler.set_stance("force_eager"):
         ours = [t for t in pytree.tree_leaves(call.module(*call.args, **call.kwargs)) if isinstance(t, Tensor)]
     results, certain = _matched(theirs, ours, program, lambda a, b: is_close(a, b, limit))
+    of_program = {leaf.index for leaf in results if isinstance(leaf, Output)}
     if not certain:
         raise CaptureError(
             f"two outputs of {type(call.module).__name__} have the same shape and values, so that those of the graph"
             " of torch.compile cannot be told apart",
             fix="use torchtrt_md.compile",
+        )
+    if len(of_graph) > len(of_program):
+        raise CaptureError(
+            f"{type(call.module).__name__} keeps a tensor beside what it returns, of which nothing says that it is"
+            " always one of the results",
+            fix="return it as well, or use torchtrt_md.compile, which says what it does not keep",
         )
     return results
 

@@ -23,6 +23,7 @@ from torchtrt_md.doors.views import View
 from torchtrt_md.errors import InputError
 from torchtrt_md.program import Output
 from torchtrt_md.runtime.autocast import without_autocast
+from torchtrt_md.runtime.private import body_of
 from torchtrt_md.runtime.weights import same_values
 
 
@@ -56,12 +57,16 @@ class WeightSet:
         counted = {id(t): t for t in (*tensors, *self._locals) if not t.is_inference()}
         self._counted = list(counted.values())
         self._versions, self._places = self._state()
+        self._bodies = list(map(body_of, tensors))
 
     def _state(self) -> tuple[list[int], list[int]]:
         return list(map(_version, self._counted)), list(map(Tensor.data_ptr, self._locals))
 
     def changed(self) -> int | None:
-        """The index of a weight that was written to in place or moved since; None where there is none."""
+        """The index of a weight that was written to in place, moved or swapped since; None where there is none."""
+        bodies = list(map(body_of, self.tensors))
+        if bodies != self._bodies:
+            return next(i for i, (now, was) in enumerate(zip(bodies, self._bodies, strict=True)) if now != was)
         versions, places = self._state()
         if versions == self._versions and places == self._places:
             return None

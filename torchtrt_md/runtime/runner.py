@@ -81,6 +81,7 @@ class Runner:
         choices: Choices | None = None,
         guard: Callable[[], None] = lambda: None,
         parts_of: Callable[[Mapping[str, Tensor]], WeightOf] | None = None,
+        check_others: Callable[[Mapping[str, Tensor]], None] = lambda others: None,
     ) -> None:
         self.manifest, self.executor, self.votes = manifest, executor, votes
         self.summary, self.choices = summary, choices
@@ -89,6 +90,7 @@ class Runner:
         self.name = launch.name_program(name)
         self.signature = Signature(manifest)
         self._nest, self._guard, self._parts_of = nest or self.signature.nest, guard, parts_of
+        self._check_others = check_others
         self._launch, self._watchdog = launch, launch.watchdog
         self._communicates = any(segment.collectives for segment in manifest.ranks[self.rank])
         self._waits_for = waits_for(manifest.ranks[self.rank], self.signature.mesh, self.rank)
@@ -166,9 +168,10 @@ class Runner:
         segments, parts_of = self.manifest.ranks[self.rank], self._parts_of
         if parts_of is None:
             raise LaunchError("a bundle has its own weights", fix="load it again, with weights=...")
-        values = self.agreement.together(
-            f"other weights for {self.name}", lambda: laid_out(segments, parts_of(others()), self.device)
-        )
+        about = f"other weights for {self.name}"
+        held = self.agreement.together(about, others)
+        self._check_others(held)
+        values = self.agreement.together(about, lambda: laid_out(segments, parts_of(held), self.device))
         self._others.append(WeightSet(values, self._make_graphs(values)))
         return self._others[-1]
 

@@ -22,6 +22,7 @@ from torchtrt_md.errors import InputError, RankMismatchError
 from torchtrt_md.launch.agree import Agreement
 from torchtrt_md.mesh import Mesh
 from torchtrt_md.program import Constant, ShardedProgram, Weight
+from torchtrt_md.runtime.private import body_of
 from torchtrt_md.runtime.signature import prepared
 from torchtrt_md.runtime.steps import Key, source_key
 from torchtrt_md.segment import Segment
@@ -141,6 +142,7 @@ class WeightGuard:
         self._names: list[str] = []
         self._counted: list[Tensor] = []
         self._versions: list[int] = []
+        self._bodies: list[int] = []
         for name, weight in weights.items():
             self._count(_weight(name), weight)
         for constant in constants:
@@ -151,12 +153,13 @@ class WeightGuard:
             self._names.append(name)
             self._counted.append(weight)
             self._versions.append(_version(weight))
+            self._bodies.append(body_of(weight))
 
     def _forget(self, name: str, weight: Tensor) -> None:
         entries = zip(self._names, self._counted, strict=True)
         at = next((i for i, (named, held) in enumerate(entries) if named == name and held is weight), None)
         if at is not None:
-            del self._names[at], self._counted[at], self._versions[at]
+            del self._names[at], self._counted[at], self._versions[at], self._bodies[at]
 
     def check(self) -> None:
         """Raises InputError: a weight was changed.  What is written through ``.data`` is not seen."""
@@ -168,10 +171,10 @@ class WeightGuard:
             now = read()
             if now is not weight:
                 self._held[index] = name, read, self._follow(name, weight, now)
-        if list(map(_version, self._counted)) == self._versions:
+        if list(map(_version, self._counted)) == self._versions and list(map(body_of, self._counted)) == self._bodies:
             return
-        found = zip(self._names, self._counted, self._versions, strict=True)
-        raise self._changed(next(name for name, weight, version in found if weight._version != version))
+        found = zip(self._names, self._counted, self._versions, self._bodies, strict=True)
+        raise self._changed(next(n for n, w, version, body in found if (w._version, body_of(w)) != (version, body)))
 
     def _follow(self, name: str, weight: Tensor, now: object) -> Tensor:
         """Watch what is in a tensor's place now, if it has the same values."""

@@ -15,11 +15,12 @@ from torchtrt_md.capture.arguments import Arguments
 from torchtrt_md.capture.kept_state import OwnState
 from torchtrt_md.errors import VerificationError
 from torchtrt_md.lowering.ops import OF_PARTS, bound_args
-from torchtrt_md.program import Output, ShardedProgram, Weight, Weights, value_of
+from torchtrt_md.program import Output, ShardedProgram, Weight, Weights, dtype_name, value_of
 from torchtrt_md.verification.compare import relative_error
 from torchtrt_md.verification.dense import (
     Sample,
     captured,
+    check_captured,
     check_finite,
     run,
     samples,
@@ -119,9 +120,22 @@ def trials_of(proof: Proof) -> tuple[list[Trial], list[str]]:
             continue
         notes.append(f"{names} cannot tell programs apart, so others were drawn too")
         outlying, said = _outlying(proof, {**given, **these})
-        return [*first, _trial(proof, given, draws=False), *outlying], [*notes, *told, *said]
+        return [*first, _as_given(proof), *outlying], [*notes, *told, *said]
     first, told = _first(proof, given)
     return first, [*notes, *told]
+
+
+def _as_given(proof: Proof) -> Trial:
+    """The trial of the given inputs beside drawn ones.  A model may do otherwise with each, untraced.
+
+    Raises:
+        VerificationError: as :func:`trials_of`; or the model computes something else than what is captured of it.
+    """
+    given = proof.arguments.tensors
+    trial = _trial(proof, given, draws=False)
+    graph = interpret(proof.dense, given, weights=proof.weights)
+    check_captured(proof.name, graph, trial.own, trial.reference, trial.samples)
+    return trial
 
 
 def _first(proof: Proof, inputs: Mapping[str, Tensor]) -> tuple[list[Trial], list[str]]:
@@ -305,4 +319,10 @@ def _check_result(program: ShardedProgram, dense: ShardedProgram, name: str) -> 
         raise VerificationError(
             f"{name} returns {found} in {dense.out_spec}, and the program {expected} in {program.out_spec}",
             fix="return no numbers that depend on the length of the sequence; under a plan they are those of one rank",
+        )
+    dtypes, own = ([v.dtype for v in p.outputs] for p in (program, dense))
+    if dtypes != own:
+        raise VerificationError(
+            f"{name} returns {', '.join(map(dtype_name, own))}, and the program {', '.join(map(dtype_name, dtypes))}",
+            fix="let the plan's modules keep the dtype; under torch.autocast, cast the model itself instead",
         )
