@@ -13,7 +13,7 @@ from typing import Any
 
 from torch import Tensor, nn
 
-from torchtrt_md.capture.alike import alike
+from torchtrt_md.capture.alike import alike, same
 from torchtrt_md.program import Constant
 from torchtrt_md.wrappers import named_weights
 
@@ -69,7 +69,8 @@ def _entry(read: Callable[[], Any], key: object) -> object:
 
 
 class Slots:
-    """Where a model's modules have their weights and each other, to tell when something else was put there.
+    """Where a model's modules have their weights, each other, and what they call besides, as attention processors of
+    diffusers, to tell when something else was put there.
 
     Args:
         model: the user's.
@@ -85,6 +86,12 @@ class Slots:
         And of each weight that was added, and of each module that was, or is gone, or is not like the one in its place;
         these were None.  Whoever does not take all of them, because one is refused, finds them again.
         """
+        for index, (path, key, of, value) in enumerate(self._called):
+            now = of.get(key)
+            if now is not value:
+                if not same(value, now):
+                    yield f"{path}.{key}".lstrip("."), None, now
+                self._called[index] = path, key, of, now
         same_keys = all(len(of) == size for of, size in self._sizes)
         if same_keys and all(of.get(key) is value for of, key, value in self._slots):
             return
@@ -106,3 +113,9 @@ class Slots:
         self._held, self._modules = named_weights(self._model), dict(self._model.named_modules())
         self._sizes = [(of, len(of)) for of in of_all]
         self._slots = [(of, key, value) for of in of_all for key, value in of.items()]
+        self._called = [
+            (path, key, vars(module), value)
+            for path, module in self._modules.items()
+            for key, value in vars(module).items()
+            if key not in _INTERNAL and callable(value)
+        ]
