@@ -189,7 +189,7 @@ class WeightGuard:
     def _changed(self, name: str) -> InputError:
         return InputError(
             f"the {name} was changed after the model was compiled, and engines may hold what it was",
-            fix="compile the model again",
+            fix="compile the model again, or load the bundle again; with torch.compile, after torch.compiler.reset()",
         )
 
 
