@@ -85,6 +85,7 @@ class Session:
     def runner(self, built: Built, budget: Budget | None, name: str) -> Runner:
         """The runner of what was built."""
         lowered, rank = built.placed.program, self.launch.rank
+        captured, agreement, check = self.program, self.launch.agreement, self.options.check
         executor = self.executor(built, store=self.store_weights)
         ranks = [[part.segment for part in parts] for parts in built.parts]
         return Runner(
@@ -101,13 +102,9 @@ class Session:
             summary=summary_of(name, built, rank),
             choices=built.choices,
             parts_of=lambda others: ModelWeights(_with(lowered, others), rank).local,
-            check_others=self._check_others,
+            # As the program's own were.
+            check_others=lambda others: check_equal(_with(captured, others), agreement) if check else None,
         )
-
-    def _check_others(self, others: Mapping[str, Tensor]) -> None:
-        """Compare other weights among the ranks, as the program's own were."""
-        if self.options.check:
-            check_equal(_with(self.program, others), self.launch.agreement)
 
 
 def _with(program: ShardedProgram, others: Mapping[str, Tensor]) -> ShardedProgram:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from functools import partial
 
 import pytest
 import torch
@@ -61,6 +62,17 @@ def test_another_processor_is_noticed(change: Callable[[Model], None]) -> None:
     change(model)
     ((name, was, _),) = program.weights.replaced()
     assert (name, was) == ("block.processor", None)
+
+
+def test_what_is_bound_anew_is_the_same() -> None:
+    model = Model().eval()
+    model.block.own = model.block.forward  # type: ignore[assignment]
+    model.block.bound = partial(Block.forward, model.block)  # type: ignore[assignment]
+    program = md.capture(model, (torch.randn(2, 4),), mesh=md.Mesh(tp=1))
+    model.block.own, model.block.bound = model.block.forward, partial(Block.forward, model.block)  # type: ignore[assignment]
+    assert list(program.weights.replaced()) == []
+    model.block.bound = partial(Block.forward, Block())  # type: ignore[assignment]
+    assert len(list(program.weights.replaced())) == 1
 
 
 def test_an_equal_processor_is_none() -> None:

@@ -171,6 +171,41 @@ class Around(nn.Module):
         return y
 
 
+class Plain(nn.Module):
+    """Returns its result twice, the second as a tensor of its own in Dynamo's graph."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.a = models.MLP()
+
+    def forward(self, x: Tensor) -> Any:
+        y = self.a(x)
+        return y, y.float()
+
+
+def not_around(rank: int, how: str) -> list[float]:
+    torch.compiler.reset()
+    model: Any = Plain().eval() if how == "twice" else nn.Sequential(models.MLP()).eval()
+    inside = {"twice": "a", "a GraphModule": "0.down"}.get(how, "0")
+    if how == "hook of PyTorch's own":  # Dynamo compiles its whole call
+        model.register_forward_hook(lambda module, args, y: y.clamp(max=1e-3))
+    if how == "a GraphModule":
+        model = torch.fx.symbolic_trace(model, concrete_args=None)
+    plan = {"": {"x" if how == "twice" else "input": Split(1)}, inside: Gather(1)}
+    call = compiled(model, InPyTorch(), mesh=Mesh(cp=2), parallel=ContextParallel("cp", plan=plan))
+    x = torch.randn(2, 8, 32, generator=torch.Generator().manual_seed(0))
+    with torch.no_grad():
+        ours, theirs = ((y if isinstance(y, tuple) else (y,)) for y in (call(x), model(x)))
+        return [error(a, b) for a, b in zip(ours, theirs, strict=True)]
+
+
+@pytest.mark.parametrize("how", ["twice", "hook of PyTorch's own", "a GraphModule"])
+def test_a_whole_model_is_taken_for_one(ranks: Ranks, how: str) -> None:
+    for outcome in ranks(not_around, how):
+        assert not outcome.error, outcome.message
+        assert max(outcome.value) < 1e-5
+
+
 def around(rank: int, how: str, check: bool) -> str:
     torch.compiler.reset()
     plan = {"": {"x": Split(1)}, "a": Gather(1)}

@@ -26,6 +26,8 @@ from torchtrt_md.errors import MDError
 # The function that torch.compile puts in place of another, and the methods of a module that are its whole forward.
 _WRAPPER = ("torch._dynamo.eval_frame", "compile_wrapper")
 _COMPILING = "torch._dynamo.convert_frame"
+_INLINING = "torch._dynamo.external_utils"  # which has Dynamo compile the whole call, of modules that are PyTorch's own
+_CALLING = ("torch.nn.modules.module", "torch.fx.graph_module")  # between a call and forward
 _FORWARDS = ("forward", "_call_impl", "_wrapped_call_impl")
 
 
@@ -134,16 +136,18 @@ def runs_outside(model: nn.Module) -> str | None:
 
     Without it, what runs there would be done twice: the program is of the whole call.
     """
-    if model._forward_hooks or model._forward_pre_hooks:
-        return "hooks of its own"
     frame, between = inspect.currentframe(), list[Any]()
     while frame is not None and (frame.f_globals.get("__name__"), frame.f_code.co_name) != _WRAPPER:
         name = str(frame.f_globals.get("__name__"))
         if name == _COMPILING:
             between.clear()
-        elif name != nn.Module.__module__ and not name.startswith("torch._dynamo."):
+        elif name not in _CALLING and not name.startswith("torch._dynamo."):
             between.append(f"{frame.f_code.co_qualname} ({frame.f_code.co_filename}:{frame.f_lineno})")
         frame = frame.f_back
+    function = None if frame is None else frame.f_locals.get("fn")
+    inlined = getattr(function, "__globals__", {}).get("__name__") == _INLINING
+    if not inlined and (model._forward_hooks or model._forward_pre_hooks):
+        return "hooks of its own"
     return between[0] if between and frame is not None else None
 
 

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from functools import partial
+from types import MethodType
 from typing import Any
 
 from torch import Tensor, nn
@@ -19,6 +20,7 @@ from torchtrt_md.wrappers import named_weights
 
 # What PyTorch keeps on every module: weights, submodules, hooks.
 _INTERNAL = frozenset(vars(nn.Module()))
+_UNCALLED = _INTERNAL | {"_compiled_call_impl", "extra_repr"}  # what torch.compile and torchao put there
 
 
 def originals(memo: Mapping[int, Any]) -> dict[int, Tensor]:
@@ -68,6 +70,17 @@ def _entry(read: Callable[[], Any], key: object) -> object:
         return None
 
 
+def _calls_alike(a: object, b: object) -> bool:
+    """Do these do the same where they are called?  A method of a module is that of this module, and no other."""
+    if isinstance(a, MethodType) and isinstance(b, MethodType):
+        return a == b or same(a, b)
+    if isinstance(a, partial) and isinstance(b, partial):
+        bound = [(*p.args, *sorted(p.keywords), *(p.keywords[key] for key in sorted(p.keywords))) for p in (a, b)]
+        one = len(bound[0]) == len(bound[1]) and all(x is y for x, y in zip(*bound, strict=True))
+        return (one and _calls_alike(a.func, b.func)) or same(a, b)
+    return a is b or same(a, b)
+
+
 class Slots:
     """Where a model's modules have their weights, each other, and what they call besides, as attention processors of
     diffusers, to tell when something else was put there.
@@ -89,7 +102,7 @@ class Slots:
         for index, (path, key, of, value) in enumerate(self._called):
             now = of.get(key)
             if now is not value:
-                if not same(value, now):
+                if not _calls_alike(value, now):
                     yield f"{path}.{key}".lstrip("."), None, now
                 self._called[index] = path, key, of, now
         same_keys = all(len(of) == size for of, size in self._sizes)
@@ -117,5 +130,5 @@ class Slots:
             (path, key, vars(module), value)
             for path, module in self._modules.items()
             for key, value in vars(module).items()
-            if key not in _INTERNAL and callable(value)
+            if key not in _UNCALLED and callable(value)
         ]

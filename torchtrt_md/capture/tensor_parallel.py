@@ -162,12 +162,13 @@ def apply(
                 )
     if parallel.plan is not None:
         _tell_missing(shadow, missing, len(missing) == len(plan))
+    named = set(taken)
     taken = _each_once(taken, plan, modules)
     for path in taken:
         _refuse_sharded(path, modules)
     reading = Reading(shadow)
     alone = {_known_as(path, modules) for path in taken if path not in modules}
-    quantizers.check_rest(shadow, set(taken))
+    quantizers.check_rest(shadow, named)
     # In the order of the model, as an outer module's hooks look at what is in it.
     for path, pattern in taken.items():
         style = _style(path, plan[pattern], modules.get(path))
@@ -193,14 +194,19 @@ def _each_once(taken: Mapping[str, str], plan: Mapping[str, Any], modules: Mappi
     first: dict[tuple[int, str], str] = {}
     for path, pattern in taken.items():
         before = first.setdefault(_known_as(path, modules), path)
-        one, other = plan[taken[before]], plan[pattern]
-        if one is not other and one != other:
+        if not _is_style(plan[taken[before]], plan[pattern]):
             raise PlanError(
                 f"the plan has two styles for what is called {before!r} and {path!r}, and is one"
                 f" {'module' if path in modules else 'parameter'}: by {taken[before]!r} and by {pattern!r}",
                 fix="let one of the two names stand for it",
             )
     return {path: taken[path] for path in first.values()}
+
+
+def _is_style(one: Any, other: Any) -> bool:
+    """Is it one style?  PyTorch's compare as objects."""
+    of_pytorch = isinstance(one, ParallelStyle) and type(one) is type(other)
+    return one is other or bool(one == other) or (of_pytorch and vars(one) == vars(other))
 
 
 def _known_as(path: str, modules: Mapping[str, nn.Module]) -> tuple[int, str]:

@@ -410,7 +410,8 @@ def _results(
     (returned,) = gm.graph.find_nodes(op="output")
     theirs = [_example(leaf) for leaf in returned.args[0]]
     results, certain = _matched(theirs, program.outputs, program, _alike)
-    of_graph = {leaf for leaf in returned.args[0] if isinstance(leaf, torch.fx.Node)}
+    nodes = {leaf for leaf in returned.args[0] if isinstance(leaf, torch.fx.Node)}
+    of_graph = {node for node in nodes if isinstance(_example(node), Tensor)}  # and no number, as a shape may be
     of_program = {leaf.index for leaf in results if isinstance(leaf, Output)}
     # More of the graph than of the program: something that the model does beside, as where it keeps a tensor.
     if certain and not check and len(of_graph) == len(of_program):
@@ -420,14 +421,13 @@ def _results(
     with torch.compiler.set_stance("force_eager"):
         ours = [t for t in pytree.tree_leaves(call.module(*call.args, **call.kwargs)) if isinstance(t, Tensor)]
     results, certain = _matched(theirs, ours, program, lambda a, b: is_close(a, b, limit))
-    of_program = {leaf.index for leaf in results if isinstance(leaf, Output)}
     if not certain:
         raise CaptureError(
             f"two outputs of {type(call.module).__name__} have the same shape and values, so that those of the graph"
             " of torch.compile cannot be told apart",
             fix="use torchtrt_md.compile",
         )
-    if len(of_graph) > len(of_program):
+    if len(of_graph) > len(program.outputs):
         raise CaptureError(
             f"{type(call.module).__name__} keeps a tensor beside what it returns, of which nothing says that it is"
             " always one of the results",

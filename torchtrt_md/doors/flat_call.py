@@ -23,7 +23,6 @@ from torchtrt_md.doors.views import View
 from torchtrt_md.errors import InputError
 from torchtrt_md.program import Output
 from torchtrt_md.runtime.autocast import without_autocast
-from torchtrt_md.runtime.private import body_of
 from torchtrt_md.runtime.weights import same_values
 
 
@@ -57,16 +56,13 @@ class WeightSet:
         counted = {id(t): t for t in (*tensors, *self._locals) if not t.is_inference()}
         self._counted = list(counted.values())
         self._versions, self._places = self._state()
-        self._bodies = list(map(body_of, tensors))
 
     def _state(self) -> tuple[list[int], list[int]]:
-        return list(map(_version, self._counted)), list(map(Tensor.data_ptr, self._locals))
+        # Of what is in the tensors now: a DTensor whose values were swapped has another local part.
+        return list(map(_version, self._counted)), [local_tensor(t).data_ptr() for t in self.tensors]
 
     def changed(self) -> int | None:
         """The index of a weight that was written to in place, moved or swapped since; None where there is none."""
-        bodies = list(map(body_of, self.tensors))
-        if bodies != self._bodies:
-            return next(i for i, (now, was) in enumerate(zip(bodies, self._bodies, strict=True)) if now != was)
         versions, places = self._state()
         if versions == self._versions and places == self._places:
             return None
@@ -75,7 +71,7 @@ class WeightSet:
             written = any(
                 t is outer or t is tensor for t, v in zip(self._counted, self._versions, strict=True) if t._version != v
             )
-            if written or tensor.data_ptr() != was:
+            if written or places[index] != was:
                 return index
         return None
 

@@ -165,7 +165,7 @@ class WeightGuard:
         """Raises InputError: a weight was changed.  What is written through ``.data`` is not seen."""
         for name, weight, now in self._replaced():
             if weight is None:
-                raise self._changed(_weight(name) if isinstance(now, Tensor) else f"model's {name!r}")
+                raise self._changed(_weight(name) if isinstance(now, Tensor) else f"module {name!r}")
             self._follow(_weight(name), weight, now)
         for index, (name, read, weight) in enumerate(self._held):
             now = read()
