@@ -136,19 +136,19 @@ def runs_outside(model: nn.Module) -> str | None:
 
     Without it, what runs there would be done twice: the program is of the whole call.
     """
-    frame, between = inspect.currentframe(), list[Any]()
+    frame, innermost = inspect.currentframe(), ""
     while frame is not None and (frame.f_globals.get("__name__"), frame.f_code.co_name) != _WRAPPER:
         name = str(frame.f_globals.get("__name__"))
         if name == _COMPILING:
-            between.clear()
-        elif name not in _CALLING and not name.startswith("torch._dynamo."):
-            between.append(f"{frame.f_code.co_qualname} ({frame.f_code.co_filename}:{frame.f_lineno})")
+            innermost = ""
+        elif not innermost and name not in _CALLING and not name.startswith("torch._dynamo."):
+            innermost = f"{frame.f_code.co_qualname} ({frame.f_code.co_filename}:{frame.f_lineno})"
         frame = frame.f_back
     function = None if frame is None else frame.f_locals.get("fn")
     inlined = getattr(function, "__globals__", {}).get("__name__") == _INLINING
     if not inlined and (model._forward_hooks or model._forward_pre_hooks):
         return "hooks of its own"
-    return between[0] if between and frame is not None else None
+    return innermost if innermost and frame is not None else None
 
 
 def group_ranks(name: str) -> Sequence[int]:

@@ -75,9 +75,9 @@ def _calls_alike(a: object, b: object) -> bool:
     if isinstance(a, MethodType) and isinstance(b, MethodType):
         return a == b or same(a, b)
     if isinstance(a, partial) and isinstance(b, partial):
-        bound = [(*p.args, *sorted(p.keywords), *(p.keywords[key] for key in sorted(p.keywords))) for p in (a, b)]
-        one = len(bound[0]) == len(bound[1]) and all(x is y for x, y in zip(*bound, strict=True))
-        return (one and _calls_alike(a.func, b.func)) or same(a, b)
+        mine, theirs = ({**dict(enumerate(p.args)), **p.keywords} for p in (a, b))
+        bound_alike = mine.keys() == theirs.keys() and all(value is theirs[key] for key, value in mine.items())
+        return (bound_alike and _calls_alike(a.func, b.func)) or same(a, b)
     return a is b or same(a, b)
 
 

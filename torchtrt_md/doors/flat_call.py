@@ -51,15 +51,16 @@ class WeightSet:
 
     def __init__(self, tensors: Sequence[Tensor], laid_out: Any = None) -> None:
         self.tensors, self.laid_out = tuple(tensors), laid_out
-        self._locals = [local_tensor(t) for t in tensors]
+        self._locals, self._sharded = [local_tensor(t) for t in tensors], any(isinstance(t, DTensor) for t in tensors)
         # Writes through a DTensor and through its local part are counted apart.
         counted = {id(t): t for t in (*tensors, *self._locals) if not t.is_inference()}
         self._counted = list(counted.values())
         self._versions, self._places = self._state()
 
     def _state(self) -> tuple[list[int], list[int]]:
-        # Of what is in the tensors now: a DTensor whose values were swapped has another local part.
-        return list(map(_version, self._counted)), [local_tensor(t).data_ptr() for t in self.tensors]
+        # A DTensor that another was swapped for has another local part now.
+        held = map(local_tensor, self.tensors) if self._sharded else self._locals
+        return list(map(_version, self._counted)), list(map(Tensor.data_ptr, held))
 
     def changed(self) -> int | None:
         """The index of a weight that was written to in place, moved or swapped since; None where there is none."""

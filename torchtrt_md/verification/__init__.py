@@ -33,9 +33,9 @@ from torchtrt_md.lowering.float8_rows import LARGEST_ERROR
 from torchtrt_md.lowering.ops import packing_of
 from torchtrt_md.program import ShardedProgram, Value, dtype_name, part
 from torchtrt_md.verification.compare import is_inexact, rounding, structure, structure_tolerance
-from torchtrt_md.verification.dense import Sample, check_captured, precision_name
-from torchtrt_md.verification.simulate import Precision, interpret, simulate
-from torchtrt_md.verification.trials import Proof, Trial, cuts_width, trials_of
+from torchtrt_md.verification.dense import Sample, precision_name
+from torchtrt_md.verification.simulate import Precision, simulate
+from torchtrt_md.verification.trials import Proof, Trial, check_model, cuts_width, trials_of
 
 _CONSTANT = 256.0  # times the largest number that changes: what is larger and does not change is a filling
 
@@ -176,8 +176,7 @@ def _rounding(proof: Proof, trial: Trial) -> tuple[list[list[_Found]], float, li
     Raises:
         VerificationError: it is not; or the captured graph of the dense model is not what the model computes.
     """
-    graph = interpret(proof.dense, trial.inputs, weights=proof.weights)
-    check_captured(proof.name, graph, trial.own, trial.reference, trial.samples)
+    check_model(proof, trial)
     packs = any(map(packing_of, proof.program.graphs[0].graph.nodes))
     program = simulate(
         proof.program, trial.inputs, weights=proof.weights, precision=Precision(None, float8_exchanges=False)

@@ -131,11 +131,19 @@ def _as_given(proof: Proof) -> Trial:
     Raises:
         VerificationError: as :func:`trials_of`; or the model computes something else than what is captured of it.
     """
-    given = proof.arguments.tensors
-    trial = _trial(proof, given, draws=False)
-    graph = interpret(proof.dense, given, weights=proof.weights)
-    check_captured(proof.name, graph, trial.own, trial.reference, trial.samples)
+    trial = _trial(proof, proof.arguments.tensors, draws=False)
+    check_model(proof, trial)
     return trial
+
+
+def check_model(proof: Proof, trial: Trial) -> None:
+    """See that the captured graph of the dense model is what the model computes.
+
+    Raises:
+        VerificationError: it is not.
+    """
+    graph = interpret(proof.dense, trial.inputs, weights=proof.weights)
+    check_captured(proof.name, graph, trial.own, trial.reference, trial.samples)
 
 
 def _first(proof: Proof, inputs: Mapping[str, Tensor]) -> tuple[list[Trial], list[str]]:
