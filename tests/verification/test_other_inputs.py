@@ -330,3 +330,23 @@ def test_what_a_model_does_with_the_given_inputs_alone_is_compared_beside_what_i
         md.verify(program, model, (x, positions))
     others = torch.arange(16).reshape(2, 8) * 3  # neither does anything else with these
     md.verify(md.capture(model, (x, others), mesh=md.Mesh(cp=2), parallel=parallel), model, (x, others))
+
+
+def test_a_rowwise_layer_keeps_the_dtype_that_autocast_gives_and_another_one_is_refused() -> None:
+    class Mlp(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.up, self.down = nn.Linear(16, 32), nn.Linear(32, 16)
+
+        def forward(self, x: Tensor) -> Tensor:
+            y: Tensor = self.down(self.up(x).relu())
+            return y
+
+    model, x = Mlp().eval(), torch.randn(4, 16)
+    how = {"mesh": md.Mesh(tp=2), "parallel": md.TensorParallel("tp", {"up": "colwise", "down": "rowwise"})}
+    plain = md.capture(model, (x,), **how)  # type: ignore[arg-type]
+    with torch.autocast("cpu", torch.bfloat16):
+        program = md.capture(model, (x,), **how)  # type: ignore[arg-type]
+        assert [value.dtype for value in program.outputs] == [torch.bfloat16]
+        with pytest.raises(VerificationError, match="Mlp returns bfloat16, and the program float32"):
+            md.verify(plain, model, (x,))
