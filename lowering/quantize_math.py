@@ -26,14 +26,28 @@ def fake_quantized(x: Tensor, amax: Tensor, num_bits: int, exponent_bits: int, n
         num_bits, exponent_bits: (8, 4) for float8 e4m3; else 0 exponent bits, and integers.
         narrow_range: integers without the least one, as -128.
     """
-    wide, amax = x.to(torch.float32), amax.to(torch.float32)
+    numbers = rounded(x, amax, num_bits, exponent_bits, narrow_range)
+    scale = scale_of(amax, num_bits, exponent_bits)
+    if (num_bits, exponent_bits) == FLOAT8:
+        return (numbers * (1 / scale)).to(x.dtype).contiguous()
+    return (numbers / torch.where(scale == 0, 1.0, scale)).to(x.dtype).contiguous()
+
+
+def rounded(x: Tensor, amax: Tensor, num_bits: int, exponent_bits: int, narrow_range: bool) -> Tensor:
+    """The numbers of few bits, in float32 and not scaled back, of which :func:`fake_quantized` makes its result."""
+    scaled = x.to(torch.float32) * scale_of(amax, num_bits, exponent_bits)
+    if (num_bits, exponent_bits) == FLOAT8:
+        return scaled.clamp(-LARGEST_FLOAT8, LARGEST_FLOAT8).to(torch.float8_e4m3fn).to(torch.float32)
+    largest = 2.0 ** (num_bits - 1) - 1
+    return scaled.round().clamp(-largest - (not narrow_range), largest)
+
+
+def scale_of(amax: Tensor, num_bits: int, exponent_bits: int) -> Tensor:
+    """What an element is multiplied with before it is rounded, float32."""
+    amax = amax.to(torch.float32)
     none = amax <= NO_AMAX
     if (num_bits, exponent_bits) == FLOAT8:
-        scale = LARGEST_FLOAT8 / torch.where(none, 1.0, amax)
-        rounded = (wide * scale).clamp(-LARGEST_FLOAT8, LARGEST_FLOAT8).to(torch.float8_e4m3fn)
-        return (rounded.to(torch.float32) * (1 / scale)).to(x.dtype).contiguous()
+        return LARGEST_FLOAT8 / torch.where(none, 1.0, amax)
     largest = 2.0 ** (num_bits - 1) - 1
     quotient = torch.full_like(amax, largest) / amax  # of a number, PyTorch would multiply with the reciprocal
-    scale = torch.where(none, 0.0, quotient)
-    rounded = (wide * scale).round().clamp(-largest - (not narrow_range), largest)
-    return (rounded / torch.where(none, 1.0, scale)).to(x.dtype).contiguous()
+    return torch.where(none, 0.0, quotient)

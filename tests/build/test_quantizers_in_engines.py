@@ -24,7 +24,7 @@ FLOAT8, INT8 = (8, 4, False), (8, 0, False)
 
 
 class Layer(nn.Module):
-    """A linear layer that quantizes its argument and its weight, as Model Optimizer's do."""
+    """Quantizes its argument and a table, and multiplies them by each other's elements: no product of matrices."""
 
     of_weight: Tensor
 
@@ -40,13 +40,12 @@ class Layer(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         amax = x.abs().max() if self.dynamic else self.of_argument
-        return nn.functional.linear(
-            fake_quantize(x, amax, *self.how), fake_quantize(self.weight, self.of_weight, *self.how)
-        )
+        quantized: Tensor = fake_quantize(x, amax, *self.how) * fake_quantize(self.weight, self.of_weight, *self.how)
+        return quantized
 
 
 def captured(layer: Layer, dtype: torch.dtype = torch.float32, mesh: md.Mesh | None = None) -> ShardedProgram:
-    return md.capture(layer.to(dtype), (torch.randn(1, 8, 16, dtype=dtype),), mesh=mesh or md.Mesh(tp=1))
+    return md.capture(layer.to(dtype), (torch.randn(1, 32, 16, dtype=dtype),), mesh=mesh or md.Mesh(tp=1))
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])

@@ -12,6 +12,7 @@ from torch.fx import GraphModule, Interpreter, Node
 from torch.fx.experimental.proxy_tensor import make_fx
 
 from torchtrt_md.build.pairs import find_pairs
+from torchtrt_md.build.quantized_products import put_scales_behind
 from torchtrt_md.build.torch_trt import load, without_gpu
 from torchtrt_md.capture.torch_private import FakeTensorMode
 from torchtrt_md.errors import BuildError, MDError, first_line
@@ -70,6 +71,7 @@ def decompose(graph: GraphModule) -> GraphModule:
 def _decompose(graph: GraphModule) -> GraphModule:
     graph = copied(graph)
     find_pairs(graph)
+    put_scales_behind(graph)
     mode = FakeTensorMode(allow_non_fake_inputs=True)
     fakes = []
     for node in placeholders(graph):

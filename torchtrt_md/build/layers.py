@@ -160,21 +160,33 @@ def add_product_of_rows(flavour: Flavour, network: Any, x: Any, matrix: Any) -> 
     return viewed(network, product.get_output(0), (*dims, columns))
 
 
-def add_quantize_dequantize(flavour: Flavour, network: Any, x: Any, scale: Any, axis: int | None, kind: str) -> Any:
-    """x, rounded to a number of 8 bits times ``scale``, in x's dtype: an IQuantizeLayer and an IDequantizeLayer.
+def add_quantize_dequantize(
+    flavour: Flavour, network: Any, x: Any, scale: Any, axis: int | None, kind: str, dtype: str = ""
+) -> Any:
+    """x, rounded to a number of 8 bits times ``scale``: an IQuantizeLayer and an IDequantizeLayer.
 
     Args:
         scale: float32, one number, or [n] for the places of the dim ``axis``.
         kind: of TensorRT's DataType: "INT8", "FP8".
+        dtype: of the result, of the same names; by default x's.
     """
     trt = flavour.trt
     quantize = network.add_quantize(x, scale, getattr(trt.DataType, kind))
     if axis is not None:
         quantize.axis = axis
-    dequantize = network.add_dequantize(quantize.get_output(0), scale, x.dtype)
+    dequantize = network.add_dequantize(
+        quantize.get_output(0), scale, getattr(trt.DataType, dtype) if dtype else x.dtype
+    )
     if axis is not None:
         dequantize.axis = axis
     return dequantize.get_output(0)
+
+
+def add_scaled(flavour: Flavour, network: Any, x: Any, factor: Any) -> Any:
+    """x * factor in float32; the factor is float32 and broadcasts over x."""
+    trt = flavour.trt
+    x = network.add_cast(x, trt.DataType.FLOAT).get_output(0)
+    return network.add_elementwise(x, factor, trt.ElementWiseOperation.PROD).get_output(0)
 
 
 def add_bounds(flavour: Flavour, network: Any, x: Any, scale: Any, largest: Any, axis: int | None) -> Any:
@@ -198,13 +210,13 @@ def add_bounds(flavour: Flavour, network: Any, x: Any, scale: Any, largest: Any,
     return x
 
 
-def add_scale_of_8_bits(flavour: Flavour, network: Any, amax: Any, largest: Any, limit: Any, otherwise: Any) -> Any:
-    """amax / largest, and ``otherwise`` where amax is not above ``limit``; all of them float32 of as many dims."""
+def add_ratio(flavour: Flavour, network: Any, above: Any, below: Any, amax: Any, limit: Any, otherwise: Any) -> Any:
+    """above / below, and ``otherwise`` where amax is not above ``limit``; all of them float32 of as many dims."""
     trt = flavour.trt
     ops = trt.ElementWiseOperation
     there = network.add_elementwise(amax, limit, ops.GREATER).get_output(0)
-    scale = network.add_elementwise(amax, largest, ops.DIV).get_output(0)
-    return network.add_select(there, scale, otherwise).get_output(0)
+    ratio = network.add_elementwise(above, below, ops.DIV).get_output(0)
+    return network.add_select(there, ratio, otherwise).get_output(0)
 
 
 class Communication(NamedTuple):

@@ -18,7 +18,7 @@ from torchtrt_md.program import dtype_name, value_of
 
 aten = torch.ops.aten
 _INT8 = (8, 0)
-_LARGEST_INT8 = 127.0
+LARGEST_INT8 = 127.0
 _BEYOND = 2.0**100  # what is divided by it is rounded to zero
 
 
@@ -94,14 +94,19 @@ def _bounded(ctx: Any, x: Any, scale: Any, axis: int | None, name: str) -> Any:
 
 def _scale(ctx: Any, amax: Any, dims: list[int], float8: bool, name: str) -> Any:
     """What a number of 8 bits is multiplied with, float32 of these dims.  Where there is no amax, see quantize_math."""
-    largest, otherwise = (LARGEST_FLOAT8, 1 / LARGEST_FLOAT8) if float8 else (_LARGEST_INT8, _BEYOND)
+    largest, otherwise = (LARGEST_FLOAT8, 1 / LARGEST_FLOAT8) if float8 else (LARGEST_INT8, _BEYOND)
     operand = load().get_trt_tensor
     if isinstance(amax, torch.Tensor):  # a constant is needed as one, so that a weight is held in 8 bits
         wide = amax.detach().cpu().to(torch.float32).reshape(dims)
         return operand(ctx, torch.where(wide > NO_AMAX, wide / largest, otherwise), f"{name}_scale")
-    if amax.dtype.name != "FLOAT":
-        amax = ctx.net.add_cast(amax, flavour().trt.DataType.FLOAT).get_output(0)
-    amax = layers.viewed(ctx.net, amax, tuple(dims))
+    amax = wide_amax(ctx, amax, dims)
     numbers = {"largest": largest, "limit": NO_AMAX, "otherwise": otherwise}
     of = {n: operand(ctx, torch.full([1] * len(dims), value), f"{name}_{n}") for n, value in numbers.items()}
-    return layers.add_scale_of_8_bits(flavour(), ctx.net, amax, **of)
+    return layers.add_ratio(flavour(), ctx.net, amax, of["largest"], amax, of["limit"], of["otherwise"])
+
+
+def wide_amax(ctx: Any, amax: Any, shape: list[int]) -> Any:
+    """An amax that is no constant, in float32 and of this shape."""
+    if amax.dtype.name != "FLOAT":
+        amax = ctx.net.add_cast(amax, flavour().trt.DataType.FLOAT).get_output(0)
+    return amax if tuple(amax.shape) == tuple(shape) else layers.viewed(ctx.net, amax, tuple(shape))

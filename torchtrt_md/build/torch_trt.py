@@ -113,6 +113,9 @@ def _is_known(function: Any) -> bool:
     return module.partition(".")[0] in ("torch", "torch_tensorrt", "torchtrt_md")
 
 
+_QUANTIZERS = ("torchtrt_md.fake_quantize.default", "torchtrt_md.eight_bits.default")
+
+
 def _without_collectives(folder: Any) -> Any:
     """A constant folder that leaves collectives alone: what other ranks send is no constant, whatever the operand.
 
@@ -123,7 +126,7 @@ def _without_collectives(folder: Any) -> Any:
 
     class Folder(folder):  # type: ignore[misc]
         def run_node(self, node: Node) -> Any:
-            kept = is_collective(node) or node.target is torch.ops.torchtrt_md.fake_quantize.default
+            kept = is_collective(node) or str(node.target) in _QUANTIZERS
             return self.unknown_value if kept else super().run_node(node)
 
     return Folder
