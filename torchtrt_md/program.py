@@ -130,9 +130,9 @@ class Weights:
     What is whole is the model's own parameter or buffer.  ``unrelated`` are names of weights of which nothing says that
     they are equal on all ranks: plain tensors of a model that communicates by itself.  ``given`` are the names of those
     that are in ``checkpoint``, and under which name there; each part of them is read when it is asked for.  ``holders``
-    are of what a tensor subclass holds: which object, and as which attribute.  ``constants`` are no weights, and may
-    not change either.  ``replaced`` gives the weights in whose place the model has other objects since it was asked
-    last: name, what was there, what is.
+    are of what a tensor subclass holds: which object, and as which attribute; ``outer`` are these subclasses, and the
+    DTensors of shards.  ``constants`` are no weights, and may not change either.  ``replaced`` gives the weights in
+    whose place the model has other objects since it was asked last: name, what was there, what is.
     """
 
     whole: Mapping[str, Tensor]
@@ -142,6 +142,7 @@ class Weights:
     given: Mapping[str, str] = field(default_factory=dict)
     checkpoint: Checkpoint | None = None
     holders: Mapping[str, tuple[Tensor, str]] = field(default_factory=dict)
+    outer: Mapping[str, Tensor] = field(default_factory=dict)
     constants: Sequence[Constant] = ()
     replaced: Callable[[], Iterable[tuple[str, Tensor | None, object]]] = tuple
 

@@ -118,7 +118,7 @@ def _guard(weights: Weights, device: torch.device) -> WeightGuard:
     held = {**weights.shards, **weights.whole}
     if weights.checkpoint is not None:
         held |= weights.checkpoint.tensors(weights.given.values(), device)
-    return WeightGuard(held, weights.holders, weights.constants, weights.replaced)
+    return WeightGuard(held, weights.holders, weights.constants, weights.replaced, weights.outer)
 
 
 def _nested(program: ShardedProgram, outputs: Mapping[str, Tensor]) -> Any:

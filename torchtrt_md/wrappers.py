@@ -63,6 +63,11 @@ def holders(model: nn.Module) -> dict[str, tuple[Tensor, str]]:
     return {inner: at for name, t in _named(model) if is_wrapper(t) for inner, at in _places(name, t).items()}
 
 
+def outer(model: nn.Module) -> dict[str, Tensor]:
+    """The parameters and buffers that are wrappers or DTensors: what is written goes through these."""
+    return {name: t for name, t in _named(model) if is_wrapper(t) or isinstance(t, DTensor)}
+
+
 def wrapped(name: str, like: Tensor, held: Mapping[str, Tensor]) -> Tensor:
     """The reverse of :func:`held_by`: a wrapper as ``like`` of other plain tensors, or the one that has the name."""
     if not is_wrapper(like):

@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from torch.distributed.device_mesh import init_device_mesh
 
 import torchtrt_md as md
-from torchtrt_md.errors import MeshError, PlanError, PlanWarning
+from torchtrt_md.errors import CaptureError, MeshError, PlanError, PlanWarning
 
 Split = md.ContextParallel("cp", plan={})
 X = torch.randn(1, 16, 32, generator=torch.Generator().manual_seed(0))
@@ -116,3 +116,86 @@ def test_in_a_launch_they_act_on_the_mesh_in_use(ranks: Any) -> None:
         assert rank or found["error"] <= 1e-5
         assert "5 entries of dim 1 over the 2 ranks of axis 'cp' leaves 1 over" in found["cp"]
         assert "has no axis 'sp'" in found["sp"]
+
+
+def gathered(x: Tensor) -> Tensor:
+    h = md.split(x, 1, "cp") * 2
+    whole = md.gather(h, 1, "cp")
+    h.add_(1)
+    return whole
+
+
+def base_of_a_split(x: Tensor) -> Tensor:
+    y = x * 1.0
+    part = md.split(y[:, :2], 1, "cp")
+    y[:, :2] = 0
+    return md.gather(part, 1, "cp")
+
+
+def clamped(x: Tensor) -> Tensor:
+    """As a guard against overflow, which the example is far from."""
+    h = x * 1.0
+    y = md.split(h, 1, "cp").clamp_(-6, 6) * 2
+    return md.gather(y + md.split(h, 1, "cp"), 1, "cp")
+
+
+def input_itself(x: Tensor) -> Tensor:
+    h = md.split(x, 1, "cp")
+    h += 1
+    return md.gather(h, 1, "cp")
+
+
+def both_of_a_list(x: Tensor) -> Tensor:
+    h, other = x * 1.0, x * 2.0
+    part = md.split(h, 1, "cp")
+    torch._foreach_add_([other, part], 1.0)
+    return md.gather(part + md.split(h, 1, "cp"), 1, "cp")
+
+
+class Fn(nn.Module):
+    def __init__(self, function: Callable[[Tensor], Tensor]) -> None:
+        super().__init__()
+        self.function = function
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.function(x)
+
+
+@pytest.mark.parametrize("function", [gathered, base_of_a_split, clamped, input_itself, both_of_a_list])
+def test_a_write_to_one_side_of_a_mark_that_the_other_would_see(function: Callable[[Tensor], Tensor]) -> None:
+    """On a rank the two sides are two tensors.  Drawn numbers need not show it."""
+    with pytest.raises(CaptureError, match=r"writes in place .* to a value that the plan splits or gathers") as raised:
+        md.capture(Fn(function).eval(), (torch.randn(1, 8, 4),), mesh=md.Mesh(cp=2), parallel=Split)
+    assert "test_marks.py" in raised.value.at
+    assert "clone()" in raised.value.fix
+
+
+def test_a_write_that_nobody_else_sees_is_as_good_as_a_new_tensor() -> None:
+    def function(x: Tensor) -> Tensor:
+        h = x * 2
+        h += 1  # in front of the mark
+        h = md.split(h, 1, "cp")
+        h *= 3
+        whole = md.gather(h, 1, "cp")
+        whole.add_(1)
+        return whole
+
+    model, x = Fn(function).eval(), torch.randn(1, 8, 4)
+    program = md.capture(model, (x,), mesh=md.Mesh(cp=2), parallel=Split)
+    assert md.verify(program, model, (x,)).error <= 1e-6
+
+
+@pytest.mark.parametrize("sizes", [{"ring": 1, "ulysses": 2}, {"ring": 2, "ulysses": 1}, {"ring": 1, "ulysses": 1}])
+@pytest.mark.parametrize("plan", [{"": {"x": md.Split(1)}}, {}])
+def test_axes_of_one_rank_may_be_named_in_code(sizes: dict[str, int], plan: dict[str, Any]) -> None:
+    """They are left out of the plan's axes, and the code goes on naming all."""
+    axes = ("ring", "ulysses")
+
+    def function(x: Tensor) -> Tensor:
+        return md.gather((x if plan else md.split(x, 1, axes)) * 2, 1, axes)
+
+    model, x = Fn(function).eval(), torch.randn(1, 8, 4)
+    parallel = md.ContextParallel(axes, "ulysses", plan)
+    program = md.lower(md.capture(model, (x,), mesh=md.Mesh(**sizes), parallel=parallel))
+    assert program.outputs[0].sharding == ()
+    assert md.verify(program, model, (x,)).error <= 1e-6

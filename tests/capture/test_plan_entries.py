@@ -270,7 +270,7 @@ def test_an_entry_mirrors_a_nested_argument(size: int) -> None:
     }
     program = md.capture(model, args, mesh=md.Mesh(cp=size), parallel=md.ContextParallel("cp", plan=plan))
     marks = program.graphs[0].graph.find_nodes(op="call_function", target=torch.ops.torchtrt_md.split_sequence.default)
-    assert len(list(marks)) == 1 + 2 * 3
+    assert len(list(marks)) == 1 + 2 * 2, "a table that is passed twice is split once in a call"
     assert md.verify(md.lower(program), model, args).error <= 1e-5
 
 
@@ -504,3 +504,59 @@ def test_a_module_with_several_names_has_one_style() -> None:
         md.capture(
             Shared().eval(), (X[..., 0].long(),) * 2, mesh=md.Mesh(tp=2), parallel=md.TensorParallel("tp", plan=plan)
         )
+
+
+class Calls(nn.Module):
+    """Calls a block with what ``give`` makes of the input, and adds to its result what ``rest`` says."""
+
+    def __init__(self, block: nn.Module, give: Any, rest: Any) -> None:
+        super().__init__()
+        self.block, self.give, self.rest, self.out = block, give, rest, nn.Identity()
+
+    def forward(self, x: Tensor) -> Tensor:
+        given = self.give(x * 1.0)
+        y: Tensor = self.out(self.block(*given) + self.rest(given))
+        return y
+
+
+class Appends(nn.Module):
+    def forward(self, x: list[Tensor]) -> Tensor:
+        x.append(x[0] * 3)
+        return x[0]
+
+
+class Replaces(nn.Module):
+    def forward(self, x: dict[str, Tensor]) -> Tensor:
+        x["h"] = x["h"] * 2
+        return x["h"]
+
+
+class AsksWhich(nn.Module):
+    def forward(self, x: Tensor, c: Tensor) -> Tensor:
+        return x * 3 if c is x else x + c
+
+
+@pytest.mark.parametrize(
+    ("block", "give", "rest", "split"),
+    [
+        (Appends(), lambda h: ([h],), lambda given: sum(given[0]), [md.Split(1)]),
+        (Replaces(), lambda h: ({"h": h},), lambda given: given[0]["h"], {"h": md.Split(1)}),
+    ],
+)
+def test_a_list_or_dict_that_a_module_changes_is_refused(block: nn.Module, give: Any, rest: Any, split: Any) -> None:
+    """Its caller has another, in which the entry is not marked."""
+    plan = {"block": {"x": split}, "out": md.Gather(1)}
+    with pytest.raises(PlanError, match=r"argument 'x' of module 'block' is a (list|dict) of which .* changes it"):
+        md.capture(
+            Calls(block, give, rest).eval(),
+            (torch.randn(1, 8, 4),),
+            mesh=md.Mesh(cp=2),
+            parallel=md.ContextParallel("cp", plan=plan),
+        )
+
+
+def test_a_tensor_that_is_passed_twice_stays_one() -> None:
+    model, x = Calls(AsksWhich(), lambda h: (h, h), lambda given: 0.0).eval(), torch.randn(1, 8, 4)
+    plan = {"block": {"x": md.Split(1), "c": md.Split(1)}, "out": md.Gather(1)}
+    program = md.capture(model, (x,), mesh=md.Mesh(cp=2), parallel=md.ContextParallel("cp", plan=plan))
+    assert md.verify(program, model, (x,)).error <= 1e-6

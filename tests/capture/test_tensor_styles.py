@@ -372,11 +372,11 @@ def test_a_module_whose_results_are_terms_of_a_sum(style: str) -> None:
     class Terms(nn.Module):
         def __init__(self) -> None:
             super().__init__()
-            # No parameter, for which verify would draw others: whole on every rank, it adds nothing as zeros only.
-            self.weight, self.same = nn.Buffer(torch.zeros(8, 8)), nn.Identity()
+            self.same = nn.Identity()
 
         def forward(self, x: Tensor) -> tuple[Tensor, str]:
-            return x.chunk(x.shape[-1] // self.weight.shape[1], -1)[0] @ self.weight.t() + self.same(x), "as it is"
+            # No weight, for which verify would draw others: whole on every rank, it adds nothing as zeros only.
+            return x @ x.new_zeros(8, 8) + self.same(x), "as it is"
 
     class Model(nn.Module):
         def __init__(self) -> None:
@@ -502,3 +502,93 @@ def test_with_a_sequence_split_along_another_axis() -> None:
     program = md.capture(model, (ids,), mesh=md.Mesh(tp=2, cp=2), parallel=both)
     assert len(program.distinct()) == 1
     assert md.verify(program, model, (ids,)).error <= 1e-5
+
+
+class Table(nn.Module):
+    """Has what an embedding has, and is none."""
+
+    def __init__(self, name: str, weight: Tensor) -> None:
+        super().__init__()
+        setattr(self, name, 4)
+        self.weight = nn.Parameter(weight, requires_grad=False)
+
+    def forward(self, i: Tensor) -> Tensor:
+        return self.weight[i % self.weight.shape[0]]
+
+
+@pytest.mark.parametrize("style", ["colwise", "colwise_gather_output", "embedding_colwise"])
+@pytest.mark.parametrize(
+    ("table", "message"),
+    [
+        (Table("embedding_dim", torch.randn(10, 4)), "a Table has no out_features"),
+        (Table("out_features", torch.randn(10, 4)), r"a 'weight' of shape \[10, 4\], which is not that of a linear"),
+        (Table("out_features", torch.randn(2, 4, 4)), r"a 'weight' of shape \[2, 4, 4\], which is not that of a lin"),
+        (nn.EmbeddingBag(10, 4), "a EmbeddingBag has no out_features"),
+    ],
+)
+def test_a_module_whose_weight_is_no_linear_layers_is_refused(table: nn.Module, message: str, style: str) -> None:
+    """Another dim of it would be cut."""
+    model = nn.Sequential(table, nn.Linear(4, 4)).eval()
+    with pytest.raises(PlanError, match=message):
+        md.capture(
+            model, (torch.tensor([[0, 1, 2]]),), mesh=md.Mesh(tp=2), parallel=md.TensorParallel("tp", {"0": style})
+        )
+
+
+def test_a_rowwise_module_with_a_transposed_weight_is_refused() -> None:
+    class Transposed(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.in_features, self.weight = 6, nn.Parameter(torch.randn(6, 4))
+
+        def forward(self, x: Tensor) -> Tensor:
+            return x @ self.weight
+
+    model = nn.Sequential(nn.Linear(4, 6), Transposed()).eval()
+    with pytest.raises(PlanError, match=r"in_features = 6 and a 'weight' of shape \[6, 4\]"):
+        md.capture(
+            model,
+            (torch.randn(2, 4),),
+            mesh=md.Mesh(tp=2),
+            parallel=md.TensorParallel("tp", {"0": "colwise", "1": "rowwise"}),
+        )
+
+
+class Chosen(nn.Module):
+    """Experts that look their weights up."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.num_experts = 4
+        self.w1, self.w2 = nn.Parameter(torch.randn(4, 4, 8)), nn.Parameter(torch.randn(4, 8, 4))
+        self.scale = nn.Parameter(torch.randn(4))
+
+    def forward(self, x: Tensor, chosen: Tensor, weights: Tensor) -> Tensor:
+        at = chosen.clamp(max=self.num_experts - 1)
+        h = F.silu(torch.einsum("nd,nkdf->nkf", x, self.w1[at]))
+        y: Tensor = (
+            torch.einsum("nkf,nkfd->nkd", h, self.w2[at]) * self.scale[at][..., None] * weights[..., None]
+        ).sum(1)
+        return y
+
+
+class Routed(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.router, self.experts = nn.Linear(4, 4, bias=False), Chosen()
+
+    def forward(self, x: Tensor) -> Tensor:
+        weights, chosen = self.router(x).softmax(-1).topk(1, -1)
+        y: Tensor = x + self.experts(x, chosen, weights)
+        return y
+
+
+@pytest.mark.parametrize("left_out", ["w1", "w2", "scale"])
+def test_a_parameter_of_experts_that_the_plan_leaves_out_is_refused(left_out: str) -> None:
+    """Of the experts that the example chooses, those of the first rank may be all."""
+    plan = {"experts": "ep_dispatch_experts", **{f"experts.{n}": "grouped_gemm" for n in ("w1", "w2", "scale")}}
+    model, x = Routed().eval(), torch.randn(6, 4)
+    programmed(model, (x,), 2, plan)
+    del plan[f"experts.{left_out}"]
+    with pytest.raises(PlanError, match=rf"all of their parameter '{left_out}', .* which the plan does not name"):
+        programmed(model, (x,), 2, plan)

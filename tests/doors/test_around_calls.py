@@ -7,11 +7,14 @@ from typing import Any
 
 import models
 import pytest
+import quantized
 import torch
 from in_pytorch import error, message_of
 from rank_processes import Ranks
 from torch import Tensor, nn
 from torch.distributed import _functional_collectives as funcol
+from torch.distributed.device_mesh import init_device_mesh
+from torch.distributed.tensor.parallel import ColwiseParallel, RowwiseParallel, parallelize_module
 
 import torchtrt_md as md
 
@@ -266,3 +269,106 @@ def test_results_that_are_views_are_views_of_the_same(ranks: Ranks) -> None:
         for one, other in zip(ours, theirs, strict=True):
             assert one == pytest.approx(other, abs=1e-5)
         assert right
+
+
+class Tabled(nn.Module):
+    """Returns a tensor that it holds beside what it computes of it."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.attention, self.table = models.attention()[0], torch.arange(4.0)
+
+    def forward(self, x: Tensor) -> tuple[Tensor, Tensor]:
+        return self.attention(x) + self.table.sum(), self.table
+
+
+def written_results(rank: int) -> list[list[float]]:
+    x, found = models.attention()[1][0], []
+    parallel = md.ContextParallel("cp", plan={"attention": {"x": md.Split(1)}, "attention.out": md.Gather(1)})
+    with torch.no_grad(), md.compile(Tabled().eval(), (x,), **{**OPTIONS, **MESH}, parallel=parallel) as runner:
+        for _ in range(2):
+            _, table = runner(x)
+            found.append(table.tolist())
+            table.mul_(5)
+    return found
+
+
+def test_a_constant_that_is_returned_is_the_users_to_write_to(ranks: Ranks) -> None:
+    for outcome in ranks(written_results):
+        assert not outcome.error, outcome.message
+        assert outcome.value == [[0.0, 1.0, 2.0, 3.0]] * 2
+
+
+def seeded_mlp() -> models.MLP:
+    torch.manual_seed(0)
+    return models.MLP().eval()
+
+
+def written_weights(rank: int, how: str) -> str:
+    """Writes that go through a tensor subclass, which PyTorch counts there and not of what it holds."""
+    x, parallel = torch.randn(4, 32), None
+    if how == "quantized":
+        model, other = (quantized.mlp("int8 weights")[0] for _ in range(2))
+        x, parallel = quantized.mlp("int8 weights")[1][0], md.TensorParallel("tp", {"up": "colwise", "down": "rowwise"})
+    else:
+        mesh = init_device_mesh("cpu", (2,), mesh_dim_names=("tp",))
+        plan = {"up": ColwiseParallel(), "down": RowwiseParallel()}
+        model = parallelize_module(seeded_mlp(), mesh, plan)
+    more: dict[str, Any] = {"mesh": md.Mesh(tp=2), "parallel": parallel} if parallel else {}
+    with torch.no_grad(), md.compile(model, (x,), **OPTIONS, **more) as runner:
+        runner(x)
+        if how == "quantized":
+            model.up.weight.copy_(other.up.weight)
+        elif how == "loaded":
+            model.load_state_dict({name: 2 * t for name, t in model.state_dict().items()})
+        else:
+            model.up.weight.mul_(2)
+        return message_of(lambda: runner(x))
+
+
+@pytest.mark.parametrize("how", ["quantized", "loaded", "in place"])
+def test_a_write_through_a_tensor_subclass_is_noticed(how: str, ranks: Ranks) -> None:
+    for outcome in ranks(written_weights, how):
+        assert not outcome.error, outcome.message
+        assert "was changed after the model was compiled" in outcome.value, outcome.value
+
+
+def given_weights(rank: int, how: str) -> str:
+    """``weights=`` beside a model that has values."""
+    model, x = seeded_mlp(), torch.randn(4, 32)
+    sharded: nn.Module = model
+    state = {name: 2 * t for name, t in model.state_dict().items()}
+    options: dict[str, Any] = {**OPTIONS, "mesh": md.Mesh(tp=2)}
+    if how == "dense":
+        options["parallel"] = md.TensorParallel("tp", {"up": "colwise", "down": "rowwise"})
+    else:
+        mesh = init_device_mesh("cpu", (2,), mesh_dim_names=("tp",))
+        plan = {"up": ColwiseParallel(), "down": RowwiseParallel()}
+        own = dict(model.state_dict())
+        sharded = parallelize_module(seeded_mlp(), mesh, plan)
+        del options["mesh"]
+        if how == "same":
+            state = own
+        elif how == "unknown":
+            state = {**own, "other.weight": torch.ones(3)}
+        elif how == "missing":
+            state = {name: t for name, t in own.items() if not name.startswith("down")}
+    with torch.no_grad():
+        return message_of(lambda: md.compile(sharded, (x,), weights=state, **options).close())
+
+
+@pytest.mark.parametrize(
+    ("how", "message"),
+    [
+        ("dense", "has a value, and the 4 tensors that were given has one too"),
+        ("others", "has other values than the sharded model's"),
+        ("unknown", "'other.weight' is no weight of the sharded model"),
+        ("missing", "'down.weight' is not among the dense weights"),
+        ("same", ""),
+    ],
+)
+def test_weights_that_are_given_to_a_model_with_values(how: str, message: str, ranks: Ranks) -> None:
+    """They were ignored, or mixed with the model's own."""
+    for outcome in ranks(given_weights, how):
+        assert not outcome.error, outcome.message
+        assert message in outcome.value if message else not outcome.value, outcome.value

@@ -14,9 +14,11 @@ import torch.distributed as dist
 from in_pytorch import TP_PLAN, InPyTorch, compiled, error, message_of
 from rank_processes import Ranks
 from torch import Tensor, nn
+from torch.distributed import _functional_collectives as funcol
 from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.tensor.parallel import parallelize_module
 
+import torchtrt_md as md
 from torchtrt_md.doors.dynamo import compile_graph
 from torchtrt_md.errors import InputError
 
@@ -108,6 +110,61 @@ def test_a_wait_is_a_wait(ranks: Ranks) -> None:
         assert not outcome.error, outcome.message
         waited, async_inputs = outcome.value
         assert max(*waited, *async_inputs) < 1e-5
+
+
+def another_models_weights(rank: int, how: str) -> list[float]:
+    """Two models of one class share a graph; of one of them the weights change."""
+    torch.compiler.reset()
+    torch.manual_seed(0)
+    first, second = models.MLP(), models.MLP()
+    parallel = md.TensorParallel("tp", {"up": "colwise", "down": "rowwise"})
+    options: dict[str, Any] = {
+        "compute": "inductor",
+        "report": False,
+        "timeout": 60.0,
+        "mesh": md.Mesh(tp=2),
+        "parallel": parallel,
+    }
+    a, b = (torch.compile(m.eval(), backend="torchtrt_md", options=options) for m in (first, second))
+    x = torch.ones(2, 32)
+    with torch.no_grad():
+        a(x)
+        b(x)
+        if how == "written":
+            first.down.weight.mul_(2)
+            return [error(b(x), second(x))]
+        first.load_state_dict({name: 2 * t for name, t in first.state_dict().items()}, assign=True)
+        return [error(a(x), first(x)), error(b(x), second(x))]
+
+
+@pytest.mark.parametrize("how", ["written", "replaced"])
+def test_a_model_is_not_refused_for_the_weights_of_another(how: str, ranks: Ranks) -> None:
+    for outcome in ranks(another_models_weights, how):
+        assert not outcome.error, outcome.message
+        assert max(outcome.value) < 1e-5
+
+
+def views_of_inputs_that_shared_memory(rank: int) -> list[float]:
+    torch.compiler.reset()
+
+    world: Any = dist.group.WORLD
+
+    def f(q: Tensor, k: Tensor) -> tuple[Tensor, Tensor]:
+        return funcol.all_reduce(q, "sum", world), k[:, 1:]
+
+    call = compiled(f, InPyTorch(), check=False)
+    with torch.no_grad():
+        call(*torch.randn(4, 16).chunk(2, 1))
+        # Of the same shapes and strides, and of memory of their own.
+        q, k = torch.zeros(8, 16)[:4, :8], torch.full((4, 16), 7.0)[:, :8]
+        return list(call(q, k)[1].flatten().tolist())
+
+
+def test_a_view_is_of_the_input_that_the_graph_looks_at(ranks: Ranks) -> None:
+    """Not of another one that shared its memory in the first call."""
+    for outcome in ranks(views_of_inputs_that_shared_memory):
+        assert not outcome.error, outcome.message
+        assert set(outcome.value) == {7.0}
 
 
 # --- one process ---

@@ -121,6 +121,17 @@ def test_a_place_that_cannot_be_written_is_told_before_the_work(tmp_path: Path) 
             md.export(Untraced(), (torch.ones(2),), mesh=md.Mesh(d=1), out=out, placement="engine")
 
 
+def test_a_dict_whose_keys_are_no_strings_is_refused(tmp_path: Path) -> None:
+    """As text two keys may be one, and a result would be lost."""
+
+    class Numbered(torch.nn.Module):
+        def forward(self, x: torch.Tensor) -> dict[object, torch.Tensor]:
+            return {1: x * 2, "1": x * 3}
+
+    with pytest.raises(BundleError, match="a dict with the key 1, and names in a bundle are strings"):
+        md.export(Numbered(), (torch.ones(2),), mesh=md.Mesh(d=1), out=tmp_path / "out.mdtrt", placement="engine")
+
+
 def test_a_sharded_output_stays_sharded(tmp_path: Path) -> None:
     model, args, _ = models.attention()
     exported = md.export(

@@ -24,6 +24,7 @@ from gpu.doors import Door
 from gpu.networks import example, make, parallel
 from torchtrt_md.bundle.read import rank_files, read_manifest
 from torchtrt_md.errors import BundleError, InputError, LaunchError, MeshError
+from torchtrt_md.launch.board import board
 
 SHORT = 6.0  # the timeout of ranks that misbehave
 
@@ -178,7 +179,7 @@ def wrong_input(bundle: Bundle, at: Rank) -> Found:
 
 
 def skipped_call(bundle: Bundle, at: Rank) -> Found:
-    """A rank that comes too late is an error on all, in time, and the next call is right."""
+    """A rank that comes too late is an error on all, in time, and so is every call from then on."""
     found = Found()
     with loaded(at, bundle, timeout=SHORT) as (runner, (_, args, kwargs)):
         expected = first_tensor(runner(*args, **kwargs)).clone()
@@ -187,6 +188,8 @@ def skipped_call(bundle: Bundle, at: Rank) -> Found:
         start = time.perf_counter()
         found.must_refuse(LaunchError, lambda: runner(*args, **kwargs), "rank 1", "did not come")
         found.expect(time.perf_counter() - start < SHORT + 4, "the error came late")
+        found.must_refuse(LaunchError, lambda: runner(*args, **kwargs), "rank 1", "may not match any more")
+        board(SHORT).given_up = ""  # here no rank has left a call out, and the other cases are of this launch, too
         found.compare([first_tensor(runner(*args, **kwargs)), expected], *at.reference(bundle.model))
     return found
 

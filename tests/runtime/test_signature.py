@@ -29,9 +29,9 @@ def signature() -> Signature:
 @pytest.mark.parametrize(
     ("args", "kwargs"),
     [
-        ((X, [MASK]), {}),
+        ((X, [MASK, None]), {}),
         ((X,), {"mask": [MASK, None]}),
-        ((), {"mask": (MASK,), "x": X, "return_dict": False}),
+        ((), {"mask": (MASK, None), "x": X, "return_dict": False}),
         ((X,), {"mask.0": MASK}),
     ],
 )
@@ -44,35 +44,35 @@ def test_by_position_and_by_name(signature: Signature, args: tuple[Any, ...], kw
 
 def test_constants_by_position() -> None:
     signature = Signature(bundle_samples.manifest(positional=["x", "return_dict", "mask"]))
-    for args in ((X, False, [MASK]), (X, False, (MASK, None))):
+    for args in ((X, False, [MASK, None]), (X, False, (MASK, None))):
         assert list(signature.bind(args, {}, CPU)) == ["x", "mask.0"]
     with pytest.raises(InputError, match="return_dict is True, and the program was built with return_dict=False"):
-        signature.bind((X, True, [MASK]), {}, CPU)
+        signature.bind((X, True, [MASK, None]), {}, CPU)
     with pytest.raises(InputError, match=r"2 positional arguments, and the program takes 0\n"):
-        Signature(bundle_samples.manifest(positional=[])).bind((X, [MASK]), {}, CPU)
+        Signature(bundle_samples.manifest(positional=[])).bind((X, [MASK, None]), {}, CPU)
 
 
 REFUSED: dict[str, tuple[tuple[Any, ...], dict[str, Any]]] = {
     "input 'mask.0' is missing": ((X,), {}),
     "inputs 'x', 'mask.0' are missing": ((), {}),
-    "no input 'guidance'": ((X, [MASK]), {"guidance": X}),
+    "no input 'guidance'": ((X, [MASK, None]), {"guidance": X}),
     "no input 'mask.2'": ((X, [MASK, None, X]), {}),
-    "3 positional arguments, and the program takes 2: x, mask": ((X, [MASK], False), {}),
-    "argument 'x' is given twice": ((X, [MASK]), {"x": X}),
-    "argument 'mask.0' is given twice": ((X,), {"mask": [MASK], "mask.0": MASK}),
-    "return_dict is device(type='cpu'), and the program was built with": ((X, [MASK]), {"return_dict": CPU}),
-    "guidance is a device, which cannot be compared": ((X, [MASK]), {"guidance": CPU}),
-    "return_dict is True, and the program was built with return_dict=False": ((X, [MASK]), {"return_dict": True}),
-    "return_dict is 0, and": ((X, [MASK]), {"return_dict": 0}),
+    "3 positional arguments, and the program takes 2: x, mask": ((X, [MASK, None], False), {}),
+    "argument 'x' is given twice": ((X, [MASK, None]), {"x": X}),
+    "argument 'mask.0' is given twice": ((X,), {"mask": [MASK, None], "mask.0": MASK}),
+    "return_dict is device(type='cpu'), and the program was built with": ((X, [MASK, None]), {"return_dict": CPU}),
+    "guidance is a device, which cannot be compared": ((X, [MASK, None]), {"guidance": CPU}),
+    "return_dict is True, and the program was built with return_dict=False": ((X, [MASK, None]), {"return_dict": True}),
+    "return_dict is 0, and": ((X, [MASK, None]), {"return_dict": 0}),
     "mask.1 is a tensor of shape [2, 8], and the program was built with mask.1=None": ((X, [MASK, X]), {}),
-    "no input 'x.0'": (([X], [MASK]), {}),
-    "input 'x' is a NoneType, and the program takes a tensor": ((None, [MASK]), {}),
-    "input 'x' is torch.float16 and the program takes torch.float32": ((X.half(), [MASK]), {}),
-    "input 'x' is on meta and the program runs on cpu": ((X.to("meta"), [MASK]), {}),
-    "input 'x' requires a gradient": ((X.clone().requires_grad_(), [MASK]), {}),
-    "input 'mask.0' has shape [3] and the program takes [4]": ((X, [MASK[:3]]), {}),
+    "x is a list, and the program was built with x, which it lacks": (([X], [MASK, None]), {}),
+    "input 'x' is a NoneType, and the program takes a tensor": ((None, [MASK, None]), {}),
+    "input 'x' is torch.float16 and the program takes torch.float32": ((X.half(), [MASK, None]), {}),
+    "input 'x' is on meta and the program runs on cpu": ((X.to("meta"), [MASK, None]), {}),
+    "input 'x' requires a gradient": ((X.clone().requires_grad_(), [MASK, None]), {}),
+    "input 'mask.0' has shape [3] and the program takes [4]": ((X, [MASK[:3], None]), {}),
     "input 'x' has shape [4, 8] and the program takes [2, 8]: this rank's chunk of [4, 8], split on dim 0 over the 2"
-    " ranks of 'cp'": ((torch.randn(4, 8), [MASK]), {}),
+    " ranks of 'cp'": ((torch.randn(4, 8), [MASK, None]), {}),
 }
 
 
@@ -86,7 +86,7 @@ def test_refused(signature: Signature, message: str) -> None:
 
 def pass_a_dtensor(rank: int) -> None:
     placed = DTensor.from_local(X, init_device_mesh("cpu", (2,)))
-    Signature(bundle_samples.manifest()).bind((placed, [MASK]), {}, CPU)
+    Signature(bundle_samples.manifest()).bind((placed, [MASK, None]), {}, CPU)
 
 
 def test_a_dtensor_is_refused(ranks: Ranks) -> None:
@@ -98,13 +98,13 @@ def test_a_dtensor_is_refused(ranks: Ranks) -> None:
 def test_a_quantized_tensor_is_refused(signature: Signature) -> None:
     scaled = quantized.mlp("int8 weights")[0].up.weight
     with pytest.raises(InputError, match="input 'x' is a Int8Tensor") as raised:
-        signature.bind((scaled, [MASK]), {}, CPU)
+        signature.bind((scaled, [MASK, None]), {}, CPU)
     assert "dequantize()" in raised.value.fix
 
 
 def test_a_gradient_is_no_matter_where_none_is_asked_for(signature: Signature) -> None:
     with torch.no_grad():
-        signature.bind((X.clone().requires_grad_(), [MASK]), {}, CPU)
+        signature.bind((X.clone().requires_grad_(), [MASK, None]), {}, CPU)
 
 
 def test_float_constants() -> None:
@@ -123,6 +123,41 @@ def test_an_empty_list_is_not_what_was_built_in() -> None:
     for empty in empties:
         with pytest.raises(InputError, match=r"residual is .*, and the program was built with residual"):
             signature.bind((X, [MASK]), {"residual": empty}, CPU)
+
+
+@pytest.mark.parametrize(
+    ("given", "lacking"),
+    [
+        ({"sizes": [1, 2]}, "sizes.2"),
+        ({"sizes": []}, "sizes.0, sizes.1, sizes.2"),
+        ({"joint": {"scale": 0.5}}, "joint.parts.0"),
+        ({"joint": {"parts": [], "scale": 0.5}}, "joint.parts.0"),
+        ({"sizes": 1}, "sizes.0, sizes.1, sizes.2"),
+        ({"kind": {}}, "kind.dtype"),  # which a manifest has the name of alone
+    ],
+)
+def test_a_list_or_dict_that_lacks_what_was_built_in_is_refused(given: dict[str, Any], lacking: str) -> None:
+    """The program would compute with the rest of the former one."""
+    built = {"sizes.0": 1, "sizes.1": 2, "sizes.2": 3, "joint.parts.0": 4, "joint.scale": 0.5}
+    signature = Signature(bundle_samples.manifest(constants=built, opaque=["kind.dtype"]))
+    signature.bind((X, [MASK]), {"sizes": [1, 2, 3], "joint": {"parts": [4], "scale": 0.5}}, CPU)
+    signature.bind((X, [MASK]), {}, CPU)
+    with pytest.raises(InputError, match=rf"and the program was built with {lacking}, which it lacks"):
+        signature.bind((X, [MASK]), given, CPU)
+
+
+@pytest.mark.parametrize(
+    ("tensor", "kind"),
+    [
+        (X.to_sparse(), "sparse_coo"),
+        (torch.nested.nested_tensor([X[0], X[1]], layout=torch.jagged), "nested"),
+    ],
+)
+def test_a_tensor_that_is_not_dense_is_refused_in_the_vote(
+    signature: Signature, tensor: torch.Tensor, kind: str
+) -> None:
+    with pytest.raises(InputError, match=f"input 'x' is a {kind} tensor, and the program takes a dense one"):
+        signature.bind((tensor, [MASK, None]), {}, CPU)
 
 
 def test_outputs_nest_and_flatten() -> None:

@@ -350,3 +350,51 @@ def test_a_rowwise_layer_keeps_the_dtype_that_autocast_gives_and_another_one_is_
         assert [value.dtype for value in program.outputs] == [torch.bfloat16]
         with pytest.raises(VerificationError, match="Mlp returns bfloat16, and the program float32"):
             md.verify(plain, model, (x,))
+
+
+def test_a_buffer_that_is_zero_everywhere_is_drawn() -> None:
+    """A rowwise layer that adds one adds it once on each rank."""
+
+    class Shifted(nn.Linear):
+        shift: Tensor
+
+        def __init__(self) -> None:
+            super().__init__(8, 4)
+            self.register_buffer("shift", torch.zeros(4))
+
+        def forward(self, x: Tensor) -> Tensor:
+            return super().forward(x) + self.shift
+
+    model, x = nn.Sequential(nn.Linear(4, 8), nn.ReLU(), Shifted()).eval(), torch.randn(3, 4)
+    parallel = md.TensorParallel("tp", {"0": "colwise", "2": "rowwise"})
+    program = md.capture(model, (x,), mesh=md.Mesh(tp=2), parallel=parallel)
+    with pytest.raises(VerificationError, match=r"with other numbers in .*2\.shift"):
+        md.verify(program, model, (x,))
+
+
+def test_what_overflows_does_not_hide_the_rest() -> None:
+    """In float16 one channel is beyond its range in each token; the others are off by the width of a rank's part."""
+
+    class Scaled(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            torch.manual_seed(0)
+            self.up, self.down = nn.Linear(16, 32), nn.Linear(32, 16)
+            with torch.no_grad():
+                self.down.weight.mul_(180)
+                self.down.bias.copy_(torch.linspace(3e4, 5e4, 16))
+                self.down.bias[3] = 65400
+                self.down.weight[3] = self.down.weight[3].abs() * 20
+
+        def forward(self, x: Tensor) -> Tensor:
+            h = F.gelu(self.up(x))
+            y: Tensor = self.down(h * (h.shape[-1] / 16))
+            return y
+
+    model = Scaled().half().eval()
+    x = (torch.randn(1, 8, 16, generator=torch.Generator().manual_seed(1)) * 4).half()
+    assert not model(x)[..., 3].isfinite().any()
+    parallel = md.TensorParallel("tp", {"up": "colwise", "down": "rowwise"})
+    program = md.capture(model, (x,), mesh=md.Mesh(tp=2), parallel=parallel)
+    with pytest.raises(VerificationError, match="does not compute what Scaled computes"):
+        md.verify(program, model, (x,))

@@ -107,6 +107,26 @@ def _result(program: ShardedProgram) -> dict[str, Any]:
     return _nested(nested)
 
 
+def check_keys(program: ShardedProgram) -> None:
+    """See that what the model returns has names that a manifest can hold.
+
+    Raises:
+        BundleError: a key of a dict is no string.
+    """
+    nested = pytree.tree_unflatten(list(program.out_leaves), program.out_spec)
+    try:
+        leaves = pytree.tree_flatten_with_path(nested)[0]
+    except ValueError:  # of a class that was registered without keys, which a bundle cannot name either
+        return
+    for path, _ in leaves:
+        for key in path:
+            if isinstance(key, pytree.MappingKey) and not isinstance(key.key, str):
+                raise BundleError(
+                    f"the model returns a dict with the key {key.key!r}, and names in a bundle are strings",
+                    fix="return a dict whose keys are strings, or a tuple",
+                )
+
+
 class _Leaf:
     def __init__(self, value: dict[str, Any]) -> None:
         self.value = value

@@ -108,16 +108,13 @@ class Arguments:
 
 def _check_plain(name: str, tensor: Tensor) -> None:
     """Refuse tensors that are not one block of numbers, which is all that an engine takes."""
-    if tensor.layout != torch.strided or tensor.is_nested:
-        kind = "nested" if tensor.is_nested else str(tensor.layout).removeprefix("torch.")
-        raise CaptureError(f"argument {name!r} is a {kind} tensor", fix="pass a dense one: to_dense(), or padded")
+    if kind := odd_kind(tensor):
+        raise CaptureError(f"argument {name!r} is a {kind} tensor", fix=DENSE)
     if tensor.is_meta:
         raise CaptureError(
             f"argument {name!r} is on meta and has no value",
             fix="make the parameters of the model on meta, if it is large, and the example arguments where it will run",
         )
-    if tensor.is_quantized:
-        raise CaptureError(f"argument {name!r} is a quantized tensor", fix="pass dequantize() of it")
     if hasattr(tensor, "device_mesh"):
         raise CaptureError(
             f"argument {name!r} is a DTensor", fix="pass the whole tensor (full_tensor()); the plan says what is split"
@@ -127,6 +124,18 @@ def _check_plain(name: str, tensor: Tensor) -> None:
             f"argument {name!r} is a {type(tensor).__name__}, and an engine takes plain tensors",
             fix="pass dequantize() of it, or let a module hold it as a parameter or buffer",
         )
+
+
+DENSE = "pass a dense one: to_dense(), dequantize(), or padded"
+
+
+def odd_kind(tensor: Tensor) -> str:
+    """What a tensor is called that is not one block of numbers by its layout; "" of one that is."""
+    if tensor.is_nested:
+        return "nested"
+    if tensor.layout != torch.strided:
+        return str(tensor.layout).removeprefix("torch.")
+    return "quantized" if tensor.is_quantized else ""
 
 
 def named_leaves(argument: str, value: Any) -> Iterator[tuple[str, Any]]:

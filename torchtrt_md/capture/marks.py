@@ -30,11 +30,13 @@ class Marking:
 
     Attributes:
         sizes: of the axes over which a sequence is split.
+        called: several axes as code names them -> those of them that have more than one rank.
         split: those of them over which the model's own code split something so far.
         unknown: other axes that it named.
     """
 
     sizes: Mapping[str, int]
+    called: Mapping[str, str] = field(default_factory=dict)
     split: set[str] = field(default_factory=set)
     unknown: set[str] = field(default_factory=set)
 
@@ -142,6 +144,7 @@ def mark_gathered(x: Tensor, dim: int, axis: str, size: int) -> Tensor:
 
 
 def _marked(capture: Marking, x: Tensor, dim: int, axis: str, splits: bool) -> Tensor:
+    axis = capture.called.get(axis, axis)
     if axis not in capture.sizes:
         capture.unknown.add(axis)
         return x

@@ -34,8 +34,8 @@ from torchtrt_md.checkpoint import Checkpoint, Given, listed
 from torchtrt_md.errors import CaptureError, MDError, MeshError, PlanError, WeightsError
 from torchtrt_md.mesh import Mesh, axis_names, joined
 from torchtrt_md.parallel import ContextParallel, DataParallel, Parallel, TensorParallel
-from torchtrt_md.program import ShardedProgram, Value, Weight, Weights
-from torchtrt_md.wrappers import holders, named_weights, plain
+from torchtrt_md.program import ShardedProgram, Value, Weight, Weights, part
+from torchtrt_md.wrappers import holders, named_weights, outer, plain
 
 
 def capture_model(
@@ -72,9 +72,11 @@ def _captured(
         UnrepeatedError: they may not.
     """
     check_axes(parallels, mesh)
+    named = [joined(p.axis) for p in parallels]
     parallels = [with_one_name(p, mesh) for p in parallels]
+    called = dict(zip(named, (joined(p.axis) for p in parallels), strict=True))
     arguments = Arguments.of(model, args, kwargs)
-    held = _weights(model, weights, parallels)  # before the tracing, which may take minutes
+    held = _weights(model, weights, parallels, mesh)  # before the tracing, which may take minutes
     quantizers.refuse_compressed(model)
     own = own_mesh(model)
     if own is not None:
@@ -93,7 +95,7 @@ def _captured(
         local = _local_weights(shadow, mesh, arguments.device, parts)
         kept = KeptState(shadow)
         split_over = [joined(p.axis) for p in parallels if isinstance(p, ContextParallel)]
-        marks = Marking({axis: mesh.joined_size(axis) for axis in split_over})
+        marks = Marking({axis: mesh.joined_size(axis) for axis in split_over}, called)
         traces = []
         beside = beside_dtensor if by_dtensor else nullcontext
         for rank in range(mesh.size if device_mesh is not None else 1):
@@ -238,29 +240,59 @@ def _local_weights(
     return found
 
 
-def _weights(model: nn.Module, given: Given, parallels: Sequence[Parallel]) -> Weights:
+def _weights(model: nn.Module, given: Given, parallels: Sequence[Parallel], mesh: Mesh) -> Weights:
     tensors = named_weights(model)
     held = holders(model)
+    through = outer(model)
     shards = {name: t.to_local().detach() for name, t in tensors.items() if isinstance(t, DTensor)}
     whole = {name: t for name, t in tensors.items() if name not in shards}
     rank = dist.get_rank() if shards else 0
     unrelated = frozenset() if parallels else frozenset(whole)
-    if given is not None and (not isinstance(given, Mapping) or any(t.is_meta for t in tensors.values())):
+    of_shards = isinstance(given, Mapping) and bool(shards) and not any(t.is_meta for t in tensors.values())
+    if given is not None and not of_shards:
         checkpoint = Checkpoint(given)
         read = _read(model, tensors, checkpoint)
         shards, whole = ({name: t for name, t in of.items() if name not in read} for of in (shards, whole))
-        return Weights(whole, shards, rank, unrelated, read, checkpoint, held)
-    for name in shards:
-        if given is not None and name in given:
-            dense, own = given[name], tensors[name]
-            if (dense.shape, dense.dtype) != (own.shape, own.dtype):
-                raise PlanError(
-                    f"the dense weight {name!r} is {dense.dtype} {list(dense.shape)} and the model's is {own.dtype}"
-                    f" {list(own.shape)}",
-                    fix="pass the state_dict of the dense model that was parallelized",
-                )
-            whole[name] = dense.detach()
-    return Weights(whole, shards, rank, unrelated, holders=held)
+        return Weights(whole, shards, rank, unrelated, read, checkpoint, held, through)
+    if given is not None:
+        assert isinstance(given, Mapping)
+        _check_dense(tensors, given, mesh, rank)
+        whole |= {name: given[name].detach() for name in shards}
+    return Weights(whole, shards, rank, unrelated, holders=held, outer=through)
+
+
+def _check_dense(tensors: Mapping[str, Tensor], dense: Mapping[str, Tensor], mesh: Mesh, rank: int) -> None:
+    """See that a sharded model has its parts of these weights, and no others.
+
+    Raises:
+        PlanError: naming a weight that is another, unknown or missing.
+    """
+    fix = "pass the state_dict of the dense model that was parallelized"
+    lacking = [name for name, t in tensors.items() if isinstance(t, DTensor) and name not in dense]
+    if lacking or dense.keys() - tensors.keys():
+        odd = [*lacking, *sorted(dense.keys() - tensors.keys())][0]
+        what = "is not among the dense weights" if lacking else "is no weight of the sharded model"
+        raise PlanError(f"{odd!r} {what}", fix=fix)
+    for name, given in dense.items():
+        own = tensors[name]
+        if (given.shape, given.dtype) != (own.shape, own.dtype):
+            raise PlanError(
+                f"the dense weight {name!r} is {given.dtype} {list(given.shape)} and the model's is {own.dtype}"
+                f" {list(own.shape)}",
+                fix=fix,
+            )
+        if given.is_meta:
+            continue
+        local, mine = own, given
+        if isinstance(own, DTensor):
+            local, mine = own.to_local(), part(given, tensor_parallel.shardings(name, own, mesh), mesh, rank)
+        if local.shape == mine.shape and not _same_bits(local.detach(), mine.detach()):
+            raise PlanError(f"the dense weight {name!r} has other values than the sharded model's", fix=fix)
+
+
+def _same_bits(a: Tensor, b: Tensor) -> bool:
+    ours, theirs = (t.contiguous().reshape(-1).view(torch.uint8) for t in (a, b.to(a.device)))
+    return torch.equal(ours, theirs)
 
 
 def _read(model: nn.Module, tensors: Mapping[str, Tensor], checkpoint: Checkpoint) -> dict[str, str]:

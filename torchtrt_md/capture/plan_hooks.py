@@ -9,6 +9,7 @@ from dataclasses import dataclass, is_dataclass
 from typing import Any, TypeAlias
 
 from torch import Tensor, nn
+from torch.utils import _pytree as pytree
 
 from torchtrt_md.capture.marks import mark_gathered, mark_split
 from torchtrt_md.errors import PlanError
@@ -68,8 +69,9 @@ class Hooks:
         for path, module in modules:
             if of_arguments:
                 # Before DTensor's hooks, as the hooks of results are behind them: those take and return plain tensors.
-                hook = _argument_hook(module, path, of_arguments)
+                hook = _ArgumentHook(module, path, of_arguments)
                 module.register_forward_pre_hook(hook, with_kwargs=True, prepend=True)
+                module.register_forward_hook(hook.check)
             if of_results:
                 module.register_forward_hook(_result_hook(path, of_results))
 
@@ -126,24 +128,47 @@ def _check_key(key: str | int, split: Nested, path: str, module: nn.Module) -> N
         )
 
 
-def _argument_hook(
-    module: nn.Module, path: str, splits: Mapping[str, tuple[Nested, Entry]]
-) -> Callable[..., tuple[Any, dict[str, Any]]]:
-    signature = inspect.signature(module.forward)
-    extra = next((p.name for p in signature.parameters.values() if p.kind is p.VAR_KEYWORD), "")
+class _ArgumentHook:
+    """Changes the arguments of a module that have an entry, in each call."""
 
-    def split_arguments(_: nn.Module, args: Any, kwargs: dict[str, Any]) -> tuple[Any, dict[str, Any]]:
-        bound = signature.bind(*args, **kwargs)
-        for key, (split, entry) in splits.items():
-            where = bound.arguments if key in signature.parameters else bound.arguments.get(extra, {})
+    def __init__(self, module: nn.Module, path: str, splits: Mapping[str, tuple[Nested, Entry]]) -> None:
+        self.module, self.path, self.splits = module, path, splits
+        self.signature = inspect.signature(module.forward)
+        self.extra = next((p.name for p in self.signature.parameters.values() if p.kind is p.VAR_KEYWORD), "")
+        self.passed: list[list[tuple[str, Any, list[Any]]]] = []  # of each call under way: lists and dicts made anew
+
+    def __call__(self, _: nn.Module, args: Any, kwargs: dict[str, Any]) -> tuple[Any, dict[str, Any]]:
+        bound = self.signature.bind(*args, **kwargs)
+        made: dict[tuple[int, int], Tensor] = {}
+        nests: list[tuple[str, Any, list[Any]]] = []
+        for key, (split, entry) in self.splits.items():
+            where = bound.arguments if key in self.signature.parameters else bound.arguments.get(self.extra, {})
             if where.get(key) is None:
-                others = f"{named(path)} takes {', '.join(arguments_of(module))}"
+                others = f"{named(self.path)} takes {', '.join(arguments_of(self.module))}"
                 entry.why = others if entry.undeclared else f"it is {'None' if key in where else 'not passed'}"
             else:
-                where[key] = _changed(where[key], split, entry, f"argument {key!r} of {named(path)}")
+                what = f"argument {key!r} of {named(self.path)}"
+                where[key] = _changed(where[key], split, entry, what, made)
+                if isinstance(split, (list, dict)):
+                    nests.append((what, where[key], pytree.tree_leaves(where[key])))
+        self.passed.append(nests)
         return _as_passed(bound, args, kwargs)
 
-    return split_arguments
+    def check(self, _: nn.Module, args: Any, result: Any) -> None:
+        """Refuse a module that put something into a list or dict that was made anew: its caller has the former one.
+
+        Raises:
+            PlanError: naming the argument.
+        """
+        for what, nest, leaves in self.passed.pop():
+            now = pytree.tree_leaves(nest)
+            if len(now) != len(leaves) or any(a is not b for a, b in zip(now, leaves, strict=True)):
+                raise PlanError(
+                    f"{what} is a {type(nest).__name__} of which the plan splits an entry, and the module changes it,"
+                    " which its caller would not see",
+                    fix="return what is new, or split it where it is made",
+                    at=running_line(),
+                )
 
 
 def _as_passed(
@@ -219,8 +244,14 @@ def _rebuilt(nest: Any, values: Sequence[Any]) -> Any:
     return type(nest)(*values) if hasattr(nest, "_fields") else type(nest)(values)
 
 
-def _changed(value: Any, form: Nested, entry: Entry, what: str) -> Any:
-    """The value with what the plan says of it, or of parts of it, done."""
+def _changed(
+    value: Any, form: Nested, entry: Entry, what: str, made: dict[tuple[int, int], Tensor] | None = None
+) -> Any:
+    """The value with what the plan says of it, or of parts of it, done.
+
+    Args:
+        made: what was split in this call so far, by tensor and dim: one tensor that is passed twice stays one.
+    """
     if form is None:
         return value
     if isinstance(form, dict):
@@ -231,7 +262,7 @@ def _changed(value: Any, form: Nested, entry: Entry, what: str) -> Any:
                 fix=f"write the entry in the form of the {what.partition(' ')[0]}",
                 at=running_line(),
             )
-        return _rebuilt(value, [_changed(v, form.get(k), entry, f"{k!r} of {what}") for k, v in value.items()])
+        return _rebuilt(value, [_changed(v, form.get(k), entry, f"{k!r} of {what}", made) for k, v in value.items()])
     if isinstance(form, list):
         if not isinstance(value, (tuple, list)) or len(value) != len(form):
             found = f"{len(value)} values" if isinstance(value, (tuple, list)) else _kind(value)
@@ -241,7 +272,7 @@ def _changed(value: Any, form: Nested, entry: Entry, what: str) -> Any:
                 f" {'whole' if entry.splits else 'as they are'}",
                 at=running_line(),
             )
-        return _rebuilt(value, [_changed(v, one, entry, what) for v, one in zip(value, form, strict=True)])
+        return _rebuilt(value, [_changed(v, one, entry, what, made) for v, one in zip(value, form, strict=True)])
     if isinstance(form, Gather):
         dim = _dim(value, form.dim, what)
         entry.applied = True
@@ -251,7 +282,11 @@ def _changed(value: Any, form: Nested, entry: Entry, what: str) -> Any:
         return value
     dim = _dim(value, form.dim, what)
     entry.applied = True
-    return mark_split(value, dim, entry.axis, entry.size)
+    if made is None:
+        return mark_split(value, dim, entry.axis, entry.size)
+    if (id(value), dim) not in made:
+        made[id(value), dim] = mark_split(value, dim, entry.axis, entry.size)
+    return made[id(value), dim]
 
 
 def _kind(value: object) -> str:

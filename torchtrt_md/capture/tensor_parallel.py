@@ -27,7 +27,7 @@ from torch.distributed.tensor.parallel import (
 )
 
 from torchtrt_md.capture import quantizers
-from torchtrt_md.capture.tensor_styles import STYLES, Axis, Colwise, Cut, Rowwise, Style, style_of
+from torchtrt_md.capture.tensor_styles import STYLES, Axis, Colwise, Cut, Dispatched, Rowwise, Style, style_of
 from torchtrt_md.capture.transformers_private import Reading
 from torchtrt_md.errors import MeshError, PlanError, PlanWarning
 from torchtrt_md.mesh import Mesh, axis_names
@@ -305,6 +305,7 @@ def _apply_to_module(
     """``alone`` are the parameters that the plan names by themselves."""
     module = modules[path]
     style = _by_heads(modules, path, style, axis)
+    experts = getattr(module, "num_experts", None) if isinstance(style, Dispatched) else None  # of all ranks
     try:
         hooks = style.hooks(module, axis)
     except PlanError as error:
@@ -313,6 +314,12 @@ def _apply_to_module(
     quantizers.cut(module, path, style, axis, parts)  # before the weight, of whose whole shape they are
     for name, parameter in list(module.named_parameters(recurse=False)):
         if (id(module), name) not in alone:
+            if experts is not None and parameter.shape[:1] == (experts,):
+                raise PlanError(
+                    f"a rank has some of the {experts} experts of module {path!r}, and all of their parameter"
+                    f" {name!r}, {list(parameter.shape)}, which the plan does not name",
+                    fix=f"name it, too: '{path}.{name}': 'grouped_gemm'",
+                )
             _cut(module, f"{path}.{name}" if path else name, name, style, axis, parts, parameter)
     if hooks is not None:
         hooks.put_on(module)

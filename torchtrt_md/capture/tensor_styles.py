@@ -51,6 +51,13 @@ class Axis:
 
     def whole(self, x: Tensor, extent: int) -> Tensor:
         """The parts of the last dim of all ranks, one after the other, as far as ``extent``."""
+        if x.shape[-1] != (part := -(-extent // self.size)):
+            raise PlanError(
+                f"a module of {extent} features returns {x.shape[-1]} of them on a rank that has a part of its weight,"
+                f" and should return {part}",
+                fix=_FITS,
+                at=running_line(),
+            )
         gathered: Tensor = ops.all_gather(x, x.dim() - 1, self.name, self.size)
         return gathered if gathered.shape[-1] == extent else gathered.narrow(-1, 0, extent)
 
@@ -141,10 +148,27 @@ class Colwise(Style):
         return Cut(max(len(shape) - 2, 0), self.blocks, self.copies, zeros=not isinstance(module, nn.Linear))
 
     def hooks(self, module: nn.Module, axis: Axis) -> Hooks | None:
-        extent = getattr(module, "out_features", getattr(module, "embedding_dim", None))
-        if not isinstance(extent, int):
-            raise PlanError(f"a {type(module).__name__} has no out_features", fix=_FITS)
+        extent = module.embedding_dim if isinstance(module, nn.Embedding) else _features(module, "out_features", -2)
         return Hooks(behind=lambda _, y: axis.whole(y, extent)) if self.gather else None
+
+
+def _features(module: nn.Module, name: str, dim: int) -> int:
+    """How many a module says that it has, by an attribute; its weights have them on this dim, as a linear layer's.
+
+    Raises:
+        PlanError: it has no such attribute, or weights of another form.
+    """
+    extent = getattr(module, name, None)
+    if not isinstance(extent, int):
+        raise PlanError(f"a {type(module).__name__} has no {name}", fix=_FITS)
+    for of, weight in {} if isinstance(module, nn.Linear) else dict(module.named_parameters(recurse=False)).items():
+        if weight.dim() > 1 and (weight.dim() > 2 or weight.shape[dim] != extent):
+            raise PlanError(
+                f"a {type(module).__name__} has {name} = {extent} and a {of!r} of shape {list(weight.shape)}, which is"
+                " not that of a linear layer: [out_features, in_features]",
+                fix=_FITS,
+            )
+    return extent
 
 
 @dataclass(frozen=True)
@@ -165,9 +189,7 @@ class Rowwise(Style):
     def hooks(self, module: nn.Module, axis: Axis) -> Hooks | None:
         if isinstance(module, nn.Embedding):
             return _vocabulary(module, axis)
-        extent = getattr(module, "in_features", None)
-        if not isinstance(extent, int):
-            raise PlanError(f"a {type(module).__name__} has no in_features", fix=_FITS)
+        extent = _features(module, "in_features", -1)
         (local,) = Cut(0, self.blocks).local([extent], axis)
         held: list[Any] = []
         kind = f"{type(module).__name__} of {extent} to {getattr(module, 'out_features', '?')} features"

@@ -26,7 +26,7 @@ from torchtrt_md.capture.quiet import quiet
 from torchtrt_md.capture.repeated import RepeatedBlocks, UnrepeatedError
 from torchtrt_md.capture.torch_private import DEPENDS_ON_VALUES, FakeTensor, FakeTensorMode, told_stacks
 from torchtrt_md.capture.written_collectives import refuse_written
-from torchtrt_md.capture.written_tensors import refuse_filled, refuse_written_tensors
+from torchtrt_md.capture.written_tensors import refuse_filled, refuse_written_marks, refuse_written_tensors
 from torchtrt_md.errors import CaptureError, MDError
 from torchtrt_md.graph.functional import functional, mutates
 from torchtrt_md.graph.private import lazy_modules
@@ -137,6 +137,7 @@ def recorded(
                 expand(graph)
             refuse_written(graph)
             refuse_written_tensors(graph)
+            refuse_written_marks(graph)
             _integer_products(graph)
             quantizers.as_one_op(graph)
             graph = functional(graph, inputs)

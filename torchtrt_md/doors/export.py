@@ -16,10 +16,11 @@ from torch import nn
 
 from torchtrt_md.build.engine import BuiltEngine
 from torchtrt_md.bundle import check_destination, manifest, write_bundle
-from torchtrt_md.bundle.from_program import even, manifest_of
+from torchtrt_md.bundle.from_program import check_keys, even, manifest_of
 from torchtrt_md.bundle.weights import save_weights
 from torchtrt_md.bundle.write import workspace, writing
 from torchtrt_md.capture import capture
+from torchtrt_md.capture.model import own_mesh
 from torchtrt_md.checkpoint import Given
 from torchtrt_md.checks import check_export
 from torchtrt_md.choices import Choices, Transport
@@ -186,6 +187,7 @@ def export(
         how = (check, choices, dense, weights, later, coordinates_inside, dump, stages)
         proven = _prove(model, args, kwargs, options, *how)
         road, lowered, chosen = proven.road, proven.lowered, proven.choices
+        check_keys(lowered)
         if format == "triton":  # what can be told of before hours of building
             check_values(lowered.mesh, lowered.inputs, lowered.outputs)
         if strip_weights:
@@ -263,8 +265,9 @@ def _prove(
     assert isinstance(options.mesh, Mesh)
     size = options.mesh.size
     with stages("capture") as say:
-        if dense is not None and weights is None:
-            weights = {**dict(dense.named_parameters()), **dict(dense.named_buffers())}
+        if dense is not None and weights is None and own_mesh(model) is not None:
+            named = [*dense.named_parameters(remove_duplicate=False), *dense.named_buffers(remove_duplicate=False)]
+            weights = dict(named)
         captured = capture(model, args, kwargs, mesh=options.mesh, parallel=options.parallels, weights=weights)
         if check or later is not None:  # before hours of building
             needed = [w for w in captured.read() if check or w.name not in (later or ())]

@@ -13,7 +13,8 @@ from typing import Any, TypeGuard
 import torch
 from torch import Tensor
 from torch.distributed.tensor import DTensor
-from torch.fx import GraphModule
+from torch.fx import GraphModule, Node
+from torch.utils import _pytree as pytree
 
 from torchtrt_md.capture.dynamo_private import memory_of
 from torchtrt_md.program import placeholders
@@ -48,8 +49,8 @@ def views(gm: GraphModule, values: Sequence[int]) -> Mapping[int, View]:
         values: indices of the inputs that are tensors, and no weights.
     """
     nodes = placeholders(gm)
-    examples = {index: nodes[index].meta.get("example_value") for index in values}
-    inputs = {memory_of(t): (index, t) for index, t in reversed(examples.items()) if _is_plain(t)}
+    inputs = {nodes[index]: index for index in values if _is_plain(nodes[index].meta.get("example_value"))}
+    memories = {memory_of(node.meta["example_value"]) for node in inputs}
     results: dict[int, tuple[int, Tensor]] = {}
     found: dict[int, View] = {}
     (output,) = gm.graph.find_nodes(op="output")
@@ -58,15 +59,40 @@ def views(gm: GraphModule, values: Sequence[int]) -> Mapping[int, View]:
         if not _is_plain(value):
             continue
         memory = memory_of(value)
-        of_input = memory in inputs
-        base = inputs.get(memory) or results.get(memory)
-        if base is None:
-            results[memory] = index, value
-        elif _is_within(value, base[1], of_input):
+        of_input = memory in memories
+        if of_input:
+            looked_at = _looked_at(leaf, memory, inputs)
+            if looked_at is None:
+                continue
+            base = inputs[looked_at], looked_at.meta["example_value"]
+        else:
+            base = results.setdefault(memory, (index, value))
+        if base[1] is value and not of_input:
+            continue
+        if _is_within(value, base[1], of_input):
             offset = int(value.storage_offset() - base[1].storage_offset())
             size, stride = tuple(map(int, value.shape)), tuple(map(int, value.stride()))
             found[index] = View(of_input, base[0], size, stride, offset)
     return found
+
+
+def _looked_at(leaf: Node, memory: int, inputs: Mapping[Node, int]) -> Node | None:
+    """The input that a result looks at, by the ops between the two: several inputs of the example may share memory.
+
+    None where they do not say.
+    """
+    pending, seen, found = [leaf], {leaf}, set()
+    while pending:
+        node = pending.pop()
+        if node in inputs:
+            found.add(node)
+            continue
+        for operand in node.all_input_nodes:
+            leaves = pytree.tree_leaves(operand.meta.get("example_value"))
+            if operand not in seen and any(_is_plain(x) and memory_of(x) == memory for x in leaves):
+                seen.add(operand)
+                pending.append(operand)
+    return found.pop() if len(found) == 1 else None
 
 
 def _is_plain(value: object) -> TypeGuard[Tensor]:

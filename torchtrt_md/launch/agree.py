@@ -141,6 +141,18 @@ class Agreement:
             told = [host.host_of(told) or f"rank {rank}" for rank, told in enumerate(self.board.processes())]
         return [list(dict.fromkeys(told)).index(home) for home in told]
 
+    def check_in_step(self) -> None:
+        """Ask before a call of a program, of which only the ranks' order says that they make the same one.
+
+        Raises:
+            LaunchError: on every rank, once a vote has given one up: it may have left a call out.
+        """
+        if self.board.given_up:
+            raise LaunchError(
+                f"{self.board.given_up}, so the calls of the ranks may not match any more",
+                fix="launch again; with a longer timeout, if that rank was only late",
+            )
+
     def ended(self) -> str:
         """Who has ended, in words, after an error that the end of a process may have caused; "" if nobody is known."""
         until = time.monotonic() + _LEAVING_SECONDS
@@ -156,6 +168,7 @@ class Agreement:
             self._wait(mine.about)
             ballots = self.board.read()
         found = _verdict(ballots)
+        self.board.given_up = self.board.given_up or _gone(ballots)
         if found is not None:
             raise _agreed(found) from error
         return ballots
@@ -188,9 +201,8 @@ class Agreement:
 def _verdict(ballots: Sequence[Ballot]) -> MDError | None:
     """What all ranks make of the same slots: the error that each of them raises, or None."""
     size = len(ballots)
-    lost = [rank for rank, ballot in enumerate(ballots) if ballot.by != rank]
+    lost, gone = _lost(ballots), _gone(ballots)
     failures = {r: b.failure for r, b in enumerate(ballots) if b.by == r and b.failure is not None}
-    gone = "; ".join(f"rank {rank} {ballots[rank].about}" for rank in lost)
     apart = any(ballot.about != ballots[0].about for ballot in ballots)
     error: MDError | None = None
     if failures:
@@ -208,6 +220,16 @@ def _verdict(ballots: Sequence[Ballot]) -> MDError | None:
     if error is not None:
         error.lost = bool(lost) or apart
     return error
+
+
+def _lost(ballots: Sequence[Ballot]) -> list[int]:
+    """The ranks that were given up."""
+    return [rank for rank, ballot in enumerate(ballots) if ballot.by != rank]
+
+
+def _gone(ballots: Sequence[Ballot]) -> str:
+    """Who was given up, and why; "" where nobody was."""
+    return "; ".join(f"rank {rank} {ballots[rank].about}" for rank in _lost(ballots))
 
 
 def _agreed(error: MDError) -> MDError:

@@ -108,6 +108,7 @@ class Board:
         self.number = self.programs = 0
         self._processes: dict[int, str] = {}  # rank -> what it told of its process
         self.failed = ""  # who said in the vote under way that it failed, while this rank is in a meeting
+        self.given_up = ""  # whom a vote has given up, and why
         self._working = self._meeting = 0
         self._beating: threading.Thread | None = None
         with store_errors("joining the launch"):

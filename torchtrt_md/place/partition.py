@@ -327,7 +327,7 @@ class _Cut:
 
         for node in nodes:
             copied(node)
-        graph.output(tuple(_contiguous(graph, copied(n), runs) for n, _ in outputs))
+        graph.output(tuple(_contiguous(graph, copied(n), runs, own=base_of(n).op == "get_attr") for n, _ in outputs))
         module = lazy_module(self.graph, graph)
         collectives = tuple(schedule(module))
         segment = Segment(
@@ -433,12 +433,17 @@ def _contiguous_like(value: Tensor) -> Tensor:
     return FakeTensor(value.fake_mode, shape_only, value.device)  # type: ignore[attr-defined]
 
 
-def _contiguous(graph: Graph, node: Node, runs: Runs) -> Node:
-    """What a part returns, as it passes: contiguous."""
+def _contiguous(graph: Graph, node: Node, runs: Runs, *, own: bool) -> Node:
+    """What a part returns, as it passes: contiguous.
+
+    Args:
+        own: it is a constant of the graph, of which the user gets a copy, to write to as to any result.
+    """
     value = value_of(node)
-    if is_collective(node) or (runs != "eager" and value.is_contiguous()):
+    if is_collective(node) or (runs != "eager" and value.is_contiguous() and not own):
         return node
-    if runs == "eager":  # its ops keep layouts, of which the record may be wrong; where it lies so, this is no copy
+    if runs == "eager" and not own:
+        # Its ops keep layouts, of which the record may be wrong; where it lies so, this is no copy.
         new = graph.call_function(aten.contiguous.default, (node,))
     else:
         new = graph.call_function(aten.clone.default, (node,), {"memory_format": torch.contiguous_format})

@@ -143,9 +143,11 @@ class Runner:
         """
         if self._closed:
             raise LaunchError("this runner is closed", fix="load or compile again")
+        self.agreement.check_in_step()
 
         def checked() -> Mapping[str, Tensor]:
-            self._guard()
+            if weights is None:  # others are watched by who has them
+                self._guard()
             return bind()
 
         with self._launch.one_thread(self.name):

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Collection, Iterator, Mapping, Sequence
 from typing import Any
 
 import torch
@@ -11,7 +11,7 @@ from torch.distributed.tensor import DTensor
 
 from torchtrt_md.bundle import manifest as m
 from torchtrt_md.bundle.structure import local_shape, mesh_of
-from torchtrt_md.capture.arguments import Scalar, comparable, named_leaves
+from torchtrt_md.capture.arguments import DENSE, Scalar, comparable, named_leaves, odd_kind
 from torchtrt_md.capture.async_private import arrived
 from torchtrt_md.errors import InputError, VerificationError
 from torchtrt_md.mesh import Mesh
@@ -26,6 +26,7 @@ class Signature:
     def __init__(self, manifest: m.Manifest) -> None:
         self.mesh = mesh_of(manifest)
         self.constants, self.result, self.positional = manifest.constants, manifest.result, manifest.positional
+        self.opaque = manifest.opaque
         self.inputs = {t.name: t for t in manifest.inputs}
         self.outputs = manifest.outputs
         self._places = [{name: i for i, name in enumerate(known)} for known in (self.inputs, self.constants)]
@@ -98,8 +99,7 @@ class Signature:
         found: dict[str, Any] = {}
         for argument, value in [*zip(self.positional, args, strict=False), *kwargs.items()]:
             leaves = list(named_leaves(argument, value))
-            if not leaves:
-                self._check_empty(argument, value)
+            self._check_whole(argument, value, {name for name, _ in leaves})
             if len(leaves) > 1:
                 self._check_order(argument, [name for name, _ in leaves])
             for name, leaf in leaves:
@@ -120,12 +120,19 @@ class Signature:
                     fix=f"pass {argument} in that order, or compile or export again with this one",
                 )
 
-    def _check_empty(self, argument: str, value: object) -> None:
-        """Refuse an empty list where something was built in."""
-        built = [name for name in (*self.constants, *self.inputs) if name.partition(".")[0] == argument]
-        if built:
+    def _check_whole(self, argument: str, value: object, given: Collection[str]) -> None:
+        """Refuse a list or dict that lacks what was built in of it: the program would compute with that all the same.
+
+        An argument that is left out as a whole is another matter.
+        """
+        every = (*self.inputs, *self.constants, *self.opaque)
+        others = [name for name in self.positional if _is_of(argument, name) and name != argument]  # those of *args
+        built = [n for n in every if _is_of(argument, n) and not any(_is_of(other, n) for other in others)]
+        lacking = [name for name in built if name not in given]
+        if lacking and not isinstance(value, Tensor):
             raise InputError(
-                f"{argument} is {value!r}, and the program was built with {', '.join(built)}",
+                f"{argument} is a {type(value).__name__}, and the program was built with {', '.join(lacking)}, which it"
+                " lacks",
                 fix=f"pass {argument} as it was, or compile or export again with the other value",
             )
 
@@ -164,6 +171,9 @@ class Signature:
                 f"input {name!r} is a {type(value).__name__}, and the program takes a tensor there",
                 fix=f"pass a {dtype} tensor of shape {list(shape)}",
             )
+        kind = odd_kind(value)
+        if kind:
+            raise InputError(f"input {name!r} is a {kind} tensor, and the program takes a dense one", fix=DENSE)
         if isinstance(value, DTensor):
             raise InputError(
                 f"input {name!r} is a DTensor", fix="pass this rank's plain tensor: its to_local() or full_tensor()"
@@ -191,6 +201,11 @@ class Signature:
                 f"input {name!r} requires a gradient, and a compiled program gives none",
                 fix="call the runner under torch.no_grad(), or pass the detached tensor",
             )
+
+
+def _is_of(argument: str, name: str) -> bool:
+    """Is this the name of the argument, or of a leaf of it?"""
+    return name == argument or name.startswith(f"{argument}.")
 
 
 def prepared(tensor: Tensor) -> Tensor:

@@ -123,6 +123,8 @@ class WeightGuard:
         constants: what the model holds beside its weights, of which graphs have the values; the same holds for these.
         replaced: gives name, former and present tensor of the weights that were replaced since it was asked last; and
             None as the former one of what was added, and of modules.
+        outer: name -> the tensor subclass that holds some of these, a DTensor among them.  What is written through one
+            is counted there, and not of what it holds.
     """
 
     def __init__(
@@ -131,6 +133,7 @@ class WeightGuard:
         holders: Mapping[str, tuple[Tensor, str]] | None = None,
         constants: Sequence[Constant] = (),
         replaced: Callable[[], Iterable[tuple[str, Tensor | None, object]]] = tuple,
+        outer: Mapping[str, Tensor] | None = None,
     ) -> None:
         held = holders or {}
         self._replaced = replaced
@@ -145,6 +148,8 @@ class WeightGuard:
         self._bodies: list[int] = []
         for name, weight in weights.items():
             self._count(_weight(name), weight)
+        for name, subclass in (outer or {}).items():
+            self._count(_weight(name), subclass)
         for constant in constants:
             self._count(_constant(constant), constant.tensor)
 
@@ -184,6 +189,8 @@ class WeightGuard:
             raise self._changed(name)
         self._forget(name, weight)
         self._count(name, after)
+        if now is not after and isinstance(now, Tensor):
+            self._count(name, now)
         return after
 
     def _changed(self, name: str) -> InputError:

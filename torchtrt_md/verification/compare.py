@@ -98,13 +98,19 @@ def rounding(
 
 
 def noise_of(draws: Sequence[Tensor], reference: Tensor) -> Tensor:
-    """The root mean square of each element's error over draws of rounding: in float32, or as pairs of it (complex)."""
+    """The root mean square of each element's error over draws of rounding: in float32, or as pairs of it (complex).
+
+    Infinite where some draw is and the reference is not: it overflows there.
+    """
     if reference.is_complex():
         draws, reference = [_pairs(draw) for draw in draws], _pairs(reference)
     total = torch.zeros(reference.shape, dtype=torch.float64, device=reference.device)
+    beyond = torch.zeros_like(total, dtype=torch.bool)
     for draw in draws:
+        beyond |= ~draw.isfinite() & reference.isfinite()
         total += (draw.double() - reference.double()).nan_to_num_(0.0, HUGE, -HUGE).clamp_(-HUGE, HUGE).square_()
-    return (total / len(draws)).sqrt_().clamp_(max=torch.finfo(torch.float32).max).float()
+    found = (total / len(draws)).sqrt_().clamp_(max=torch.finfo(torch.float32).max).float()
+    return found.masked_fill_(beyond, math.inf)
 
 
 def relative_error(value: Tensor, reference: Tensor) -> float:

@@ -108,14 +108,21 @@ class Judge:
         return element(max(error, whole), self.largest_at, self.original, self.cells.reference, part)
 
     def _peers(self, size: Callable[[slice, Tensor], Tensor]) -> dict[tuple[int, ...], tuple[Tensor, Tensor]]:
-        """The unit of each cell of each slice, of errors of this size, and whether its peers are few."""
-        squares = self.cells.sums()
+        """The unit of each cell of each slice, of errors of this size, and whether its peers are few.
+
+        What overflows where it is rounded says nothing of its peers.
+        """
+        squares, counts = self.cells.sums(), (self.counts[0].clone(), self.counts[1].clone())
         for block in self.cells.blocks():
-            weight = size(block, self.cells.matrix[block].double())
-            weight = weight.nan_to_num(0.0, HUGE, -HUGE).clamp_(-HUGE, HUGE).square_().reshape(-1)
-            for square, cells in zip(squares, self.cells.of(block), strict=True):
+            weight = size(block, self.cells.matrix[block].double()).reshape(-1)
+            beyond = ~weight.isfinite()
+            some = bool(beyond.any())
+            weight = weight.masked_fill(beyond, 0.0).clamp_(-HUGE, HUGE).square_()
+            for square, count, cells in zip(squares, counts, self.cells.of(block), strict=True):
                 square += torch.bincount(cells.reshape(-1), weight, minlength=len(square))
-        n, s = self.cells.by_slice(self.counts), self.cells.by_slice(squares)
+                if some:
+                    count -= torch.bincount(cells.reshape(-1)[beyond], minlength=len(count))
+        n, s = self.cells.by_slice(counts), self.cells.by_slice(squares)
         return {dims: peers(n[dims], s[dims], self.cells.buckets) for dims in n}
 
     def _sampled(self, block: slice, reference: Tensor) -> Tensor:

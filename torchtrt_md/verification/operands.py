@@ -30,6 +30,7 @@ _SORTS = (aten.sort.default, aten.sort.stable, aten.topk.default)  # their indic
 # What does nothing, or one thing only, as long as numbers stay on one side of a bound or of each other.
 _BOUNDS = {aten.clamp, aten.clamp_min, aten.clamp_max, aten.minimum, aten.maximum, aten.gt, aten.ge, aten.lt, aten.le}
 _BOUNDS |= {aten.hardtanh, aten.hardswish, aten.hardsigmoid, aten.threshold, aten.softshrink, aten.hardshrink}
+_BOUNDS |= {aten.eq, aten.ne, aten.isinf, aten.isnan, aten.isfinite}
 _BOUNDS |= {aten.fmin, aten.fmax, torch.ops.torchtrt_md.fake_quantize}
 _WRITES = (aten.index_put.default, aten._unsafe_index_put.default, aten.index_copy.default, aten.scatter.src)
 

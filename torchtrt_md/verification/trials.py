@@ -165,14 +165,15 @@ def _first(proof: Proof, inputs: Mapping[str, Tensor]) -> tuple[list[Trial], lis
 
 
 def _parameters(proof: Proof) -> dict[str, Tensor]:
-    """The plain parameters in memory that both model and program read; tied ones by the names of both.
+    """The plain parameters and buffers in memory that both model and program read; tied ones by the names of both.
 
     What one of them reads and the other does not, a table was made of that the model keeps.
     """
     plain = {
         name: p
-        for name, p in proof.model.named_parameters(remove_duplicate=False)
-        if type(p) is nn.Parameter and not p.is_meta
+        for named in (proof.model.named_parameters, proof.model.named_buffers)
+        for name, p in named(remove_duplicate=False)
+        if type(p) in (nn.Parameter, Tensor) and not p.is_meta
     }
     names = [
         {leaf.name for weight in program.read() for leaf in weight.parts or (weight,)} & plain.keys()

@@ -31,9 +31,10 @@ class Places:
 
     def __init__(self, noise: Tensor, reference: Tensor, relative: float) -> None:
         self.noise = noise.reshape(-1)
-        counts = ((reference != 0) & reference.isfinite()).reshape(-1).double()
+        known = self.noise.isfinite()  # and not of what overflows
+        counts = ((reference != 0) & reference.isfinite()).reshape(-1).logical_and_(known).double()
         least = reference.reshape(-1).double().abs().nan_to_num_(0.0, 0.0).clamp_(1 / HUGE, HUGE).mul_(relative / 8)
-        squares = torch.maximum(self.noise.double(), least).square_()
+        squares = torch.maximum(self.noise.double().masked_fill_(~known, 0.0), least).square_()
         logs = squares.log().mul_(counts)
         squares.mul_(counts)
         shape = tuple(reference.shape)
