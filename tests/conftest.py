@@ -65,6 +65,14 @@ def ranks(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Ranks]:
     started.close()
 
 
+@pytest.fixture(scope="module")
+def own_ranks(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Ranks]:
+    """Two processes of a file's own: of tests after which no other may use them, or that count what a process made."""
+    started = Ranks(tmp_path_factory.mktemp("ranks") / "store")
+    yield started
+    started.close()
+
+
 @pytest.fixture
 def run(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> Run:
     """The command line."""

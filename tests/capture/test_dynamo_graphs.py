@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import models
@@ -24,14 +24,6 @@ from torchtrt_md.lowering import lower
 from torchtrt_md.lowering.ops import COLLECTIVES
 from torchtrt_md.mesh import Mesh
 from torchtrt_md.program import ShardedProgram, Weight
-
-
-@pytest.fixture(scope="module")
-def ranks(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Ranks]:
-    started = Ranks(tmp_path_factory.mktemp("ranks") / "store")
-    yield started
-    started.close()
-
 
 Programs = list[ShardedProgram]
 
@@ -89,8 +81,8 @@ def tensor_parallel(rank: int, name: str) -> tuple[float, list[str], list[str], 
     ("name", "inputs", "reduces", "weight"),
     [("mlp", ["x"], 1, "up.weight"), ("llama", ["args.0"], 4, "model.layers.0.self_attn.q_proj.weight")],
 )
-def test_a_parallelized_model(ranks: Ranks, name: str, inputs: list[str], reduces: int, weight: str) -> None:
-    for outcome in ranks(tensor_parallel, name):
+def test_a_parallelized_model(own_ranks: Ranks, name: str, inputs: list[str], reduces: int, weight: str) -> None:
+    for outcome in own_ranks(tensor_parallel, name):
         assert not outcome.error, outcome.message
         relative, names, collectives, split, mesh = outcome.value
         assert relative < 1e-5
@@ -144,8 +136,8 @@ def explicit(rank: int, where: str) -> tuple[list[float], list[str], str, int]:
 
 
 @pytest.mark.parametrize(("where", "mesh"), [("mesh", "Mesh(tp=2)"), ("world", "Mesh(world=2)")])
-def test_explicit_collectives(ranks: Ranks, where: str, mesh: str) -> None:
-    for outcome in ranks(explicit, where):
+def test_explicit_collectives(own_ranks: Ranks, where: str, mesh: str) -> None:
+    for outcome in own_ranks(explicit, where):
         assert not outcome.error, outcome.message
         errors, names, found, rows = outcome.value
         assert max(errors) < 1e-5
@@ -196,8 +188,8 @@ def refused(rank: int, case: str) -> str:
         ("value", "CaptureError: node 'item' is a number that depends on the values of tensors"),
     ],
 )
-def test_what_is_refused(ranks: Ranks, case: str, problem: str) -> None:
-    for rank, outcome in enumerate(ranks(refused, case)):
+def test_what_is_refused(own_ranks: Ranks, case: str, problem: str) -> None:
+    for rank, outcome in enumerate(own_ranks(refused, case)):
         assert problem.format(rank=rank) in outcome.value
         assert "Instead: " in outcome.value
         if case in ("group", "write", "value"):
@@ -220,8 +212,8 @@ def shapes(rank: int, dynamic: bool | None) -> tuple[list[float], list[list[list
 
 
 @pytest.mark.parametrize("dynamic", [None, True, False])
-def test_each_shape_is_a_program_of_its_own(ranks: Ranks, dynamic: bool | None) -> None:
-    for outcome in ranks(shapes, dynamic):
+def test_each_shape_is_a_program_of_its_own(own_ranks: Ranks, dynamic: bool | None) -> None:
+    for outcome in own_ranks(shapes, dynamic):
         assert not outcome.error, outcome.message
         errors, inputs = outcome.value
         assert max(errors) < 1e-5
@@ -410,5 +402,5 @@ def resolve(rank: int) -> tuple[list[int], bool]:
     return list(dynamo_private.group_ranks(group.group_name)), root is device_mesh
 
 
-def test_group_names_and_root_meshes_without_which_axes_are_not_found(ranks: Ranks) -> None:
-    assert [outcome.value for outcome in ranks(resolve)] == [([0, 1], True)] * 2
+def test_group_names_and_root_meshes_without_which_axes_are_not_found(own_ranks: Ranks) -> None:
+    assert [outcome.value for outcome in own_ranks(resolve)] == [([0, 1], True)] * 2

@@ -1,4 +1,4 @@
-"""After a rank was given up; in a launch of its own, since that is for good."""
+"""After a rank was given up: in processes of this file's own, since that is for good."""
 
 from __future__ import annotations
 
@@ -40,8 +40,8 @@ def left_out(rank: int) -> list[str]:
     return found[-2:]
 
 
-def test_after_a_rank_was_given_up_no_call_is_taken_for_another(ranks: Ranks) -> None:
-    for outcome in ranks(left_out):
+def test_after_a_rank_was_given_up_no_call_is_taken_for_another(own_ranks: Ranks) -> None:
+    for outcome in own_ranks(left_out):
         assert not outcome.error, outcome.message
         assert all("rank 0 did not come to a call of" in message for message in outcome.value), outcome.value
         assert "may not match any more" in outcome.value[-1]

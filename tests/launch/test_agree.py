@@ -3,7 +3,6 @@
 import os
 import pickle
 import time
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -16,13 +15,6 @@ from torchtrt_md.launch.agree import Agreement, combined, grouped
 from torchtrt_md.launch.board import Failure
 
 TIMEOUT = 20.0
-
-
-@pytest.fixture(scope="module")
-def ranks(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Ranks]:
-    started = Ranks(tmp_path_factory.mktemp("ranks") / "store")
-    yield started
-    started.close()
 
 
 def all_fine(rank: int) -> tuple[int, list[dict[str, int]], float]:
@@ -38,8 +30,8 @@ def all_fine(rank: int) -> tuple[int, list[dict[str, int]], float]:
     return result, gathered, min(seconds)
 
 
-def test_all_fine(ranks: Ranks) -> None:
-    for rank, outcome in enumerate(ranks(all_fine)):
+def test_all_fine(own_ranks: Ranks) -> None:
+    for rank, outcome in enumerate(own_ranks(all_fine)):
         result, gathered, seconds = outcome.value
         assert result == rank * 10
         assert gathered == [{"rank": 0}, {"rank": 1}]
@@ -57,8 +49,8 @@ def one_fails(rank: int) -> tuple[str, bool] | None:
     return None
 
 
-def test_one_rank_fails_and_all_raise_the_same(ranks: Ranks) -> None:
-    (zero, zero_cause), (one, one_cause) = (outcome.value for outcome in ranks(one_fails))
+def test_one_rank_fails_and_all_raise_the_same(own_ranks: Ranks) -> None:
+    (zero, zero_cause), (one, one_cause) = (outcome.value for outcome in own_ranks(one_fails))
     assert zero == one
     assert "rank 1: input 'x' has shape [3] and the program takes [4]" in zero
     assert "Instead: pass that shape" in zero
@@ -69,8 +61,8 @@ def unexpected(rank: int) -> None:
     Agreement(TIMEOUT).together("reading", lambda: 1 // (1 - rank))
 
 
-def test_any_exception_of_a_step_is_voted_on(ranks: Ranks) -> None:
-    for outcome in ranks(unexpected):
+def test_any_exception_of_a_step_is_voted_on(own_ranks: Ranks) -> None:
+    for outcome in own_ranks(unexpected):
         assert outcome.error == "LaunchError"
         assert "rank 1: reading failed: ZeroDivisionError" in outcome.message
 
@@ -79,8 +71,8 @@ def other_step(rank: int) -> None:
     Agreement(TIMEOUT).vote(None, "the inputs of a call" if rank else "the end of the run")
 
 
-def test_ranks_at_different_steps(ranks: Ranks) -> None:
-    for outcome in ranks(other_step):
+def test_ranks_at_different_steps(own_ranks: Ranks) -> None:
+    for outcome in own_ranks(other_step):
         assert outcome.error == "LaunchError"
         assert "rank 0 has 'the end of the run', rank 1 has 'the inputs of a call'" in outcome.message
 
@@ -92,9 +84,9 @@ def one_does_not_come(rank: int) -> None:
     Agreement(2.0).vote(None, "the inputs of a call")
 
 
-def test_a_silent_rank_is_given_up_by_name_and_learns_of_it(ranks: Ranks) -> None:
+def test_a_silent_rank_is_given_up_by_name_and_learns_of_it(own_ranks: Ranks) -> None:
     start = time.monotonic()
-    waited, late = ranks(one_does_not_come)
+    waited, late = own_ranks(one_does_not_come)
     assert time.monotonic() - start < 15
     assert waited == late, "whoever comes too late raises what the others raised"
     assert waited.error == "LaunchError"
@@ -105,8 +97,8 @@ def next_vote(rank: int) -> None:
     Agreement(TIMEOUT).vote(None, "the next call")
 
 
-def test_votes_are_in_order_after_a_rank_was_given_up(ranks: Ranks) -> None:
-    assert [outcome.error for outcome in ranks(next_vote)] == ["", ""]
+def test_votes_are_in_order_after_a_rank_was_given_up(own_ranks: Ranks) -> None:
+    assert [outcome.error for outcome in own_ranks(next_vote)] == ["", ""]
 
 
 def one_works_for_long(rank: int) -> float:
@@ -117,8 +109,8 @@ def one_works_for_long(rank: int) -> float:
     return Agreement(1.5).together("building", step)
 
 
-def test_work_is_not_silence(ranks: Ranks) -> None:
-    for outcome in ranks(one_works_for_long):
+def test_work_is_not_silence(own_ranks: Ranks) -> None:
+    for outcome in own_ranks(one_works_for_long):
         assert not outcome.error, outcome.message
 
 
@@ -133,18 +125,18 @@ def vote_in_a_step(rank: int) -> list[float]:
     return agreement.together("timing a candidate", measure)
 
 
-def test_a_step_that_votes_itself_fails_on_all_with_the_first_error(ranks: Ranks) -> None:
-    first, second = ranks(vote_in_a_step)
+def test_a_step_that_votes_itself_fails_on_all_with_the_first_error(own_ranks: Ranks) -> None:
+    first, second = own_ranks(vote_in_a_step)
     assert first == second
     assert first.error == "LaunchError"
     assert "rank 0: timing a candidate failed: RuntimeError: CUDA out of memory" in first.message
-    assert [outcome.error for outcome in ranks(next_vote)] == ["", ""]
+    assert [outcome.error for outcome in own_ranks(next_vote)] == ["", ""]
 
 
-def test_values_that_must_be_the_same(ranks: Ranks) -> None:
-    outcomes = ranks(differ_on_one, "split")
+def test_values_that_must_be_the_same(own_ranks: Ranks) -> None:
+    outcomes = own_ranks(differ_on_one, "split")
     assert [outcome.value for outcome in outcomes] == ["split", "split"]
-    for outcome in ranks(differ_on_one, "engine"):
+    for outcome in own_ranks(differ_on_one, "engine"):
         assert outcome.error == "RankMismatchError"
         assert "the ranks differ in the placement: rank 0 has 'split', rank 1 has 'engine'" in outcome.message
 
@@ -191,8 +183,8 @@ def no_time(rank: int) -> None:
     Agreement(0.0)
 
 
-def test_without_a_timeout(ranks: Ranks) -> None:
-    assert "a timeout of 0.0 s" in ranks(no_time)[0].message
+def test_without_a_timeout(own_ranks: Ranks) -> None:
+    assert "a timeout of 0.0 s" in own_ranks(no_time)[0].message
 
 
 def test_failures_are_put_together() -> None:
