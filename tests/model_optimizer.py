@@ -46,3 +46,12 @@ def quantized(call: Call | models.Call, how: str | dict[str, Any]) -> Call:
         warnings.simplefilter("ignore")
         model = mtq.quantize(model, chosen, lambda m: m(*args, **kwargs))
     return model, args, kwargs
+
+
+def compressed(call: Call | models.Call, how: str | dict[str, Any]) -> Call:
+    """The quantized model with its weights held in 8 bits, or in fewer."""
+    made = quantized(call, how)
+    with contextlib.redirect_stdout(io.StringIO()), warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        mtq.compress(made[0])
+    return made

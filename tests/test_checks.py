@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -128,7 +129,7 @@ def test_a_wrong_argument_is_named(stage: Callable[..., Any], name: str, value: 
 
 
 def test_right_arguments_in_every_form(tmp_path: Path) -> None:
-    capture(args=[X], kwargs={}, parallel=[], weights=MODEL.state_dict())
+    capture(model=copy.deepcopy(MODEL).to("meta"), args=[X], kwargs={}, parallel=[], weights=MODEL.state_dict())
     capture(args=(), kwargs={"x": X}, parallel=(md.TensorParallel("tp", plan={"up": "colwise", "down": "rowwise"}),))
     lower(placement="split", exchanges={}, dump=str(tmp_path))
     lower(dump=tmp_path)

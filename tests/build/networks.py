@@ -5,6 +5,8 @@ from __future__ import annotations
 from typing import Any
 
 import msgspec
+from torch import Tensor, nn
+from torch.fx import GraphModule
 
 import torchtrt_md as md
 from torchtrt_md.build import builder, converters
@@ -36,3 +38,18 @@ def network(program: ShardedProgram) -> tuple[Any, Segment, Any]:
 def layers_of(net: Any, kind: str) -> list[Any]:
     """The network's layers of one type, by its name, in order."""
     return [layer for layer in (net.get_layer(i) for i in range(net.num_layers)) if layer.type.name == kind]
+
+
+def lowered(model: nn.Module, *args: Tensor) -> ShardedProgram:
+    """On one rank."""
+    return md.lower(md.capture(model.eval(), args, mesh=md.Mesh(tp=1)))
+
+
+def outputs(program: ShardedProgram, graph: GraphModule, x: Tensor) -> list[Tensor]:
+    """What a graph with the placeholders of the program's gives of the program's weights, and of its one input."""
+
+    def operand(name: str) -> Tensor:
+        source = program.sources[name]
+        return program.weights.local(source, program.mesh, 0) if isinstance(source, Weight) else x
+
+    return list(graph(*(operand(node.name) for node in placeholders(program.graphs[0]))))

@@ -11,12 +11,10 @@ import torch
 from torch import Tensor, nn
 from torch.fx import GraphModule
 
-import torchtrt_md as md
 from torchtrt_md.build import builder, converters
 from torchtrt_md.build.decompose import decompose
 from torchtrt_md.lowering.ops import fake_quantize
 from torchtrt_md.place import place
-from torchtrt_md.program import ShardedProgram, Weight, placeholders
 
 FLOAT8, INT8 = (8, 4, False), (8, 0, False)
 linear, ops = nn.functional.linear, torch.ops.torchtrt_md
@@ -42,18 +40,6 @@ class Layers(nn.Module):
         return linear(q, a, self.a.bias), linear(q, b)
 
 
-def lowered(model: nn.Module, *args: Tensor) -> ShardedProgram:
-    return md.lower(md.capture(model.eval(), args, mesh=md.Mesh(tp=1)))
-
-
-def outputs(program: ShardedProgram, graph: GraphModule, x: Tensor) -> list[Tensor]:
-    def operand(name: str) -> Tensor:
-        source = program.sources[name]
-        return program.weights.local(source, program.mesh, 0) if isinstance(source, Weight) else x
-
-    return list(graph(*(operand(node.name) for node in placeholders(program.graphs[0]))))
-
-
 def targets(graph: GraphModule) -> list[object]:
     return [node.target for node in graph.graph.nodes]
 
@@ -64,11 +50,11 @@ def targets(graph: GraphModule) -> list[object]:
 def test_it_is_the_same_function(how: Any, rows: bool, dtype: torch.dtype, off: float) -> None:
     """Beyond what is represented, too, and in rows of zeros."""
     x = 2 * torch.randn(2, 8, 16, dtype=dtype)
-    program = lowered(Layers(how, rows).to(dtype), x)
+    program = networks.lowered(Layers(how, rows).to(dtype), x)
     graph = decompose(program.graphs[0])
     assert targets(graph).count(ops.eight_bits.default) == 3, "the operand once, and two weights"
     assert ops.fake_quantize.default not in targets(graph)
-    before, after = (outputs(program, g, x) for g in (program.graphs[0], graph))
+    before, after = (networks.outputs(program, g, x) for g in (program.graphs[0], graph))
     for y, z in zip(before, after, strict=True):
         assert z.dtype == y.dtype
         assert torch.linalg.vector_norm((y - z).double()) <= off * torch.linalg.vector_norm(y.double())
@@ -77,7 +63,7 @@ def test_it_is_the_same_function(how: Any, rows: bool, dtype: torch.dtype, off: 
 
 def test_products_of_one_operand_get_units_of_their_own() -> None:
     """TensorRT-RTX would join them to one product, which is slow in 8 bits."""
-    graph = decompose(lowered(Layers(INT8, True), torch.randn(1, 8, 16)).graphs[0])
+    graph = decompose(networks.lowered(Layers(INT8, True), torch.randn(1, 8, 16)).graphs[0])
     rounding = graph.graph.find_nodes(op="call_function", target=ops.eight_bits.default)
     units = [node.args[4] for node in rounding if node.args[0].op == "placeholder" and node.meta["val"].ndim == 2]
     assert len(set(units)) == len(units) == 2, "of the weights"
@@ -89,7 +75,7 @@ def test_products_of_one_operand_get_units_of_their_own() -> None:
 @pytest.mark.parametrize("inside", [False, True])
 def test_scales_of_q_and_dq_are_constants(how: Any, rows: bool, inside: bool) -> None:
     """Where weights and scales are inputs of the engine, too.  TensorRT multiplies in 8 bits only then."""
-    program = lowered(Layers(how, rows).to(torch.bfloat16), torch.randn(1, 8, 16, dtype=torch.bfloat16))
+    program = networks.lowered(Layers(how, rows).to(torch.bfloat16), torch.randn(1, 8, 16, dtype=torch.bfloat16))
     if inside:
         net, _, keep = networks.network(program)
     else:
@@ -140,7 +126,7 @@ class Other(nn.Module):
     ],
 )
 def test_what_is_no_factor_stays_where_it_is(model: Other, dtype: torch.dtype) -> None:
-    graph = decompose(lowered(model.to(dtype), torch.randn(4, 6, dtype=dtype)).graphs[0])
+    graph = decompose(networks.lowered(model.to(dtype), torch.randn(4, 6, dtype=dtype)).graphs[0])
     assert ops.eight_bits.default not in targets(graph)
     assert ops.fake_quantize.default in targets(graph)
 
@@ -152,8 +138,8 @@ def test_a_value_that_others_read_is_scaled_back_for_them() -> None:
             return linear(q, fake_quantize(self.weight, self.of_weight, *self.how)) + q
 
     x = torch.randn(4, 6)
-    program = lowered(Both(torch.tensor(1.0), torch.full((6, 1), 2.0)), x)
+    program = networks.lowered(Both(torch.tensor(1.0), torch.full((6, 1), 2.0)), x)
     graph = decompose(program.graphs[0])
     assert {ops.eight_bits.default, ops.fake_quantize.default} <= set(targets(graph))
-    (y,), (z,) = (outputs(program, g, x) for g in (program.graphs[0], graph))
+    (y,), (z,) = (networks.outputs(program, g, x) for g in (program.graphs[0], graph))
     torch.testing.assert_close(z, y)

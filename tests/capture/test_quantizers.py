@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import sys
 from collections import Counter
+from dataclasses import replace
 from typing import Any
 
 import model_optimizer as mo
@@ -255,17 +256,60 @@ def test_scales_of_blocks_that_are_found_in_each_call_are_refused(how: Any) -> N
         md.capture(model, call[1], mesh=md.Mesh(cp=2), parallel=md.ContextParallel("cp", "ulysses", plan))
 
 
-def test_compressed_weights_are_refused_and_folded_ones_are_weights() -> None:
+def test_folded_weights_are_weights() -> None:
     call = mo.quantized(models.mlp(torch.bfloat16), "int8")
     mtq.fold_weight(call[0])
     program = captured(call)
     assert len(quantizers(program)) == 2
     assert md.verify(md.lower(program), *call).structure_error < 1e-8
-    call = mo.quantized(models.mlp(torch.bfloat16), "int8")
-    mtq.compress(call[0])
-    with pytest.raises(CaptureError, match="the weight of 'up' was compressed by Model Optimizer") as error:
-        captured(call)
-    assert "without mtq.compress" in error.value.fix
+
+
+@pytest.mark.parametrize("how", ["float8", "int8", "int8 weights", "by token"])
+def test_compressed_weights_are_held_in_8_bits_and_cut_with_their_scales(how: str) -> None:
+    call = mo.compressed(models.mlp(torch.bfloat16), how)
+    before, want = dict(call[0].named_parameters()), call[0](*call[1])
+    program = captured(call)
+    held = torch.int8 if "int8" in how else torch.float8_e4m3fn
+    weights = weights_of(program)
+    assert {weights[name].dtype for name in ("up.weight", "down.weight")} == {held}
+    assert weights["up.weight"].shardings == (Sharding(0, "tp"),)
+    rows = call[0].up.weight_quantizer._scale.numel() > 1
+    assert bool(weights["up.weight_quantizer._scale"].shardings) == rows
+    assert not weights["down.weight_quantizer._scale"].shardings
+    assert len(quantizers(program)) == (0 if how == "int8 weights" else 2), "of the arguments"
+    assert md.verify(md.lower(program), *call).structure_error < 1e-8
+    assert all(now is before[name] for name, now in call[0].named_parameters()), "the model is as it was"
+    assert torch.equal(call[0](*call[1]), want)
+
+
+@pytest.mark.parametrize("how", [mtq.INT4_BLOCKWISE_WEIGHT_ONLY_CFG, mtq.FP8_2D_BLOCKWISE_WEIGHT_ONLY_CFG])
+def test_compressed_weights_with_scales_of_blocks_are_not_cut(how: Any) -> None:
+    call = mo.compressed(models.attention(), how)
+    plan = {"": {"x": md.Split(1)}, "out": md.Gather(1)}
+    program = md.capture(*call, mesh=md.Mesh(cp=2), parallel=md.ContextParallel("cp", "ulysses", plan))
+    assert md.verify(md.lower(program), *call).structure_error < 1e-8
+    with pytest.raises(PlanError, match=r"the quantizer 'up\.weight_quantizer' has scales of blocks"):
+        captured(mo.compressed(models.mlp(), how))
+
+
+def test_a_part_of_a_compressed_weight_that_is_wrong_is_found() -> None:
+    """The scales of another rank's rows."""
+    call = mo.compressed(models.mlp(torch.bfloat16), "int8")
+    program = md.lower(captured(call))
+    name = "up.weight_quantizer._scale"
+    whole = {**program.weights.whole, name: program.weights.whole[name].roll(16, 0)}
+    wrong = replace(program, weights=replace(program.weights, whole=whole))
+    with pytest.raises(VerificationError):
+        md.verify(wrong, *call)
+
+
+def test_a_weight_that_was_not_compressed_when_it_was_loaded_is_refused() -> None:
+    """As diffusers leaves a model with Model Optimizer 0.47, which cannot be called."""
+    model, args, _ = mo.quantized(models.mlp(torch.bfloat16), "int8")
+    model.up.weight_quantizer._fake_quant = False
+    with pytest.raises(CaptureError, match=r"'up\.weight_quantizer' is to hold a weight in few bits") as error:
+        captured((model, args, {}))
+    assert "mtq.compress(model)" in error.value.fix
 
 
 def test_unsigned_integers_are_refused() -> None:

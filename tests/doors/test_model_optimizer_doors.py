@@ -24,10 +24,12 @@ OPTIONS: dict[str, Any] = {"compute": "inductor", "report": False, "timeout": 12
 
 
 def quantized_call(how: str, strategy: Any) -> tuple[mo.Call, dict[str, Any]]:
+    how, _, held = how.partition(", ")
+    quantize = mo.compressed if held else mo.quantized
     if strategy == "tp":
-        call = mo.quantized(models.mlp(), how)
+        call = quantize(models.mlp(), how)
         return call, {"mesh": md.Mesh(tp=2), "parallel": md.TensorParallel("tp", TENSOR_PLAN)}
-    call = mo.quantized(models.attention(), how)
+    call = quantize(models.attention(), how)
     return call, {"mesh": md.Mesh(cp=2), "parallel": md.ContextParallel("cp", strategy, PLAN)}
 
 
@@ -37,20 +39,30 @@ def compile_and_compare(rank: int, how: str, strategy: str) -> tuple[list[float]
     with torch.no_grad(), md.compile(model, args, kwargs, **OPTIONS, **parallel) as runner:
         errors = [relative_error(runner(x), model(x)) for x in (args[0], args[0].flip(1))]
         last = model.down if strategy == "tp" else model.out
-        last.weight_quantizer._amax.mul_(2)
+        scale = "_scale" if "compressed" in how else "_amax"
+        getattr(last.weight_quantizer, scale).mul_(2)
         with pytest.raises(InputError) as refused:
             runner(*args)
         return errors, runner.summary, str(refused.value)
 
 
-@pytest.mark.parametrize(("how", "strategy"), [("float8", "ulysses"), ("int8", "allgather_kv"), ("int8", "tp")])
+@pytest.mark.parametrize(
+    ("how", "strategy"),
+    [
+        ("float8", "ulysses"),
+        ("int8", "allgather_kv"),
+        ("int8", "tp"),
+        ("float8, compressed", "tp"),
+        ("int8, compressed", "ulysses"),
+    ],
+)
 def test_what_is_compiled_computes_what_the_quantized_model_computes(how: str, strategy: str, ranks: Ranks) -> None:
     for outcome in ranks(compile_and_compare, how, strategy):
         assert not outcome.error, outcome.message
         errors, summary, refused = outcome.value
         assert max(errors) < 1e-5
         assert "nothing runs in TensorRT" in summary
-        assert "weight_quantizer._amax' was changed" in refused
+        assert f"weight_quantizer.{'_scale' if 'compressed' in how else '_amax'}' was changed" in refused
 
 
 def test_a_bundle_is_read_without_model_optimizer(tmp_path: Path) -> None:
@@ -93,3 +105,18 @@ def test_the_engine_of_a_flux_has_all_quantizers(tmp_path: Path) -> None:
     )
     assert not exported.kept
     assert len(exported.engines) == 1
+
+
+@pytest.mark.parametrize("how", ["float8", "int8", "int8 weights"])
+@pytest.mark.parametrize("strategy", ["ulysses", "tp"])
+def test_a_bundle_holds_compressed_weights_in_8_bits(how: str, strategy: str, tmp_path: Path) -> None:
+    """By Inductor as they are, and by TensorRT in engines with nothing in PyTorch between them."""
+    (model, args, kwargs), parallel = quantized_call(f"{how}, compressed", strategy)
+    bundle = tmp_path / "8.mdtrt"
+    md.export(model, args, kwargs, **parallel, compute="inductor", out=bundle)
+    stored = rank_weights(bundle, read_manifest(bundle), 0, "cpu")
+    name = "down.weight" if strategy == "tp" else "out.weight"
+    assert stored[name].element_size() == 1
+    exported = md.export(model, args, kwargs, **parallel, out=tmp_path / "engines.mdtrt")
+    assert not exported.kept
+    assert [s.runs for s in read_manifest(tmp_path / "engines.mdtrt").ranks[0]] == ["engine"]

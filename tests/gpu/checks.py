@@ -18,6 +18,7 @@ import torchtrt_md as md
 from gpu.case import TIMEOUT, Found, Rank, first_tensor
 from gpu.doors import Door
 from torchtrt_md.errors import LaunchError
+from torchtrt_md.lowering import quantize_math
 from torchtrt_md.lowering.float8_rows import DTYPES, LARGEST_ERROR, packed_bytes, rounded
 from torchtrt_md.lowering.ops import fake_quantize
 from torchtrt_md.runtime import rows
@@ -129,16 +130,30 @@ def float8_exchanges(at: Rank) -> Found:
 
 
 class Quantized(nn.Module):
-    """A linear layer with quantizers, as Model Optimizer's: of its argument by one number, of its weight by rows."""
+    """A linear layer with quantizers, as Model Optimizer's: of its argument by one number, of its weight by rows.
 
-    def __init__(self, how: tuple[int, int, bool], width: int = 512) -> None:
+    Args:
+        how: the bits to round to, as ``fake_quantize`` has them.
+        held: hold the weight in these 8 bits, as ``mtq.compress`` does.
+    """
+
+    def __init__(self, how: tuple[int, int, bool], *, held: bool = False, width: int = 512) -> None:
         super().__init__()
         self.how, self.linear, self.out = how, nn.Linear(width, width), nn.Linear(width, width)
         self.amax = nn.Buffer(torch.tensor(4.0))
         self.of_rows = nn.Buffer(self.linear.weight.detach().abs().amax(1, keepdim=True) * 0.75)  # outliers left out
+        self.held: nn.Parameter | None = None
+        if held:
+            scale = quantize_math.scale_of(self.of_rows, *how[:2])
+            numbers = quantize_math.rounded(self.linear.weight.detach(), self.of_rows, *how)
+            self.held = nn.Parameter(numbers.to(torch.float8_e4m3fn if how[1] else torch.int8), requires_grad=False)
+            self.scale = nn.Buffer(1 / scale)
 
     def forward(self, x: Tensor) -> Tensor:
-        weight = fake_quantize(self.linear.weight, self.of_rows, *self.how)
+        if self.held is not None:
+            weight = self.held.to(x.dtype) * self.scale.to(x.dtype)
+        else:
+            weight = fake_quantize(self.linear.weight, self.of_rows, *self.how)
         y: Tensor = self.out(F.linear(fake_quantize(x, self.amax, *self.how), weight, self.linear.bias))
         return y
 
@@ -150,18 +165,20 @@ def quantizers(at: Rank) -> Found:
     parallel = md.ContextParallel("cp", plan={"": {"x": md.Split(1)}, "out": md.Gather(1)})
     options: dict[str, Any] = {"mesh": md.Mesh(cp=at.size), "parallel": parallel, "compute": "tensorrt"}
     options |= {"timeout": TIMEOUT, "report": False}
-    for (name, how), placement in itertools.product(
-        {"float8": (8, 4, False), "int8": (8, 0, False)}.items(), ("engine", "split")
+    for (kind, how), held, placement in itertools.product(
+        {"float8": (8, 4, False), "int8": (8, 0, False)}.items(), (False, True), ("engine", "split")
     ):
         torch.manual_seed(0)
-        model = Quantized(how).to(at.device, torch.bfloat16).eval()
+        name = f"{kind}, held," if held else kind
+        model = Quantized(how, held=held).to(at.device).eval()
+        model.linear, model.out = model.linear.to(torch.bfloat16), model.out.to(torch.bfloat16)
         x = torch.randn(1, 256, 512, device=at.device, dtype=torch.bfloat16)
         with md.compile(model, (x,), placement=placement, **options) as runner:
             for factor in (1.0, 64.0):
                 error = relative_error(first_tensor(runner(x * factor)), model(x * factor))
                 told.append(f"{error:.2e} of {name} {factor:g} times, {placement}")
                 found.expect(error < 8 * torch.finfo(torch.bfloat16).eps, told[-1])
-            if name == "float8":  # of 8 bits NaN is some number
+            if kind == "float8":  # of 8 bits NaN is some number
                 x[0, 7, 3] = float("nan")
                 found.expect(bool(first_tensor(runner(x))[0, 7].isnan().all()), f"NaN is lost in {name}, {placement}")
     found.message = f"errors: {'; '.join(told)}"

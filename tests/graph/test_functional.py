@@ -103,3 +103,14 @@ def test_a_value_of_no_other_use_needs_no_second_trace(
 
     monkeypatch.setattr(module, "make_fx", traced_again)
     md.capture(Model(body), (torch.randn(4, 4),), mesh=md.Mesh(d=1))
+
+
+def test_a_view_of_the_dtype_that_it_has_is_no_op() -> None:
+    """Model Optimizer looks at int8 as int8.  Another dtype is another tensor."""
+
+    def body(x: Tensor) -> Tensor:
+        return x.view(torch.float32).view(torch.int32).view(torch.int32).float()
+
+    graph = md.capture(Model(body), (torch.ones(4),), mesh=md.Mesh(tp=1)).graphs[0]
+    targets = [node.target for node in graph.graph.nodes if node.op == "call_function"]
+    assert targets == [torch.ops.aten.view.dtype, torch.ops.aten._to_copy.default]

@@ -15,7 +15,7 @@ import torch
 from torch.fx import Node
 
 import torchtrt_md.lowering.ops  # noqa: F401  defines torch.ops.torchtrt_md
-from torchtrt_md.build import layers, pairs, probes, quantized_products, quantizers
+from torchtrt_md.build import held_numbers, layers, pairs, probes, quantized_products, quantizers
 from torchtrt_md.build.flavour import PORTABLE, flavour
 from torchtrt_md.build.torch_trt import load
 from torchtrt_md.errors import BuildError, TargetError
@@ -180,5 +180,6 @@ _CONVERTERS: dict[Any, Callable[..., Any]] = {
     md.fake_quantize.default: quantizers.convert,
     md.eight_bits.default: quantized_products.convert,
     md.scale_of_eight_bits.default: quantized_products.convert_scale,
+    md.held_numbers.default: held_numbers.convert,
     md.rotate_every_two.default: pairs.convert,
 }

@@ -11,6 +11,7 @@ from torch import Tensor, nn
 from torch.fx import GraphModule, Interpreter, Node
 from torch.fx.experimental.proxy_tensor import make_fx
 
+from torchtrt_md.build.held_numbers import dequantize_held
 from torchtrt_md.build.pairs import find_pairs
 from torchtrt_md.build.quantized_products import put_scales_behind
 from torchtrt_md.build.torch_trt import load, without_gpu
@@ -72,6 +73,7 @@ def _decompose(graph: GraphModule) -> GraphModule:
     graph = copied(graph)
     find_pairs(graph)
     put_scales_behind(graph)
+    dequantize_held(graph)
     mode = FakeTensorMode(allow_non_fake_inputs=True)
     fakes = []
     for node in placeholders(graph):

@@ -12,6 +12,7 @@ from typing import Any
 import torch
 
 from torchtrt_md.errors import BuildError, TargetError
+from torchtrt_md.graph.quantized import QUANTIZED
 from torchtrt_md.program import dtype_name
 
 # Module of each flavour, in the order of preference of torch_tensorrt's own wheels.
@@ -124,11 +125,6 @@ TRT_DTYPES = {
     torch.bool: "BOOL",
     torch.float8_e4m3fn: "FP8",
 }
-
-
-# TensorRT takes these for quantized numbers, which none but its own layers may scale: others of an engine are refused,
-# or treated as if they had a scale.  So what makes or takes them stays out of engines.
-QUANTIZED = (torch.int8, torch.float8_e4m3fn, torch.float8_e5m2)
 
 
 def boundary_dtypes(f: Flavour) -> tuple[torch.dtype, ...]:

@@ -182,6 +182,11 @@ def add_quantize_dequantize(
     return dequantize.get_output(0)
 
 
+def add_widened(flavour: Flavour, network: Any, x: Any, scale: Any, dtype: str) -> Any:
+    """x, of 8 bits, times ``scale``, which is float32 and one number; of a dtype of TensorRT's names."""
+    return network.add_dequantize(x, scale, getattr(flavour.trt.DataType, dtype)).get_output(0)
+
+
 def add_scaled(flavour: Flavour, network: Any, x: Any, factor: Any) -> Any:
     """x * factor in float32; the factor is float32 and broadcasts over x."""
     trt = flavour.trt

@@ -18,9 +18,10 @@ from torchtrt_md.build import converters, quantizers
 from torchtrt_md.build.builder import build_engine, without_converter
 from torchtrt_md.build.cache import EngineCache, engine_key
 from torchtrt_md.build.decompose import bind_weights, decompose, origin
-from torchtrt_md.build.flavour import QUANTIZED, flavour
+from torchtrt_md.build.flavour import flavour
 from torchtrt_md.build.torch_trt import user_converters, user_decompositions
 from torchtrt_md.graph.functional import copied
+from torchtrt_md.graph.quantized import QUANTIZED, widens_held
 from torchtrt_md.graph.text import fingerprint
 from torchtrt_md.program import dtype_name, placeholders, value_of
 from torchtrt_md.segment import Part
@@ -42,6 +43,8 @@ def _quantized(node: Node) -> str:
         return ""
     if node.target is torch.ops.torchtrt_md.fake_quantize.default:
         return quantizers.why_not(node)
+    if widens_held(node):
+        return ""
     values = [n.meta.get("val") for n in (node, *node.all_input_nodes)]
     found = next((v.dtype for v in values if isinstance(v, torch.Tensor) and v.dtype in QUANTIZED), None)
     return f"TensorRT scales {dtype_name(found)} in layers of its own only" if found else ""

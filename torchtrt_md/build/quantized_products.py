@@ -8,7 +8,8 @@ TensorRT computes a product in 8 bits where the scales of its Q and DQ layers ar
 of the engine, their scales are, too.  So Q and DQ get a power of two, which loses nothing, and the scales come in front
 and behind, as any other factor.  Scales of rows, too: in Q and DQ they make TensorRT-RTX take slower kernels.  Products
 of one operand get a power of two each: if all had the same, TensorRT-RTX would join them to one, in a kernel of a third
-of the speed (benchmarks/results/2026-11-23-quantized-products-h200.md).
+of the speed (benchmarks/results/2026-11-23-quantized-products-h200.md).  A weight that is held in 8 bits,
+``mul(_to_copy(w), scale)``, is such an operand, too, and has no Q.
 """
 
 from __future__ import annotations
@@ -24,6 +25,7 @@ from torchtrt_md.build import layers, quantizers
 from torchtrt_md.build.flavour import flavour
 from torchtrt_md.build.torch_trt import load
 from torchtrt_md.graph.functional import RESHAPES
+from torchtrt_md.graph.quantized import widens_held
 from torchtrt_md.graph.rewrite import cast, emit, substitute, view
 from torchtrt_md.lowering.ops import bound_args
 from torchtrt_md.lowering.quantize_math import FLOAT8, LARGEST_FLOAT8, NO_AMAX, rounded, scale_of
@@ -66,12 +68,12 @@ def put_scales_behind(graph: GraphModule) -> int:
     count = 0
     for node in products:
         *bias, x, weight = node.args
-        found = _quantized(x), _quantized(weight)
-        if node.kwargs or None in found or value_of(node).dtype not in _DTYPES:
-            continue
-        (of_x, x_moves), (of_weight, weight_moves) = found  # type: ignore[misc]
+        of_x, x_moves = _behind_moves(x)
+        of_weight, weight_moves = _behind_moves(weight)
         factor = _of_columns(of_weight, weight_moves)
-        if value_of(bound_args(of_x)["amax"]).numel() != 1 or factor is None:
+        if node.kwargs or factor is None or not _is_quantized(of_x) or value_of(node).dtype not in _DTYPES:
+            continue
+        if value_of(bound_args(of_x)["amax"]).numel() != 1:
             continue
         origin = _origin(of_x)
         of_operand[origin] += 1
@@ -90,23 +92,41 @@ def put_scales_behind(graph: GraphModule) -> int:
     return count
 
 
-def _quantized(operand: Node) -> tuple[Node, list[Node]] | None:
-    """The quantizer of a product's operand, if TensorRT's layers do what it does, and the moves between the two."""
+def _behind_moves(operand: Node) -> tuple[Node, list[Node]]:
+    """What a product's operand was before it was moved, and the moves."""
     moves: list[Node] = []
     while operand.target in (*RESHAPES, aten.t.default):
         moves.insert(0, operand)
         operand = operand.all_input_nodes[0]
-    is_one = operand.target is md.fake_quantize.default and not quantizers.why_not(operand)
-    return (operand, moves) if is_one else None
+    return operand, moves
+
+
+def _is_quantized(operand: Node) -> bool:
+    """Is it a quantizer's result, and do TensorRT's layers what that does?"""
+    return operand.target is md.fake_quantize.default and not quantizers.why_not(operand)
+
+
+def _held(operand: Node) -> tuple[Node, Node] | None:
+    """What is held in 8 bits, made wide and scaled, and its scale."""
+    if operand.target is aten.mul.Tensor and not operand.kwargs:
+        for wide, scale in (operand.args, operand.args[::-1]):
+            if isinstance(wide, Node) and isinstance(scale, Node) and widens_held(wide):
+                return wide.all_input_nodes[0], scale
+    return None
 
 
 def _of_columns(of_weight: Node, moves: list[Node]) -> list[int] | None:
     """The shape in which the scales of a weight multiply a product's columns; None where they do not."""
-    args = bound_args(of_weight)
-    x, amax = value_of(args["x"]), value_of(args["amax"])
-    if amax.numel() == 1:
+    if _is_quantized(of_weight):
+        scale = bound_args(of_weight)["amax"]
+    elif held := _held(of_weight):
+        _, scale = held
+    else:
+        return None
+    x, scales = value_of(of_weight), value_of(scale)
+    if scales.numel() == 1:
         return []
-    rows = x.ndim == 2 and tuple(amax.shape) == (x.shape[0], 1)
+    rows = x.ndim == 2 and tuple(scales.shape) == (x.shape[0], 1)
     return [x.shape[0]] if rows and [m.target for m in moves] == [aten.t.default] else None
 
 
@@ -120,12 +140,18 @@ def _origin(quantizer: Node) -> Node:
 
 
 def _numbers(quantizer: Node, unit: float, made: dict[tuple[Node, float], tuple[Node, Node]]) -> tuple[Node, Node]:
-    """What it rounds in numbers of 8 bits, and their scale; once for all products that read them."""
-    if (quantizer, unit) not in made:
+    """What it rounds, or what is held, in numbers of 8 bits, and their scale; once for all products that read them."""
+    if (quantizer, unit) in made:
+        return made[quantizer, unit]
+    if held := _held(quantizer):
+        x, scale = held
+        numbers = emit(quantizer, md.held_numbers.default, x, unit, value_of(quantizer).dtype)
+        scale = emit(quantizer, aten.mul.Tensor, cast(quantizer, scale, torch.float32), 1 / unit)
+    else:
         x, amax, num_bits, exponent_bits, _ = bound_args(quantizer).values()
         numbers = emit(quantizer, md.eight_bits.default, x, amax, num_bits, exponent_bits, unit)
         scale = emit(quantizer, md.scale_of_eight_bits.default, amax, num_bits, exponent_bits, unit)
-        made[quantizer, unit] = numbers, scale
+    made[quantizer, unit] = numbers, scale
     return made[quantizer, unit]
 
 

@@ -113,7 +113,7 @@ def _is_known(function: Any) -> bool:
     return module.partition(".")[0] in ("torch", "torch_tensorrt", "torchtrt_md")
 
 
-_QUANTIZERS = ("torchtrt_md.fake_quantize.default", "torchtrt_md.eight_bits.default")
+_QUANTIZERS = tuple(f"torchtrt_md.{op}.default" for op in ("fake_quantize", "eight_bits", "held_numbers"))
 
 
 def _without_collectives(folder: Any) -> Any:

@@ -77,7 +77,6 @@ def _captured(
     called = dict(zip(named, (joined(p.axis) for p in parallels), strict=True))
     arguments = Arguments.of(model, args, kwargs)
     held = _weights(model, weights, parallels, mesh)  # before the tracing, which may take minutes
-    quantizers.refuse_compressed(model)
     own = own_mesh(model)
     if own is not None:
         quantizers.refuse_dtensor(model, "")
@@ -189,6 +188,7 @@ def _shadow(model: nn.Module, without_memory: bool) -> tuple[nn.Module, dict[int
         shadow = copy.deepcopy(model, memo)
     except Exception as error:  # any class may refuse to be copied, in its own way
         raise _uncopied(model, {**shared, **links}, error) from error
+    quantizers.unwrap_compressed(shadow)
     if without_memory:
         empty: dict[int, nn.Parameter] = {}
         for module in shadow.modules():

@@ -6,14 +6,18 @@ A quantizer rounds to few bits and keeps the dtype.  It is one op of the graph, 
 it on a shard, and an engine can have TensorRT's own layers for it.  Model Optimizer is not imported here: a model that
 has its quantizers did so.
 
-Used of it are ``TensorQuantizer`` with its attributes, the op ``tensorrt::quantize_op`` and ``_tensor_quant``.  Without
-the last, integers cannot be captured on a CPU, where it looks at values; ``tests/capture/test_quantizers.py`` says so.
+Where ``mtq.compress`` holds a weight in few bits, the weight is what it holds, and the quantizer has turned into what
+makes it wide again, by the code of Model Optimizer's class for such weights.
+
+Used of it are ``TensorQuantizer`` with its attributes, the op ``tensorrt::quantize_op``, ``_tensor_quant`` and the
+``metadata`` of compressed weights.  Without ``_tensor_quant``, integers cannot be captured on a CPU, where it looks at
+values; ``tests/capture/test_quantizers.py`` says so.
 """
 
 from __future__ import annotations
 
 import sys
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import replace
 from typing import TYPE_CHECKING, Any
@@ -89,6 +93,55 @@ def as_one_op(graph: GraphModule) -> None:
         node.args = (x, amax, num_bits, exponent_bits, narrow and not exponent_bits)
 
 
+class Compressed(nn.Module):
+    """In a shadow, in the place of the quantizer of a weight that is held in few bits: makes it wide again."""
+
+    def __init__(self, quantizer: Any, metadata: Mapping[str, Any], held: tuple[int, ...]) -> None:
+        super().__init__()
+        self.kind, self.dtype, self.block_sizes = metadata["qtensor_class"], metadata["dtype"], quantizer.block_sizes
+        self.shape = tuple(metadata["shape"])
+        self.packs = held != self.shape
+        for name in _SCALES.values():
+            if quantizer._buffers.get(name) is not None:
+                self.register_buffer(name, quantizer._buffers[name])
+
+    def forward(self, held: Tensor) -> Tensor:
+        """The weight, or a rank's part of it, in the dtype that it had."""
+        shape = self.shape if self.packs else tuple(held.shape)
+        scales = {name: self._buffers.get(buffer) for name, buffer in _SCALES.items()}
+        wide: Tensor = self.kind(shape, self.dtype, held).dequantize(**scales, block_sizes=self.block_sizes)
+        return wide
+
+
+# The arguments of its classes -> the buffers of a quantizer.
+_SCALES = {"scale": "_scale", "double_scale": "_double_scale", "scale_zeros": "_scale_zeros"}
+
+
+def unwrap_compressed(shadow: nn.Module) -> None:
+    """Let a shadow make its compressed weights wide from plain tensors, whose class says nothing.
+
+    Of float8 weights on a GPU Model Optimizer has a product of its own, which is left out: what it computes with is the
+    same, and it cannot be traced.
+
+    Raises:
+        CaptureError: a quantizer that compresses, without a weight that is compressed.
+    """
+    for path, module in shadow.named_modules():
+        for name, quantizer in _of(module).items():
+            if getattr(quantizer, "fake_quant", True):
+                continue
+            weight = module._parameters.get(name.removesuffix("_quantizer"))
+            metadata = getattr(weight, "metadata", None)
+            if not isinstance(metadata, dict):
+                raise CaptureError(
+                    f"the quantizer {f'{path}.{name}'!r} is to hold a weight in few bits, and holds none so",
+                    fix="call mtq.compress(model) once its weights are loaded, or leave it out",
+                )
+            module._modules[name] = Compressed(quantizer, metadata, tuple(weight.shape))
+            vars(module)["_parameters"] = dict(module._parameters)  # one of theirs, which compresses what it is given
+            vars(module)["allow_real_quant_gemm"] = False
+
+
 # --- tensor parallelism ---
 
 
@@ -104,9 +157,14 @@ def _of(module: nn.Module) -> dict[str, Any]:
     return {n: q for n, q in module.named_children() if kinds and isinstance(q, kinds) and _acts(q)}
 
 
+def _compressed(module: nn.Module) -> dict[str, Any]:
+    """What makes its compressed weights wide."""
+    return {name: child for name, child in module.named_children() if isinstance(child, Compressed)}
+
+
 def _is_one(quantizer: object) -> bool:
     """Is it one quantizer, and not several in a row?"""
-    return isinstance(quantizer, _kinds()[:1])
+    return isinstance(quantizer, (*_kinds()[:1], Compressed))
 
 
 def _acts(quantizer: Any) -> bool:
@@ -168,7 +226,7 @@ def cut(module: nn.Module, path: str, style: Style, axis: Axis, parts: Parts) ->
     """
     from torchtrt_md.capture.tensor_styles import Colwise, Rowwise
 
-    for name, q in _of(module).items():
+    for name, q in {**_of(module), **_compressed(module)}.items():
         where = f"{path}.{name}"
         known = isinstance(module, nn.Linear) or (isinstance(module, nn.Embedding) and name == "weight_quantizer")
         if not known or not isinstance(style, (Colwise, Rowwise)):
@@ -178,7 +236,9 @@ def cut(module: nn.Module, path: str, style: Style, axis: Axis, parts: Parts) ->
         assert of_weight is not None
         rowwise = isinstance(style, Rowwise)
         of_features = replace(of_weight, dim=0, zeros=False)  # of the result, or of the argument
-        if name == "weight_quantizer":
+        if isinstance(q, Compressed):
+            _cut_buffer(q, where, "_scale", of_weight, tuple(module._parameters["weight"].shape), axis, parts)  # type: ignore[union-attr]
+        elif name == "weight_quantizer":
             if _is_dynamic(q):
                 raise _refused(where, "finds the scale of the weight in each call, of a part of it", "calibrate it")
             _cut_buffer(q, where, "_amax", of_weight, tuple(module._parameters["weight"].shape), axis, parts)  # type: ignore[union-attr]
@@ -200,6 +260,7 @@ def _check_kind(where: str, q: Any) -> None:
     odd = {
         "is several in a row": not _is_one(q),
         "has scales of blocks": getattr(q, "block_sizes", None) is not None,
+        "holds several numbers in a byte": getattr(q, "packs", False),
         "rotates what it quantizes": getattr(q, "rotate_is_enabled", False),
         "has a bias": getattr(q, "bias_calibrator", None) is not None,
         "has a backend of its own": getattr(q, "backend", None) is not None,
@@ -247,17 +308,3 @@ def refuse_dtensor(module: nn.Module, path: str) -> None:
             f"{what} has quantizers of Model Optimizer, which PyTorch's own styles do not cut with it",
             fix="quantize the dense model, and give a plan with named styles: 'colwise', 'rowwise'",
         )
-
-
-def refuse_compressed(model: nn.Module) -> None:
-    """
-    Raises:
-        CaptureError: a weight is held in 8 bits or fewer, by a class of Model Optimizer's that cannot be traced.
-    """
-    for path, module in model.named_modules():
-        for name, quantizer in _of(module).items() if _kinds() else ():
-            if not getattr(quantizer, "fake_quant", True):
-                raise CaptureError(
-                    f"the weight of {path!r} was compressed by Model Optimizer ({path}.{name})",
-                    fix="capture the model that mtq.quantize returned, without mtq.compress",
-                )

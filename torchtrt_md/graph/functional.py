@@ -122,7 +122,9 @@ def _is_view(node: Node) -> bool:
 
 def _without_renames(graph: GraphModule) -> GraphModule:
     for node in list(graph.graph.nodes):
-        if node.target in _RENAMES or (node.target in RESHAPES and _shape(node) == _shape(node.args[0])):
+        same_shape = node.target in RESHAPES and _shape(node) == _shape(node.args[0])
+        same_dtype = node.target is aten.view.dtype and node.args[1] == node.args[0].meta["val"].dtype
+        if node.target in _RENAMES or same_shape or same_dtype:
             node.replace_all_uses_with(node.args[0])
             graph.graph.erase_node(node)
     return graph

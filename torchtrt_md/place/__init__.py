@@ -19,6 +19,7 @@ import torch
 from torch.fx import GraphModule, Node
 
 from torchtrt_md.errors import BuildError
+from torchtrt_md.graph.quantized import widens_held
 from torchtrt_md.graph.source import source_line
 from torchtrt_md.graph.uncollected import uncollected
 from torchtrt_md.lowering.ops import is_collective
@@ -142,7 +143,7 @@ def _outside(graph: GraphModule, parts: tuple[Part, ...], boundary: Collection[t
             dtype = value_of(placeholder).dtype
             if dtype not in boundary:
                 for user in readers(placeholder):
-                    if user.name in nodes and user.op == "call_function":
+                    if user.name in nodes and user.op == "call_function" and not widens_held(user):
                         found[user.name] = f"it takes {dtype_name(dtype)}, which an engine cannot be given"
         for value in outputs_of(part.graph):
             dtype = value_of(value).dtype
