@@ -12,6 +12,7 @@ from torch.fx import Interpreter
 
 import torchtrt_md as md
 from torchtrt_md.build.decompose import bind_weights, decompose
+from torchtrt_md.build.part import unconvertible
 from torchtrt_md.errors import BuildError, first_line
 from torchtrt_md.program import Coordinate, ShardedProgram, Value, Weight, placeholders
 
@@ -107,3 +108,17 @@ def test_an_op_that_fails_names_the_users_line_and_not_torchs_advice() -> None:
 def test_first_line() -> None:
     assert first_line(ValueError("\n  what is wrong\n\nWhile executing %x\nUse tlparse")) == "what is wrong"
     assert first_line(ValueError()) == "ValueError"
+
+
+def test_what_looks_at_bits_as_another_dtype_stays_in_pytorch() -> None:
+    """PyTorch detaches it, and of Torch-TensorRT's rules one says that this gives the tensor itself."""
+
+    class Bits(torch.nn.Module):
+        def forward(self, x: torch.Tensor) -> torch.Tensor:
+            return (x * 2).view(torch.int32) + 1
+
+    x = torch.randn(4)
+    (graph,) = md.lower(md.capture(Bits(), (x,), mesh=md.Mesh(tp=1))).graphs
+    assert torch.equal(decompose(graph)(x)[0], Bits()(x))
+    (reason,) = unconvertible(graph).values()
+    assert "no converter for aten.view.dtype" in reason

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+from pathlib import Path
 from typing import Any
 
 import networks
@@ -9,9 +11,11 @@ import pytest
 import torch
 from torch import Tensor, nn
 
+import torchtrt_md as md
 from torchtrt_md.build import builder, converters
 from torchtrt_md.build.decompose import decompose
 from torchtrt_md.build.part import unconvertible
+from torchtrt_md.bundle.read import read_manifest
 from torchtrt_md.lowering.ops import fake_quantize
 from torchtrt_md.place import place
 
@@ -110,3 +114,49 @@ def test_other_ops_on_them_stay_out_of_engines() -> None:
     refused = unconvertible(program.graphs[0])
     assert len(refused) == 2, "the sum and its cast"
     assert all("layers of its own only" in reason for reason in refused.values())
+
+
+class Given(nn.Module):
+    """Any function of an input and of what is held."""
+
+    def __init__(self, function: Callable[..., Any], **held: Tensor) -> None:
+        super().__init__()
+        self.function, self.names = function, tuple(held)
+        for name, tensor in held.items():
+            self.register_buffer(name, tensor)
+
+    def forward(self, x: Tensor) -> Any:
+        return self.function(x, *(getattr(self, name) for name in self.names))
+
+
+W = torch.arange(-48, 48, dtype=torch.int8).view(6, 16)
+CASES: dict[str, tuple[Given, Tensor, list[str]]] = {
+    "of no dims": (Given(lambda x, w: x * w.float(), w=W[0, 0]), torch.randn(5, 16), ["eager", "engine"]),
+    "returned, too": (Given(lambda x, w: (w, x @ w.float().t()), w=W), torch.randn(5, 16), ["engine", "eager"]),
+    "an input, returned, too": (Given(lambda x, w: (x, x.float() @ w), w=torch.randn(16, 3)), W, ["engine", "eager"]),
+    "returned alone": (
+        Given(lambda x, v, w: (x @ v, w), v=torch.randn(16, 3), w=W),
+        torch.randn(5, 16),
+        ["engine", "eager"],
+    ),
+    "a constant, returned": (Given(lambda x: (x * 2, W)), torch.randn(3), ["engine", "eager"]),
+    "of fewer dims than its scale": (
+        Given(
+            lambda x, w, scale, of_x: linear(fake_quantize(x, of_x, 8, 0, False), w.float() * scale),
+            w=W[0],
+            scale=torch.rand(6, 1),
+            of_x=torch.tensor(2.0),
+        ),
+        torch.randn(5, 16),
+        ["engine"],
+    ),
+}
+
+
+@pytest.mark.parametrize("case", CASES)
+def test_engines_are_given_what_they_can_take(case: str, tmp_path: Path) -> None:
+    """And return nothing in 8 bits."""
+    model, x, runs = CASES[case]
+    md.export(model, (x,), mesh=md.Mesh(tp=1), out=tmp_path / "held.mdtrt")
+    found = [segment.runs for segment in read_manifest(tmp_path / "held.mdtrt").ranks[0]]
+    assert found[-len(runs) :] == runs

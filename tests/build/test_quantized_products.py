@@ -70,6 +70,47 @@ def test_products_of_one_operand_get_units_of_their_own() -> None:
     assert all(np.log2(float(unit)) % 1 == 0 for unit in units), "in which nothing is rounded"
 
 
+class Many(nn.Module):
+    """As many products of one operand as the keys and values of all cross attentions of a model."""
+
+    def __init__(self, products: int, held: bool) -> None:
+        super().__init__()
+        torch.manual_seed(0)
+        numbers = [torch.randint(-100, 101, (8, 16)).to(torch.int8) for _ in range(products)]
+        weights = [n if held else n.float() / 40 for n in numbers]
+        self.weights = nn.ParameterList([nn.Parameter(w, requires_grad=False) for w in weights])
+        self.register_buffer("of_x", torch.tensor(2.0))
+        self.register_buffer("of_weights", torch.tensor(3.0))
+
+    def wide(self, weight: Tensor) -> Tensor:
+        of_weights: Tensor = self.of_weights  # type: ignore[assignment]
+        if weight.dtype == torch.int8:
+            return weight.float() * (of_weights / 127)
+        wide: Tensor = fake_quantize(weight, of_weights, *INT8)
+        return wide
+
+    def forward(self, x: Tensor) -> tuple[Tensor, ...]:
+        q = fake_quantize(x, self.of_x, *INT8)
+        return tuple(linear(q, self.wide(weight)) for weight in self.weights)
+
+
+@pytest.mark.parametrize("held", [False, True])
+@pytest.mark.parametrize("flush", [False, True])
+def test_any_number_of_products_of_one_operand_is_right(held: bool, flush: bool) -> None:
+    """A unit of each would be zero at the 150th, or where what is not normal is flushed, at the 127th."""
+    x = torch.randn(4, 16)
+    program = networks.lowered(Many(300, held), x)
+    graph = decompose(program.graphs[0])
+    assert ops.eight_bits.default in targets(graph)
+    torch.set_flush_denormal(flush)
+    try:
+        before, after = (networks.outputs(program, g, x) for g in (program.graphs[0], graph))
+    finally:
+        torch.set_flush_denormal(False)
+    for y, z in zip(before, after, strict=True):
+        torch.testing.assert_close(z, y)
+
+
 @pytest.mark.parametrize("rows", [False, True])
 @pytest.mark.parametrize("how", [FLOAT8, INT8])
 @pytest.mark.parametrize("inside", [False, True])

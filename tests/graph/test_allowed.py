@@ -137,6 +137,7 @@ USES: dict[str, Callable[[Tensor], Any]] = {
             x.roll(1, 1),
         ),
         *(torch.take_along_dim(x, torch.zeros(1, 1, 8, 8, dtype=torch.long), 1), x.masked_fill(x > 0, 0.0)),
+        *(x[:, torch.tensor([0, 2])], x[0, 0, torch.zeros(3, dtype=torch.int32), torch.ones(3, dtype=torch.long)]),
         *(torch.scatter(x, 1, torch.zeros(1, 4, 8, 8, dtype=torch.long), x), x.as_strided((2, 2), (1, 1))),
         *(F.embedding(torch.zeros(2, dtype=torch.long), x[0, 0]), F.grid_sample(x, torch.zeros(1, 3, 3, 2))),
     ),
@@ -309,6 +310,14 @@ BAD: dict[str, list[dict[str, Any]]] = {
     ],
     "takes item 0 of what has no such item": [call("y", "operator.getitem", node("x"), 0)],
     "has an integer that is beyond 64 bits": [call("y", "aten.add.Scalar", node("x"), 1 << 70)],
+    "calls aten.index.Tensor with a mask, which returns a tensor whose size": [
+        call("m", "aten.gt.Scalar", node("x"), 0),
+        call("y", "aten.index.Tensor", node("x"), {"kind": "list", "items": [node("m")]}, value=spec(2)),
+    ],
+    "node 'z': calls aten.index.Tensor with a mask": [
+        call("m", "aten._to_copy.default", node("x"), dtype={"kind": "torch", "name": "uint8"}),
+        call("z", "aten.index.Tensor", node("x"), {"kind": "list", "items": [None, node("m")]}, value=spec(2)),
+    ],
     "gives float32 [1000], which reads beyond its operand": [
         call("y", "aten.as_strided.default", node("x"), *({"kind": "list", "items": [n]} for n in (1000, 1)))
     ],

@@ -44,7 +44,10 @@ _decomposed: WeakKeyDictionary[GraphModule, GraphModule] = WeakKeyDictionary()
 
 
 def _decompositions() -> dict[Any, Any]:
-    table = {op: rule for op, rule in load().get_decompositions().items() if op not in _WHOLE}
+    # PyTorch detaches what looks at bits as another dtype, and refuses a rule that gives the tensor itself.  What is
+    # detached is the tensor afterwards, for functional() removes it.
+    left_out = (*_WHOLE, aten.detach.default)
+    table = {op: rule for op, rule in load().get_decompositions().items() if op not in left_out}
     return {**table, aten.eye.default: _eye, aten.eye.m: _eye}
 
 

@@ -78,7 +78,7 @@ def put_scales_behind(graph: GraphModule) -> int:
         origin = _origin(of_x)
         of_operand[origin] += 1
         left, scale = _numbers(of_x, _UNIT, made)
-        right, of_columns = _numbers(of_weight, 0.5 ** of_operand[origin], made)
+        right, of_columns = _numbers(of_weight, _unit_of(of_operand[origin]), made)
         scale = emit(node, aten.mul.Tensor, view(node, scale, []), view(node, of_columns, factor))
         result = emit(node, aten.mm.default, _moved(node, left, x_moves), _moved(node, right, weight_moves))
         result = emit(node, aten.mul.Tensor, cast(node, result, torch.float32), scale)
@@ -90,6 +90,15 @@ def put_scales_behind(graph: GraphModule) -> int:
         graph.graph.eliminate_dead_code()
         graph.recompile()
     return count
+
+
+def _unit_of(product: int) -> float:
+    """Of the weight of an operand's first product, second, ...: another one for any 64 in a row.
+
+    They are near to 1: the model may have any number of products, and float32 has no 2^-150.
+    """
+    place = product % 64
+    return 2.0 ** (-place if place <= 32 else place - 32)
 
 
 def _behind_moves(operand: Node) -> tuple[Node, list[Node]]:
@@ -110,7 +119,9 @@ def _held(operand: Node) -> tuple[Node, Node] | None:
     """What is held in 8 bits, made wide and scaled, and its scale."""
     if operand.target is aten.mul.Tensor and not operand.kwargs:
         for wide, scale in (operand.args, operand.args[::-1]):
-            if isinstance(wide, Node) and isinstance(scale, Node) and widens_held(wide):
+            if not isinstance(wide, Node) or not isinstance(scale, Node) or not widens_held(wide):
+                continue
+            if value_of(wide).shape == value_of(operand).shape:
                 return wide.all_input_nodes[0], scale
     return None
 

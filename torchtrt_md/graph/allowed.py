@@ -23,7 +23,7 @@ from __future__ import annotations
 
 import functools
 import re
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from typing import Any
 
 import torch
@@ -87,6 +87,8 @@ _BAD_TAGS = {
     Tag.data_dependent_output: "returns a value that is no tensor",
     Tag.dynamic_output_shape: "returns a tensor whose size depends on values",
 }
+_BY_INDICES = aten.index.Tensor  # the size depends on values where indices are masks; see check_call
+_MASKS = (torch.bool, torch.uint8)
 # Types of arguments and results, as schemas print them.
 _DATA = {"Tensor", "int", "float", "bool", "number", "complex", "str", "Device"}
 _RESULTS = {"Tensor", "List[Tensor]"}
@@ -126,8 +128,11 @@ def check_op(op: torch._ops.OpOverload[Any, Any]) -> None:
         )
 
 
-def check_call(node: Node) -> None:
+def check_call(node: Node, value_of: Callable[[Node], Any]) -> None:
     """Refuse a call of an allowed op with arguments that no graph of a bundle has.
+
+    Args:
+        value_of: what a node before it gives.
 
     Raises:
         BundleError: naming the argument.
@@ -151,6 +156,13 @@ def check_call(node: Node) -> None:
                     f"calls {node.target} with {name}={leaf}, and a bundle runs on {' and '.join(_DEVICES)}",
                     fix="trace the model there",
                 )
+    indices = given["indices"] if node.target is _BY_INDICES else ()
+    if any(isinstance(leaf, Node) and value_of(leaf).dtype in _MASKS for leaf in _leaves(indices)):
+        raise BundleError(
+            f"calls {node.target} with a mask, which returns a tensor whose size depends on values, and a graph of a"
+            " bundle has no such op",
+            fix="keep the size, by torch.where in place of x[mask]",
+        )
     if node.target in _IR and "src" in given and given["src"] not in range(given.get("size", 0)):
         raise BundleError(f"calls {node.target} with src={given['src']}, which is no rank of it", fix=_OTHER)
     # Batch norms write to their running statistics in training, whatever their schemas say.
@@ -170,7 +182,7 @@ def _against(op: torch._ops.OpOverload[Any, Any]) -> str:
     if schema.is_mutable:
         return "writes to its operands"
     for tag, reason in _BAD_TAGS.items():
-        if tag in op.tags:
+        if tag in op.tags and op is not _BY_INDICES:
             return reason
     if packet in _UNINITIALIZED:
         return "returns memory as it was left"

@@ -45,7 +45,7 @@ from torchtrt_md.graph.schema import (
 )
 from torchtrt_md.graph.source import source_line
 from torchtrt_md.lowering.schedule import schedule
-from torchtrt_md.program import dtype_name, outputs_of, placeholders
+from torchtrt_md.program import dtype_name, outputs_of, placeholders, value_of
 from torchtrt_md.segment import Collective, Segment
 
 __all__ = ["check_bindings", "graph_from_json", "graph_to_json"]
@@ -163,7 +163,7 @@ def _target_name(node: Node) -> str:
     if find_op(name) is not target:
         raise BundleError(f"calls {name}, which torch.ops does not have under that name", fix="use an op of torch.ops")
     check_op(target)
-    check_call(node)
+    check_call(node, value_of)
     return name
 
 

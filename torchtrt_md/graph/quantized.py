@@ -21,4 +21,6 @@ def widens_held(node: Node) -> bool:
     if node.target is not aten._to_copy.default or set(node.kwargs) != {"dtype"}:
         return False
     (held,) = node.all_input_nodes
-    return held.op == "placeholder" and value_of(held).dtype in _HELD and node.kwargs["dtype"] in _WIDE
+    if held.op != "placeholder" or not value_of(held).ndim:  # TensorRT's layer takes no tensor without dims
+        return False
+    return value_of(held).dtype in _HELD and node.kwargs["dtype"] in _WIDE

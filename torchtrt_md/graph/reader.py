@@ -165,7 +165,7 @@ class _Reader:
         if node.op == "call_function":
             if isinstance(node.target, torch._ops.OpOverload):
                 check_op(node.target)
-                check_call(node)
+                check_call(node, self.values.__getitem__)
             return value_of_call(node, self.values)
         if node.op == "output":
             return _check_output(node, self.values)

@@ -32,6 +32,7 @@ from torch.fx import Graph, GraphModule, Node
 
 from torchtrt_md.graph.functional import RESHAPES, copied
 from torchtrt_md.graph.private import FakeTensor, lazy_module
+from torchtrt_md.graph.quantized import QUANTIZED
 from torchtrt_md.graph.rewrite import emit, permute, substitute
 from torchtrt_md.lowering.layout import slices
 from torchtrt_md.lowering.ops import bound_args, is_collective
@@ -173,6 +174,11 @@ def axis_of(node: Node) -> str | None:
     return bound_args(node)["axis"] if communicates else None
 
 
+def _is_passed_in_8_bits(node: Node) -> bool:
+    """Is this an input, a weight, a constant or a view of one, in a dtype that TensorRT takes for quantized numbers?"""
+    return base_of(node).op != "call_function" and value_of(node).dtype in QUANTIZED
+
+
 def is_view(node: Node) -> bool:
     """Does this node only look at its operand, so that any part may repeat it?"""
     return node.target in VIEWS and _PASSES not in node.meta
@@ -203,6 +209,9 @@ class _Cut:
                 self._compute(self._needs(node.all_input_nodes))
                 self._add_eager(node)
         self._compute(self._needs(self.returned))
+        # What is returned as it was given comes out of the last part, and an engine would take these for quantized.
+        if self.compute == "engine" and any(map(_is_passed_in_8_bits, self.returned)):
+            self._group("eager", [])
         if not self.groups:  # nothing is computed: inputs are returned
             self._group(self.compute, [])
         return self._wired()
