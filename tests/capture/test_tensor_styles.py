@@ -592,3 +592,24 @@ def test_a_parameter_of_experts_that_the_plan_leaves_out_is_refused(left_out: st
     del plan[f"experts.{left_out}"]
     with pytest.raises(PlanError, match=rf"all of their parameter '{left_out}', .* which the plan does not name"):
         programmed(model, (x,), 2, plan)
+
+
+class Grouped(nn.Module):
+    """A linear layer for each group of tokens."""
+
+    def __init__(self, groups: int, n: int, m: int) -> None:
+        super().__init__()
+        self.in_features, self.out_features = n, m
+        self.weight = nn.Parameter(torch.randn(groups, m, n) / 5, requires_grad=False)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return torch.einsum("gti,goi->gto", x, self.weight)
+
+
+@pytest.mark.parametrize("up", ["colwise", "colwise_gather_output"])
+def test_a_linear_layer_of_groups_is_cut_as_one(up: str) -> None:
+    model = nn.Sequential(Grouped(2, 16, 32), nn.ReLU(), Grouped(2, 32, 16))
+    x = torch.randn(2, 8, 16)
+    plan = {"0": up, "2": "rowwise" if up == "colwise" else "rowwise_split_input"}
+    program = md.capture(model, (x,), mesh=md.Mesh(tp=2), parallel=md.TensorParallel("tp", plan))
+    assert md.verify(md.lower(program), model, (x,)).structure_error < 1e-8

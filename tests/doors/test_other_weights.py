@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any
 
 import models
@@ -63,3 +64,26 @@ def test_a_sharded_weight_that_another_is_swapped_for_is_noticed(ranks: Ranks) -
         assert error < 1e-5
         assert refused.startswith("InputError: ")
         assert "was changed" in refused
+
+
+def moved(rank: int) -> tuple[list[float], str]:
+    """The errors of a sharded module before and behind a move to where it is, and what comes of a write then."""
+    mesh = init_device_mesh("cpu", (2,), mesh_dim_names=("tp",))
+    model, (x,), _ = models.mlp()
+    sharded: Any = parallelize_module(model, mesh, {"up": ColwiseParallel(), "down": RowwiseParallel()})
+    with torch.no_grad(), md.compile(sharded, (x,), **OPTIONS) as runner:
+        errors = [relative_error(runner(x), sharded(x))]
+        moves: list[Callable[[], object]] = [lambda: sharded.to("cpu"), sharded.float]
+        for move in moves:
+            move()
+            errors.append(relative_error(runner(x), sharded(x)))
+        sharded.up.weight.mul_(2)
+        return errors, message_of(lambda: runner(x))
+
+
+def test_a_sharded_model_that_is_moved_to_where_it_is_runs_on(ranks: Ranks) -> None:
+    for outcome in ranks(moved):
+        assert not outcome.error, outcome.message
+        errors, refused = outcome.value
+        assert max(errors) < 1e-5
+        assert "up.weight' was changed after the model was compiled" in refused

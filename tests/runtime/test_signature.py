@@ -84,6 +84,15 @@ def test_refused(signature: Signature, message: str) -> None:
     assert raised.value.fix
 
 
+def test_what_cannot_be_compared_is_left_out_of_a_list_too() -> None:
+    """To pass it is refused, so to leave it out must not be."""
+    signature = Signature(bundle_samples.manifest(opaque=["mask.2"]))
+    signature.bind((X, [MASK, None]), {}, CPU)
+    with pytest.raises(InputError, match=r"mask\.2 is a device, which cannot be compared") as raised:
+        signature.bind((X, [MASK, None, CPU]), {}, CPU)
+    assert "leave mask.2 out" in raised.value.fix
+
+
 def pass_a_dtensor(rank: int) -> None:
     placed = DTensor.from_local(X, init_device_mesh("cpu", (2,)))
     Signature(bundle_samples.manifest()).bind((placed, [MASK, None]), {}, CPU)

@@ -4,9 +4,11 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable, Mapping
+from typing import Any
 
 import models
 import pytest
+import quantized
 import torch
 from torch import Tensor, nn
 from torch.utils import _pytree as pytree
@@ -16,9 +18,11 @@ from torchtrt_md.build.part import with_transposed_weights
 from torchtrt_md.errors import InputError
 from torchtrt_md.place import place
 from torchtrt_md.program import Constant, ShardedProgram, Sharding, Weight, Weights
+from torchtrt_md.runtime.private import body_of
 from torchtrt_md.runtime.steps import Key, source_key
 from torchtrt_md.runtime.weights import ModelWeights, WeightGuard, laid_out
 from torchtrt_md.segment import Binding, Segment, Wire
+from torchtrt_md.wrappers import holders, named_weights, outer
 
 CPU = torch.device("cpu")
 V, W = Wire("weight", "v"), Wire("weight", "w")
@@ -213,6 +217,35 @@ class TestWeightGuard:
         torch.utils.swap_tensors(model.weight, other.weight)  # type: ignore[no-untyped-call]
         with pytest.raises(InputError, match="the weight 'weight' was changed"):
             guard.check()
+
+    @pytest.mark.parametrize("written", ["", "before", "after"])
+    def test_a_subclass_that_is_moved_is_followed_by_its_values(self, written: str) -> None:
+        """``model.to()`` swaps it for another, with the count of what was written through it."""
+        model, _, _ = quantized.mlp("int8 weights")
+        guard = WeightGuard(named_weights(model), holders(model), outer=outer(model))
+        weight = next(t for t in outer(model).values())
+
+        def write() -> None:
+            other: Any = next(t for t in outer(quantized.mlp("int8 weights")[0]).values())
+            with torch.no_grad():
+                other.qdata.neg_()
+                weight.copy_(other)
+
+        if written == "before":
+            write()
+        body = body_of(weight)
+        moves: list[Callable[[], object]] = [lambda: model.to("cpu"), model.float]
+        for move in moves:
+            move()
+            if not written:
+                guard.check()
+        assert body_of(weight) != body, "nothing was swapped, so this shows nothing"
+        if written == "after":
+            guard.check()
+            write()
+        if written:
+            with pytest.raises(InputError, match="was changed after the model was compiled"):
+                guard.check()
 
     def test_a_write_in_place_is_told_by_its_name(self) -> None:
         model = nn.Sequential(nn.Linear(4, 4), nn.Linear(4, 4))

@@ -162,10 +162,11 @@ def _features(module: nn.Module, name: str, dim: int) -> int:
     if not isinstance(extent, int):
         raise PlanError(f"a {type(module).__name__} has no {name}", fix=_FITS)
     for of, weight in {} if isinstance(module, nn.Linear) else dict(module.named_parameters(recurse=False)).items():
-        if weight.dim() > 1 and (weight.dim() > 2 or weight.shape[dim] != extent):
+        square = weight.dim() > 2 and weight.shape[-1] == weight.shape[-2]  # of groups: which dim is summed over?
+        if weight.dim() > 1 and (square or weight.shape[dim] != extent):
             raise PlanError(
                 f"a {type(module).__name__} has {name} = {extent} and a {of!r} of shape {list(weight.shape)}, which is"
-                " not that of a linear layer: [out_features, in_features]",
+                " not that of a linear layer: [..., out_features, in_features]",
                 fix=_FITS,
             )
     return extent

@@ -26,6 +26,7 @@ from torchtrt_md.runtime.private import body_of
 from torchtrt_md.runtime.signature import prepared
 from torchtrt_md.runtime.steps import Key, source_key
 from torchtrt_md.segment import Segment
+from torchtrt_md.wrappers import held_by
 
 WeightOf = Callable[[str], Tensor]
 Stored = Callable[[str, Tensor], None]
@@ -124,7 +125,8 @@ class WeightGuard:
         replaced: gives name, former and present tensor of the weights that were replaced since it was asked last; and
             None as the former one of what was added, and of modules.
         outer: name -> the tensor subclass that holds some of these, a DTensor among them.  What is written through one
-            is counted there, and not of what it holds.
+            is counted there, and not of what it holds.  ``model.to()`` swaps it for another, and with it the count: so
+            its values are compared with what they were at first.
     """
 
     def __init__(
@@ -148,8 +150,10 @@ class WeightGuard:
         self._bodies: list[int] = []
         for name, weight in weights.items():
             self._count(_weight(name), weight)
+        self._outer: list[tuple[str, Tensor, list[int]]] = []
         for name, subclass in (outer or {}).items():
             self._count(_weight(name), subclass)
+            self._outer.append((_weight(name), subclass, _sums(subclass)))
         for constant in constants:
             self._count(_constant(constant), constant.tensor)
 
@@ -176,10 +180,29 @@ class WeightGuard:
             now = read()
             if now is not weight:
                 self._held[index] = name, read, self._follow(name, weight, now)
-        if list(map(_version, self._counted)) == self._versions and list(map(body_of, self._counted)) == self._bodies:
+        if self._is_untouched():
+            return
+        self._follow_swapped()
+        if self._is_untouched():
             return
         found = zip(self._names, self._counted, self._versions, self._bodies, strict=True)
         raise self._changed(next(n for n, w, version, body in found if (w._version, body_of(w)) != (version, body)))
+
+    def _is_untouched(self) -> bool:
+        versions, bodies = list(map(_version, self._counted)), list(map(body_of, self._counted))
+        return versions == self._versions and bodies == self._bodies
+
+    def _follow_swapped(self) -> None:
+        """Watch the tensor subclasses that others were swapped for, if they hold the same values as at first."""
+        for name, subclass, sums in self._outer:
+            at = next((i for i, counted in enumerate(self._counted) if counted is subclass), None)
+            if at is None or body_of(subclass) == self._bodies[at]:
+                continue
+            if _sums(subclass) != sums:
+                raise self._changed(name)
+            self._versions[at], self._bodies[at] = _version(subclass), body_of(subclass)
+            if isinstance(subclass, DTensor):
+                self._count(name, subclass.to_local())
 
     def _follow(self, name: str, weight: Tensor, now: object) -> Tensor:
         """Watch what is in a tensor's place now, if it has the same values."""
@@ -198,6 +221,12 @@ class WeightGuard:
             f"the {name} was changed after the model was compiled, and engines may hold what it was",
             fix="compile the model again, or load the bundle again; with torch.compile, after torch.compiler.reset()",
         )
+
+
+def _sums(subclass: Tensor) -> list[int]:
+    """The checksums of the plain tensors that it holds here; none of those on meta."""
+    held = [subclass.to_local()] if isinstance(subclass, DTensor) else held_by("", subclass).values()
+    return [checksum(tensor) for tensor in held if not tensor.is_meta]
 
 
 def _weight(name: str) -> str:
