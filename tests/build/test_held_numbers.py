@@ -101,11 +101,10 @@ class Otherwise(nn.Module):
 
     def __init__(self) -> None:
         super().__init__()
-        self.register_buffer("held", torch.arange(6, dtype=torch.int8))
+        self.held = nn.Buffer(torch.arange(6, dtype=torch.int8))
 
     def forward(self, x: Tensor) -> Tensor:
-        held: Tensor = self.held  # type: ignore[assignment]
-        return x * (held + held).to(x.dtype)
+        return x * (self.held + self.held).to(x.dtype)
 
 
 def test_other_ops_on_them_stay_out_of_engines() -> None:

@@ -80,13 +80,12 @@ class Many(nn.Module):
         weights = [n if held else n.float() / 40 for n in numbers]
         self.weights = nn.ParameterList([nn.Parameter(w, requires_grad=False) for w in weights])
         self.register_buffer("of_x", torch.tensor(2.0))
-        self.register_buffer("of_weights", torch.tensor(3.0))
+        self.of_weights = nn.Buffer(torch.tensor(3.0))
 
     def wide(self, weight: Tensor) -> Tensor:
-        of_weights: Tensor = self.of_weights  # type: ignore[assignment]
         if weight.dtype == torch.int8:
-            return weight.float() * (of_weights / 127)
-        wide: Tensor = fake_quantize(weight, of_weights, *INT8)
+            return weight.float() * (self.of_weights / 127)
+        wide: Tensor = fake_quantize(weight, self.of_weights, *INT8)
         return wide
 
     def forward(self, x: Tensor) -> tuple[Tensor, ...]:

@@ -232,16 +232,17 @@ def cut(module: nn.Module, path: str, style: Style, axis: Axis, parts: Parts) ->
         if not known or not isinstance(style, (Colwise, Rowwise)):
             raise _refused(where, "is of a module that no style cuts with its scales", "leave the module out")
         _check_kind(where, q)
-        of_weight = style.cut(module, "weight", tuple(module._parameters["weight"].shape))  # type: ignore[union-attr]
+        shape = tuple(module._parameters["weight"].shape)  # type: ignore[union-attr]
+        of_weight = style.cut(module, "weight", shape)
         assert of_weight is not None
         rowwise = isinstance(style, Rowwise)
         of_features = replace(of_weight, dim=0, zeros=False)  # of the result, or of the argument
         if isinstance(q, Compressed):
-            _cut_buffer(q, where, "_scale", of_weight, tuple(module._parameters["weight"].shape), axis, parts)  # type: ignore[union-attr]
+            _cut_buffer(q, where, "_scale", of_weight, shape, axis, parts)
         elif name == "weight_quantizer":
             if _is_dynamic(q):
                 raise _refused(where, "finds the scale of the weight in each call, of a part of it", "calibrate it")
-            _cut_buffer(q, where, "_amax", of_weight, tuple(module._parameters["weight"].shape), axis, parts)  # type: ignore[union-attr]
+            _cut_buffer(q, where, "_amax", of_weight, shape, axis, parts)
         elif name == "input_quantizer":
             for buffer in ("_amax", "_pre_quant_scale") if rowwise else ():
                 _cut_last(q, where, buffer, of_features, int(module.in_features), axis, parts)  # type: ignore[arg-type]

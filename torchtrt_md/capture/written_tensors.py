@@ -45,6 +45,8 @@ def refuse_written_marks(graph: GraphModule) -> None:
         CaptureError: an op writes to one of the two, and the other is read behind it or is the caller's, with the line.
     """
     nodes = list(graph.graph.nodes)
+    if not any(map(mutates, nodes)):
+        return
     last = {base(operand): at for at, node in enumerate(nodes) for operand in node.all_input_nodes}
     one: dict[Node, list[Node]] = {}  # value -> all that are one tensor with it, by marks so far
     for at, node in enumerate(nodes):

@@ -126,12 +126,14 @@ class Signature:
         An argument that is left out as a whole is another matter.  Of one that has more than what cannot be compared, a
         call leaves that out.
         """
+        if isinstance(value, Tensor):  # as most are, and each call comes here
+            return
         every = (*self.inputs, *self.constants, *self.opaque)
         others = [name for name in self.positional if _is_of(argument, name) and name != argument]  # those of *args
         built = [n for n in every if _is_of(argument, n) and not any(_is_of(other, n) for other in others)]
         compared = [name for name in built if name not in self.opaque]
         lacking = [name for name in compared or built if name not in given]
-        if lacking and not isinstance(value, Tensor):
+        if lacking:
             raise InputError(
                 f"{argument} is a {type(value).__name__}, and the program was built with {', '.join(lacking)}, which it"
                 " lacks",
